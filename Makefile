@@ -1,0 +1,51 @@
+# Everything that a developer or a newcomer runs. `make help` lists the targets.
+VENV := .venv
+BIN := $(VENV)/bin
+PYTHON ?= python3
+PYTEST := $(BIN)/python -m pytest
+
+.PHONY: help setup demo test check unit plugin bench lock format clean
+.DEFAULT_GOAL := help
+
+help: ## list the targets
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
+
+setup: $(VENV)/.ready ## install system packages (as root) and make .venv with all commands
+
+$(VENV)/.ready: pyproject.toml requirements.lock install/development-packages.sh
+	install/development-packages.sh
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --require-hashes --requirement requirements.lock
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation --editable .
+	touch $@
+
+plugin: setup ## build the CNI plugin bundle: dist/trireme/trireme
+	$(BIN)/python -m PyInstaller --noconfirm --log-level ERROR --distpath dist --workpath build cni_plugin/trireme.spec
+
+demo: plugin ## two nodes, real pods, a policy change: who may reach whom (as root)
+	$(BIN)/triremectl lab run --plugin dist/trireme/trireme demo
+
+test: setup check plugin ## all tests that this kernel can run (as root)
+	$(PYTEST) tests
+
+check: $(VENV)/.ready ## format, lint, types, import rules, unit tests: seconds, no root
+	$(BIN)/ruff format --check --quiet .
+	$(BIN)/ruff check --quiet .
+	$(BIN)/mypy
+	$(BIN)/lint-imports --no-timing
+	$(PYTEST) -q tests/unit tests/property
+
+format: setup ## format and mend what ruff can
+	$(BIN)/ruff check --quiet --fix .
+	$(BIN)/ruff format --quiet .
+
+bench: setup ## cost against no agent, alternating in one run (as root)
+	$(BIN)/python -m benchmarks
+
+lock: setup ## resolve requirements.lock anew from pyproject.toml
+	$(BIN)/python -m pip install --quiet uv
+	$(BIN)/uv pip compile --quiet --upgrade --universal --python-version 3.11 --generate-hashes \
+	    --custom-compile-command "make lock" --group pyproject.toml:dev pyproject.toml -o requirements.lock
+
+clean: ## remove what the targets made
+	rm -rf build dist $(VENV)

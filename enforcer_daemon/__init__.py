@@ -1,0 +1,2 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The enforcer daemon: holds NetworkPolicy between pods by who they are."""

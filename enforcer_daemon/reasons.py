@@ -1,0 +1,94 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Why a packet was let through or dropped: one closed list, each with a text (`triremectl reasons`)."""
+
+from __future__ import annotations
+
+from enum import Enum
+
+
+class Reason(Enum):
+    """The reason of a decision; the value is what logs, counters and `triremectl` show."""
+
+    # Allowed.
+    NOT_ISOLATED = "not-isolated"
+    POLICY = "policy"
+    SELF = "self"
+    NODE = "node"
+    # Denied by policy.
+    INGRESS_DENIED = "ingress-denied"
+    EGRESS_DENIED = "egress-denied"
+    UNIDENTIFIED_PEER = "unidentified-peer"
+    PROTOCOL_NOT_AUTHENTICATED = "protocol-not-authenticated"
+    # The peer's bytes do not hold.
+    MALFORMED_PACKET = "malformed-packet"
+    MALFORMED_FRAME = "malformed-frame"
+    FRAME_VERSION = "frame-version"
+    CREDENTIAL_INVALID = "credential-invalid"
+    CREDENTIAL_UNTRUSTED = "credential-untrusted"
+    CREDENTIAL_EXPIRED = "credential-expired"
+    CREDENTIAL_MISMATCH = "credential-mismatch"
+    TOKEN_MALFORMED = "token-malformed"  # noqa: S105 - a reason, not a secret
+    TOKEN_SIGNATURE = "token-signature"  # noqa: S105 - a reason, not a secret
+    TOKEN_EXPIRED = "token-expired"  # noqa: S105 - a reason, not a secret
+    TOKEN_NOT_YET_VALID = "token-not-yet-valid"  # noqa: S105 - a reason, not a secret
+    SOURCE_MISMATCH = "source-mismatch"
+    RESPONDER_MISMATCH = "responder-mismatch"
+    OWN_IDENTITY = "own-identity"
+    REPLAYED_NONCE = "replayed-nonce"
+    PROOF_MISSING = "proof-missing"
+    PROOF_INVALID = "proof-invalid"
+    # Our own state.
+    UNKNOWN_FLOW = "unknown-flow"
+    FLOW_TABLE_FULL = "flow-table-full"
+    HOLD_QUEUE_FULL = "hold-queue-full"
+    VERIFY_RATE = "verify-rate"
+    HANDSHAKE_TIMEOUT = "handshake-timeout"
+    IDENTITY_TOO_LARGE = "identity-too-large"
+    NO_SNAPSHOT = "no-snapshot"
+    INTERNAL_ERROR = "internal-error"
+
+    @property
+    def text(self) -> str:
+        """Explain the reason in a sentence or two: what happened, and what to look at."""
+        return _TEXTS[self]
+
+
+_TEXTS: dict[Reason, str] = {
+    Reason.NOT_ISOLATED: "No NetworkPolicy selects the pod for this direction, so everything is allowed in it.",
+    Reason.POLICY: "A rule of the named NetworkPolicy allows the flow.",
+    Reason.SELF: "A pod may always reach itself.",
+    Reason.NODE: "The pod's own node may always reach it (kubelet probes).",
+    Reason.INGRESS_DENIED: "The receiving pod is isolated for ingress and no rule allows this peer on this port.",
+    Reason.EGRESS_DENIED: "The sending pod is isolated for egress and no rule allows this peer on this port.",
+    Reason.UNIDENTIFIED_PEER: "The peer showed no identity, so only ipBlock rules and rules without peers could allow "
+    "it, and none does. Is the peer a pod without an enforcer, or outside the enforced networks?",
+    Reason.PROTOCOL_NOT_AUTHENTICATED: "The pod is isolated and the protocol carries no identity; no rule by address "
+    "allows it.",
+    Reason.MALFORMED_PACKET: "The packet's headers contradict its length or each other.",
+    Reason.MALFORMED_FRAME: "The handshake packet carries a frame that cannot be read.",
+    Reason.FRAME_VERSION: "The peer's enforcer speaks another version of the protocol.",
+    Reason.CREDENTIAL_INVALID: "The peer node's certificate cannot be read, or is not a node's certificate.",
+    Reason.CREDENTIAL_UNTRUSTED: "No authority in the trust bundle signed the peer node's certificate.",
+    Reason.CREDENTIAL_EXPIRED: "The peer node's certificate is outside its validity. Compare the nodes' clocks.",
+    Reason.CREDENTIAL_MISMATCH: "The token was made for another node than the certificate beside it.",
+    Reason.TOKEN_MALFORMED: "The token cannot be read, or a claim is missing or of the wrong type.",
+    Reason.TOKEN_SIGNATURE: "The token's signature is wrong: it was changed, or signed by another key.",
+    Reason.TOKEN_EXPIRED: "The token has expired. Compare the nodes' clocks.",
+    Reason.TOKEN_NOT_YET_VALID: "The token is from the future. Compare the nodes' clocks.",
+    Reason.SOURCE_MISMATCH: "The packet comes from an address that is not the token's pod: a relay, or a masquerade "
+    "that is not configured.",
+    Reason.RESPONDER_MISMATCH: "The pod that answered is not at the address that was dialled, and that address is not "
+    "configured as virtual.",
+    Reason.OWN_IDENTITY: "The pod's own token came back to it from elsewhere: a reflection.",
+    Reason.REPLAYED_NONCE: "The handshake was seen before on another connection: a replay.",
+    Reason.PROOF_MISSING: "The connection went on without the proof that its peer holds the keys of its token.",
+    Reason.PROOF_INVALID: "The proof was made under other keys, or for another handshake.",
+    Reason.UNKNOWN_FLOW: "The packet belongs to no connection that was judged, as after a flush of conntrack.",
+    Reason.FLOW_TABLE_FULL: "Too many handshakes of this pod are unfinished.",
+    Reason.HOLD_QUEUE_FULL: "Too many packets wait for the proof of one connection.",
+    Reason.VERIFY_RATE: "Too many new tokens from one source in a short time.",
+    Reason.HANDSHAKE_TIMEOUT: "The handshake was not finished in time.",
+    Reason.IDENTITY_TOO_LARGE: "The pod's identity does not fit a handshake packet; see its labels.",
+    Reason.NO_SNAPSHOT: "The policies have not been read yet.",
+    Reason.INTERNAL_ERROR: "The enforcer failed on this packet and dropped it. Please report the log line.",
+}

@@ -1,0 +1,270 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The daemon's settings: frozen values by concern, read once at start from one YAML file; an unknown key is an error.
+
+The names in the file are these fields in camelCase, grouped as the classes are: see conf/enforcer.yaml for an example
+with every key.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import ipaddress
+import types
+import typing
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from enum import Enum
+from pathlib import Path
+from typing import Any, TypeVar
+
+import yaml
+
+from enforcer_daemon.errors import SettingsError
+from enforcer_daemon.model import IPAddress, IPNetwork
+
+
+class DenyWith(Enum):
+    """What a denied connection attempt sees."""
+
+    DROP = "drop"
+    RESET = "reset"
+
+
+class RulesBackend(Enum):
+    """How rules reach the kernel."""
+
+    AUTO = "auto"
+    NFT = "nft"
+    IPTABLES = "iptables"
+
+
+@dataclass(frozen=True, slots=True)
+class CredentialSettings:
+    """Where the node's key comes from, and whom it trusts."""
+
+    ca_certificate: Path | None = None
+    """PEM of the authority that signs this node's certificate; unset: the daemon makes one in its state directory."""
+    ca_key: Path | None = None
+    """PEM of that authority's key; set both or none."""
+    trust_bundle: Path | None = None
+    """PEM with every authority that peers may be signed by; unset: the authority above alone."""
+    certificate_lifetime_s: float = 86_400.0
+    """Validity of the node's certificate, seconds; renewed at two thirds."""
+
+
+@dataclass(frozen=True, slots=True)
+class NetworkSettings:
+    """What lies where: addresses decide only whether a handshake is attempted and what may rewrite an address."""
+
+    enforced: tuple[IPNetwork, ...] = ()
+    """Networks whose pods have enforcers; a SYN to any other address carries no frame and is judged by address."""
+    virtual: tuple[IPNetwork, ...] = ()
+    """Addresses of Services, load balancers and node ports: the pod that answers has another address than was dialled.
+    A SYN to them carries a frame."""
+    masquerade: tuple[IPAddress, ...] = ()
+    """Foreign addresses that pods' connections may be masqueraded to; their tokens' addresses are then not compared
+    with the source. Weakens the binding of tokens to addresses for exactly these sources."""
+
+
+@dataclass(frozen=True, slots=True)
+class HandshakeSettings:
+    """Bounds and lifetimes of the handshake."""
+
+    token_lifetime_s: float = 600.0
+    """Validity of an identity token, seconds; a new one is signed at half of it."""
+    clock_leeway_s: float = 30.0
+    """How far the clocks of two nodes may differ, seconds."""
+    timeout_s: float = 75.0
+    """How long a handshake may stay unfinished; longer than a kernel retries its SYN-ACK (63 s)."""
+    max_half_open_flows: int = 16_384
+    """Unfinished handshakes of one endpoint; beyond it new ones are dropped."""
+    max_held_packets: int = 64
+    """Packets of one flow that wait for its proof."""
+    max_cached_peers: int = 16_384
+    """Verified tokens that a node remembers."""
+    max_verifications_per_s: float = 200.0
+    """Signature checks that one source address can cause in a second (burst: the same number)."""
+
+
+@dataclass(frozen=True, slots=True)
+class RegistrationSettings:
+    """The sockets of the plugin and of operators."""
+
+    run_dir: Path = Path("/run/trireme")
+    """Sockets, registry and the plugin's queue of deletions: same lifetime as a network namespace (0700)."""
+    excluded_namespaces: tuple[str, ...] = ()
+    """Kubernetes namespaces whose pods are not enforced at all."""
+    delete_queue_dir: Path | None = None
+    """Where the plugin leaves deletions while the daemon is down; unset: run_dir/deletions."""
+
+
+@dataclass(frozen=True, slots=True)
+class DataplaneSettings:
+    """Rules and queues."""
+
+    rules_backend: RulesBackend = RulesBackend.AUTO
+    """auto: nft where the kernel has the nft queue expression, else iptables."""
+    queue_number: int = 47_474
+    """NFQUEUE number inside each pod's network namespace."""
+    queue_length: int = 4_096
+    """Packets that wait in one endpoint's queue; beyond it the kernel drops."""
+    packets_per_turn: int = 16
+    """Packets of one endpoint before the next endpoint has its turn."""
+    receive_buffer_bytes: int = 4 * 1024 * 1024
+    """Socket buffer of one queue; overruns are counted."""
+
+
+@dataclass(frozen=True, slots=True)
+class LogSettings:
+    """What is written to standard error."""
+
+    level: str = "info"
+    """debug (a line a decision), info (a line a change or denial), warning or error."""
+    format: str = "json"
+    """json, or console for people."""
+
+
+@dataclass(frozen=True, slots=True)
+class Settings:
+    """Everything the daemon can be told."""
+
+    node: str
+    """This node's name; it is part of the certificate and of every token."""
+    trust_domain: str = "cluster.local"
+    """Name of the cluster in certificates and tokens (SPIFFE trust domain)."""
+    state_dir: Path = Path("/var/lib/trireme")
+    """Keys and certificates (0700)."""
+    policy_dir: Path | None = None
+    """Directory of Kubernetes YAML or JSON (NetworkPolicy, Namespace, Pod), watched for change."""
+    deny_with: DenyWith = DenyWith.DROP
+    """drop: the client times out; reset: it is refused at once."""
+    credentials: CredentialSettings = field(default_factory=CredentialSettings)
+    networks: NetworkSettings = field(default_factory=NetworkSettings)
+    handshake: HandshakeSettings = field(default_factory=HandshakeSettings)
+    registration: RegistrationSettings = field(default_factory=RegistrationSettings)
+    dataplane: DataplaneSettings = field(default_factory=DataplaneSettings)
+    log: LogSettings = field(default_factory=LogSettings)
+
+
+def load_settings(path: Path) -> Settings:
+    """Read the file; raise SettingsError that names the file and the key at fault."""
+    try:
+        tree = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as err:
+        raise SettingsError(f"{path}: {err}") from err
+    try:
+        return decode_settings(tree if tree is not None else {})
+    except SettingsError as err:
+        raise SettingsError(f"{path}: {err}") from err
+
+
+def decode_settings(tree: object) -> Settings:
+    """Turn the parsed file into settings; raise SettingsError that names the key at fault."""
+    settings = _decode_group(Settings, tree, "")
+    _check(settings)
+    return settings
+
+
+def _check(settings: Settings) -> None:
+    credentials = settings.credentials
+    if (credentials.ca_certificate is None) != (credentials.ca_key is None):
+        raise SettingsError("credentials.caCertificate and credentials.caKey: set both or none")
+    if not settings.node:
+        raise SettingsError("node: must not be empty")
+    if settings.log.level not in ("debug", "info", "warning", "error"):
+        raise SettingsError("log.level: must be debug, info, warning or error")
+    if settings.log.format not in ("json", "console"):
+        raise SettingsError("log.format: must be json or console")
+    if not 0 <= settings.dataplane.queue_number <= 65_535:
+        raise SettingsError("dataplane.queueNumber: must be 0 to 65535")
+    handshake = settings.handshake
+    positive = {
+        "handshake.tokenLifetimeS": handshake.token_lifetime_s,
+        "handshake.timeoutS": handshake.timeout_s,
+        "handshake.maxHalfOpenFlows": handshake.max_half_open_flows,
+        "handshake.maxHeldPackets": handshake.max_held_packets,
+        "handshake.maxCachedPeers": handshake.max_cached_peers,
+        "handshake.maxVerificationsPerS": handshake.max_verifications_per_s,
+        "credentials.certificateLifetimeS": credentials.certificate_lifetime_s,
+        "dataplane.queueLength": settings.dataplane.queue_length,
+        "dataplane.packetsPerTurn": settings.dataplane.packets_per_turn,
+        "dataplane.receiveBufferBytes": settings.dataplane.receive_buffer_bytes,
+    }
+    for name, value in positive.items():
+        if not value > 0:
+            raise SettingsError(f"{name}: must be more than 0")
+    if handshake.clock_leeway_s < 0:
+        raise SettingsError("handshake.clockLeewayS: must not be negative")
+
+
+_Group = TypeVar("_Group")
+
+
+def _decode_group(group: type[_Group], tree: object, prefix: str) -> _Group:
+    if not isinstance(tree, Mapping):
+        raise SettingsError(f"{prefix.rstrip('.') or 'the file'}: must be a mapping")
+    hints = typing.get_type_hints(group)
+    fields = {_camel(f.name): f for f in dataclasses.fields(group)}  # type: ignore[arg-type]
+    for key in tree:
+        if key not in fields:
+            raise SettingsError(f"{prefix}{key}: unknown setting")
+    values: dict[str, Any] = {}
+    for key, declared in fields.items():
+        if key in tree:
+            values[declared.name] = _decode_value(hints[declared.name], tree[key], prefix + key)
+        elif declared.default is dataclasses.MISSING and declared.default_factory is dataclasses.MISSING:
+            raise SettingsError(f"{prefix}{key}: is required")
+    return group(**values)
+
+
+def _camel(name: str) -> str:
+    head, *rest = name.split("_")
+    return head + "".join(part.capitalize() for part in rest)
+
+
+def _decode_value(hint: Any, value: object, name: str) -> Any:
+    if dataclasses.is_dataclass(hint) and isinstance(hint, type):
+        return _decode_group(hint, value, name + ".")
+    origin = typing.get_origin(hint)
+    if origin is tuple:
+        if not isinstance(value, list):
+            raise SettingsError(f"{name}: must be a list")
+        return tuple(_decode_value(typing.get_args(hint)[0], item, f"{name}[{i}]") for i, item in enumerate(value))
+    if origin in (typing.Union, types.UnionType):
+        return _decode_union(hint, value, name)
+    return _decode_scalar(hint, value, name)
+
+
+def _decode_union(hint: Any, value: object, name: str) -> Any:
+    if hint == IPNetwork:
+        return _parsed(ipaddress.ip_network, value, name)
+    if hint == IPAddress:
+        return _parsed(ipaddress.ip_address, value, name)
+    (member,) = (arg for arg in typing.get_args(hint) if arg is not type(None))
+    return None if value is None else _decode_value(member, value, name)
+
+
+def _parsed(parse: Any, value: object, name: str) -> Any:
+    if not isinstance(value, str):
+        raise SettingsError(f"{name}: must be a string")
+    try:
+        return parse(value)
+    except ValueError as err:
+        raise SettingsError(f"{name}: {err}") from err
+
+
+def _decode_scalar(hint: Any, value: object, name: str) -> Any:
+    if hint is Path:
+        if not isinstance(value, str) or not value.startswith("/"):
+            raise SettingsError(f"{name}: must be an absolute path")
+        return Path(value)
+    if isinstance(hint, type) and issubclass(hint, Enum):
+        choices = [member.value for member in hint]
+        if value not in choices:
+            raise SettingsError(f"{name}: must be one of {', '.join(choices)}")
+        return hint(value)
+    if hint is float and isinstance(value, int | float) and not isinstance(value, bool):
+        return float(value)
+    if hint in (int, str) and type(value) is hint:
+        return value
+    raise SettingsError(f"{name}: must be {'a number' if hint in (int, float) else 'a string'}")
