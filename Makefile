@@ -42,7 +42,7 @@ format: setup ## format and mend what ruff can
 bench: setup ## cost against no agent, alternating in one run (as root)
 	$(BIN)/python -m benchmarks
 
-lock: setup ## resolve requirements.lock anew from pyproject.toml
+lock: ## resolve requirements.lock anew from pyproject.toml
 	$(BIN)/python -m pip install --quiet uv
 	$(BIN)/uv pip compile --quiet --upgrade --universal --python-version 3.11 --generate-hashes \
 	    --custom-compile-command "make lock" --group pyproject.toml:dev pyproject.toml -o requirements.lock

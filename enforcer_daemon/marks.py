@@ -1,0 +1,25 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The bits of packet and conntrack marks that are ours, inside a pod's network namespace.
+
+The low twelve bits belong to others (Istio marks with 0x539 and 0x111/0xfff); every save, restore and match is masked.
+A packet's bits are cleared as it enters or leaves (raw table), so that no process in the pod can set them; a
+connection's are written only by our rules.
+
+    31 RELEASED  the flow was judged and goes on in the kernel
+    30 NODE      the flow was opened by the pod's own node and accepted by a kernel rule
+    29 FORGET    on a repeated packet only: accept, and take all our bits from the connection
+    28-12        index of what the flow was judged by; 0: nothing to judge again
+"""
+
+OWN_MASK = 0xFFFF_F000
+RELEASED = 0x8000_0000
+NODE = 0x4000_0000
+FORGET = 0x2000_0000
+INDEX_MASK = 0x1FFF_F000
+INDEX_SHIFT = 12
+MAX_INDEX = INDEX_MASK >> INDEX_SHIFT
+
+
+def released_mark(index: int) -> int:
+    """Mark of a released flow that was judged by entry `index` (0 to MAX_INDEX) of the endpoint's flow index."""
+    return RELEASED | (index << INDEX_SHIFT)

@@ -1,0 +1,48 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the datapath wants done with a packet, and beside it: values that the dataplane carries out."""
+
+from __future__ import annotations
+
+from enum import IntEnum
+from typing import NamedTuple
+
+
+class Action(IntEnum):
+    """What becomes of the queued packet itself."""
+
+    ACCEPT = 0
+    """It goes on, as `payload` where one is given; the flow's next packet is queued again."""
+    DROP = 1
+    RELEASE = 2
+    """Repeat the hook with `mark`: the packet goes on and the whole flow with it, in the kernel."""
+    FORGET = 3
+    """Repeat the hook with the FORGET mark: it goes on, and an earlier release of its flow is taken back."""
+    HOLD = 4
+    """It stays in the kernel's queue under `hold_id` until an effect settles it."""
+
+
+class Settle(NamedTuple):
+    """Give a held packet its verdict (never HOLD)."""
+
+    hold_id: int
+    verdict: Verdict
+
+
+class Inject(NamedTuple):
+    """Send a whole IP packet from the pod's network namespace by raw socket."""
+
+    packet: bytes
+
+
+class Verdict(NamedTuple):
+    """The answer to one packet. Effects are carried out in order, after the packet's own action."""
+
+    action: Action
+    payload: bytes | None = None
+    mark: int = 0
+    hold_id: int = 0
+    effects: tuple[Settle | Inject, ...] = ()
+
+
+ACCEPT = Verdict(Action.ACCEPT)
+DROP = Verdict(Action.DROP)
