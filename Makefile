@@ -32,7 +32,7 @@ check: $(VENV)/.ready ## format, lint, types, import rules, unit tests: seconds,
 	$(BIN)/ruff format --check --quiet .
 	$(BIN)/ruff check --quiet .
 	$(BIN)/mypy
-	$(BIN)/lint-imports --no-timing
+	$(BIN)/lint-imports --no-logo
 	$(PYTEST) -q tests/unit tests/property
 
 format: setup ## format and mend what ruff can
