@@ -1,0 +1,150 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The node's own key and certificate on disk, and where they come from in standalone mode: a local authority.
+
+Files in the state directory (0700), each 0600: node.key and node.pem; ca.key and ca.pem where no operator's authority
+is configured. All are PEM.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+
+from cryptography import x509
+from cryptography.hazmat.primitives import serialization
+from cryptography.hazmat.primitives.asymmetric import ec
+
+from enforcer_daemon.errors import CredentialError, SettingsError
+from enforcer_daemon.identity.authority import Authority, issue_credential, make_authority, node_spiffe_id
+from enforcer_daemon.identity.credential import Credential, TrustBundle, decode_credential
+from enforcer_daemon.settings import Settings
+
+_RENEW_AT = 2 / 3
+"""Part of a certificate's life after which it is issued anew."""
+
+
+@dataclass(frozen=True, slots=True)
+class NodeIdentity:
+    """What this node signs with, and whom it trusts."""
+
+    key: ec.EllipticCurvePrivateKey
+    credential: Credential
+    bundle: TrustBundle
+
+    def __repr__(self) -> str:
+        return f"NodeIdentity({self.credential.node}, key redacted)"
+
+    @property
+    def renew_at(self) -> float:
+        """Give the Unix time at which the certificate should be issued anew."""
+        credential = self.credential
+        return credential.not_before + (credential.not_after - credential.not_before) * _RENEW_AT
+
+
+def open_node_identity(settings: Settings, wall_now: float) -> NodeIdentity:
+    """Read the node's key and certificate, or make what is missing, outdated or of another authority.
+
+    Creates the state directory and writes files in it; raises SettingsError where an operator's file cannot be used.
+    """
+    state = settings.state_dir
+    state.mkdir(mode=0o700, parents=True, exist_ok=True)
+    state.chmod(0o700)
+    now = datetime.fromtimestamp(wall_now, UTC)
+    authority = _open_authority(settings, now)
+    bundle = TrustBundle(_read_bundle(settings, authority))
+    key = _open_key(state / "node.key")
+    certificate_path = state / "node.pem"
+    identity = _read_identity(certificate_path, key, bundle, settings, wall_now)
+    if identity is None:
+        lifetime = timedelta(seconds=settings.credentials.certificate_lifetime_s)
+        name = node_spiffe_id(settings.trust_domain, settings.node)
+        certificate = issue_credential(authority, key.public_key(), name, now, lifetime)
+        credential = decode_credential(certificate.public_bytes(serialization.Encoding.DER))
+        bundle.verify(credential, wall_now, settings.handshake.clock_leeway_s)
+        _write(certificate_path, certificate.public_bytes(serialization.Encoding.PEM))
+        identity = NodeIdentity(key, credential, bundle)
+    return identity
+
+
+def _read_identity(
+    path: Path, key: ec.EllipticCurvePrivateKey, bundle: TrustBundle, settings: Settings, wall_now: float
+) -> NodeIdentity | None:
+    """Give the stored certificate where it can still be used, None where a new one must be issued."""
+    try:
+        certificate = x509.load_pem_x509_certificate(path.read_bytes())
+        credential = decode_credential(certificate.public_bytes(serialization.Encoding.DER))
+        bundle.verify(credential, wall_now, 0.0)
+    except (FileNotFoundError, ValueError, CredentialError):
+        return None
+    is_ours = (
+        credential.public_key.public_numbers() == key.public_key().public_numbers()
+        and (credential.trust_domain, credential.node) == (settings.trust_domain, settings.node)
+        and credential.not_after - credential.not_before <= settings.credentials.certificate_lifetime_s + 600
+    )
+    identity = NodeIdentity(key, credential, bundle)
+    return identity if is_ours and wall_now < identity.renew_at else None
+
+
+def _open_authority(settings: Settings, now: datetime) -> Authority:
+    credentials = settings.credentials
+    if credentials.ca_certificate is not None and credentials.ca_key is not None:
+        return _read_authority(credentials.ca_certificate, credentials.ca_key)
+    certificate_path, key_path = settings.state_dir / "ca.pem", settings.state_dir / "ca.key"
+    if not certificate_path.exists() or not key_path.exists():
+        authority = make_authority(settings.trust_domain, now)
+        _write(key_path, _pem(authority.key))
+        _write(certificate_path, authority.certificate.public_bytes(serialization.Encoding.PEM))
+    return _read_authority(certificate_path, key_path)
+
+
+def _read_authority(certificate_path: Path, key_path: Path) -> Authority:
+    try:
+        certificate = x509.load_pem_x509_certificate(certificate_path.read_bytes())
+        key = serialization.load_pem_private_key(key_path.read_bytes(), None)
+    except (OSError, ValueError, TypeError) as err:
+        raise SettingsError(f"credentials: {certificate_path} and {key_path}: {err}") from err
+    if not isinstance(key, ec.EllipticCurvePrivateKey):
+        raise SettingsError(f"credentials.caKey: {key_path} is not an elliptic curve key")
+    if certificate.public_key() != key.public_key():
+        raise SettingsError(f"credentials.caKey: {key_path} is not the key of {certificate_path}")
+    return Authority(certificate, key)
+
+
+def _read_bundle(settings: Settings, authority: Authority) -> list[x509.Certificate]:
+    path = settings.credentials.trust_bundle
+    if path is None:
+        return [authority.certificate]
+    try:
+        return x509.load_pem_x509_certificates(path.read_bytes())
+    except (OSError, ValueError) as err:
+        raise SettingsError(f"credentials.trustBundle: {path}: {err}") from err
+
+
+def _open_key(path: Path) -> ec.EllipticCurvePrivateKey:
+    if path.exists():
+        key = serialization.load_pem_private_key(path.read_bytes(), None)
+        if isinstance(key, ec.EllipticCurvePrivateKey) and isinstance(key.curve, ec.SECP256R1):
+            return key
+        raise SettingsError(f"{path} is not a P-256 key; move it away to have a new one made")
+    fresh = ec.generate_private_key(ec.SECP256R1())
+    _write(path, _pem(fresh))
+    return fresh
+
+
+def _pem(key: ec.EllipticCurvePrivateKey) -> bytes:
+    return key.private_bytes(
+        serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
+    )
+
+
+def _write(path: Path, content: bytes) -> None:
+    """Write a private file whole or not at all."""
+    partial = path.with_name(path.name + ".new")
+    partial.unlink(missing_ok=True)
+    with open(os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+    partial.replace(path)

@@ -1,0 +1,172 @@
+# SPDX-License-Identifier: Apache-2.0
+"""TCP segments inside IP packets (RFC 9293): reading, and writing the same packet with another payload or options.
+
+Nothing here shifts a sequence number; what is added on one side is taken off on the other before a kernel sees it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from struct import Struct
+from typing import NamedTuple
+
+from enforcer_daemon.errors import PacketError
+from enforcer_daemon.packet.checksum import complement, ones_sum
+from enforcer_daemon.packet.ip import IPV4_MIN_HEADER, IPV6_HEADER, decode_ip
+
+TCP = 6
+TCP_MIN_HEADER = 20
+TCP_MAX_HEADER = 60
+
+FIN = 0x01
+SYN = 0x02
+RST = 0x04
+PSH = 0x08
+ACK = 0x10
+SYN_ACK = SYN | ACK
+
+OPTION_END = 0
+OPTION_NOP = 1
+OPTION_MSS = 2
+OPTION_FAST_OPEN = 34
+OPTION_EXPERIMENT_1 = 253
+OPTION_EXPERIMENT_2 = 254
+FAST_OPEN_EXID = b"\xf9\x89"
+"""The experimental Fast Open option of RFC 7413, section 4.1.1."""
+
+_HEADER = Struct("!HHIIBBHHH")
+
+
+class Segment(NamedTuple):
+    """One TCP segment and the packet it lies in; addresses as packed bytes."""
+
+    packet: bytes
+    src: bytes
+    dst: bytes
+    offset: int
+    """Where the TCP header begins."""
+    data: int
+    """Where the payload begins."""
+    end: int
+    """Where the payload ends."""
+    sport: int
+    dport: int
+    seq: int
+    ack: int
+    flags: int
+    """FIN, SYN, RST, PSH, ACK, URG, ECE, CWR as on the wire."""
+    window: int
+
+    @property
+    def options(self) -> bytes:
+        """Give the bytes between the fixed header and the payload."""
+        return self.packet[self.offset + TCP_MIN_HEADER : self.data]
+
+    @property
+    def payload(self) -> bytes:
+        """Give the segment's data."""
+        return self.packet[self.data : self.end]
+
+
+def decode_tcp(packet: bytes) -> Segment:
+    """Read a packet that carries TCP; raise PacketError where lengths contradict each other or it is not TCP."""
+    src, dst, protocol, offset, end = decode_ip(packet)
+    if protocol != TCP:
+        raise PacketError("not TCP")
+    if offset + TCP_MIN_HEADER > end:
+        raise PacketError("TCP header is truncated")
+    sport, dport, seq, ack, data_offset, flags, window, _, _ = _HEADER.unpack_from(packet, offset)
+    data = offset + (data_offset >> 4) * 4
+    if data < offset + TCP_MIN_HEADER or data > end:
+        raise PacketError("TCP data offset points outside the segment")
+    return Segment(packet, src, dst, offset, data, end, sport, dport, seq, ack, flags, window)
+
+
+def with_options_and_payload(segment: Segment, options: bytes, payload: bytes) -> bytes:
+    """Write the segment again with these options (a multiple of 4 bytes, at most 40) and this payload."""
+    packet, offset = segment.packet, segment.offset
+    header_length = TCP_MIN_HEADER + len(options)
+    length = header_length + len(payload)
+    data_offset = header_length << 2 & 0xF0 | packet[offset + 12] & 0x0F
+    fixed = packet[offset : offset + 12] + bytes((data_offset,)) + packet[offset + 13 : offset + 16]
+    urgent = packet[offset + 18 : offset + 20]
+    total = ones_sum(segment.src + segment.dst + fixed + urgent + options) + ones_sum(payload) + TCP + length
+    return b"".join(
+        (_ip_header(packet, offset, length), fixed, complement(total).to_bytes(2, "big"), urgent, options, payload)
+    )
+
+
+def with_payload(segment: Segment, payload: bytes) -> bytes:
+    """Write the segment again with another payload."""
+    return with_options_and_payload(segment, segment.options, payload)
+
+
+def build(
+    src: bytes,
+    dst: bytes,
+    ports: tuple[int, int],
+    numbers: tuple[int, int],
+    flags: int,
+    window: int,
+    options: bytes = b"",
+) -> bytes:
+    """Write a packet with a segment without payload: `ports` are source and destination, `numbers` seq and ack."""
+    length = TCP_MIN_HEADER + len(options)
+    if len(src) == 4:
+        header = b"\x45\x00\x00\x00\x00\x00\x40\x00\x40\x06\x00\x00" + src + dst
+    else:
+        header = b"\x60\x00\x00\x00\x00\x00\x06\x40" + src + dst
+    tcp = _HEADER.pack(*ports, *numbers, length << 2 & 0xF0, flags, window, 0, 0) + options
+    checksum = complement(ones_sum(src + dst + tcp) + TCP + length)
+    return _ip_header(header, len(header), length) + tcp[:16] + checksum.to_bytes(2, "big") + tcp[18:]
+
+
+def _ip_header(packet: bytes, offset: int, length: int) -> bytes:
+    """Copy the IP header (and extension headers) for a transport part of another length."""
+    if packet[0] >> 4 == 6:
+        return packet[:4] + (offset - IPV6_HEADER + length).to_bytes(2, "big") + packet[6:offset]
+    head = packet[:2] + (offset + length).to_bytes(2, "big") + packet[4:10]
+    tail = packet[12:offset]
+    return head + complement(ones_sum(head + tail)).to_bytes(2, "big") + tail
+
+
+def walk_options(options: bytes) -> Iterator[tuple[int, int, int]]:
+    """Give (kind, start, length) of each option but NOP; stop at the end marker or at the first malformed one."""
+    at = 0
+    while at < len(options):
+        kind = options[at]
+        if kind == OPTION_END:
+            return
+        if kind == OPTION_NOP:
+            at += 1
+            continue
+        if at + 2 > len(options):
+            return
+        length = options[at + 1]
+        if length < 2 or at + length > len(options):
+            return
+        yield kind, at, length
+        at += length
+
+
+def without_fast_open(options: bytes) -> bytes:
+    """Overwrite Fast Open cookies with NOPs: data before the proof must not reach an application."""
+    cleaned = options
+    for kind, at, length in walk_options(options):
+        is_experimental = kind == OPTION_EXPERIMENT_2 and options[at + 2 : at + 4] == FAST_OPEN_EXID
+        if kind == OPTION_FAST_OPEN or is_experimental:
+            cleaned = cleaned[:at] + bytes((OPTION_NOP,)) * length + cleaned[at + length :]
+    return cleaned
+
+
+def announced_mss(options: bytes) -> int | None:
+    """Give the MSS option's value in bytes."""
+    for kind, at, length in walk_options(options):
+        if kind == OPTION_MSS and length == 4:
+            return options[at + 2] << 8 | options[at + 3]
+    return None
+
+
+def overhead(address: bytes) -> int:
+    """Give the most bytes of IP and TCP headers before a payload, without IP options or extension headers."""
+    return (IPV4_MIN_HEADER if len(address) == 4 else IPV6_HEADER) + TCP_MAX_HEADER

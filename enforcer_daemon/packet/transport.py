@@ -1,0 +1,32 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the enforcer reads of packets other than TCP: addresses, protocol, and ports where the protocol has them."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from enforcer_daemon.errors import PacketError
+from enforcer_daemon.model import Protocol
+from enforcer_daemon.packet.ip import decode_ip
+
+
+class Datagram(NamedTuple):
+    """One packet that is judged by its addresses; ports are None where the protocol has none."""
+
+    src: bytes
+    dst: bytes
+    protocol: int
+    sport: int | None
+    dport: int | None
+
+
+def decode_datagram(packet: bytes) -> Datagram:
+    """Read any IP packet; raise PacketError where UDP or SCTP is too short for its ports."""
+    src, dst, protocol, offset, end = decode_ip(packet)
+    if protocol not in (Protocol.UDP, Protocol.SCTP):
+        return Datagram(src, dst, protocol, None, None)
+    if offset + 8 > end:
+        raise PacketError("transport header is truncated")
+    sport = packet[offset] << 8 | packet[offset + 1]
+    dport = packet[offset + 2] << 8 | packet[offset + 3]
+    return Datagram(src, dst, protocol, sport, dport)
