@@ -1,0 +1,227 @@
+# SPDX-License-Identifier: Apache-2.0
+"""How the rules of a pod's namespace reach the kernel: nft, or iptables in its nf_tables or legacy form.
+
+All functions block for some milliseconds while the tool runs (a child process inside the namespace); the event loop
+calls them in a thread.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, Literal, Protocol, TypeVar
+
+from enforcer_daemon.dataplane.netns import new_netns
+from enforcer_daemon.dataplane.rules import (
+    IPTABLES_JUMPS,
+    NFT_TABLE,
+    EndpointRules,
+    Family,
+    iptables_chains,
+    nft_rule_counts,
+    render_iptables,
+    render_iptables_addresses,
+    render_nft,
+    render_nft_addresses,
+)
+from enforcer_daemon.dataplane.tools import run_in
+from enforcer_daemon.errors import DataplaneError
+from enforcer_daemon.model import IPAddress
+from enforcer_daemon.settings import RulesBackend as BackendSetting
+
+_PROBE = EndpointRules(ifnames=("eth0",), queue_number=0, node_addresses=frozenset())
+_PROTOCOL = re.compile(r"-p (\S+) ")
+_PROTOCOL_NAMES = {"1": "icmp", "2": "igmp", "6": "tcp", "58": "ipv6-icmp", "icmpv6": "ipv6-icmp"}
+_Result = TypeVar("_Result")
+
+
+class RulesBackend(Protocol):
+    """Rules in the kernel. Each method raises DataplaneError, with what the tool said, where the kernel refuses."""
+
+    @property
+    def name(self) -> str:
+        """Return how status and logs call it."""
+
+    def apply(self, netns_fd: int, rules: EndpointRules) -> None:
+        """Put the rules in place, all at once; again and again gives the same, and packets that wait stay queued."""
+
+    def update_node_addresses(self, netns_fd: int, addresses: Iterable[IPAddress]) -> None:
+        """Replace the node's addresses, all at once."""
+
+    def is_intact(self, netns_fd: int, rules: EndpointRules) -> bool:
+        """Return whether the rules are in place; where not, `apply` repairs them."""
+
+    def remove(self, netns_fd: int) -> None:
+        """Take the rules away; the kernel may drop what waits in the queue. Without rules it does nothing."""
+
+
+class NftBackend:
+    """A table of our own, by `nft -f -`."""
+
+    name = "nft"
+
+    def apply(self, netns_fd: int, rules: EndpointRules) -> None:
+        """Put the rules in place."""
+        run_in(netns_fd, ("nft", "-f", "-"), render_nft(rules))
+
+    def update_node_addresses(self, netns_fd: int, addresses: Iterable[IPAddress]) -> None:
+        """Replace the two sets."""
+        run_in(netns_fd, ("nft", "-f", "-"), render_nft_addresses(addresses))
+
+    def is_intact(self, netns_fd: int, rules: EndpointRules) -> bool:
+        """Compare chains, numbers of rules and addresses: nft prints rules in another form than it reads them."""
+        try:
+            listing = run_in(netns_fd, ("nft", "-j", "list", "table", "inet", NFT_TABLE))
+        except DataplaneError:
+            return False  # nft fails where there is no such table
+        objects: list[dict[str, Any]] = json.loads(listing)["nftables"]
+        counts = {entry["chain"]["name"]: 0 for entry in objects if "chain" in entry}
+        for entry in objects:
+            if "rule" in entry:
+                counts[entry["rule"]["chain"]] += 1
+        addresses = {element for entry in objects if "set" in entry for element in entry["set"].get("elem", ())}
+        return counts == nft_rule_counts(rules) and addresses == set(map(str, rules.node_addresses))
+
+    def remove(self, netns_fd: int) -> None:
+        """Delete the table."""
+        table = f"table inet {NFT_TABLE}"
+        run_in(netns_fd, ("nft", "-f", "-"), f"add {table}\ndelete {table}\n")
+
+
+class IptablesBackend:
+    """Chains of our own in the tables raw, filter and mangle, by iptables-restore; each family by its own tool."""
+
+    def __init__(self, variant: Literal["nft", "legacy"]) -> None:
+        self.name = f"iptables-{variant}"
+        self._tools: dict[Family, str] = {4: f"iptables-{variant}"}
+        if Path("/proc/net/if_inet6").exists():  # else the kernel has no IPv6, and ip6tables fails
+            self._tools[6] = f"ip6tables-{variant}"
+
+    def apply(self, netns_fd: int, rules: EndpointRules) -> None:
+        """Refill the chains, and add the jumps that are missing or not first; do nothing where all is in place."""
+
+        def apply_family(family: Family) -> None:
+            found = self._save(netns_fd, family)
+            # To refill with the nf_tables tool takes 0.1 s, which a restart would pay for every pod of the node.
+            if not _is_intact(found, rules, family):
+                self._restore(netns_fd, family, render_iptables(rules, family) + _jump_repairs(found))
+
+        self._each_family(apply_family)
+
+    def update_node_addresses(self, netns_fd: int, addresses: Iterable[IPAddress]) -> None:
+        """Refill the chains of addresses."""
+        known = tuple(addresses)
+        self._each_family(lambda family: self._restore(netns_fd, family, render_iptables_addresses(known, family)))
+
+    def is_intact(self, netns_fd: int, rules: EndpointRules) -> bool:
+        """Compare our chains rule by rule, and the jumps."""
+
+        return all(self._each_family(lambda family: _is_intact(self._save(netns_fd, family), rules, family)))
+
+    def remove(self, netns_fd: int) -> None:
+        """Delete the jumps, then the chains."""
+
+        def remove_family(family: Family) -> None:
+            self._restore(netns_fd, family, _removal(self._save(netns_fd, family), family))
+
+        self._each_family(remove_family)
+
+    def _save(self, netns_fd: int, family: Family) -> dict[str, list[str]]:
+        return parse_saved(run_in(netns_fd, (f"{self._tools[family]}-save",)))
+
+    def _restore(self, netns_fd: int, family: Family, text: str) -> None:
+        # The legacy tool takes a lock that all namespaces share.
+        run_in(netns_fd, (f"{self._tools[family]}-restore", "--noflush", "-w", "5"), text)
+
+    def _each_family(self, work: Callable[[Family], _Result]) -> list[_Result]:
+        """Do the work for both families side by side: nearly all of it is waiting for the tools."""
+        with ThreadPoolExecutor(max_workers=len(self._tools)) as pool:
+            return list(pool.map(work, self._tools))
+
+
+def parse_saved(text: str) -> dict[str, list[str]]:
+    """Return table -> rules (each begins with its chain) of what iptables-save printed."""
+    tables: dict[str, list[str]] = {}
+    table = ""
+    for line in text.splitlines():
+        if line.startswith("*"):
+            table = line[1:]
+            tables[table] = []
+        elif line.startswith("-A "):
+            tables[table].append(_PROTOCOL.sub(_protocol_name, line[3:].strip()))
+    return tables
+
+
+def _is_intact(found: Mapping[str, Sequence[str]], rules: EndpointRules, family: Family) -> bool:
+    return not _jump_repairs(found) and all(
+        _rules_of(found, table, chain) == [f"{chain} {rule}" for rule in chain_rules]
+        for table, chains in iptables_chains(rules, family).items()
+        for chain, chain_rules in chains.items()
+    )
+
+
+def _rules_of(found: Mapping[str, Sequence[str]], table: str, chain: str) -> list[str]:
+    return [rule for rule in found.get(table, ()) if rule.startswith(f"{chain} ")]
+
+
+def _protocol_name(match: re.Match[str]) -> str:
+    """Without /etc/protocols, as in a small image, the tool prints numbers."""
+    return f"-p {_PROTOCOL_NAMES.get(match[1], match[1])} "
+
+
+def _jump_repairs(found: Mapping[str, Sequence[str]]) -> str:
+    """Return what makes each jump the first rule of its built-in chain, once; nothing where all are."""
+    lines: list[str] = []
+    for jump in IPTABLES_JUMPS:
+        siblings = _rules_of(found, jump.table, jump.builtin)
+        count = siblings.count(jump.rule)
+        if count != 1 or siblings[0] != jump.rule:
+            deletions = [f"-D {jump.rule}"] * count
+            lines += [f"*{jump.table}", *deletions, f"-I {jump.builtin} 1 -j {jump.chain}", "COMMIT"]
+    return "".join(line + "\n" for line in lines)
+
+
+def _removal(found: Mapping[str, Sequence[str]], family: Family) -> str:
+    lines: list[str] = []
+    for table, chains in iptables_chains(_PROBE, family).items():
+        jumps = [jump.rule for jump in IPTABLES_JUMPS if jump.table == table]
+        lines.append(f"*{table}")
+        lines += [f"-D {rule}" for rule in found.get(table, ()) if rule in jumps]
+        # To name a chain here makes it, empty, or empties it; so all can be deleted, also where none was there.
+        lines += [f":{chain} - [0:0]" for chain in chains]
+        lines += [f"-X {chain}" for chain in chains]
+        lines.append("COMMIT")
+    return "\n".join(lines) + "\n"
+
+
+_CANDIDATES: dict[BackendSetting, tuple[Callable[[], RulesBackend], ...]] = {
+    BackendSetting.NFT: (NftBackend,),
+    BackendSetting.IPTABLES: (lambda: IptablesBackend("nft"), lambda: IptablesBackend("legacy")),
+}
+
+
+def choose_backend(setting: BackendSetting) -> RulesBackend:
+    """Return the first backend that can apply its rules in a scratch namespace; raise DataplaneError if none can."""
+    candidates = (
+        _CANDIDATES[BackendSetting.NFT] + _CANDIDATES[BackendSetting.IPTABLES]
+        if setting is BackendSetting.AUTO
+        else _CANDIDATES[setting]
+    )
+    refusals: list[str] = []
+    for make in candidates:
+        backend = make()
+        scratch = new_netns()
+        try:
+            backend.apply(scratch, _PROBE)
+            if backend.is_intact(scratch, _PROBE):
+                return backend
+            refusals.append(f"{backend.name}: the rules are not there after they were applied")
+        except DataplaneError as err:
+            refusals.append(f"{backend.name}: {err}")
+        finally:
+            os.close(scratch)
+    raise DataplaneError(f"dataplane.rulesBackend {setting.value}: nothing works here: " + "; ".join(refusals))

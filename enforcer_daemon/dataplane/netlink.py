@@ -1,0 +1,133 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The few netlink messages that the dataplane speaks: framing, attributes, one request and its answer.
+
+Written out because a request stands on the path of a packet, and a general library costs more memory and start-up than
+everything else here together. Source: linux/netlink.h, RFC 3549.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import socket
+import struct
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from enforcer_daemon.errors import DataplaneError
+
+NETLINK_ROUTE = 0
+NETLINK_NETFILTER = 12
+NLM_F_REQUEST = 0x01
+NLM_F_DUMP = 0x300
+NLM_F_DUMP_INTR = 0x10
+NLMSG_ERROR = 2
+NLMSG_DONE = 3
+NLA_F_NESTED = 0x8000
+_NLA_TYPE_MASK = 0x3FFF  # without NLA_F_NESTED and NLA_F_NET_BYTEORDER
+_HEADER = struct.Struct("=IHHII")  # length, type, flags, sequence, port
+_ATTRIBUTE = struct.Struct("=HH")  # length, type
+_RECEIVE_BYTES = 65_536  # the kernel fills dump buffers of at most 32 KiB
+_MAX_DUMP_ATTEMPTS = 5  # a dump that the kernel interrupts is asked for again
+
+
+def open_netlink(family: int, groups: int = 0) -> socket.socket:
+    """Open a netlink socket in the calling thread's network namespace; the caller closes it."""
+    sock = socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, family)
+    try:
+        sock.bind((0, groups))
+    except OSError:
+        sock.close()
+        raise
+    return sock
+
+
+def encode_attribute(kind: int, value: bytes) -> bytes:
+    """Encode one attribute, padded to four bytes."""
+    return _ATTRIBUTE.pack(4 + len(value), kind) + value + bytes(-len(value) % 4)
+
+
+def decode_attributes(data: bytes) -> dict[int, bytes]:
+    """Decode a row of attributes; raise DataplaneError where a length does not hold."""
+    attributes: dict[int, bytes] = {}
+    offset = 0
+    while offset + 4 <= len(data):
+        length, kind = _ATTRIBUTE.unpack_from(data, offset)
+        if length < 4 or offset + length > len(data):
+            raise DataplaneError(f"netlink: attribute {kind} has length {length} of {len(data) - offset} bytes")
+        attributes[kind & _NLA_TYPE_MASK] = data[offset + 4 : offset + length]
+        offset += (length + 3) & ~3
+    return attributes
+
+
+@dataclass(frozen=True, slots=True)
+class Message:
+    """One netlink message."""
+
+    kind: int
+    flags: int
+    sequence: int
+    body: bytes
+
+
+def decode_messages(data: bytes) -> Iterator[Message]:
+    """Give each message of a datagram; raise DataplaneError where a length does not hold."""
+    offset = 0
+    while offset < len(data):
+        if offset + 16 > len(data):
+            raise DataplaneError(f"netlink: {len(data) - offset} bytes cannot hold a message header")
+        length, kind, flags, sequence, _ = _HEADER.unpack_from(data, offset)
+        if length < 16 or offset + length > len(data):
+            raise DataplaneError(f"netlink: message has length {length} of {len(data) - offset} bytes")
+        yield Message(kind, flags, sequence, data[offset + 16 : offset + length])
+        offset += (length + 3) & ~3
+
+
+def ask(sock: socket.socket, kind: int, body: bytes, sequence: int) -> bytes | None:
+    """Send one request; return the body of its answer, or None where the kernel knows no such object.
+
+    `sequence` tells the answer from one that came too late for an earlier request.
+    """
+    sock.send(_HEADER.pack(16 + len(body), kind, NLM_F_REQUEST, sequence, 0) + body)
+    while True:
+        for message in decode_messages(sock.recv(_RECEIVE_BYTES)):
+            if message.sequence != sequence:
+                continue
+            if message.kind != NLMSG_ERROR:
+                return message.body
+            code = _error(message.body)
+            if code == errno.ENOENT:
+                return None
+            raise DataplaneError(f"netlink: request {kind:#x}: {os.strerror(code)}")
+
+
+def dump(family: int, kind: int, body: bytes) -> list[bytes]:
+    """Return the bodies of all objects of a kind, from a socket of its own in the current network namespace."""
+    for _ in range(_MAX_DUMP_ATTEMPTS):
+        with open_netlink(family) as sock:
+            sock.send(_HEADER.pack(16 + len(body), kind, NLM_F_REQUEST | NLM_F_DUMP, 0, 0) + body)
+            bodies = _receive_dump(sock, kind)
+        if bodies is not None:
+            return bodies
+    raise DataplaneError(f"netlink: dump {kind:#x} was interrupted {_MAX_DUMP_ATTEMPTS} times")
+
+
+def _receive_dump(sock: socket.socket, kind: int) -> list[bytes] | None:
+    """Return the dump, or None where it changed while it was read and may have holes."""
+    bodies: list[bytes] = []
+    is_interrupted = False
+    while True:
+        for message in decode_messages(sock.recv(_RECEIVE_BYTES)):
+            is_interrupted |= bool(message.flags & NLM_F_DUMP_INTR)
+            if message.kind == NLMSG_DONE:
+                return None if is_interrupted else bodies
+            if message.kind == NLMSG_ERROR:
+                raise DataplaneError(f"netlink: dump {kind:#x}: {os.strerror(_error(message.body))}")
+            bodies.append(message.body)
+
+
+def _error(body: bytes) -> int:
+    if len(body) < 4:
+        raise DataplaneError("netlink: error message without a code")
+    (code,) = struct.unpack_from("=i", body)
+    return -int(code)

@@ -1,0 +1,230 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The queue of one pod's packets: from the kernel to the judge, and the verdict back.
+
+Built on the NetfilterQueue package. A connection takes this path six times, so it is short: bytes in, a verdict out.
+A socket of netlink keeps its namespace alive; `close` leaves nothing behind. Source: linux/netfilter/nfnetlink_queue.h.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import socket
+from collections import deque
+from collections.abc import Callable
+from contextlib import suppress
+
+from netfilterqueue import NetfilterQueue, Packet
+
+from enforcer_daemon.dataplane.inject import Injector
+from enforcer_daemon.dataplane.netns import open_in
+from enforcer_daemon.errors import DataplaneError
+from enforcer_daemon.marks import FORGET, OWN_MASK
+from enforcer_daemon.model import Direction
+from enforcer_daemon.settings import DataplaneSettings
+from enforcer_daemon.verdict import Action, Inject, Settle, Verdict
+
+Judge = Callable[[bytes, Direction, int], Verdict]
+"""Judges a packet: its bytes (4,016 at most, so the end of a jumbo frame is missing), its direction, and our bits of
+its mark: of a packet with SYN, what its connection was released with before, else 0."""
+
+_OTHERS_MASK = OWN_MASK ^ 0xFFFF_FFFF
+_PREROUTING = 0  # linux/netfilter.h: NF_INET_PRE_ROUTING; the other hook is NF_INET_POST_ROUTING
+_MAX_INJECTED = 64
+"""Packets of our own that may be on their way from the raw socket to our own queue."""
+
+
+class _Turn:
+    """What NetfilterQueue.run_socket takes for a socket: it ends after so many packets, and sees overruns."""
+
+    __slots__ = ("_sock", "left", "overruns")
+
+    def __init__(self, sock: socket.socket) -> None:
+        self._sock = sock
+        self.left = 0
+        self.overruns = 0
+
+    def recv(self, size: int) -> bytes:
+        if self.left <= 0:
+            raise BlockingIOError(errno.EAGAIN, "the turn is over")
+        self.left -= 1
+        try:
+            return self._sock.recv(size, socket.MSG_DONTWAIT)
+        except OSError as err:
+            if err.errno == errno.ENOBUFS:
+                self.overruns += 1
+            raise
+
+
+class PacketQueue:
+    """One endpoint's queue, bound inside its network namespace. For the event loop's thread alone."""
+
+    __slots__ = ("_held", "_injected", "_injector", "_judge", "_on_error", "_packets_per_turn", "_queue", "_sock",
+                 "_turn", "errors")  # fmt: skip
+
+    def __init__(
+        self,
+        queue: NetfilterQueue,
+        injector: Injector,
+        judge: Judge,
+        on_error: Callable[[Exception], None],
+        packets_per_turn: int,
+    ) -> None:
+        """Use `open`."""
+        self._queue: NetfilterQueue | None = queue
+        self._sock = socket.socket(fileno=os.dup(queue.get_fd()))
+        self._turn = _Turn(self._sock)
+        self._injector = injector
+        self._injected: deque[bytes] = deque(maxlen=_MAX_INJECTED)
+        self._judge = judge
+        self._on_error = on_error
+        self._packets_per_turn = packets_per_turn
+        self._held: dict[int, Packet] = {}
+        self.errors = 0
+
+    @classmethod
+    def open(
+        cls,
+        netns_fd: int,
+        settings: DataplaneSettings,
+        judge: Judge,
+        *,
+        on_error: Callable[[Exception], None],
+        ifindex: int = 0,
+    ) -> PacketQueue:
+        """Bind the queue inside the namespace; raise DataplaneError where another process has it.
+
+        `on_error` is told what the judge raised; the packet is then dropped. `ifindex` is the interface for packets
+        to link-local addresses.
+        """
+        injector = Injector(netns_fd, ifindex)
+        try:
+            # The library asks the kernel per namespace of the calling thread, hence also the first bind is in there.
+            queue = open_in(netns_fd, NetfilterQueue)
+            self = cls(queue, injector, judge, on_error, settings.packets_per_turn)
+        except OSError as err:
+            injector.close()
+            raise DataplaneError(f"queue {settings.queue_number}: {err}") from err
+        except BaseException:
+            injector.close()
+            raise
+        try:
+            queue.bind(
+                settings.queue_number,
+                self._on_packet,
+                max_len=settings.queue_length,
+                range=0xFFFF,
+                sock_len=settings.receive_buffer_bytes,
+            )
+        except OSError as err:
+            self.close()
+            raise DataplaneError(f"queue {settings.queue_number}: {err}; does another enforcer run here?") from err
+        return self
+
+    @property
+    def overruns(self) -> int:
+        """How often the socket's buffer was too small, and the kernel dropped packets (ENOBUFS)."""
+        return self._turn.overruns
+
+    @property
+    def injection_errors(self) -> int:
+        """How many packets of our own the kernel refused."""
+        return self._injector.errors
+
+    @property
+    def held_packets(self) -> int:
+        """How many packets wait in the kernel for an effect that settles them."""
+        return len(self._held)
+
+    def fileno(self) -> int:
+        """Return the descriptor that is readable when packets wait; -1 after `close`."""
+        return self._sock.fileno()
+
+    def read_turn(self) -> int:
+        """Judge the packets that wait, up to the bound of a turn; return how many were read, overruns included.
+
+        Where that is the bound, more may wait: the loop calls again when the descriptor is readable.
+        """
+        if self._queue is None:
+            return 0
+        turn = self._turn
+        turn.left = self._packets_per_turn
+        self._queue.run_socket(turn)
+        return self._packets_per_turn - turn.left
+
+    def carry_out(self, effects: tuple[Settle | Inject, ...]) -> None:
+        """Carry out effects that come from a deadline instead of a packet."""
+        for effect in effects:
+            if isinstance(effect, Inject):
+                self._inject(effect.packet)
+            else:
+                packet = self._held.pop(effect.hold_id, None)
+                if packet is not None:
+                    self._answer(packet, effect.verdict)
+
+    def close(self) -> None:
+        """Unbind and close everything; the kernel drops what waits. A second time does nothing."""
+        queue, self._queue = self._queue, None
+        self._held.clear()  # each held packet keeps the queue's socket, and so the namespace
+        if queue is not None:
+            queue.unbind()
+        self._sock.close()
+        self._injector.close()
+
+    def _on_packet(self, packet: Packet) -> None:
+        try:
+            payload = packet.get_payload()
+            mark = packet.mark & OWN_MASK
+            if packet.hook == _PREROUTING:
+                verdict = self._judge(payload, Direction.INGRESS, mark)
+            elif self._injected and _flow_and_content(payload) in self._injected:
+                self._injected.remove(_flow_and_content(payload))
+                packet.accept()
+                return
+            else:
+                verdict = self._judge(payload, Direction.EGRESS, mark)
+            self._answer(packet, verdict)
+            if verdict.effects:
+                self.carry_out(verdict.effects)
+        except Exception as err:  # noqa: BLE001 - the boundary: whatever goes wrong, this packet does not pass
+            self._fail(packet, err)
+
+    def _answer(self, packet: Packet, verdict: Verdict) -> None:
+        action, payload, mark, hold_id, _ = verdict
+        if action is Action.DROP:
+            packet.drop()
+            return
+        if action is Action.HOLD:
+            if hold_id in self._held:
+                raise DataplaneError(f"hold_id {hold_id}: another packet is held under it")
+            self._held[hold_id] = packet
+            return
+        if payload is not None:
+            packet.set_payload(payload)
+        if action is Action.ACCEPT:
+            if packet.mark & OWN_MASK:
+                packet.set_mark(packet.mark & _OTHERS_MASK)
+            packet.accept()
+        elif action is Action.RELEASE:
+            packet.set_mark(packet.mark & _OTHERS_MASK | mark)
+            packet.repeat()
+        else:
+            packet.set_mark(packet.mark & _OTHERS_MASK | FORGET)
+            packet.repeat()
+
+    def _fail(self, packet: Packet, err: Exception) -> None:
+        self.errors += 1
+        with suppress(RuntimeError):  # it has its verdict, and an effect failed
+            packet.drop()
+        self._on_error(err)
+
+    def _inject(self, packet: bytes) -> None:
+        # Our rules see the packet too, unless its flow is released: it is known again by its content. Another packet
+        # with the same content does what the enforcer wants done.
+        if self._injector.send(packet):
+            self._injected.append(_flow_and_content(packet))
+
+
+def _flow_and_content(packet: bytes) -> bytes:
+    """Return a packet without what the kernel fills in or counts down: ID, checksum, lengths, flow label."""
+    return packet[12:] if packet[0] >> 4 == 4 else packet[8:]
