@@ -143,7 +143,7 @@ def _write(path: Path, content: bytes) -> None:
     """Write a private file whole or not at all."""
     partial = path.with_name(path.name + ".new")
     partial.unlink(missing_ok=True)
-    with open(os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as file:
+    with os.fdopen(os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as file:
         file.write(content)
         file.flush()
         os.fsync(file.fileno())

@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 from enforcer_daemon.errors import PacketError
 from enforcer_daemon.packet.checksum import complement, ones_sum
-from enforcer_daemon.packet.ip import IPV4_MIN_HEADER, IPV6_HEADER, decode_ip
+from enforcer_daemon.packet.ip import IPV4_MIN_HEADER, IPV6_HEADER, IPHeader, decode_ip
 
 TCP = 6
 TCP_MIN_HEADER = 20
@@ -70,9 +70,15 @@ class Segment(NamedTuple):
 
 def decode_tcp(packet: bytes) -> Segment:
     """Read a packet that carries TCP; raise PacketError where lengths contradict each other or it is not TCP."""
-    src, dst, protocol, offset, end = decode_ip(packet)
-    if protocol != TCP:
+    header = decode_ip(packet)
+    if header.protocol != TCP:
         raise PacketError("not TCP")
+    return decode_segment(packet, header)
+
+
+def decode_segment(packet: bytes, header: IPHeader) -> Segment:
+    """Read the TCP header of a packet whose IP header is known to announce one; raise PacketError."""
+    src, dst, _, offset, end = header
     if offset + TCP_MIN_HEADER > end:
         raise PacketError("TCP header is truncated")
     sport, dport, seq, ack, data_offset, flags, window, _, _ = _HEADER.unpack_from(packet, offset)

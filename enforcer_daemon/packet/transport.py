@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 from enforcer_daemon.errors import PacketError
 from enforcer_daemon.model import Protocol
-from enforcer_daemon.packet.ip import decode_ip
+from enforcer_daemon.packet.ip import IPHeader
 
 
 class Datagram(NamedTuple):
@@ -20,9 +20,9 @@ class Datagram(NamedTuple):
     dport: int | None
 
 
-def decode_datagram(packet: bytes) -> Datagram:
-    """Read any IP packet; raise PacketError where UDP or SCTP is too short for its ports."""
-    src, dst, protocol, offset, end = decode_ip(packet)
+def decode_datagram(packet: bytes, header: IPHeader) -> Datagram:
+    """Read what follows a known IP header; raise PacketError where UDP or SCTP is too short for its ports."""
+    src, dst, protocol, offset, end = header
     if protocol not in (Protocol.UDP, Protocol.SCTP):
         return Datagram(src, dst, protocol, None, None)
     if offset + 8 > end:

@@ -1,0 +1,200 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the two sides of an endpoint's handshakes share: the node, the endpoint, its reports and its held packets."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable
+from typing import NamedTuple
+
+from enforcer_daemon.datapath.judging import Judge, Networks
+from enforcer_daemon.errors import PeerError
+from enforcer_daemon.handshake.flows import Flow
+from enforcer_daemon.handshake.local import LocalToken
+from enforcer_daemon.handshake.peers import PeerVerifier
+from enforcer_daemon.model import Decision, Direction, Identity, PodRef, RuleRef
+from enforcer_daemon.packet.tcp import ACK, RST, SYN, Segment, build
+from enforcer_daemon.reasons import Reason
+from enforcer_daemon.settings import DenyWith, HandshakeSettings
+from enforcer_daemon.verdict import DROP, Action, Inject, Settle, Verdict
+
+TrueSource = Callable[[int, bytes, int, bytes, int], bytes | None]
+"""(protocol, source, source port, destination, destination port) of a packet that the node masqueraded -> the packed
+address it really came from; None where the node itself sent it."""
+
+HOLD_S = 1.0
+"""How long a packet waits for its flow's proof, seconds."""
+_MAX_HELD = 1_024
+"""Packets of one endpoint that wait for proofs: a quarter of the kernel queue's default length."""
+_MAX_INJECTED = 256
+"""Own packets on their way to the queue that are still recognised."""
+_MAX_NONCES = 65_536
+"""Nonces that a node remembers, to tell a replay."""
+_MAX_REPORTS = 1_024
+"""Reports that wait to be taken; beyond it new ones are only counted."""
+_NUMBERS = 0xFFFF_FFFF
+
+
+class FlowReport(NamedTuple):
+    """One decision on a flow, for logs, counters and operators."""
+
+    is_allowed: bool
+    reason: Reason
+    direction: Direction
+    protocol: int
+    remote: bytes
+    """Packed address; empty where the packet could not be read."""
+    port: int | None
+    """Destination port."""
+    peer: Identity | None
+    rules: tuple[RuleRef, ...]
+    detail: str
+
+
+class NodeContext:
+    """What the endpoints of a node share."""
+
+    __slots__ = (
+        "_nonces",
+        "addresses",
+        "deny_with",
+        "networks",
+        "random",
+        "settings",
+        "true_source",
+        "verifier",
+        "wall_offset_s",
+    )
+
+    def __init__(
+        self,
+        settings: HandshakeSettings,
+        deny_with: DenyWith,
+        networks: Networks,
+        verifier: PeerVerifier,
+        random: Callable[[int], bytes],
+        true_source: TrueSource,
+    ) -> None:
+        self.settings = settings
+        self.deny_with = deny_with
+        self.networks = networks
+        self.verifier = verifier
+        self.random = random
+        """Cryptographically strong random bytes."""
+        self.true_source = true_source
+        self.addresses: frozenset[bytes] = frozenset()
+        """Packed addresses of the node's own interfaces."""
+        self.wall_offset_s = 0.0
+        """Unix time less monotonic time."""
+        self._nonces: dict[bytes, None] = {}
+
+    def use_nonce(self, nonce: bytes) -> None:
+        """Remember an initiator's nonce; raise PeerError where it was used before."""
+        if nonce in self._nonces:
+            raise PeerError(Reason.REPLAYED_NONCE)
+        if len(self._nonces) >= _MAX_NONCES:
+            del self._nonces[next(iter(self._nonces))]
+        self._nonces[nonce] = None
+
+
+class EndpointContext:
+    """What the parts of one endpoint's datapath share."""
+
+    __slots__ = ("_held", "_hold_ids", "_injected", "judge", "local", "lost_reports", "mtu", "node", "pod", "reports")
+
+    def __init__(self, pod: PodRef, node: NodeContext, judge: Judge, local: LocalToken, mtu: int) -> None:
+        self.pod = pod
+        self.node = node
+        self.judge = judge
+        self.local = local
+        """The token for new flows; unfinished flows keep the one they began with."""
+        self.mtu = mtu
+        self.reports: list[FlowReport] = []
+        self.lost_reports = 0
+        self._hold_ids = 0
+        self._held: deque[tuple[float, Flow, int]] = deque()
+        self._injected: dict[tuple[bytes, int, int, int], None] = {}
+
+    def report(
+        self,
+        direction: Direction,
+        remote: bytes,
+        port: int | None,
+        decision: Decision,
+        *,
+        protocol: int = 6,
+        peer: Identity | None = None,
+        detail: str = "",
+    ) -> None:
+        """Leave a decision for the shell to log and count."""
+        if len(self.reports) >= _MAX_REPORTS:
+            self.lost_reports += 1
+            return
+        self.reports.append(
+            FlowReport(
+                decision.is_allowed, decision.reason, direction, protocol, remote, port, peer, decision.rules, detail
+            )
+        )
+
+    def inject(self, key: bytes, segment: bytes, flags: int, numbers: tuple[int, int]) -> Inject:
+        """Send a packet of our own towards the peer, and know it again when it passes the queue."""
+        if len(self._injected) >= _MAX_INJECTED:
+            del self._injected[next(iter(self._injected))]
+        self._injected[(key, flags, *numbers)] = None
+        return Inject(segment)
+
+    def is_injected(self, key: bytes, segment: Segment) -> bool:
+        """Tell whether the enforcer itself sent this packet; each is recognised once."""
+        return self._injected.pop((key, segment.flags, segment.seq, segment.ack), 0) is None
+
+    def reset_remote(self, key: bytes, segment: Segment, direction: Direction) -> Inject:
+        """Tell the remote end that the connection is refused or unknown: a RST as the pod's kernel would send."""
+        if direction is Direction.INGRESS:
+            src, dst, ports = segment.dst, segment.src, (segment.dport, segment.sport)
+            seq, ack, flags = _reset_numbers(segment)
+        else:
+            src, dst, ports = segment.src, segment.dst, (segment.sport, segment.dport)
+            seq, ack, flags = segment.seq, segment.ack, RST | ACK
+        packet = build(src, dst, ports, (seq, ack), flags, 0)
+        return self.inject(key, packet, flags, (seq, ack))
+
+    def hold(self, flow: Flow, now: float, effects: tuple[Settle | Inject, ...] = ()) -> Verdict:
+        """Keep the packet in the kernel's queue until the flow's proof; raise PeerError where too many wait."""
+        if len(self._held) >= _MAX_HELD or len(flow.held) >= self.node.settings.max_held_packets:
+            raise PeerError(Reason.HOLD_QUEUE_FULL)
+        self._hold_ids += 1
+        flow.held.append(self._hold_ids)
+        self._held.append((now + HOLD_S, flow, self._hold_ids))
+        return Verdict(Action.HOLD, hold_id=self._hold_ids, effects=effects)
+
+    def settle_held(self, flow: Flow, verdict: Verdict) -> tuple[Settle, ...]:
+        """Give every packet that waits for a flow the same verdict, oldest first."""
+        held, flow.held = flow.held, []
+        return tuple(Settle(hold_id, verdict) for hold_id in held)
+
+    def expire_held(self, now: float) -> list[Settle]:
+        """Drop what has waited too long."""
+        effects = []
+        while self._held and self._held[0][0] <= now:
+            _, flow, hold_id = self._held.popleft()
+            if hold_id in flow.held:
+                flow.held.remove(hold_id)
+                effects.append(Settle(hold_id, DROP))
+        return effects
+
+
+def reset_local(segment: Segment) -> bytes:
+    """Answer the pod's own packet with the RST that its peer would send; it reaches the pod over its loopback."""
+    seq, ack, flags = _reset_numbers(segment)
+    return build(segment.dst, segment.src, (segment.dport, segment.sport), (seq, ack), flags, 0)
+
+
+def _reset_numbers(segment: Segment) -> tuple[int, int, int]:
+    """RFC 9293, section 3.10.7.1: a RST takes its number from an ACK, else it acknowledges what it refuses.
+
+    A SYN's payload is a frame, which the sender's kernel knows nothing of, so it is not acknowledged.
+    """
+    if segment.flags & ACK:
+        return segment.ack, 0, RST
+    length = 1 if segment.flags & SYN else segment.end - segment.data
+    return 0, (segment.seq + length) & _NUMBERS, RST | ACK

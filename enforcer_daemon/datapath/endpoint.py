@@ -1,0 +1,173 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One endpoint's packets: told apart by direction and flags, handed to a side of the handshake, never raising."""
+
+from __future__ import annotations
+
+from enforcer_daemon.datapath.context import EndpointContext, FlowReport, reset_local
+from enforcer_daemon.datapath.initiator import Initiator
+from enforcer_daemon.datapath.responder import Responder
+from enforcer_daemon.errors import PacketError, PeerError
+from enforcer_daemon.handshake.flows import Flow
+from enforcer_daemon.handshake.machine import Event
+from enforcer_daemon.marks import released_mark
+from enforcer_daemon.model import Decision, Direction
+from enforcer_daemon.packet.ip import IPHeader, decode_ip
+from enforcer_daemon.packet.tcp import ACK, FIN, RST, SYN, SYN_ACK, TCP, Segment, build, decode_segment
+from enforcer_daemon.packet.transport import decode_datagram
+from enforcer_daemon.reasons import Reason
+from enforcer_daemon.verdict import ACCEPT, DROP, Action, Inject, Settle, Verdict
+
+_RELEASE = Verdict(Action.RELEASE, mark=released_mark(0))
+
+
+class EndpointDatapath:
+    """The pipeline of one endpoint."""
+
+    def __init__(self, context: EndpointContext) -> None:
+        self._context = context
+        self._initiator = Initiator(context)
+        self._responder = Responder(context)
+
+    @property
+    def context(self) -> EndpointContext:
+        """Policy, token and reports of the endpoint."""
+        return self._context
+
+    @property
+    def half_open_flows(self) -> int:
+        """Unfinished handshakes, both ways."""
+        return len(self._initiator.flows) + len(self._responder.flows)
+
+    def process(self, packet: bytes, direction: Direction, mark: int, now: float) -> Verdict:
+        """Judge one packet; `mark` is the connection's earlier release as the rules restored it, `now` monotonic.
+
+        Whatever is wrong with the packet or its sender becomes a drop with a report, here alone.
+        """
+        header: IPHeader | None = None
+        try:
+            header = decode_ip(packet)
+            if header.protocol == TCP:
+                return self._segment(decode_segment(packet, header), direction, mark, now)
+            return self._datagram(packet, header, direction)
+        except PeerError as err:
+            return self._drop(header, packet, direction, err.reason, err.detail)
+        except PacketError as err:
+            return self._drop(header, packet, direction, Reason.MALFORMED_PACKET, str(err))
+        except Exception as err:  # noqa: BLE001 - the boundary: fails closed, is counted and logged
+            return self._drop(header, packet, direction, Reason.INTERNAL_ERROR, f"{type(err).__name__}: {err}")
+
+    def expire(self, now: float) -> tuple[Settle | Inject, ...]:
+        """Give up handshakes and held packets whose time is over; call it a few times a second."""
+        effects: list[Settle | Inject] = list(self._context.expire_held(now))
+        for direction, table in (
+            (Direction.EGRESS, self._initiator.flows),
+            (Direction.INGRESS, self._responder.flows),
+        ):
+            for flow in table.expire(now):
+                self._give_up(flow, direction)
+        return tuple(effects)
+
+    def _give_up(self, flow: Flow, direction: Direction) -> None:
+        flow.advance(Event.EXPIRED)
+        address_length = (len(flow.key) - 4) // 2
+        decision = Decision(False, Reason.HANDSHAKE_TIMEOUT, direction)
+        ports = flow.key[-4:]
+        port = int.from_bytes(ports[:2] if direction is Direction.EGRESS else ports[2:], "big")
+        self._context.report(direction, flow.key[:address_length], port, decision)
+
+    def take_reports(self) -> list[FlowReport]:
+        """Give the decisions since the last call."""
+        reports, self._context.reports = self._context.reports, []
+        return reports
+
+    def _segment(self, segment: Segment, direction: Direction, mark: int, now: float) -> Verdict:
+        key = _flow_key(segment, direction)
+        kind = segment.flags & (SYN | ACK | RST | FIN)
+        if kind == SYN:
+            side = self._initiator.syn_out if direction is Direction.EGRESS else self._responder.syn_in
+            return side(segment, key, mark, now)
+        if kind == SYN_ACK:
+            if direction is Direction.INGRESS:
+                return self._initiator.syn_ack_in(segment, key, mark, now)
+            return self._responder.syn_ack_out(segment, key, mark)
+        if kind & SYN:
+            raise PacketError("SYN together with RST or FIN")
+        return self._later_segment(segment, direction, key, now)
+
+    def _later_segment(self, segment: Segment, direction: Direction, key: bytes, now: float) -> Verdict:
+        if direction is Direction.EGRESS:
+            opened = self._initiator.flows.get(key)
+            if opened is not None:
+                return self._initiator.segment_out(opened, segment, now)
+            if self._context.is_injected(key, segment):
+                return ACCEPT
+            answered = self._responder.flows.get(key)
+            if answered is not None:
+                return self._responder.segment_out(answered, segment)
+        else:
+            answered = self._responder.flows.get(key)
+            if answered is not None:
+                return self._responder.segment_in(answered, segment, now)
+            opened = self._initiator.flows.get(key)
+            if opened is not None:
+                return self._initiator.segment_in(opened, segment)
+        return self._unknown(segment, direction, key)
+
+    def _unknown(self, segment: Segment, direction: Direction, key: bytes) -> Verdict:
+        """End at both sides a connection that nobody judged; stray segments without data are only dropped."""
+        if segment.data == segment.end or segment.flags & RST:
+            raise PeerError(Reason.UNKNOWN_FLOW, "segment without data")
+        decision = Decision(False, Reason.UNKNOWN_FLOW, direction)
+        remote = segment.src if direction is Direction.INGRESS else segment.dst
+        self._context.report(direction, remote, segment.dport, decision, detail="ended at both sides")
+        ports = segment.sport, segment.dport
+        onward = build(segment.src, segment.dst, ports, (segment.seq, segment.ack), RST | ACK, 0)
+        if direction is Direction.INGRESS:
+            return Verdict(Action.ACCEPT, onward, effects=(self._context.reset_remote(key, segment, direction),))
+        return Verdict(Action.ACCEPT, onward, effects=(Inject(reset_local(segment)),))
+
+    def _datagram(self, packet: bytes, header: IPHeader, direction: Direction) -> Verdict:
+        """Judge what carries no identity by its address; replies follow the release of their flow."""
+        datagram = decode_datagram(packet, header)
+        context = self._context
+        if direction is Direction.EGRESS:
+            remote = datagram.dst
+            decision = context.judge.egress(None, remote, datagram.dport, datagram.protocol)
+        else:
+            remote = datagram.src
+            decision = self._judge_datagram_in(
+                datagram.src, datagram.sport or 0, datagram.dst, datagram.dport, datagram.protocol
+            )
+        context.report(direction, remote, datagram.dport, decision, protocol=datagram.protocol)
+        return _RELEASE if decision.is_allowed else DROP
+
+    def _judge_datagram_in(self, src: bytes, sport: int, dst: bytes, dport: int | None, protocol: int) -> Decision:
+        context = self._context
+        if src in context.node.addresses:
+            true_source = context.node.true_source(protocol, src, sport, dst, dport or 0)
+            if true_source is None:
+                return Decision(True, Reason.NODE, Direction.INGRESS)
+            src = true_source
+        return context.judge.ingress(None, src, dport, protocol)
+
+    def _drop(
+        self, header: IPHeader | None, packet: bytes, direction: Direction, reason: Reason, detail: str
+    ) -> Verdict:
+        remote, port, protocol = b"", None, 0
+        if header is not None:
+            remote = header.src if direction is Direction.INGRESS else header.dst
+            protocol = header.protocol
+            if header.offset + 4 <= header.end:
+                port = packet[header.offset + 2] << 8 | packet[header.offset + 3]
+        self._context.report(
+            direction, remote, port, Decision(False, reason, direction), protocol=protocol, detail=detail
+        )
+        return DROP
+
+
+def _flow_key(segment: Segment, direction: Direction) -> bytes:
+    """Name a flow from the pod's side: remote address, own address, remote port, own port."""
+    packet, offset = segment.packet, segment.offset
+    if direction is Direction.INGRESS:
+        return segment.src + segment.dst + packet[offset : offset + 4]
+    return segment.dst + segment.src + packet[offset + 2 : offset + 4] + packet[offset : offset + 2]

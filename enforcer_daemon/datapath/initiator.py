@@ -1,0 +1,212 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Connections that the pod opens: attach the frame, verify the answer, judge egress, prove, release."""
+
+from __future__ import annotations
+
+from enforcer_daemon.datapath.context import EndpointContext, reset_local
+from enforcer_daemon.datapath.judging import Destination
+from enforcer_daemon.errors import PeerError, TokenError
+from enforcer_daemon.handshake.flows import FlowTable, InitiatorFlow
+from enforcer_daemon.handshake.frames import (
+    SynAckFrame,
+    decode_syn_ack,
+    find_proof,
+    has_room,
+    is_frame,
+    proof_option,
+)
+from enforcer_daemon.handshake.machine import Event, State
+from enforcer_daemon.handshake.peers import Peer
+from enforcer_daemon.marks import OWN_MASK, RELEASED, released_mark
+from enforcer_daemon.model import Decision, Direction
+from enforcer_daemon.packet.tcp import ACK, RST, Segment, build, with_options_and_payload, without_fast_open
+from enforcer_daemon.reasons import Reason
+from enforcer_daemon.settings import DenyWith
+from enforcer_daemon.verdict import ACCEPT, DROP, Action, Inject, Verdict
+
+_NUMBERS = 0xFFFF_FFFF
+_RELEASE = Verdict(Action.RELEASE, mark=released_mark(0))
+_SYN_HEADERS = 60
+"""IP and TCP header bytes of the smallest SYN: with the frame, a packet size that this path has already carried."""
+
+
+class Initiator:
+    """The initiating side of one endpoint."""
+
+    def __init__(self, context: EndpointContext) -> None:
+        self._context = context
+        self.flows: FlowTable[InitiatorFlow] = FlowTable(context.node.settings.max_half_open_flows)
+
+    def syn_out(self, segment: Segment, key: bytes, mark: int, now: float) -> Verdict:
+        """Let a SYN out: with our frame into the enforced networks, judged by address elsewhere."""
+        flow = self.flows.get(key)
+        if flow is not None:
+            if flow.isn == segment.seq and flow.state is State.OPENING:
+                return self._attach_frame(segment, flow, 0)
+            self.flows.discard(flow)
+        context = self._context
+        destination = context.node.networks.destination(segment.dst)
+        if destination is Destination.EXTERNAL:
+            return self._release_by_address(segment, context.judge.egress(None, segment.dst, segment.dport))
+        if not context.judge.could_allow_egress(destination, segment.dst, segment.dport):
+            decision = context.judge.egress(None, segment.dst, segment.dport)
+            return self._deny_syn(segment, Decision(False, Reason.EGRESS_DENIED, Direction.EGRESS, decision.rules))
+        if now + context.node.wall_offset_s > context.local.expires_at:
+            raise TokenError(Reason.TOKEN_EXPIRED, "our own; is the daemon overloaded?")
+        flow = InitiatorFlow(
+            key, context.local, context.node.random(16), segment.seq, now + context.node.settings.timeout_s
+        )
+        self.flows.add(flow)
+        return self._attach_frame(segment, flow, mark)
+
+    def _attach_frame(self, segment: Segment, flow: InitiatorFlow, mark: int) -> Verdict:
+        """Replace the SYN's payload; Fast Open data among it is sent again by the kernel, after the handshake."""
+        packet = with_options_and_payload(segment, without_fast_open(segment.options), flow.frame)
+        if len(packet) > self._context.mtu:
+            raise PeerError(Reason.IDENTITY_TOO_LARGE, f"{len(packet)} bytes, MTU {self._context.mtu}")
+        return Verdict(Action.FORGET if mark & OWN_MASK else Action.ACCEPT, packet)
+
+    def _release_by_address(self, segment: Segment, decision: Decision) -> Verdict:
+        if not decision.is_allowed:
+            return self._deny_syn(segment, decision)
+        self._context.report(Direction.EGRESS, segment.dst, segment.dport, decision)
+        return _RELEASE
+
+    def _deny_syn(self, segment: Segment, decision: Decision) -> Verdict:
+        self._context.report(Direction.EGRESS, segment.dst, segment.dport, decision)
+        if self._context.node.deny_with is DenyWith.RESET:
+            return DROP._replace(effects=(Inject(reset_local(segment)),))
+        return DROP
+
+    def syn_ack_in(self, segment: Segment, key: bytes, mark: int, now: float) -> Verdict:
+        """Verify who answers, judge egress, and deliver the SYN-ACK as its sender's kernel made it."""
+        flow = self.flows.get(key)
+        if flow is None:
+            if mark & RELEASED:
+                return _deliver(segment)
+            raise PeerError(Reason.UNKNOWN_FLOW, "SYN-ACK")
+        if segment.ack != (flow.isn + 1) & _NUMBERS:
+            raise PeerError(Reason.UNKNOWN_FLOW, "SYN-ACK acknowledges another SYN")
+        payload = segment.payload
+        if not is_frame(payload):
+            return self._plain_syn_ack(segment, flow, key)
+        if flow.state is State.RELEASED:
+            return _prove_again(segment, flow)
+        context = self._context
+        frame = decode_syn_ack(payload)
+        peer = context.node.verifier.verify(frame.block, segment.src, now, now + context.node.wall_offset_s)
+        self._require_dialled(segment, frame, peer)
+        flow.verify(payload, frame, segment.seq, peer)
+        decision = context.judge.egress(peer, frame.address, frame.port)
+        if flow.state is State.OPENING or not decision.is_allowed:
+            context.report(Direction.EGRESS, frame.address, frame.port, decision, peer=peer.identity)
+        if not decision.is_allowed:
+            return self._refuse(segment, flow, key)
+        flow.advance(Event.SYN_ACK_VERIFIED)
+        return _deliver(segment)
+
+    def _require_dialled(self, segment: Segment, frame: SynAckFrame, peer: Peer) -> None:
+        """The pod that answers must be at the address it states, and that must be the dialled one, unless virtual."""
+        if frame.address not in peer.addresses:
+            raise PeerError(Reason.RESPONDER_MISMATCH, f"{peer.identity.pod} answers for an address not its own")
+        if (frame.address, frame.port) != (segment.src, segment.sport):
+            destination = self._context.node.networks.destination(segment.src)
+            if destination is not Destination.VIRTUAL:
+                raise PeerError(Reason.RESPONDER_MISMATCH, f"{peer.identity.pod} answers for another address")
+
+    def _plain_syn_ack(self, segment: Segment, flow: InitiatorFlow, key: bytes) -> Verdict:
+        """No frame in the answer: the peer is an address, whatever it sits behind."""
+        if flow.state is not State.OPENING:
+            raise PeerError(Reason.UNKNOWN_FLOW, "SYN-ACK without identity after one with it")
+        decision = self._context.judge.egress(None, segment.src, segment.sport)
+        self._context.report(Direction.EGRESS, segment.src, segment.sport, decision)
+        if not decision.is_allowed:
+            return self._refuse(segment, flow, key)
+        self.flows.discard(flow)
+        return _RELEASE
+
+    def _refuse(self, segment: Segment, flow: InitiatorFlow, key: bytes) -> Verdict:
+        """End both sides: the peer's half-open connection by a RST, ours by one where so configured."""
+        flow.advance(Event.REFUSED)
+        self.flows.discard(flow)
+        effects = (self._context.reset_remote(key, segment, Direction.INGRESS),)
+        if self._context.node.deny_with is DenyWith.RESET:
+            ports = segment.sport, segment.dport
+            numbers = 0, (flow.isn + 1) & _NUMBERS
+            refused = build(segment.src, segment.dst, ports, numbers, RST | ACK, 0)
+            return Verdict(Action.ACCEPT, refused, effects=effects)
+        return DROP._replace(effects=effects)
+
+    def segment_out(self, flow: InitiatorFlow, segment: Segment, now: float) -> Verdict:
+        """Let the pod's first segment after the SYN-ACK carry the proof, and release the flow with it."""
+        if segment.flags & RST:
+            self.flows.discard(flow)
+            return ACCEPT
+        match flow.state:
+            case State.VERIFIED:
+                return self._prove(segment, flow, now)
+            case State.PROVING:
+                return self._pass_lone_proof(segment, flow, now)
+            case State.RELEASED:
+                return _RELEASE
+            case _:
+                raise PeerError(Reason.UNKNOWN_FLOW, f"segment while {flow.state.name.lower()}")
+
+    def _prove(self, segment: Segment, flow: InitiatorFlow, now: float) -> Verdict:
+        options = segment.options
+        length = segment.end + len(proof_option(flow.proof, is_lone=False))
+        is_small = segment.data == segment.end or length <= len(flow.frame) + _SYN_HEADERS
+        if has_room(options) and is_small:
+            flow.advance(Event.PROOF_ATTACHED)
+            self.flows.settle(flow)
+            options += proof_option(flow.proof, is_lone=False)
+            return Verdict(Action.RELEASE, with_options_and_payload(segment, options, segment.payload), _RELEASE.mark)
+        flow.advance(Event.LONE_PROOF_SENT)
+        return self._context.hold(flow, now, (_lone_proof(segment, flow),))
+
+    def _pass_lone_proof(self, segment: Segment, flow: InitiatorFlow, now: float) -> Verdict:
+        found = find_proof(segment.options)
+        if found is None or not found.is_lone or found.proof != flow.proof:
+            return self._context.hold(flow, now)
+        flow.advance(Event.LONE_PROOF_PASSED)
+        self.flows.settle(flow)
+        return _RELEASE._replace(effects=self._context.settle_held(flow, _RELEASE))
+
+    def segment_in(self, flow: InitiatorFlow, segment: Segment) -> Verdict:
+        """Let in what the peer may send before our proof has reached it."""
+        if flow.state is State.RELEASED:
+            return _RELEASE
+        if segment.flags & RST:
+            if flow.state is State.OPENING and segment.ack != (flow.isn + 1) & _NUMBERS:
+                raise PeerError(Reason.UNKNOWN_FLOW, "RST that refuses another SYN")
+            if flow.state is State.OPENING:
+                self.flows.discard(flow)
+            return ACCEPT
+        if segment.data == segment.end and flow.state is State.OPENING:
+            # A challenge ACK of a peer that still has the last connection of these ports (RFC 5961): the pod's kernel
+            # answers it with a RST and sends its SYN again.
+            return ACCEPT
+        raise PeerError(Reason.UNKNOWN_FLOW, f"segment while {flow.state.name.lower()}")
+
+
+def _deliver(segment: Segment) -> Verdict:
+    """Take off what was added, so that the pod's kernel sees its peer's SYN-ACK."""
+    if not is_frame(segment.payload):
+        return ACCEPT
+    return Verdict(Action.ACCEPT, with_options_and_payload(segment, without_fast_open(segment.options), b""))
+
+
+def _lone_proof(segment: Segment, flow: InitiatorFlow) -> Inject:
+    """Make an ACK of our own with nothing but the proof; `segment` goes the same way."""
+    numbers = (flow.isn + 1) & _NUMBERS, (flow.isn_r + 1) & _NUMBERS
+    options = proof_option(flow.proof, is_lone=True)
+    ports = segment.sport, segment.dport
+    return Inject(build(segment.src, segment.dst, ports, numbers, ACK, segment.window, options))
+
+
+def _prove_again(segment: Segment, flow: InitiatorFlow) -> Verdict:
+    """The peer repeats its SYN-ACK because our proof was lost; the pod's kernel need not know."""
+    if segment.seq != flow.isn_r:
+        raise PeerError(Reason.UNKNOWN_FLOW, "SYN-ACK of another handshake")
+    answer = segment._replace(src=segment.dst, dst=segment.src, sport=segment.dport, dport=segment.sport)
+    return DROP._replace(effects=(_lone_proof(answer, flow),))

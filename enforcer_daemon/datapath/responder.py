@@ -1,0 +1,218 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Connections that are opened to the pod: verify the SYN, judge ingress, answer, await the proof, release."""
+
+from __future__ import annotations
+
+from enforcer_daemon.datapath.context import EndpointContext
+from enforcer_daemon.errors import PeerError
+from enforcer_daemon.handshake.flows import FlowTable, Offer, ResponderFlow
+from enforcer_daemon.handshake.frames import (
+    SYN_ACK_OVERHEAD,
+    FoundProof,
+    decode_syn,
+    find_proof,
+    is_frame,
+)
+from enforcer_daemon.handshake.machine import Event, State
+from enforcer_daemon.handshake.peers import Peer
+from enforcer_daemon.handshake.proofs import frame_hash
+from enforcer_daemon.marks import NODE, OWN_MASK, RELEASED, released_mark
+from enforcer_daemon.model import Decision, Direction
+from enforcer_daemon.packet.tcp import (
+    FIN,
+    RST,
+    SYN_ACK,
+    TCP,
+    TCP_MAX_HEADER,
+    TCP_MIN_HEADER,
+    Segment,
+    announced_mss,
+    build,
+    decode_tcp,
+    with_options_and_payload,
+    without_fast_open,
+)
+from enforcer_daemon.reasons import Reason
+from enforcer_daemon.settings import DenyWith
+from enforcer_daemon.verdict import ACCEPT, DROP, Action, Inject, Verdict
+
+_NUMBERS = 0xFFFF_FFFF
+_RELEASE = Verdict(Action.RELEASE, mark=released_mark(0))
+_REPEAT_S = 0.02
+"""The least time between two repetitions of a SYN-ACK for unproven data, seconds."""
+_MAX_OPTIONS = TCP_MAX_HEADER - TCP_MIN_HEADER
+
+
+class Responder:
+    """The responding side of one endpoint."""
+
+    def __init__(self, context: EndpointContext) -> None:
+        self._context = context
+        self.flows: FlowTable[ResponderFlow] = FlowTable(context.node.settings.max_half_open_flows)
+
+    def syn_in(self, segment: Segment, key: bytes, mark: int, now: float) -> Verdict:
+        """Let a SYN in: verified and judged by its frame, or by its address where it has none."""
+        payload = segment.payload
+        flow = self.flows.get(key)
+        if not is_frame(payload):
+            if flow is not None:
+                self.flows.discard(flow)
+            return self._plain_syn(segment, key)
+        syn_hash = frame_hash(payload)
+        if flow is not None and (flow.offer.isn, flow.offer.syn_hash) == (segment.seq, syn_hash):
+            return _deliver_syn(segment, 0)
+        context = self._context
+        frame = decode_syn(payload)
+        peer = context.node.verifier.verify(frame.block, segment.src, now, now + context.node.wall_offset_s)
+        address = self._require_source(segment, peer)
+        decision = context.judge.ingress(peer, address, segment.dport)
+        if not decision.is_allowed:
+            context.report(Direction.INGRESS, segment.src, segment.dport, decision, peer=peer.identity)
+            return self._deny_syn(segment, key)
+        self._require_room(segment)
+        context.node.use_nonce(frame.nonce)
+        context.report(Direction.INGRESS, segment.src, segment.dport, decision, peer=peer.identity)
+        offer = Offer(frame.nonce, segment.seq, syn_hash, segment.dst, segment.dport)
+        self.flows.add(ResponderFlow(key, context.local, peer, offer, now + context.node.settings.timeout_s))
+        return _deliver_syn(segment, mark)
+
+    def _require_source(self, segment: Segment, peer: Peer) -> bytes:
+        """Give the address to judge: the source, where it is the token's pod or a known masquerade of it.
+
+        The pod's own token is at home only where the node's own NAT brought it back: a hairpin through a Service.
+        """
+        context, source = self._context, segment.src
+        is_own = context.judge.is_own(peer)
+        if source in peer.addresses and not is_own:
+            return source
+        if source in context.node.addresses:
+            true_source = context.node.true_source(TCP, source, segment.sport, segment.dst, segment.dport)
+            if true_source is not None and true_source in peer.addresses:
+                return true_source
+        if source in context.node.networks.masquerade:
+            same_family = [address for address in peer.addresses if len(address) == len(source)]
+            return min(same_family, default=source)
+        if is_own:
+            raise PeerError(Reason.OWN_IDENTITY)
+        raise PeerError(Reason.SOURCE_MISMATCH, f"the token is of {peer.identity.pod}")
+
+    def _require_room(self, segment: Segment) -> None:
+        """The answer must fit the initiator's interface, as far as its MSS tells."""
+        mss = announced_mss(segment.options)
+        length = SYN_ACK_OVERHEAD + len(self._context.local.block)
+        if mss is not None and length + _MAX_OPTIONS > mss + TCP_MIN_HEADER:
+            raise PeerError(Reason.IDENTITY_TOO_LARGE, f"frame of {length} bytes, the initiator's MSS is {mss}")
+
+    def _plain_syn(self, segment: Segment, key: bytes) -> Verdict:
+        context, address = self._context, segment.src
+        decision = None
+        if address in context.node.addresses:
+            true_source = context.node.true_source(TCP, address, segment.sport, segment.dst, segment.dport)
+            if true_source is None:
+                decision = Decision(True, Reason.NODE, Direction.INGRESS)
+            else:
+                address = true_source
+        decision = decision or context.judge.ingress(None, address, segment.dport)
+        context.report(Direction.INGRESS, address, segment.dport, decision)
+        return _RELEASE if decision.is_allowed else self._deny_syn(segment, key)
+
+    def _deny_syn(self, segment: Segment, key: bytes) -> Verdict:
+        if self._context.node.deny_with is DenyWith.RESET:
+            return DROP._replace(effects=(self._context.reset_remote(key, segment, Direction.INGRESS),))
+        return DROP
+
+    def syn_ack_out(self, segment: Segment, key: bytes, mark: int) -> Verdict:
+        """Attach our frame and proof; a retransmission gets the same ones."""
+        flow = self.flows.get(key)
+        if flow is None:
+            if mark & (RELEASED | NODE):
+                return ACCEPT
+            raise PeerError(Reason.UNKNOWN_FLOW, "SYN-ACK")
+        if segment.ack != (flow.offer.isn + 1) & _NUMBERS:
+            raise PeerError(Reason.UNKNOWN_FLOW, "SYN-ACK acknowledges another SYN")
+        frame = flow.frame if segment.seq == flow.isn_r else flow.answer(segment.seq, self._context.node.random(16))
+        if flow.state in (State.OFFERED, State.ANSWERED):
+            flow.advance(Event.SYN_ACK_SENT)
+        packet = with_options_and_payload(segment, without_fast_open(segment.options), frame)
+        if len(packet) > self._context.mtu:
+            raise PeerError(Reason.IDENTITY_TOO_LARGE, f"{len(packet)} bytes, MTU {self._context.mtu}")
+        return Verdict(Action.ACCEPT, packet)
+
+    def segment_in(self, flow: ResponderFlow, segment: Segment, now: float) -> Verdict:
+        """Let nothing through to the pod before the initiator's proof."""
+        if segment.flags & RST:
+            if segment.seq != (flow.offer.isn + 1) & _NUMBERS:
+                raise PeerError(Reason.UNKNOWN_FLOW, "RST outside the handshake")
+            self.flows.discard(flow)
+            return ACCEPT._replace(effects=self._context.settle_held(flow, DROP))
+        found = find_proof(segment.options)
+        if found is not None and flow.state is not State.OFFERED:
+            return self._accept_proof(segment, flow, found)
+        match flow.state:
+            case State.RELEASED:
+                return _RELEASE
+            case State.PROVEN:
+                flow.advance(Event.SEGMENT_FOLLOWED)
+                self.flows.settle(flow)
+                return _RELEASE
+            case State.ANSWERED:
+                return self._await_proof(segment, flow, now)
+            case _:
+                raise PeerError(Reason.UNKNOWN_FLOW, f"segment while {flow.state.name.lower()}")
+
+    def _accept_proof(self, segment: Segment, flow: ResponderFlow, found: FoundProof) -> Verdict:
+        flow.verify(found.proof)
+        if found.is_lone:
+            return self._accept_lone_proof(flow)
+        if flow.state is not State.RELEASED:
+            flow.advance(Event.PROOF_VERIFIED)
+            self.flows.settle(flow)
+        packet = with_options_and_payload(segment, found.rest, segment.payload)
+        return Verdict(Action.RELEASE, packet, _RELEASE.mark, effects=self._context.settle_held(flow, _RELEASE))
+
+    def _accept_lone_proof(self, flow: ResponderFlow) -> Verdict:
+        """Consume an ACK of the other enforcer's own; what waits, or else the next segment, carries the release."""
+        if flow.state is State.RELEASED:
+            return DROP
+        flow.advance(Event.LONE_PROOF_VERIFIED)
+        effects = self._context.settle_held(flow, _RELEASE)
+        if effects:
+            flow.advance(Event.SEGMENT_FOLLOWED)
+            self.flows.settle(flow)
+        return DROP._replace(effects=effects)
+
+    def _await_proof(self, segment: Segment, flow: ResponderFlow, now: float) -> Verdict:
+        """Unproven: ask for the proof by our SYN-ACK again; data waits for it, a bare ACK does not."""
+        effects: tuple[Inject, ...] = ()
+        if now >= flow.repeat_at:
+            flow.repeat_at = now + _REPEAT_S
+            effects = (_repeat_syn_ack(segment, flow),)
+        if segment.data < segment.end or segment.flags & FIN:
+            return self._context.hold(flow, now, effects)
+        decision = Decision(False, Reason.PROOF_MISSING, Direction.INGRESS)
+        self._context.report(Direction.INGRESS, segment.src, segment.dport, decision, peer=flow.peer.identity)
+        return DROP._replace(effects=effects)
+
+    def segment_out(self, flow: ResponderFlow, segment: Segment) -> Verdict:
+        """Let out a refusal by the pod's own kernel; data before the proof there cannot be."""
+        if flow.state is State.RELEASED:
+            return _RELEASE
+        if segment.flags & RST:
+            self.flows.discard(flow)
+            return ACCEPT._replace(effects=self._context.settle_held(flow, DROP))
+        if segment.data == segment.end:
+            return ACCEPT
+        raise PeerError(Reason.UNKNOWN_FLOW, f"data while {flow.state.name.lower()}")
+
+
+def _deliver_syn(segment: Segment, mark: int) -> Verdict:
+    """Take off the frame; an earlier release of the same ports and addresses is taken back with it."""
+    packet = with_options_and_payload(segment, without_fast_open(segment.options), b"")
+    return Verdict(Action.FORGET if mark & OWN_MASK else Action.ACCEPT, packet)
+
+
+def _repeat_syn_ack(segment: Segment, flow: ResponderFlow) -> Inject:
+    """Send our stored SYN-ACK once more, as an answer to `segment`."""
+    numbers = flow.isn_r, (flow.offer.isn + 1) & _NUMBERS
+    bare = build(segment.dst, segment.src, (segment.dport, segment.sport), numbers, SYN_ACK, segment.window)
+    return Inject(with_options_and_payload(decode_tcp(bare), b"", flow.frame))

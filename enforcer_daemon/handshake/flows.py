@@ -1,0 +1,160 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The two kinds of flow in a handshake, and the bounded table they are kept in."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from typing import Generic, NamedTuple, TypeVar
+
+from enforcer_daemon.errors import PeerError
+from enforcer_daemon.handshake.frames import PROOF_BYTES, SynAckFrame, SynFrame, encode_syn, encode_syn_ack
+from enforcer_daemon.handshake.local import LocalToken
+from enforcer_daemon.handshake.machine import Event, State, next_state
+from enforcer_daemon.handshake.peers import Peer
+from enforcer_daemon.handshake.proofs import Transcript, frame_hash, initiator_proof, require_equal, responder_proof
+from enforcer_daemon.reasons import Reason
+
+MAX_SETTLED_FLOWS = 4_096
+"""Released flows that are remembered a while, to answer for a lost proof."""
+
+
+class Flow:
+    """What both kinds have in common: a state that moves by the table alone, and packets that wait for it."""
+
+    __slots__ = ("deadline", "held", "key", "local", "state")
+
+    def __init__(self, key: bytes, local: LocalToken, state: State, deadline: float) -> None:
+        self.key = key
+        self.local = local
+        self.state = state
+        self.deadline = deadline
+        self.held: list[int] = []
+        """Hold ids of queued packets, oldest first."""
+
+    def advance(self, event: Event) -> None:
+        """Move by the table; raise IllegalEventError and stay where it has no entry."""
+        self.state = next_state(self.state, event)
+
+
+class InitiatorFlow(Flow):
+    """A connection that the pod opens."""
+
+    __slots__ = ("frame", "isn", "isn_r", "nonce", "peer", "proof")
+
+    def __init__(self, key: bytes, local: LocalToken, nonce: bytes, isn: int, deadline: float) -> None:
+        super().__init__(key, local, State.OPENING, deadline)
+        self.nonce = nonce
+        self.isn = isn
+        self.frame = encode_syn(SynFrame(nonce, local.block))
+        self.peer: Peer | None = None
+        self.proof = b""
+        self.isn_r = 0
+
+    def verify(self, payload: bytes, frame: SynAckFrame, isn_r: int, peer: Peer) -> None:
+        """Check proof_r and compute proof_i; raise ProofError where it was made by another, or for another SYN."""
+        key = self.local.pair_key(peer, is_initiator=True)
+        transcript = Transcript(self.isn, isn_r, self.nonce, frame.nonce)
+        require_equal(responder_proof(key, transcript, frame_hash(self.frame), payload), frame.proof)
+        self.proof = initiator_proof(key, transcript, frame.proof)
+        self.peer = peer
+        self.isn_r = isn_r
+
+
+class Offer(NamedTuple):
+    """What the responder keeps of a verified SYN."""
+
+    nonce: bytes
+    isn: int
+    syn_hash: bytes
+    address: bytes
+    """The pod's own address and port, as the initiator's enforcer must judge them."""
+    port: int
+
+
+class ResponderFlow(Flow):
+    """A connection that is opened to the pod."""
+
+    __slots__ = ("expected", "frame", "isn_r", "nonce_r", "offer", "peer", "repeat_at")
+
+    def __init__(self, key: bytes, local: LocalToken, peer: Peer, offer: Offer, deadline: float) -> None:
+        super().__init__(key, local, State.OFFERED, deadline)
+        self.peer = peer
+        self.offer = offer
+        self.nonce_r = b""
+        self.isn_r = -1
+        self.frame = b""
+        self.expected = b""
+        self.repeat_at = 0.0
+        """Earliest time at which the SYN-ACK may be repeated for unproven data, monotonic seconds."""
+
+    def answer(self, isn_r: int, nonce_r: bytes) -> bytes:
+        """Give the SYN-ACK's frame; for a retransmission (same isn_r) exactly the same one."""
+        if isn_r != self.isn_r:
+            offer = self.offer
+            self.isn_r = isn_r
+            self.nonce_r = nonce_r
+            key = self.local.pair_key(self.peer, is_initiator=False)
+            transcript = Transcript(offer.isn, isn_r, offer.nonce, nonce_r)
+            blank = SynAckFrame(nonce_r, offer.address, offer.port, bytes(PROOF_BYTES), self.local.block)
+            proof = responder_proof(key, transcript, offer.syn_hash, encode_syn_ack(blank))
+            self.frame = encode_syn_ack(blank._replace(proof=proof))
+            self.expected = initiator_proof(key, transcript, proof)
+        return self.frame
+
+    def verify(self, proof: bytes) -> None:
+        """Check proof_i; raise ProofError where it was made by another, or for another handshake."""
+        require_equal(self.expected, proof)
+
+
+_AnyFlow = TypeVar("_AnyFlow", bound=Flow)
+
+
+class FlowTable(Generic[_AnyFlow]):
+    """One endpoint's flows of a kind: unfinished up to a bound and a deadline, settled while there is room."""
+
+    def __init__(self, max_half_open: int) -> None:
+        self._max_half_open = max_half_open
+        self._open: dict[bytes, _AnyFlow] = {}
+        self._settled: dict[bytes, _AnyFlow] = {}
+
+    def __len__(self) -> int:
+        return len(self._open)
+
+    def get(self, key: bytes) -> _AnyFlow | None:
+        """Find a flow, unfinished or settled."""
+        return self._open.get(key) or self._settled.get(key)
+
+    def add(self, flow: _AnyFlow) -> None:
+        """Keep an unfinished flow; raise PeerError where there are too many."""
+        self._settled.pop(flow.key, None)
+        if len(self._open) >= self._max_half_open and flow.key not in self._open:
+            raise PeerError(Reason.FLOW_TABLE_FULL, f"{self._max_half_open} unfinished handshakes")
+        self._open.pop(flow.key, None)  # So that insertion order stays the order of deadlines.
+        self._open[flow.key] = flow
+
+    def settle(self, flow: _AnyFlow) -> None:
+        """Count a released flow no longer as unfinished; the oldest settled flow makes room."""
+        if self._open.pop(flow.key, None) is not None:
+            if len(self._settled) >= MAX_SETTLED_FLOWS:
+                del self._settled[next(iter(self._settled))]
+            self._settled[flow.key] = flow
+
+    def discard(self, flow: _AnyFlow) -> None:
+        """Forget a flow."""
+        if self._open.get(flow.key) is flow:
+            del self._open[flow.key]
+        if self._settled.get(flow.key) is flow:
+            del self._settled[flow.key]
+
+    def expire(self, now: float) -> Iterator[_AnyFlow]:
+        """Take out and give the unfinished flows whose deadline has passed, oldest first."""
+        while self._open:
+            flow = next(iter(self._open.values()))
+            if flow.deadline > now:
+                return
+            del self._open[flow.key]
+            yield flow
+
+    def unfinished(self) -> Iterable[_AnyFlow]:
+        """Give the unfinished flows, oldest first."""
+        return self._open.values()

@@ -1,0 +1,127 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Peers whose identity was verified: asymmetric cryptography once for each token, a look-up for each connection.
+
+The ladder of checks, cheapest first: the exact identity block is known; it is known to be bad; the source may still
+cause verifications; the credential is known; the signatures. Every table is bounded; the oldest entry makes room.
+"""
+
+from __future__ import annotations
+
+from typing import TypeVar
+
+from enforcer_daemon.errors import CredentialError, PeerError, TokenError
+from enforcer_daemon.handshake.frames import decode_block
+from enforcer_daemon.handshake.proofs import frame_hash
+from enforcer_daemon.identity.credential import Credential, TrustBundle, decode_credential
+from enforcer_daemon.identity.tokens import Claims, decode_token
+from enforcer_daemon.model import Identity
+from enforcer_daemon.reasons import Reason
+from enforcer_daemon.settings import HandshakeSettings
+
+_MAX_CREDENTIALS = 16_384
+_MAX_REFUSED = 4_096
+_MAX_SOURCES = 4_096
+_REFUSALS_FOR_GOOD = frozenset(
+    {
+        Reason.MALFORMED_FRAME,
+        Reason.CREDENTIAL_INVALID,
+        Reason.CREDENTIAL_UNTRUSTED,
+        Reason.CREDENTIAL_MISMATCH,
+        Reason.TOKEN_MALFORMED,
+        Reason.TOKEN_SIGNATURE,
+        Reason.TOKEN_EXPIRED,
+    }
+)
+"""Reasons that the passing of time cannot heal, so that the same bytes need no second look under the same bundle."""
+
+_Value = TypeVar("_Value")
+
+
+class Peer:
+    """A pod at the other end, as its verified token states it. Compared by object: it keys caches."""
+
+    __slots__ = ("addresses", "ephemeral_key", "identity", "not_after", "token_hash")
+
+    def __init__(self, claims: Claims, token: bytes, credential: Credential) -> None:
+        self.identity: Identity = claims.identity
+        self.addresses = frozenset(address.packed for address in claims.identity.ips)
+        self.ephemeral_key = claims.ephemeral_key
+        self.token_hash = frame_hash(token)
+        self.not_after = min(claims.expires_at, credential.not_after)
+
+    def __repr__(self) -> str:
+        return f"Peer({self.identity.pod} on {self.identity.node})"
+
+
+class PeerVerifier:
+    """Turns identity blocks into peers, for all endpoints of a node."""
+
+    def __init__(self, bundle: TrustBundle, settings: HandshakeSettings) -> None:
+        self._bundle = bundle
+        self._settings = settings
+        self._peers: dict[bytes, Peer] = {}
+        self._refused: dict[bytes, PeerError] = {}
+        self._credentials: dict[bytes, Credential] = {}
+        self._allowance: dict[bytes, tuple[float, float]] = {}
+        self.verifications = 0
+        """Signature checks so far."""
+
+    def replace_bundle(self, bundle: TrustBundle) -> None:
+        """Trust another set of authorities from now on; what was verified under the old one is forgotten."""
+        self._bundle = bundle
+        for table in (self._peers, self._refused, self._credentials):
+            table.clear()
+
+    def verify(self, block: bytes, source: bytes, now: float, wall_now: float) -> Peer:
+        """Give the peer of an identity block; raise PeerError with the reason where it does not hold.
+
+        `source` is the packed address that the work is charged to.
+        """
+        peer = self._peers.get(block)
+        if peer is not None:
+            leeway_s = self._settings.clock_leeway_s
+            if wall_now > peer.not_after + leeway_s:
+                del self._peers[block]
+                raise TokenError(Reason.TOKEN_EXPIRED, str(peer.identity.pod))
+            return peer
+        refusal = self._refused.get(block)
+        if refusal is not None:
+            raise type(refusal)(refusal.reason, refusal.detail)
+        self._charge(source, now)
+        try:
+            peer = self._verify_signatures(block, wall_now)
+        except PeerError as err:
+            if err.reason in _REFUSALS_FOR_GOOD:
+                _remember(self._refused, block, PeerError(err.reason, err.detail), _MAX_REFUSED)
+            raise
+        _remember(self._peers, block, peer, self._settings.max_cached_peers)
+        return peer
+
+    def _verify_signatures(self, block: bytes, wall_now: float) -> Peer:
+        der, token = decode_block(block)
+        leeway_s = self._settings.clock_leeway_s
+        self.verifications += 1
+        credential = self._credentials.get(der)
+        if credential is None:
+            credential = decode_credential(der)
+            self._bundle.verify(credential, wall_now, leeway_s)
+            _remember(self._credentials, der, credential, _MAX_CREDENTIALS)
+        elif wall_now > credential.not_after + leeway_s:
+            raise CredentialError(Reason.CREDENTIAL_EXPIRED, f"node {credential.node}")
+        return Peer(decode_token(token, credential, wall_now, leeway_s), token, credential)
+
+    def _charge(self, source: bytes, now: float) -> None:
+        """Take one verification from the source's allowance, which refills at the configured rate."""
+        rate = self._settings.max_verifications_per_s
+        left, since = self._allowance.pop(source, (rate, now))
+        left = min(rate, left + (now - since) * rate)
+        if left < 1.0:
+            self._allowance[source] = (left, now)
+            raise PeerError(Reason.VERIFY_RATE, f"more than {rate:g} new tokens a second")
+        _remember(self._allowance, source, (left - 1.0, now), _MAX_SOURCES)
+
+
+def _remember(table: dict[bytes, _Value], key: bytes, value: _Value, bound: int) -> None:
+    if len(table) >= bound and key not in table:
+        del table[next(iter(table))]
+    table[key] = value
