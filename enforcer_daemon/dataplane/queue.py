@@ -13,6 +13,7 @@ import socket
 from collections import deque
 from collections.abc import Callable
 from contextlib import suppress
+from typing import cast
 
 from netfilterqueue import NetfilterQueue, Packet
 
@@ -99,7 +100,7 @@ class PacketQueue:
         """
         injector = Injector(netns_fd, ifindex)
         try:
-            # The library asks the kernel per namespace of the calling thread, hence also the first bind is in there.
+            # The library's netlink socket belongs to the namespace in which it is made, wherever it is used.
             queue = open_in(netns_fd, NetfilterQueue)
             self = cls(queue, injector, judge, on_error, settings.packets_per_turn)
         except OSError as err:
@@ -149,7 +150,7 @@ class PacketQueue:
             return 0
         turn = self._turn
         turn.left = self._packets_per_turn
-        self._queue.run_socket(turn)
+        self._queue.run_socket(cast(socket.socket, turn))
         return self._packets_per_turn - turn.left
 
     def carry_out(self, effects: tuple[Settle | Inject, ...]) -> None:
@@ -214,6 +215,7 @@ class PacketQueue:
 
     def _fail(self, packet: Packet, err: Exception) -> None:
         self.errors += 1
+        self._held = {hold_id: held for hold_id, held in self._held.items() if held is not packet}
         with suppress(RuntimeError):  # it has its verdict, and an effect failed
             packet.drop()
         self._on_error(err)
