@@ -1,0 +1,54 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The CNI configuration of a lab node: the shipped chain with this node's networks and directories. Pure but for
+reading the shipped file."""
+
+from __future__ import annotations
+
+import copy
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from enforcer_daemon.model import IPNetwork
+from triremectl.lab.errors import LabError
+
+SHIPPED_CONFLIST = Path(__file__).resolve().parents[2] / "conf" / "10-trireme.conflist"
+TRIREME = "trireme"
+"""Type of our plugin's entry."""
+
+
+def load_conflist(path: Path) -> dict[str, Any]:
+    """Read a conflist; raise LabError that names the file."""
+    try:
+        conflist = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as err:
+        raise LabError(f"{path}: {err}") from err
+    if not isinstance(conflist, dict) or not isinstance(conflist.get("plugins"), list):
+        raise LabError(f"{path}: plugins: must be a list")
+    return conflist
+
+
+def node_conflist(
+    shipped: Mapping[str, Any], networks: Sequence[IPNetwork], ipam_dir: Path, run_dir: Path, *, is_enforced: bool
+) -> dict[str, Any]:
+    """Return the chain for one node: its networks in the IPAM, its daemon's sockets, nothing shared with others.
+
+    Without enforcement our plugin's entry is left out; all else stays, so that the two worlds can be compared.
+    """
+    conflist: dict[str, Any] = copy.deepcopy(dict(shipped))
+    plugins = [p for p in conflist["plugins"] if is_enforced or p.get("type") != TRIREME]
+    for plugin in plugins:
+        if plugin.get("type") == TRIREME:
+            plugin["runDir"] = str(run_dir)
+        if "ipam" in plugin:
+            default = {4: "0.0.0.0/0", 6: "::/0"}
+            versions = sorted({network.version for network in networks})
+            plugin["ipam"] = {
+                **plugin["ipam"],
+                "ranges": [[{"subnet": str(network)}] for network in networks],
+                "routes": [{"dst": default[version]} for version in versions],
+                "dataDir": str(ipam_dir),
+            }
+    conflist["plugins"] = plugins
+    return conflist

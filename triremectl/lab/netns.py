@@ -1,0 +1,93 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Named network namespaces, as ip-netns(8) keeps them, and running things inside them."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import socket
+import subprocess
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import TypeVar
+
+from triremectl.lab.errors import LabError
+
+NETNS_DIR = Path("/run/netns")
+_CLONE_NEWNET = 0x4000_0000  # linux/sched.h
+_LIBC = ctypes.CDLL(None, use_errno=True)
+_COMMAND_TIMEOUT_S = 30.0
+
+T = TypeVar("T")
+
+
+def netns_path(name: str) -> Path:
+    """Return where the namespace is mounted."""
+    return NETNS_DIR / name
+
+
+def exec_prefix(name: str) -> list[str]:
+    """Return the words that, before a command, run it inside the namespace (and as the same process)."""
+    return ["ip", "netns", "exec", name]
+
+
+def in_netns(name: str, factory: Callable[[], T]) -> T:
+    """Call `factory` inside the namespace and return its result; what it opens there stays there.
+
+    A throw-away thread enters the namespace, so that the calling thread never leaves its own.
+    """
+
+    def enter_and_call() -> T:
+        descriptor = os.open(netns_path(name), os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            if _LIBC.setns(descriptor, _CLONE_NEWNET) != 0:
+                code = ctypes.get_errno()
+                raise OSError(code, os.strerror(code), name)
+        finally:
+            os.close(descriptor)
+        return factory()
+
+    with ThreadPoolExecutor(max_workers=1) as executor:
+        return executor.submit(enter_and_call).result()
+
+
+def open_socket(name: str, family: int, kind: int, protocol: int = 0) -> socket.socket:
+    """Return a new socket that lives in the namespace. The caller owns it."""
+    return in_netns(name, lambda: socket.socket(family, kind, protocol))
+
+
+def write_sysctls(name: str, values: Mapping[str, str]) -> None:
+    """Set kernel parameters (paths below /proc/sys) in the namespace."""
+
+    def write() -> None:
+        for path, value in values.items():
+            (Path("/proc/sys") / path).write_text(value, encoding="ascii")
+
+    in_netns(name, write)
+
+
+def run(argv: Sequence[str], stdin: str = "") -> str:
+    """Run a command and return its output; raise LabError with what it wrote to standard error."""
+    try:
+        done = subprocess.run(
+            argv, input=stdin, capture_output=True, text=True, check=False, timeout=_COMMAND_TIMEOUT_S
+        )
+    except (OSError, subprocess.TimeoutExpired) as err:
+        raise LabError(f"{' '.join(argv)}: {err}") from err
+    if done.returncode != 0:
+        raise LabError(f"{' '.join(argv)}: exit status {done.returncode}: {done.stderr.strip()}")
+    return done.stdout
+
+
+def ip_batch(lines: Iterable[str], name: str | None = None) -> None:
+    """Give ip(8) the lines, all in one process; inside the namespace, if one is named."""
+    inside = [] if name is None else ["-netns", name]
+    run(["ip", *inside, "-batch", "-"], "".join(line + "\n" for line in lines))
+
+
+def delete_all(names: Iterable[str]) -> None:
+    """Remove the namespaces that exist among `names`, with every link inside them."""
+    present = [name for name in names if netns_path(name).exists()]
+    if present:
+        run(["ip", "-force", "-batch", "-"], "".join(f"netns delete {name}\n" for name in present))

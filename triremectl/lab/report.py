@@ -1,0 +1,96 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a run of a scenario looks like to people: one table a step, and a last line that counts."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from rich import box
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from enforcer_daemon.model import Protocol
+from triremectl.lab.runner import FlowResult
+from triremectl.lab.scenario import Flow, Scenario, Step
+
+_WIDTH_WITHOUT_TERMINAL = 140
+
+
+def make_console() -> Console:
+    """Return a console that is wide enough for the tables also where no terminal tells its width."""
+    console = Console(highlight=False)
+    return console if console.is_terminal else Console(highlight=False, width=_WIDTH_WITHOUT_TERMINAL)
+
+
+def print_step(console: Console, scenario: Scenario, number: int, step: Step, results: Sequence[FlowResult]) -> None:
+    """Print what a step changed and what became of its flows."""
+    console.print(Text(f"{number}. {step.title or 'step'}", style="bold"))
+    for change in _changes(step):
+        console.print(Text(f"   {change}", style="cyan"))
+    if results:
+        console.print(_table(scenario, results))
+
+
+def _changes(step: Step) -> list[str]:
+    lines = [f"removed {ref.kind} {ref.namespace}/{ref.name}" for ref in step.remove]
+    for manifest in step.apply:
+        metadata = manifest["metadata"]
+        assert isinstance(metadata, dict)  # noqa: S101 - the scenario was decoded
+        namespace = metadata.get("namespace")
+        lines.append(f"applied {manifest['kind']} {namespace + '/' if namespace else ''}{metadata['name']}")
+    for change in (*step.label_namespaces, *step.label_pods):
+        text = ", ".join(f"{key}={value}" for key, value in change.labels.items()) or "none"
+        lines.append(f"labelled {change.target}: {text}")
+    return lines
+
+
+def _table(scenario: Scenario, results: Sequence[FlowResult]) -> Table:
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=True, show_edge=False)
+    flows = [flow for step in scenario.steps for flow in step.flows]
+    table.add_column("", width=1)
+    table.add_column("from", min_width=max(len(flow.source) for flow in flows))
+    table.add_column("to", min_width=max(len(_target(flow)) for flow in flows))
+    table.add_column("expected", min_width=8)
+    table.add_column("got", min_width=len("connected, then nothing"))
+    table.add_column("why", overflow="fold")
+    for item in results:
+        style = "green" if item.is_as_expected else "bold red"
+        mark = "✓" if item.is_as_expected else "✗"
+        table.add_row(
+            Text(mark, style=style),
+            item.flow.source,
+            _target(item.flow),
+            "allow" if item.flow.is_allowed else "deny",
+            Text(_got(item), style="" if item.is_as_expected else style),
+            Text(_why(item), style="dim" if item.is_as_expected else style),
+        )
+    return table
+
+
+def _target(flow: Flow) -> str:
+    address = f"[{flow.target}]" if flow.target.count(":") > 1 else flow.target
+    extras = ["UDP"] if flow.protocol is Protocol.UDP else []
+    extras += ["IPv6"] if flow.version == 6 else []
+    return f"{address}:{flow.port}" + (f" {' '.join(extras)}" if extras else "")
+
+
+def _got(item: FlowResult) -> str:
+    tries = f" (try {item.tries})" if item.tries > 1 else ""
+    return item.result.outcome.value + tries
+
+
+def _why(item: FlowResult) -> str:
+    if item.denial is None:
+        answered = item.result.banner
+        return f"answered by {answered}" if answered and answered != item.flow.target else ""
+    rules = f" by {', '.join(item.denial.rules)}" if item.denial.rules else ""
+    missing = ""
+    if item.flow.reason is not None and item.denial.reason != item.flow.reason.value:
+        missing = f"; expected {item.flow.reason.value}"
+    return f"{item.denial.reason} at {item.denial.pod}{rules}{missing}"
+
+
+def summary(results: Sequence[FlowResult]) -> str:
+    """Return the last line of a run."""
+    return f"{sum(item.is_as_expected for item in results)} of {len(results)} flows as expected"

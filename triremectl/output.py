@@ -1,0 +1,72 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the commands that ask the daemon have in common: their options, the question, and plain values as text."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import TypeVar
+
+import click
+
+from triremectl.admin_client import AdminError, call
+
+F = TypeVar("F", bound=Callable[..., object])
+
+
+def daemon_options(function: F) -> F:
+    """Add --run-dir and --output to a command."""
+    function = click.option(
+        "--output",
+        type=click.Choice(["table", "json"]),
+        default="table",
+        show_default=True,
+        help="For people or programs.",
+    )(function)
+    return click.option(
+        "--run-dir",
+        type=click.Path(path_type=Path),
+        default=Path("/run/trireme"),
+        show_default=True,
+        help="The daemon's registration.runDir.",
+    )(function)
+
+
+def ask(run_dir: Path, question: str, **arguments: object) -> object:
+    """Ask the daemon; a failure ends the command with the reason and exit status 1."""
+    try:
+        return call(run_dir, question, **arguments)
+    except AdminError as err:
+        raise click.ClickException(str(err)) from err
+
+
+def print_json(value: object) -> None:
+    click.echo(json.dumps(value, indent=2, sort_keys=True))
+
+
+def as_text(value: object) -> str:
+    """Put a JSON value on one line, as people write it; an absent one is a dash."""
+    match value:
+        case None | "" | [] | {}:
+            return "-"
+        case bool():
+            return "yes" if value else "no"
+        case Mapping():
+            return ", ".join(f"{key}={as_text(item)}" for key, item in value.items())
+        case str():
+            return value
+        case Sequence():
+            return ", ".join(map(as_text, value))
+        case _:
+            return str(value)
+
+
+def as_mapping(value: object) -> Mapping[str, object]:
+    """Return the value if it is a JSON object, else an empty one: the daemon may be of another version."""
+    return value if isinstance(value, Mapping) else {}
+
+
+def as_list(value: object) -> Sequence[object]:
+    """Return the value if it is a JSON array, else an empty one."""
+    return value if isinstance(value, Sequence) and not isinstance(value, str) else ()

@@ -1,0 +1,53 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`triremectl status`: is this node's daemon well, and what does it enforce."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+
+import click
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from triremectl.output import as_list, as_mapping, as_text, ask, daemon_options, print_json
+
+_LATER = ("snapshot", "drops")
+"""Keys that get rows or tables of their own."""
+
+
+@click.command("status")
+@daemon_options
+def command(run_dir: Path, output: str) -> None:
+    """Show the daemon's state. Exit status 1 when it is not ready or refuses a policy."""
+    status = as_mapping(ask(run_dir, "status"))
+    if output == "json":
+        print_json(status)
+    else:
+        print_status(Console(highlight=False), status)
+    is_well = status.get("ready") is True and not as_list(as_mapping(status.get("snapshot")).get("problems"))
+    sys.exit(0 if is_well else 1)
+
+
+def print_status(console: Console, status: Mapping[str, object]) -> None:
+    """Print every key that the daemon answered, the ones that people look for first."""
+    snapshot = as_mapping(status.get("snapshot"))
+    rows = {key.replace("_", " "): value for key, value in status.items() if key not in _LATER}
+    rows |= {f"snapshot {key}": value for key, value in snapshot.items() if key != "problems"}
+    facts = Table(box=None, show_header=False, pad_edge=False)
+    for key, value in rows.items():
+        text = Text(as_text(value))
+        if key == "ready":
+            text.stylize("green" if value is True else "bold red")
+        facts.add_row(Text(key, style="bold"), text)
+    console.print(facts)
+    drops = {reason: count for reason, count in as_mapping(status.get("drops")).items() if count}
+    if drops:
+        table = Table("dropped because of", "packets")
+        for reason, count in sorted(drops.items()):
+            table.add_row(reason, as_text(count))
+        console.print(table)
+    for problem in as_list(snapshot.get("problems")):
+        console.print(Text(f"problem: {as_text(problem)}", style="bold red"))
