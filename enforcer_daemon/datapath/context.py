@@ -19,8 +19,8 @@ from enforcer_daemon.settings import DenyWith, HandshakeSettings
 from enforcer_daemon.verdict import DROP, Action, Inject, Settle, Verdict
 
 TrueSource = Callable[[int, bytes, int, bytes, int], bytes | None]
-"""(protocol, source, source port, destination, destination port) of a packet that the node masqueraded -> the packed
-address it really came from; None where the node itself sent it."""
+"""(protocol, source, source port, destination, destination port) of a packet that came from one of the node's addresses
+-> the packed address it really came from: the same where the node itself sent it, None where the node does not know."""
 
 HOLD_S = 1.0
 """How long a packet waits for its flow's proof, seconds."""
@@ -87,6 +87,14 @@ class NodeContext:
         self.wall_offset_s = 0.0
         """Unix time less monotonic time."""
         self._nonces: dict[bytes, None] = {}
+
+    def trace(self, protocol: int, source: tuple[bytes, int], destination: tuple[bytes, int]) -> tuple[bytes, bool]:
+        """Give the address that a packet really came from, and whether the node itself sent it."""
+        address = source[0]
+        if address not in self.addresses:
+            return address, False
+        true_source = self.true_source(protocol, *source, *destination)
+        return true_source or address, true_source == address
 
     def use_nonce(self, nonce: bytes) -> None:
         """Remember an initiator's nonce; raise PeerError where it was used before."""

@@ -131,24 +131,16 @@ class EndpointDatapath:
         datagram = decode_datagram(packet, header)
         context = self._context
         if direction is Direction.EGRESS:
-            remote = datagram.dst
+            remote, is_node = datagram.dst, False
             decision = context.judge.egress(None, remote, datagram.dport, datagram.protocol)
         else:
-            remote = datagram.src
-            decision = self._judge_datagram_in(
-                datagram.src, datagram.sport or 0, datagram.dst, datagram.dport, datagram.protocol
-            )
+            source, destination = (datagram.src, datagram.sport or 0), (datagram.dst, datagram.dport or 0)
+            remote, is_node = context.node.trace(datagram.protocol, source, destination)
+            decision = context.judge.ingress(None, remote, datagram.dport, datagram.protocol)
+        if is_node:
+            decision = Decision(True, Reason.NODE, Direction.INGRESS)
         context.report(direction, remote, datagram.dport, decision, protocol=datagram.protocol)
         return _RELEASE if decision.is_allowed else DROP
-
-    def _judge_datagram_in(self, src: bytes, sport: int, dst: bytes, dport: int | None, protocol: int) -> Decision:
-        context = self._context
-        if src in context.node.addresses:
-            true_source = context.node.true_source(protocol, src, sport, dst, dport or 0)
-            if true_source is None:
-                return Decision(True, Reason.NODE, Direction.INGRESS)
-            src = true_source
-        return context.judge.ingress(None, src, dport, protocol)
 
     def _drop(
         self, header: IPHeader | None, packet: bytes, direction: Direction, reason: Reason, detail: str

@@ -85,10 +85,9 @@ class Responder:
         is_own = context.judge.is_own(peer)
         if source in peer.addresses and not is_own:
             return source
-        if source in context.node.addresses:
-            true_source = context.node.true_source(TCP, source, segment.sport, segment.dst, segment.dport)
-            if true_source is not None and true_source in peer.addresses:
-                return true_source
+        true_source, _ = context.node.trace(TCP, (source, segment.sport), (segment.dst, segment.dport))
+        if true_source != source and true_source in peer.addresses:
+            return true_source
         if source in context.node.networks.masquerade:
             same_family = [address for address in peer.addresses if len(address) == len(source)]
             return min(same_family, default=source)
@@ -104,15 +103,13 @@ class Responder:
             raise PeerError(Reason.IDENTITY_TOO_LARGE, f"frame of {length} bytes, the initiator's MSS is {mss}")
 
     def _plain_syn(self, segment: Segment, key: bytes) -> Verdict:
-        context, address = self._context, segment.src
-        decision = None
-        if address in context.node.addresses:
-            true_source = context.node.true_source(TCP, address, segment.sport, segment.dst, segment.dport)
-            if true_source is None:
-                decision = Decision(True, Reason.NODE, Direction.INGRESS)
-            else:
-                address = true_source
-        decision = decision or context.judge.ingress(None, address, segment.dport)
+        context = self._context
+        source, destination = (segment.src, segment.sport), (segment.dst, segment.dport)
+        address, is_node = context.node.trace(TCP, source, destination)
+        if is_node:
+            decision = Decision(True, Reason.NODE, Direction.INGRESS)
+        else:
+            decision = context.judge.ingress(None, address, segment.dport)
         context.report(Direction.INGRESS, address, segment.dport, decision)
         return _RELEASE if decision.is_allowed else self._deny_syn(segment, key)
 

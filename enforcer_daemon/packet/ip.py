@@ -29,7 +29,8 @@ class IPHeader(NamedTuple):
     offset: int
     """Where the transport header begins."""
     end: int
-    """Where the packet ends by its own header; what follows is link padding."""
+    """Where the packet ends by its own header; what follows is link padding. Beyond the bytes at hand where the queue
+    copied only the beginning of a packet."""
 
 
 def decode_ip(packet: bytes) -> IPHeader:
@@ -44,7 +45,7 @@ def decode_ip(packet: bytes) -> IPHeader:
 def _decode_ipv4(packet: bytes) -> IPHeader:
     offset = (packet[0] & 0x0F) * 4
     end = packet[2] << 8 | packet[3]
-    if offset < IPV4_MIN_HEADER or end < offset or end > len(packet):
+    if offset < IPV4_MIN_HEADER or end < offset or offset > len(packet):
         raise PacketError("IPv4 lengths contradict each other")
     if packet[6] & 0x3F or packet[7]:
         raise PacketError("IPv4 fragment")
@@ -53,13 +54,11 @@ def _decode_ipv4(packet: bytes) -> IPHeader:
 
 def _decode_ipv6(packet: bytes) -> IPHeader:
     end = IPV6_HEADER + (packet[4] << 8 | packet[5])
-    if end > len(packet):
-        raise PacketError("IPv6 payload is longer than the packet")
     protocol, offset = packet[6], IPV6_HEADER
     for _ in range(_MAX_EXTENSION_HEADERS):
         if protocol not in (_HOP_BY_HOP, _ROUTING, _FRAGMENT, _AUTHENTICATION, _DESTINATION, _MOBILITY):
             return IPHeader(packet[8:24], packet[24:40], protocol, offset, end)
-        if offset + 8 > end:
+        if offset + 8 > min(end, len(packet)):
             raise PacketError("IPv6 extension header is truncated")
         protocol, offset = packet[offset], offset + _extension_length(packet, protocol, offset)
         if offset > end:

@@ -79,18 +79,23 @@ def decode_tcp(packet: bytes) -> Segment:
 def decode_segment(packet: bytes, header: IPHeader) -> Segment:
     """Read the TCP header of a packet whose IP header is known to announce one; raise PacketError."""
     src, dst, _, offset, end = header
-    if offset + TCP_MIN_HEADER > end:
+    if offset + TCP_MIN_HEADER > min(end, len(packet)):
         raise PacketError("TCP header is truncated")
     sport, dport, seq, ack, data_offset, flags, window, _, _ = _HEADER.unpack_from(packet, offset)
     data = offset + (data_offset >> 4) * 4
-    if data < offset + TCP_MIN_HEADER or data > end:
+    if data < offset + TCP_MIN_HEADER or data > min(end, len(packet)):
         raise PacketError("TCP data offset points outside the segment")
     return Segment(packet, src, dst, offset, data, end, sport, dport, seq, ack, flags, window)
 
 
 def with_options_and_payload(segment: Segment, options: bytes, payload: bytes) -> bytes:
-    """Write the segment again with these options (a multiple of 4 bytes, at most 40) and this payload."""
+    """Write the segment again with these options (a multiple of 4 bytes, at most 40) and this payload.
+
+    Raise PacketError where only the beginning of the packet is at hand.
+    """
     packet, offset = segment.packet, segment.offset
+    if segment.end > len(packet):
+        raise PacketError("only the beginning of the packet is at hand")
     header_length = TCP_MIN_HEADER + len(options)
     length = header_length + len(payload)
     data_offset = header_length << 2 & 0xF0 | packet[offset + 12] & 0x0F

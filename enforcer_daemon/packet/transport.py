@@ -25,7 +25,7 @@ def decode_datagram(packet: bytes, header: IPHeader) -> Datagram:
     src, dst, protocol, offset, end = header
     if protocol not in (Protocol.UDP, Protocol.SCTP):
         return Datagram(src, dst, protocol, None, None)
-    if offset + 8 > end:
+    if offset + 8 > min(end, len(packet)):
         raise PacketError("transport header is truncated")
     sport = packet[offset] << 8 | packet[offset + 1]
     dport = packet[offset + 2] << 8 | packet[offset + 3]
