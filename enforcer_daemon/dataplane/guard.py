@@ -1,10 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """The guard on the host: judges by its true source what reaches an enforced pod under the node's address.
 
-Inside the pod the node's own address is let through, for kubelet's probes. But a client outside that comes through a node
-port, or a pod that comes through a load balancer's address, is masqueraded to that same address. Here, after source NAT,
-the flow's first packet still shows the address it came with: a frame-sized SYN passes, since the pod's enforcer judges
-its token; the rest needs an address rule of the pod's policies. What the node itself sends was not forwarded, and passes.
+Inside the pod the node's own address is let through, for kubelet's probes. But a client outside that comes through a
+node port, or a pod that comes through a load balancer's address, is masqueraded to that same address. Here, after
+source NAT, the flow's first packet still shows the address it came with: a frame-sized SYN passes, since the pod's
+enforcer judges its token; the rest needs an address rule of the pod's policies. What the node itself sends was not
+forwarded, and passes.
 
 The table stays in the kernel while the daemon is down, and is replaced as a whole when it starts.
 Needs Linux 5.7 (the input interface is known in postrouting from there on). Source: nft(8).
@@ -24,7 +25,7 @@ from enforcer_daemon.policy.evaluate import AddressRule
 TABLE = "inet trireme_guard"
 MIN_FRAMED_SYN_BYTES = 201
 """Longer than any SYN without data (100 bytes), shorter than any frame (500)."""
-_AFTER_SOURCE_NAT = 101  # srcnat is 100
+_HOOK = "type filter hook postrouting priority 101; policy accept;"  # source NAT is at 100
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,7 +46,7 @@ def render_replace(endpoints: Iterable[GuardedEndpoint]) -> str:
         f"add table {TABLE}",
         f"add map {TABLE} endpoints4 {{ type ipv4_addr : verdict; }}",
         f"add map {TABLE} endpoints6 {{ type ipv6_addr : verdict; }}",
-        f"add chain {TABLE} masqueraded {{ type filter hook postrouting priority {_AFTER_SOURCE_NAT}; policy accept; }}",
+        f"add chain {TABLE} masqueraded {{ {_HOOK} }}",
         f"add chain {TABLE} judge",
         # Without an input interface (`iif 0`) a process of the node sent it.
         f"add rule {TABLE} masqueraded ct state new ct direction original ct status snat iif != 0 goto judge",

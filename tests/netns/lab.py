@@ -1,0 +1,200 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A small network for tests of the dataplane: remote host, node and pod, each in a namespace without a name.
+
+    remote 10.88.0.2, fd88::2 -- 10.88.0.1, fd88::1 node 10.77.0.1, fd77::1 -- 10.77.0.2, fd77::2 pod (eth0)
+
+The namespaces live as long as their descriptors, so a test that dies leaves nothing behind.
+"""
+
+from __future__ import annotations
+
+import os
+import select
+import socket
+import struct
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from ipaddress import ip_address
+
+from enforcer_daemon.dataplane.addresses import node_addresses
+from enforcer_daemon.dataplane.backends import IptablesBackend, RulesBackend
+from enforcer_daemon.dataplane.netns import new_netns, open_in
+from enforcer_daemon.dataplane.queue import PacketQueue
+from enforcer_daemon.dataplane.rules import EndpointRules
+from enforcer_daemon.dataplane.tools import run_in
+from enforcer_daemon.model import Direction
+from enforcer_daemon.settings import DataplaneSettings
+from enforcer_daemon.verdict import ACCEPT, Verdict
+
+QUEUE = 4242
+SETTINGS = DataplaneSettings(queue_number=QUEUE)
+POD = {4: "10.77.0.2", 6: "fd77::2"}
+NODE = {4: "10.77.0.1", 6: "fd77::1"}
+NODE_OUTSIDE = {4: "10.88.0.1", 6: "fd88::1"}
+REMOTE = {4: "10.88.0.2", 6: "fd88::2"}
+FAMILIES = {4: socket.AF_INET, 6: socket.AF_INET6}
+BACKENDS: dict[str, Callable[[], RulesBackend]] = {
+    "iptables-nft": lambda: IptablesBackend("nft"),
+    "iptables-legacy": lambda: IptablesBackend("legacy"),
+}
+
+
+@dataclass(frozen=True)
+class Lab:
+    """Descriptors of the three namespaces."""
+
+    remote: int
+    node: int
+    pod: int
+
+    def rules(self) -> EndpointRules:
+        return EndpointRules(("eth0",), QUEUE, open_in(self.node, node_addresses))
+
+    def socket(self, place: int, version: int, kind: int = socket.SOCK_STREAM) -> socket.socket:
+        """Make a socket in one of the namespaces."""
+        sock = open_in(place, lambda: socket.socket(FAMILIES[version], kind))
+        sock.settimeout(5)
+        return sock
+
+    def listen(self, place: int, version: int, port: int = 8080) -> socket.socket:
+        sock = self.socket(place, version)
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        sock.bind(("::" if version == 6 else "0.0.0.0", port))  # noqa: S104 - a namespace of the test's own
+        sock.listen()
+        return sock
+
+    def connects(self, place: int, target: tuple[str, int], timeout_s: float = 0.6, mark: int = 0) -> bool:
+        """Tell whether a connection comes about in that time; a refusal or a silence is False."""
+        with self.socket(place, ip_address(target[0]).version) as sock:
+            if mark:
+                sock.setsockopt(socket.SOL_SOCKET, socket.SO_MARK, struct.pack("=I", mark))
+            sock.settimeout(timeout_s)
+            try:
+                sock.connect(target)
+            except OSError:
+                return False
+            return True
+
+
+@contextmanager
+def open_lab() -> Iterator[Lab]:
+    """Build the network; take it down at the end."""
+    fds: list[int] = []
+    try:
+        for _ in range(3):
+            fds.append(new_netns())
+        lab = Lab(*fds)
+        _link(lab.node, "pod0", lab.pod, "eth0", NODE, POD)
+        _link(lab.node, "out0", lab.remote, "eth0", NODE_OUTSIDE, REMOTE)
+        for place, gateway in ((lab.pod, NODE), (lab.remote, NODE_OUTSIDE)):
+            ip(place, f"-4 route add default via {gateway[4]}")
+            ip(place, f"-6 route add default via {gateway[6]}")
+        run_in(lab.node, ("sysctl", "-qw", "net.ipv4.ip_forward=1", "net.ipv6.conf.all.forwarding=1"))
+        yield lab
+    finally:
+        for fd in fds:
+            os.close(fd)
+
+
+def _link(
+    left: int, left_name: str, right: int, right_name: str, lefts: dict[int, str], rights: dict[int, str]
+) -> None:
+    ip(left, f"link add {left_name} type veth peer name {right_name}")
+    ip(left, f"link set {right_name} netns /proc/{os.getpid()}/fd/{right}")
+    for place, name, addresses in ((left, left_name, lefts), (right, right_name, rights)):
+        ip(place, f"addr add {addresses[4]}/24 dev {name}")
+        ip(place, f"addr add {addresses[6]}/64 dev {name} nodad")
+        ip(place, f"link set {name} up")
+        ip(place, "link set lo up")
+
+
+def ip(place: int, arguments: str) -> None:
+    run_in(place, ("ip", *arguments.split()))
+
+
+class Recorder:
+    """A judge that notes what it saw and answers by a function of the test."""
+
+    def __init__(self, answer: Callable[[bytes, Direction, int], Verdict] = lambda *_: ACCEPT) -> None:
+        self.answer = answer
+        self.seen: list[tuple[bytes, Direction, int]] = []
+
+    def __call__(self, packet: bytes, direction: Direction, mark: int) -> Verdict:
+        self.seen.append((packet, direction, mark))
+        return self.answer(packet, direction, mark)
+
+
+@contextmanager
+def serve(
+    lab: Lab, judge: Callable[[bytes, Direction, int], Verdict], settings: DataplaneSettings = SETTINGS
+) -> Iterator[PacketQueue]:
+    """Serve the pod's queue from a thread of its own, as the event loop would."""
+    errors: list[Exception] = []
+    queue = PacketQueue.open(lab.pod, settings, judge, on_error=errors.append)
+    stop_read, stop_write = os.pipe()
+
+    def loop() -> None:
+        while True:
+            ready, _, _ = select.select([queue, stop_read], [], [])
+            if stop_read in ready:
+                return
+            queue.read_turn()
+
+    thread = threading.Thread(target=loop)
+    thread.start()
+    try:
+        yield queue
+    finally:
+        os.write(stop_write, b"x")
+        thread.join()
+        queue.close()
+        os.close(stop_read)
+        os.close(stop_write)
+
+
+def wait_until(condition: Callable[[], bool], timeout_s: float = 3.0) -> bool:
+    """Tell whether the condition came true in that time."""
+    deadline = time.monotonic() + timeout_s
+    while not condition():
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(0.005)
+    return True
+
+
+def tcp_flags(packet: bytes) -> int:
+    return packet[(33 if packet[0] >> 4 == 4 else 53)]
+
+
+SYN, RST, ACK = 0x02, 0x04, 0x10
+
+
+def is_syn(packet: bytes) -> bool:
+    return tcp_flags(packet) & (SYN | ACK) == SYN
+
+
+def tcp_packet(
+    source: tuple[str, int], target: tuple[str, int], flags: int, payload: bytes = b"", seq: int = 1
+) -> bytes:
+    """Build a TCP packet with right checksums."""
+    src, dst = ip_address(source[0]), ip_address(target[0])
+    segment = struct.pack("!HHIIBBHHH", source[1], target[1], seq, 0, 5 << 4, flags, 64240, 0, 0) + payload
+    pseudo = src.packed + dst.packed + struct.pack("!II", len(segment), 6)
+    segment = segment[:16] + struct.pack("!H", _checksum(pseudo + segment)) + segment[18:]
+    if src.version == 4:
+        header = struct.pack("!BBHHHBBH", 0x45, 0, 20 + len(segment), 1, 0, 64, 6, 0) + src.packed + dst.packed
+        header = header[:10] + struct.pack("!H", _checksum(header)) + header[12:]
+    else:
+        header = struct.pack("!IHBB", 6 << 28, len(segment), 6, 64) + src.packed + dst.packed
+    return header + segment
+
+
+def _checksum(data: bytes) -> int:
+    data += bytes(len(data) % 2)
+    total = sum(struct.unpack(f"!{len(data) // 2}H", data))
+    while total >> 16:
+        total = (total & 0xFFFF) + (total >> 16)
+    return ~total & 0xFFFF

@@ -1,0 +1,328 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The rules against real packets: what passes in the kernel, what is queued, and that nothing skips the queue."""
+
+from __future__ import annotations
+
+import dataclasses
+import socket
+import struct
+import threading
+from collections.abc import Iterator
+from ipaddress import ip_address
+
+import pytest
+
+from enforcer_daemon import marks
+from enforcer_daemon.dataplane.backends import RulesBackend, choose_backend
+from enforcer_daemon.dataplane.inject import Injector
+from enforcer_daemon.dataplane.netns import open_in
+from enforcer_daemon.dataplane.tools import run_in
+from enforcer_daemon.errors import DataplaneError
+from enforcer_daemon.model import Direction
+from enforcer_daemon.settings import RulesBackend as BackendSetting
+from enforcer_daemon.verdict import ACCEPT, DROP, Action, Settle, Verdict
+from tests.netns.lab import (
+    ACK,
+    BACKENDS,
+    NODE,
+    POD,
+    REMOTE,
+    SYN,
+    Lab,
+    Recorder,
+    is_syn,
+    open_lab,
+    serve,
+    tcp_flags,
+    tcp_packet,
+    wait_until,
+)
+
+pytestmark = pytest.mark.kernel
+
+RELEASE = Verdict(Action.RELEASE, mark=marks.released_mark(5))
+
+
+@pytest.fixture(params=BACKENDS)
+def backend(request: pytest.FixtureRequest) -> RulesBackend:
+    return BACKENDS[request.param]()
+
+
+@pytest.fixture(params=(4, 6), ids=("ipv4", "ipv6"))
+def version(request: pytest.FixtureRequest) -> int:
+    return int(request.param)
+
+
+@pytest.fixture
+def lab(backend: RulesBackend) -> Iterator[Lab]:
+    with open_lab() as lab:
+        backend.apply(lab.pod, lab.rules())
+        yield lab
+
+
+def release_on_ack(packet: bytes, direction: Direction, mark: int) -> Verdict:
+    return ACCEPT if tcp_flags(packet) & SYN else RELEASE
+
+
+def test_without_an_enforcer_nothing_but_the_node_reaches_the_pod(lab: Lab, version: int) -> None:
+    with lab.listen(lab.pod, version):
+        assert not lab.connects(lab.remote, (POD[version], 8080))
+        assert lab.connects(lab.node, (POD[version], 8080))
+
+
+def test_without_an_enforcer_the_pod_reaches_nobody_also_not_the_node(lab: Lab, version: int) -> None:
+    with lab.listen(lab.remote, version), lab.listen(lab.node, version):
+        assert not lab.connects(lab.pod, (REMOTE[version], 8080))
+        assert not lab.connects(lab.pod, (NODE[version], 8080))
+
+
+def test_a_probe_carries_data_both_ways_without_an_enforcer(lab: Lab, version: int) -> None:
+    with lab.listen(lab.pod, version) as listener, lab.socket(lab.node, version) as probe:
+        probe.connect((POD[version], 8080))
+        accepted, _ = listener.accept()
+        with accepted:
+            probe.sendall(b"GET")
+            assert accepted.recv(8) == b"GET"
+            accepted.sendall(b"200" * 10_000)
+            accepted.shutdown(socket.SHUT_WR)
+            assert len(_read_all(probe)) == 30_000
+
+
+def test_udp_of_the_node_and_its_answer_pass_and_other_udp_does_not(lab: Lab, version: int) -> None:
+    with lab.socket(lab.pod, version, socket.SOCK_DGRAM) as service:
+        service.bind((POD[version], 53))
+        with (
+            lab.socket(lab.remote, version, socket.SOCK_DGRAM) as remote,
+            lab.socket(lab.node, version, socket.SOCK_DGRAM) as node,
+        ):
+            remote.sendto(b"remote", (POD[version], 53))
+            node.sendto(b"node", (POD[version], 53))
+            data, sender = service.recvfrom(16)
+            assert data == b"node"
+            service.sendto(b"answer", sender)
+            assert node.recv(16) == b"answer"
+
+
+@pytest.mark.parametrize("mark", [marks.RELEASED, marks.FORGET, marks.NODE, marks.OWN_MASK, marks.released_mark(9)])
+def test_a_mark_that_a_process_sets_gains_it_nothing(lab: Lab, version: int, mark: int) -> None:
+    with lab.listen(lab.remote, version):
+        assert not lab.connects(lab.pod, (REMOTE[version], 8080), 0.3, mark=mark)
+
+
+def test_a_connections_mark_that_a_sidecar_restores_does_not_release_a_syn(lab: Lab) -> None:
+    run_in(lab.pod, ("iptables", "-t", "mangle", "-A", "OUTPUT", "-j", "MARK", "--set-mark", f"{marks.RELEASED:#x}"))
+    with lab.listen(lab.remote, 4):
+        assert not lab.connects(lab.pod, (REMOTE[4], 8080), 0.3)
+
+
+def test_a_syn_with_payload_is_queued_also_from_the_node(lab: Lab, version: int) -> None:
+    judge = Recorder(lambda *_: DROP)
+    injector = Injector(lab.node)
+    try:
+        with serve(lab, judge):
+            assert injector.send(tcp_packet((NODE[version], 4000), (POD[version], 8080), SYN, b"f" * 300))
+            assert wait_until(lambda: len(judge.seen) == 1)
+    finally:
+        injector.close()
+    ((packet, direction, mark),) = judge.seen
+    assert (packet[-300:], direction, mark) == (b"f" * 300, Direction.INGRESS, 0)
+
+
+def test_an_unsolicited_packet_of_the_node_without_syn_is_queued(lab: Lab, version: int) -> None:
+    judge = Recorder(lambda *_: DROP)
+    injector = Injector(lab.node)
+    try:
+        with serve(lab, judge):
+            injector.send(tcp_packet((NODE[version], 4000), (POD[version], 8080), ACK, b"data"))
+            assert wait_until(lambda: len(judge.seen) == 1)
+    finally:
+        injector.close()
+
+
+def test_a_released_flow_stays_in_the_kernel(lab: Lab, version: int) -> None:
+    judge = Recorder(release_on_ack)
+    with serve(lab, judge), lab.listen(lab.pod, version) as listener, lab.socket(lab.remote, version) as client:
+        client.connect((POD[version], 8080))
+        accepted, _ = listener.accept()
+        with accepted:
+            sender = threading.Thread(target=lambda: (client.sendall(bytes(1 << 20)), client.shutdown(socket.SHUT_WR)))
+            sender.start()
+            assert len(_read_all(accepted)) == 1 << 20
+            sender.join()
+    assert len(judge.seen) == 3  # SYN, SYN-ACK, ACK
+    assert [direction for _, direction, _ in judge.seen] == [Direction.INGRESS, Direction.EGRESS, Direction.INGRESS]
+
+
+def test_a_released_flow_goes_on_when_the_enforcer_is_gone(lab: Lab, version: int) -> None:
+    with lab.listen(lab.pod, version) as listener, lab.socket(lab.remote, version) as client:
+        with serve(lab, release_on_ack):
+            client.connect((POD[version], 8080))
+            accepted, _ = listener.accept()
+        with accepted:
+            client.sendall(b"still here")
+            assert accepted.recv(16) == b"still here"
+
+
+def test_the_connections_mark_keeps_the_bits_of_others(lab: Lab) -> None:
+    run_in(lab.pod, ("iptables", "-t", "raw", "-A", "OUTPUT", "-j", "MARK", "--or-mark", "0x539"))
+    run_in(lab.pod, ("iptables", "-t", "mangle", "-A", "OUTPUT", "-j", "CONNMARK", "--set-xmark", "0x539/0xfff"))
+    with serve(lab, release_on_ack), lab.listen(lab.remote, 4), lab.socket(lab.pod, 4) as client:
+        client.connect((REMOTE[4], 8080))
+        expected = f"mark={marks.released_mark(5) | 0x539}"
+        assert wait_until(lambda: expected in run_in(lab.pod, ("conntrack", "-L", "-p", "tcp")))
+
+
+def test_a_reused_tuple_with_a_stale_release_is_queued_and_shows_it(lab: Lab, version: int) -> None:
+    judge = Recorder(release_on_ack)
+    with serve(lab, judge), lab.listen(lab.pod, version) as listener:
+        for _ in range(2):
+            with lab.socket(lab.remote, version) as client:
+                client.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+                # Close by RST, the case in which conntrack keeps the old entry.
+                client.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+                client.bind((REMOTE[version], 5555))
+                client.connect((POD[version], 8080))
+                accepted, _ = listener.accept()
+                accepted.close()
+        syns = [mark for packet, _, mark in judge.seen if is_syn(packet)]
+    assert len(syns) == 2
+    assert syns[0] == 0
+    assert syns[1] in (0, marks.released_mark(5))
+
+
+def test_forget_takes_a_release_back(lab: Lab, version: int) -> None:
+    judge = Recorder(release_on_ack)
+    injector = Injector(lab.remote)
+    try:
+        with serve(lab, judge), lab.listen(lab.pod, version) as listener, lab.socket(lab.remote, version) as client:
+            client.bind((REMOTE[version], 5556))
+            client.connect((POD[version], 8080))
+            accepted, _ = listener.accept()
+            with accepted:
+                judge.seen.clear()
+                judge.answer = lambda packet, *_: Verdict(Action.FORGET) if is_syn(packet) else DROP
+                injector.send(tcp_packet((REMOTE[version], 5556), (POD[version], 8080), SYN, seq=77))
+                assert wait_until(lambda: any(is_syn(packet) for packet, _, _ in judge.seen))
+                assert judge.seen[0][2] == marks.released_mark(5)
+                client.sendall(b"unreleased")
+                accepted.settimeout(0.4)
+                with pytest.raises(TimeoutError):
+                    accepted.recv(16)
+    finally:
+        injector.close()
+
+
+def test_icmp_passes_without_an_enforcer(lab: Lab, version: int) -> None:
+    run_in(lab.remote, ("ping", f"-{version}", "-c", "1", "-W", "2", POD[version]))
+    run_in(lab.pod, ("ping", f"-{version}", "-c", "1", "-W", "2", REMOTE[version]))
+
+
+def test_loopback_is_left_alone(lab: Lab, version: int) -> None:
+    with lab.listen(lab.pod, version):
+        assert lab.connects(lab.pod, ("127.0.0.1" if version == 4 else "::1", 8080))
+        assert lab.connects(lab.pod, (POD[version], 8080))
+
+
+def test_packets_that_wait_survive_new_rules(lab: Lab, backend: RulesBackend, version: int) -> None:
+    hold = Verdict(Action.HOLD, hold_id=1)
+    judge = Recorder(lambda packet, *_: hold if is_syn(packet) else ACCEPT)
+    with serve(lab, judge) as queue, lab.listen(lab.pod, version), lab.socket(lab.remote, version) as client:
+        client.setblocking(False)
+        client.connect_ex((POD[version], 8080))
+        assert wait_until(lambda: queue.held_packets == 1)
+        changed = dataclasses.replace(lab.rules(), ifnames=("eth0", "net1"))
+        backend.apply(lab.pod, changed)
+        backend.update_node_addresses(lab.pod, changed.node_addresses)
+        backend.apply(lab.pod, lab.rules())
+        queue.carry_out((Settle(1, ACCEPT),))
+        client.settimeout(0.5)  # less than a retransmission
+        assert wait_until(lambda: client.connect_ex((POD[version], 8080)) in (0, 106), 0.5)
+
+
+def test_rules_applied_again_are_not_doubled(lab: Lab, backend: RulesBackend) -> None:
+    tool = f"{backend.name}-save"
+    before = _rules(run_in(lab.pod, (tool,)))
+    backend.apply(lab.pod, dataclasses.replace(lab.rules(), queue_number=7))
+    backend.apply(lab.pod, lab.rules())
+    assert _rules(run_in(lab.pod, (tool,))) == before
+    assert sum("-j TRIREME-INGRESS" in rule for rule in before) == 1
+
+
+@pytest.mark.parametrize(
+    "damage",
+    ["-t mangle -F TRIREME-IN", "-t mangle -D PREROUTING 1", "-t mangle -I PREROUTING 1 -j ACCEPT", "-t raw -F",
+     "-t filter -A OUTPUT -j TRIREME-CLEAR"],
+)  # fmt: skip
+def test_damage_is_seen_and_repaired(lab: Lab, backend: RulesBackend, damage: str) -> None:
+    assert backend.is_intact(lab.pod, lab.rules())
+    run_in(lab.pod, (backend.name, *damage.split()))
+    assert not backend.is_intact(lab.pod, lab.rules())
+    backend.apply(lab.pod, lab.rules())
+    assert backend.is_intact(lab.pod, lab.rules())
+
+
+def test_a_new_address_of_the_node_is_let_through_and_an_old_one_no_longer(
+    lab: Lab, backend: RulesBackend, version: int
+) -> None:
+    other = frozenset({ip_address(REMOTE[version])})
+    backend.update_node_addresses(lab.pod, other)
+    with lab.listen(lab.pod, version):
+        assert lab.connects(lab.remote, (POD[version], 8080))
+        assert not lab.connects(lab.node, (POD[version], 8080), 0.3)
+    assert backend.is_intact(lab.pod, dataclasses.replace(lab.rules(), node_addresses=other))
+
+
+def test_remove_leaves_nothing_and_can_be_repeated(lab: Lab, backend: RulesBackend) -> None:
+    for _ in range(2):
+        backend.remove(lab.pod)
+        assert not backend.is_intact(lab.pod, lab.rules())
+        assert "TRIREME" not in run_in(lab.pod, (f"{backend.name}-save",))
+
+
+def test_a_fragment_that_a_process_makes_is_dropped(lab: Lab) -> None:
+    ip_nodefrag = 22  # linux/in.h
+    judge = Recorder(lambda *_: DROP)
+    raw = open_in(lab.pod, lambda: socket.socket(socket.AF_INET, socket.SOCK_RAW, socket.IPPROTO_RAW))
+    with raw, serve(lab, judge), open_in(lab.remote, _sniffer) as sniffer:
+        raw.setsockopt(socket.IPPROTO_IP, ip_nodefrag, 1)
+        packet = bytearray(tcp_packet((POD[4], 1), (REMOTE[4], 2), ACK, b"x" * 64))
+        packet[6:8] = b"\x00\x05"  # offset 40
+        raw.sendto(bytes(packet), (REMOTE[4], 0))
+        with pytest.raises(TimeoutError):
+            _receive_from(sniffer, POD[4])
+    assert judge.seen == []
+
+
+def test_the_backend_is_chosen_by_what_works_here() -> None:
+    assert choose_backend(BackendSetting.AUTO).name in ("nft", "iptables-nft", "iptables-legacy")
+    assert choose_backend(BackendSetting.IPTABLES).name in ("iptables-nft", "iptables-legacy")
+
+
+def test_a_broken_rule_is_refused_with_what_the_tool_said(lab: Lab, backend: RulesBackend) -> None:
+    with pytest.raises(DataplaneError, match="restore failed"):
+        backend.apply(lab.pod, dataclasses.replace(lab.rules(), ifnames=("a" * 40,)))
+    assert backend.is_intact(lab.pod, lab.rules())
+
+
+def _sniffer() -> socket.socket:
+    sock = socket.socket(socket.AF_PACKET, socket.SOCK_DGRAM, socket.htons(0x0800))
+    sock.settimeout(0.3)
+    return sock
+
+
+def _receive_from(sock: socket.socket, source: str) -> bytes:
+    while True:
+        packet = sock.recv(4096)
+        if packet[12:16] == ip_address(source).packed:
+            return packet
+
+
+def _rules(saved: str) -> list[str]:
+    return [line for line in saved.splitlines() if line.startswith("-A")]
+
+
+def _read_all(sock: socket.socket) -> bytes:
+    chunks: list[bytes] = []
+    while chunk := sock.recv(1 << 16):
+        chunks.append(chunk)
+    return b"".join(chunks)
