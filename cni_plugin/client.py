@@ -35,10 +35,12 @@ def call(run_dir: str, request: Request, timeout_s: float, netns_fd: int | None 
 
     An attempt is repeated where there is no daemon, where it goes away without an answer, and where its answer says so
     ("starting"): requests can be repeated without harm. The first attempt is made even with no time left.
-    Raises UnreachableError at the deadline, ProtocolError for an answer that cannot be read.
+    Raises UnreachableError at the deadline, ProtocolError for an answer that cannot be read, or a request too large.
     """
     path = os.path.join(run_dir, SOCKET_NAME)
     line = messages.encode_request(request)
+    if len(line) > messages.MAX_REQUEST_BYTES:
+        raise ProtocolError(f"the request has {len(line)} bytes; the daemon takes {messages.MAX_REQUEST_BYTES}")
     deadline = time.monotonic() + timeout_s
     pause = FIRST_PAUSE_S
     while True:

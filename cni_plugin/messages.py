@@ -30,6 +30,8 @@ MAX_ADDRESSES = 64
 """Addresses, and host interfaces, of one attachment."""
 
 POD_GONE = 3
+UNUSABLE_NETNS = 4
+NODE_NETNS = 8
 TRY_AGAIN = 11
 NOT_READY = 50
 PODS_CUT_OFF = 51

@@ -8,7 +8,7 @@ from __future__ import annotations
 import fcntl
 import os
 
-from cni_plugin import spec
+from cni_plugin import messages
 from cni_plugin.spec import CniError
 
 NS_GET_NSTYPE = 0xB703
@@ -24,7 +24,7 @@ def open_netns(path: str) -> int:
         # O_NONBLOCK: whatever lies at the path must not keep us waiting, as a FIFO would.
         descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
     except (OSError, ValueError) as err:  # ValueError: a zero byte in the path
-        raise CniError(spec.INVALID_ENVIRONMENT, f"CNI_NETNS: {path}: {getattr(err, 'strerror', err)}") from err
+        raise CniError(messages.UNUSABLE_NETNS, f"CNI_NETNS: {path}: {getattr(err, 'strerror', err)}") from err
     try:
         _check(descriptor, path)
     except BaseException:
@@ -37,11 +37,11 @@ def _check(descriptor: int, path: str) -> None:
     try:
         kind = fcntl.ioctl(descriptor, NS_GET_NSTYPE)
     except OSError as err:
-        raise CniError(spec.INVALID_ENVIRONMENT, f"CNI_NETNS: {path}: is not a namespace") from err
+        raise CniError(messages.UNUSABLE_NETNS, f"CNI_NETNS: {path}: is not a namespace") from err
     if kind != CLONE_NEWNET:
-        raise CniError(spec.INVALID_ENVIRONMENT, f"CNI_NETNS: {path}: is not a network namespace")
+        raise CniError(messages.UNUSABLE_NETNS, f"CNI_NETNS: {path}: is not a network namespace")
     if _is_the_nodes(os.fstat(descriptor)):
-        raise CniError(spec.UNFIT_NETNS, f"CNI_NETNS: {path}: is the node's own; enforcing there would cut it off")
+        raise CniError(messages.NODE_NETNS, f"CNI_NETNS: {path}: is the node's own; enforcing there would cut it off")
 
 
 def _is_the_nodes(netns: os.stat_result) -> bool:

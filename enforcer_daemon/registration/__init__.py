@@ -1,1 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
+"""Registration of pods by the CNI plugin, the records that outlive the daemon, and the operators' socket."""
