@@ -16,7 +16,7 @@ from enforcer_daemon.policy import NetworkPolicy, Pod, compile_snapshot, decode_
 from enforcer_daemon.policy.reader import InvalidObjectError, Reader, child
 from enforcer_daemon.reasons import Reason
 
-_PROTOCOLS = {"TCP": Protocol.TCP, "UDP": Protocol.UDP, "SCTP": Protocol.SCTP}
+PROTOCOLS = {"TCP": Protocol.TCP, "UDP": Protocol.UDP, "SCTP": Protocol.SCTP}
 _VERDICTS = ("allow", "deny")
 _BOTH_ENDS = "egress+ingress"
 """Another way to write "both"."""
@@ -247,9 +247,9 @@ def _read_addresses(reader: Reader, tree: Mapping[str, object], path: str) -> tu
 
 def _read_protocol(reader: Reader, tree: Mapping[str, object], path: str) -> Protocol:
     text = reader.string(tree.get("protocol"), child(path, "protocol")) or "TCP"
-    if text not in _PROTOCOLS:
-        reader.unsupported(child(path, "protocol"), text, _PROTOCOLS)
-    return _PROTOCOLS.get(text, Protocol.TCP)
+    if text not in PROTOCOLS:
+        reader.unsupported(child(path, "protocol"), text, PROTOCOLS)
+    return PROTOCOLS.get(text, Protocol.TCP)
 
 
 def _read_probe(reader: Reader, value: object, path: str) -> Probe:

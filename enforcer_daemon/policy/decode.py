@@ -7,8 +7,6 @@ A manifest is what a YAML or JSON parser gives: mappings with string keys, lists
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-
 from enforcer_daemon.model import IPNetwork, Protocol
 from enforcer_daemon.policy.metadata import check_object_name, read_metadata, read_object, read_selector
 from enforcer_daemon.policy.objects import IPBlock, NetworkPolicy, Peer, PodPeer, PortMatch, PortName, PortRange, Rule
@@ -166,17 +164,3 @@ class _RuleReader:
 
 def _is_within(inner: IPNetwork, outer: IPNetwork) -> bool:
     return inner.version == outer.version and inner.subnet_of(outer)  # type: ignore[arg-type]
-
-
-def object_name(manifest: object) -> tuple[str, str, str] | None:
-    """Give kind, namespace and name of a manifest that may be at fault elsewhere; None if it has no name."""
-    if not isinstance(manifest, Mapping):
-        return None
-    metadata = manifest.get("metadata")
-    if not isinstance(metadata, Mapping):
-        return None
-    kind, name = manifest.get("kind"), metadata.get("name") or metadata.get("generateName")
-    namespace = metadata.get("namespace") or ""
-    if not (isinstance(kind, str) and isinstance(name, str) and isinstance(namespace, str)):
-        return None
-    return kind, namespace, name

@@ -1,0 +1,237 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Splits YAML and JSON text into documents, as kubectl reads them, and remembers the line of every field.
+
+The differences from a plain YAML parser are those of Kubernetes: a key that occurs twice is an error, keys become
+strings, and times and base-60 numbers stay strings.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+import yaml
+
+from enforcer_daemon.errors import EnforcerError
+
+_MAX_DEPTH = 100
+"""Nesting of a document; Kubernetes objects stay below 20."""
+_TAG = "tag:yaml.org,2002:"
+_PATH_STEP = re.compile(r"\[(\d+)\]\.?")
+
+
+class DocumentError(EnforcerError):
+    """Text that is no YAML or JSON; `line` counts from 1."""
+
+    def __init__(self, line: int, message: str) -> None:
+        super().__init__(message)
+        self.line = line
+
+
+@dataclass(frozen=True, slots=True)
+class Document:
+    """One document, or what is wrong with it."""
+
+    line: int
+    manifest: object = None
+    error: str = ""
+    """Why it has no manifest; empty where it has."""
+    node: yaml.Node | None = None
+    """Where its fields are; None for JSON."""
+
+    def line_of(self, field: str) -> int:
+        """Give the line of a field, or of the innermost object around it that there is."""
+        if self.node is None:
+            return self.line
+        node, line, rest = self.node, self.line, field
+        while rest:
+            found = _descend(node, rest)
+            if found is None:
+                break
+            node, line, rest = found
+        return line
+
+    def item(self, index: int, manifest: object) -> Document:
+        """Give an entry of this document's `items` as a document of its own."""
+        if self.node is None:
+            return Document(self.line, manifest)
+        found = _descend(self.node, f"items[{index}]")
+        entry = None if found is None else _descend(found[0], found[2])
+        return Document(self.line if entry is None else entry[1], manifest, node=None if entry is None else entry[0])
+
+
+def _descend(node: yaml.Node, path: str) -> tuple[yaml.Node, int, str] | None:
+    """Take one step of a field path; give the node there, its line, and the rest of the path."""
+    if isinstance(node, yaml.SequenceNode):
+        step = _PATH_STEP.match(path)
+        if step is None or int(step[1]) >= len(node.value):
+            return None
+        entry = node.value[int(step[1])]
+        return entry, entry.start_mark.line + 1, path[step.end() :]
+    if isinstance(node, yaml.MappingNode):
+        # Keys may contain dots themselves, so the longest that fits is meant.
+        for key, value in sorted(node.value, key=lambda pair: -len(str(pair[0].value))):
+            rest = path.removeprefix(str(key.value))
+            if rest != path and (not rest or rest[0] in ".["):
+                return value, key.start_mark.line + 1, rest.removeprefix(".")
+    return None
+
+
+def read_documents(text: str, *, is_json: bool) -> list[Document]:
+    """Split text into documents, empty ones left out; raise DocumentError where it cannot be parsed at all."""
+    try:
+        return list(_json_documents(text) if is_json else _yaml_documents(text))
+    except RecursionError as err:
+        raise DocumentError(1, f"nested more than {_MAX_DEPTH} deep") from err
+
+
+def _json_documents(text: str) -> Iterator[Document]:
+    decoder = json.JSONDecoder(object_pairs_hook=_unique_pairs, parse_constant=_refuse_constant)
+    position = _skip_space(text, 0)
+    while position < len(text):
+        line = text.count("\n", 0, position) + 1
+        try:
+            manifest, end = decoder.raw_decode(text, position)
+        except json.JSONDecodeError as err:
+            raise DocumentError(err.lineno, f"not JSON: {err.msg}") from err
+        except ValueError as err:
+            raise DocumentError(line, str(err)) from err
+        if manifest is not None:
+            yield Document(line, manifest)
+        position = _skip_space(text, end)
+
+
+def _skip_space(text: str, position: int) -> int:
+    while position < len(text) and text[position] in " \t\r\n":
+        position += 1
+    return position
+
+
+def _unique_pairs(pairs: Sequence[tuple[str, object]]) -> dict[str, object]:
+    result = dict(pairs)
+    if len(result) != len(pairs):
+        seen: set[str] = set()
+        for key, _ in pairs:
+            if key in seen:
+                raise ValueError(f'duplicate field "{key}"')
+            seen.add(key)
+    return result
+
+
+def _refuse_constant(name: str) -> object:
+    raise ValueError(f"not JSON: {name}")
+
+
+def _yaml_documents(text: str) -> Iterator[Document]:
+    try:
+        # Composing builds nodes only; no object is made of them by yaml.
+        nodes = list(yaml.compose_all(text, Loader=yaml.CSafeLoader))
+    except yaml.MarkedYAMLError as err:
+        line = err.problem_mark.line + 1 if err.problem_mark is not None else 1
+        raise DocumentError(line, f"not YAML: {err.problem or err.context}") from err
+    except yaml.YAMLError as err:
+        raise DocumentError(1, f"not YAML: {err}") from err
+    for node in nodes:
+        line = node.start_mark.line + 1
+        try:
+            manifest = _Constructor().construct(node)
+        except DocumentError as err:
+            yield Document(err.line, error=str(err), node=node)
+            continue
+        if manifest is not None:
+            yield Document(line, manifest, node=node)
+
+
+class _Constructor:
+    """Makes plain values of one document's nodes; an aliased node becomes one shared value."""
+
+    def __init__(self) -> None:
+        self._made: dict[int, object] = {}
+
+    def construct(self, node: yaml.Node, depth: int = 0) -> object:
+        if depth > _MAX_DEPTH:
+            raise _error(node, f"nested more than {_MAX_DEPTH} deep")
+        if id(node) not in self._made:
+            self._made[id(node)] = self._make(node, depth)
+        return self._made[id(node)]
+
+    def _make(self, node: yaml.Node, depth: int) -> object:
+        if isinstance(node, yaml.ScalarNode):
+            return _scalar(node)
+        if isinstance(node, yaml.SequenceNode) and node.tag == _TAG + "seq":
+            return [self.construct(entry, depth + 1) for entry in node.value]
+        if isinstance(node, yaml.MappingNode) and node.tag == _TAG + "map":
+            return self._mapping(node, depth)
+        raise _error(node, f"the tag {node.tag} has no meaning here")
+
+    def _mapping(self, node: yaml.MappingNode, depth: int) -> dict[str, object]:
+        own: dict[str, object] = {}
+        merged: dict[str, object] = {}
+        for key_node, value_node in node.value:
+            value = self.construct(value_node, depth + 1)
+            if key_node.tag == _TAG + "merge":
+                for source in value if isinstance(value, list) else [value]:
+                    if not isinstance(source, Mapping):
+                        raise _error(value_node, "<< merges mappings only")
+                    merged = {**source, **merged}
+                continue
+            key = _key(key_node)
+            if key in own:
+                raise _error(key_node, f'duplicate field "{key}"')
+            own[key] = value
+        return {**merged, **own}
+
+
+def _key(node: yaml.Node) -> str:
+    key = _scalar(node) if isinstance(node, yaml.ScalarNode) else None
+    if isinstance(key, bool):
+        return "true" if key else "false"
+    if isinstance(key, str | int):
+        return str(key)
+    raise _error(node, "field names must be strings")
+
+
+def _scalar(node: yaml.ScalarNode) -> object:
+    text: str = node.value
+    read = _SCALARS.get(node.tag.removeprefix(_TAG))
+    if read is None:
+        raise _error(node, f"the tag {node.tag} has no meaning here")
+    try:
+        return read(text)
+    except ValueError as err:
+        raise _error(node, f"cannot read {text[:40]!r}") from err
+
+
+def _integer(text: str) -> int | str:
+    if ":" in text:
+        return text
+    digits = text.replace("_", "")
+    if re.fullmatch("[-+]?0[0-7]+", digits):
+        return int(digits, 8)
+    return int(digits, 0)
+
+
+def _number(text: str) -> float | str:
+    if ":" in text:
+        return text
+    number = float(text.replace("_", "").replace(".inf", "inf").replace(".nan", "nan"))
+    if number != number or number in (float("inf"), float("-inf")):
+        raise ValueError(text)
+    return number
+
+
+_SCALARS: dict[str, Callable[[str], object]] = {
+    "str": str,
+    "timestamp": str,
+    "value": str,
+    "null": lambda _: None,
+    "bool": lambda text: text.lower() in ("yes", "true", "on"),
+    "int": _integer,
+    "float": _number,
+}
+
+
+def _error(node: yaml.Node, message: str) -> DocumentError:
+    return DocumentError(node.start_mark.line + 1, message)

@@ -1,0 +1,245 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Reads files of Kubernetes manifests into typed objects and problems; a problem names file, line, object and field.
+
+NetworkPolicy, Namespace and Pod are read, alone or in Lists. Any other kind is a problem: were a misspelt kind passed
+over, a policy would be missing without a word.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from enforcer_daemon.model import PodRef
+from enforcer_daemon.policy import (
+    InvalidObjectError,
+    Namespace,
+    NetworkPolicy,
+    Pod,
+    decode_namespace,
+    decode_network_policy,
+    decode_pod,
+    namespace_labels,
+)
+from enforcer_daemon.policy.metadata import DEFAULT_NAMESPACE
+from enforcer_daemon.sources.documents import Document, DocumentError, read_documents
+
+SUFFIXES = frozenset({".yaml", ".yml", ".json"})
+MAX_FILE_BYTES = 32 * 1024 * 1024
+"""Larger files are refused; ten thousand policies take about a quarter of it."""
+
+KubernetesObject = NetworkPolicy | Namespace | Pod
+_LIST_KINDS = {
+    "List": "",
+    "NetworkPolicyList": "NetworkPolicy",
+    "NamespaceList": "Namespace",
+    "PodList": "Pod",
+}
+_IDENTITY_FIELDS = frozenset({"", "kind", "metadata", "metadata.name", "metadata.generateName", "metadata.namespace"})
+"""Where a problem leaves open which object is meant."""
+_API_VERSIONS = {"NetworkPolicy": "networking.k8s.io/v1", "Namespace": "v1", "Pod": "v1"}
+
+
+@dataclass(frozen=True, slots=True, order=True)
+class ObjectKey:
+    """What makes an object the same one in another version of a file."""
+
+    kind: str
+    namespace: str
+    """Empty for a Namespace."""
+    name: str
+
+    def __str__(self) -> str:
+        return f"{self.kind} {self.namespace}/{self.name}" if self.namespace else f"{self.kind} {self.name}"
+
+
+@dataclass(frozen=True, slots=True, order=True)
+class Problem:
+    """Something that is not in force, and why."""
+
+    file: str
+    line: int
+    """Counts from 1; 0 for the file as a whole."""
+    object: str
+    """Kind and name, as far as they could be read; else empty."""
+    field: str
+    message: str
+
+    def __str__(self) -> str:
+        place = f"{self.file}:{self.line}" if self.line else self.file
+        return ": ".join(part for part in (place, self.object, self.field, self.message) if part)
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """One object of a file, or the problems with it."""
+
+    line: int
+    key: ObjectKey | None
+    """None: it could not even be told which object it is."""
+    object: KubernetesObject | None
+    problems: tuple[Problem, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class ManifestFile:
+    """What one file holds."""
+
+    name: str
+    entries: tuple[Entry, ...] = ()
+    problem: Problem | None = None
+    """Why the file could not be read or parsed; it then has no entries."""
+
+
+@dataclass(frozen=True, slots=True)
+class World:
+    """All that a source knows at one moment."""
+
+    policies: tuple[NetworkPolicy, ...] = ()
+    namespaces: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
+    """Labels of the declared ones."""
+    pods: Mapping[PodRef, Pod] = field(default_factory=dict)
+    problems: tuple[Problem, ...] = ()
+
+    def labels_of(self, namespace: str) -> Mapping[str, str]:
+        """Give a namespace's labels; one that is not declared has only the label of its name."""
+        return self.namespaces.get(namespace) or namespace_labels(namespace)
+
+
+def manifest_files(directory: Path) -> list[Path]:
+    """List a directory's manifests, in order; hidden ones are not read, nor are directories in it.
+
+    A dangling link is listed: its objects are not gone, they cannot be read.
+    """
+    return sorted(
+        path
+        for path in directory.iterdir()
+        if path.suffix in SUFFIXES and not path.name.startswith(".") and not path.is_dir()
+    )
+
+
+def load_bytes(path: Path) -> bytes:
+    """Read a file of bounded size; raise OSError."""
+    with path.open("rb") as file:
+        content = file.read(MAX_FILE_BYTES + 1)
+    if len(content) > MAX_FILE_BYTES:
+        raise OSError(f"larger than {MAX_FILE_BYTES} bytes")
+    return content
+
+
+def read_file(path: Path) -> ManifestFile:
+    """Read a file; what is wrong with it is in the result."""
+    try:
+        return decode_file(str(path), load_bytes(path))
+    except OSError as err:
+        return unreadable(str(path), err)
+
+
+def unreadable(name: str, err: OSError) -> ManifestFile:
+    """Give the result of a file that could not be read."""
+    return ManifestFile(name, problem=Problem(name, 0, "", "", f"cannot be read: {err.strerror or err}"))
+
+
+def decode_file(name: str, content: bytes) -> ManifestFile:
+    """Decode the content of a file; what is wrong with it is in the result."""
+    try:
+        documents = read_documents(content.decode("utf-8-sig"), is_json=name.endswith(".json"))
+    except UnicodeDecodeError as err:
+        line = content.count(b"\n", 0, err.start) + 1
+        return ManifestFile(name, problem=Problem(name, line, "", "", "not UTF-8 text"))
+    except DocumentError as err:
+        return ManifestFile(name, problem=Problem(name, err.line, "", "", str(err)))
+    objects = (item for document in documents for item in _expand(document))
+    return ManifestFile(name, tuple(_decode_entry(name, document) for document in objects))
+
+
+def _expand(document: Document) -> Iterator[Document]:
+    manifest = document.manifest
+    kind = manifest.get("kind") if isinstance(manifest, Mapping) else None
+    if not isinstance(manifest, Mapping) or not isinstance(kind, str) or kind not in _LIST_KINDS:
+        yield document
+        return
+    items = manifest.get("items")
+    if not isinstance(items, list):
+        yield Document(document.line_of("items"), error=f"items of a {kind} must be a list", node=document.node)
+        return
+    item_kind = _LIST_KINDS[kind]
+    for index, item in enumerate(items):
+        if item_kind and isinstance(item, Mapping):
+            # The API leaves the type out of a typed list's items.
+            item = {"apiVersion": _API_VERSIONS[item_kind], "kind": item_kind, **item}
+        yield document.item(index, item)
+
+
+def _decode_entry(name: str, document: Document) -> Entry:
+    key = _key_of(document.manifest)
+    label = "" if key is None else str(key)
+    if document.error:
+        return Entry(document.line, None, None, (Problem(name, document.line, "", "", document.error),))
+    try:
+        found = _decode(document.manifest)
+    except InvalidObjectError as err:
+        problems = tuple(Problem(name, document.line_of(p.field), label, p.field, p.message) for p in err.problems)
+        is_unsure = any(problem.field in _IDENTITY_FIELDS for problem in err.problems)
+        return Entry(document.line, None if is_unsure else key, None, problems)
+    return Entry(document.line, key, found)
+
+
+def _decode(manifest: object) -> KubernetesObject:
+    kind = manifest.get("kind") if isinstance(manifest, Mapping) else None
+    if kind == "Namespace":
+        return decode_namespace(manifest)
+    if kind == "Pod":
+        return decode_pod(manifest)
+    # What is none of the kinds is refused as a NetworkPolicy of the wrong kind.
+    return decode_network_policy(manifest)
+
+
+def _key_of(manifest: object) -> ObjectKey | None:
+    metadata = manifest.get("metadata") if isinstance(manifest, Mapping) else None
+    if not isinstance(manifest, Mapping) or not isinstance(metadata, Mapping):
+        return None
+    kind, name = manifest.get("kind"), metadata.get("name") or metadata.get("generateName")
+    namespace = metadata.get("namespace") or DEFAULT_NAMESPACE
+    if not (isinstance(kind, str) and isinstance(name, str) and isinstance(namespace, str)):
+        return None
+    return ObjectKey(kind, "" if kind == "Namespace" else namespace, name)
+
+
+def unique_objects(
+    files: Iterable[ManifestFile],
+) -> tuple[dict[ObjectKey, tuple[str, KubernetesObject]], list[Problem]]:
+    """Give each object with its file, and all problems; of several by one name the first counts, the others are
+    problems.
+    """
+    found: dict[ObjectKey, tuple[str, KubernetesObject]] = {}
+    problems = []
+    for file in files:
+        if file.problem is not None:
+            problems.append(file.problem)
+        for entry in file.entries:
+            problems += entry.problems
+            if entry.object is None or entry.key is None:
+                continue
+            if entry.key in found:
+                message = f"is already in {found[entry.key][0]}; that one is in force"
+                problems.append(Problem(file.name, entry.line, str(entry.key), "metadata.name", message))
+            else:
+                found[entry.key] = (file.name, entry.object)
+    return found, problems
+
+
+def assemble(objects: Iterable[KubernetesObject], problems: Iterable[Problem]) -> World:
+    """Put a world together; pods that have finished are not in it."""
+    policies, namespaces, pods = [], {}, {}
+    for found in objects:
+        match found:
+            case NetworkPolicy():
+                policies.append(found)
+            case Namespace():
+                namespaces[found.name] = found.labels
+            case Pod():
+                if not found.is_finished:
+                    pods[found.ref] = found
+    return World(tuple(policies), namespaces, pods, tuple(problems))

@@ -1,0 +1,207 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`triremectl simulate`: who may reach whom, by policies that need not be in force anywhere."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import sys
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, replace
+from ipaddress import IPv4Network
+from pathlib import Path
+
+import click
+
+from enforcer_daemon.model import Decision
+from enforcer_daemon.policy import InvalidObjectError, Pod
+from enforcer_daemon.sources.manifests import Problem, World, assemble, manifest_files, read_file, unique_objects
+from triremectl.cases import PROTOCOLS, Case, CaseWorld, Probe, ProbeVerdict, decode_case
+
+_STAND_IN_ADDRESSES = IPv4Network("198.18.0.0/15")
+"""For pods whose manifest has no address (RFC 2544: never anybody's)."""
+
+
+@click.command("simulate")
+@click.argument("files", nargs=-1, type=click.Path(path_type=Path, allow_dash=True))
+@click.option("--explain", is_flag=True, help="Say for each probe which end decided, and by which policies and rules.")
+@click.option("--check", is_flag=True, help="Compare with the expected verdicts; exit status 1 on any difference.")
+@click.option("--policies", type=click.Path(path_type=Path), help="Directory or file of manifests, instead of cases.")
+@click.option("--pods", type=click.Path(path_type=Path), help="File of Pod and Namespace manifests, for --policies.")
+@click.option("--from", "source", help="Who connects: namespace/pod, or an address.")
+@click.option("--to", "destination", help="To whom: namespace/pod, or an address.")
+@click.option("--port", help="Destination port: a number, or a name that the destination pod gives it.")
+@click.option("--protocol", type=click.Choice(list(PROTOCOLS), case_sensitive=False), default="TCP", show_default=True)
+def command(files: tuple[Path, ...], *, explain: bool, check: bool, policies: Path | None, pods: Path | None,
+            source: str | None, destination: str | None, port: str | None, protocol: str) -> None:  # fmt: skip
+    """Judge cases, or answer one question about manifests.
+
+    FILES hold one case a line (JSON; .gz is unpacked; - or nothing: standard input): namespaces, pods, policies, and
+    probes {from, to, port, protocol}. For each case one line of JSON comes out: its name and the verdicts of its
+    probes, in their order.
+
+    With --policies the question is --from, --to, --port and --protocol, and the answer is in words.
+    """
+    if policies is None:
+        if pods or source or destination or port:
+            raise click.UsageError("--pods, --from, --to and --port need --policies")
+        cases = _read_cases(files or (Path("-"),))
+        _check(cases) if check else _judge(cases, explain=explain)
+        return
+    if files or check:
+        raise click.UsageError("--policies takes neither cases nor --check")
+    if not (source and destination and port):
+        raise click.UsageError("--policies needs --from, --to and --port")
+    probe = Probe(source, destination, int(port) if port.isdecimal() else port, PROTOCOLS[protocol.upper()])
+    _answer(_read_world(policies, pods), probe)
+
+
+def _read_cases(files: Iterable[Path]) -> Iterator[Case]:
+    for file in files:
+        for number, line in enumerate(_lines(file), 1):
+            if not line.strip():
+                continue
+            try:
+                yield decode_case(json.loads(line))
+            except InvalidObjectError as err:
+                listed = "".join(f"\n  {problem.field}: {problem.message}" for problem in err.problems)
+                raise click.ClickException(f"{file}:{number}: the case cannot be judged{listed}") from err
+            except ValueError as err:
+                raise click.ClickException(f"{file}:{number}: {err}") from err
+
+
+def _lines(file: Path) -> Iterator[str]:
+    try:
+        if str(file) == "-":
+            yield from sys.stdin
+            return
+        with gzip.open(file, "rt", encoding="utf-8") if file.suffix == ".gz" else file.open(encoding="utf-8") as text:
+            yield from text
+    except OSError as err:
+        raise click.ClickException(f"{file}: {err.strerror or err}") from err
+
+
+def _verdict(case: Case, probe: Probe, *, explain: bool = False) -> ProbeVerdict:
+    try:
+        return case.world.judge(probe, explain=explain)
+    except ValueError as err:
+        raise click.ClickException(f"{case.name}: {probe}: {err}") from err
+
+
+def _judge(cases: Iterable[Case], *, explain: bool) -> None:
+    for case in cases:
+        verdicts = [_verdict(case, probe, explain=explain) for probe in case.probes]
+        line: dict[str, object] = {"name": case.name, "verdicts": [verdict.verdict for verdict in verdicts]}
+        if explain:
+            line["explanations"] = [
+                _explanation(probe, verdict) for probe, verdict in zip(case.probes, verdicts, strict=True)
+            ]
+        click.echo(json.dumps(line, ensure_ascii=False))
+
+
+def _explanation(probe: Probe, verdict: ProbeVerdict) -> dict[str, object]:
+    return {
+        "from": probe.source,
+        "to": probe.destination,
+        "port": probe.port,
+        "protocol": probe.protocol.name,
+        "verdict": verdict.verdict,
+        "denied_by": verdict.denied_by,
+        "egress": _decision(verdict.egress),
+        "ingress": _decision(verdict.ingress),
+    }
+
+
+def _decision(decision: Decision) -> dict[str, object]:
+    return {
+        "allowed": decision.is_allowed,
+        "reason": decision.reason.value,
+        "rules": [str(rule) for rule in decision.rules],
+    }
+
+
+@dataclass(slots=True)
+class _Score:
+    cases: int = 0
+    probes: int = 0
+    right: int = 0
+
+
+def _check(cases: Iterable[Case]) -> None:
+    score = _Score()
+    for case in cases:
+        score.cases += 1
+        for probe in case.probes:
+            if probe.expected is not None:
+                score.probes += 1
+                score.right += _is_as_expected(case, probe)
+    click.echo(f"{score.right} of {score.probes} probes as expected ({score.cases} cases)")
+    if score.right != score.probes or not score.probes:
+        sys.exit(1)
+
+
+def _is_as_expected(case: Case, probe: Probe) -> bool:
+    verdict = _verdict(case, probe)
+    if verdict.verdict == probe.expected and probe.denied_by in (None, verdict.denied_by):
+        return True
+    verdict = _verdict(case, probe, explain=True)
+    expected = f"{probe.expected} (by {probe.denied_by})" if probe.denied_by else probe.expected
+    found = f"{verdict.verdict} (by {verdict.denied_by})" if verdict.denied_by else verdict.verdict
+    click.echo(f"{case.name}: {probe}: expected {expected}, found {found}")
+    for line in _in_words(probe, verdict):
+        click.echo(f"  {line}")
+    return False
+
+
+def _in_words(probe: Probe, verdict: ProbeVerdict) -> list[str]:
+    return [
+        f"egress of {probe.source}: {_decision_in_words(verdict.egress)}",
+        f"ingress of {probe.destination}: {_decision_in_words(verdict.ingress)}",
+    ]
+
+
+def _decision_in_words(decision: Decision) -> str:
+    rules = ", ".join(str(rule) for rule in decision.rules)
+    word = "allowed" if decision.is_allowed else "denied"
+    named = ""
+    if rules:
+        named = f" by {rules}" if decision.is_allowed else f"; isolated by {rules}"
+    return f"{word} ({decision.reason.value}){named}"
+
+
+def _read_world(policies: Path, pods: Path | None) -> World:
+    try:
+        paths = manifest_files(policies) if policies.is_dir() else [policies]
+    except OSError as err:
+        raise click.ClickException(f"{policies}: {err.strerror or err}") from err
+    found, problems = unique_objects(read_file(path) for path in [*paths, *([pods] if pods else [])])
+    if problems:
+        raise click.ClickException(_listed(problems))
+    return assemble((entry for _, entry in found.values()), ())
+
+
+def _listed(problems: list[Problem]) -> str:
+    return "the manifests are not valid" + "".join(f"\n  {problem}" for problem in problems)
+
+
+def _answer(world: World, probe: Probe) -> None:
+    pods = list(_with_addresses(world.pods.values()))
+    nodes = {ip: pod.node for pod in pods if pod.is_on_host_network and pod.node for ip in pod.ips}
+    try:
+        verdict = CaseWorld(pods, world.namespaces, world.policies, nodes).judge(probe, explain=True)
+    except ValueError as err:
+        raise click.ClickException(str(err)) from err
+    click.echo(f"{probe}: {'allowed' if verdict.is_allowed else f'denied by {verdict.denied_by}'}")
+    for line in _in_words(probe, verdict):
+        click.echo(f"  {line}")
+
+
+def _with_addresses(pods: Iterable[Pod]) -> Iterator[Pod]:
+    spare = _STAND_IN_ADDRESSES.hosts()
+    for pod in pods:
+        if pod.ips:
+            yield pod
+            continue
+        address = next(spare)
+        click.echo(f"{pod.ref} has no address in its manifest; ipBlock rules see {address}", err=True)
+        yield replace(pod, ips=(address,))

@@ -1,0 +1,40 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`triremectl validate`: would Kubernetes accept these manifests? Says which field of which object is at fault."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import click
+
+from enforcer_daemon.sources.manifests import ManifestFile, decode_file, manifest_files, read_file, unique_objects
+
+
+@click.command("validate")
+@click.argument("paths", nargs=-1, required=True, type=click.Path(path_type=Path, allow_dash=True))
+def command(paths: tuple[Path, ...]) -> None:
+    """Check NetworkPolicy, Namespace and Pod manifests as the Kubernetes API server does.
+
+    PATHS are YAML or JSON files, directories of them, or - for standard input. Each problem is a line: file and line,
+    object, field, message. The exit status is 0 if all is valid, else 1.
+    """
+    files = [file for path in paths for file in _read(path)]
+    found, problems = unique_objects(files)
+    for problem in problems:
+        click.echo(str(problem))
+    if not any(file.entries or file.problem for file in files):
+        raise click.ClickException("no manifests there")
+    at_fault = sum(entry.object is None for file in files for entry in file.entries)
+    click.echo(f"{len(found)} valid, {at_fault} refused, in {len(files)} {'file' if len(files) == 1 else 'files'}")
+    if problems:
+        sys.exit(1)
+
+
+def _read(path: Path) -> list[ManifestFile]:
+    if str(path) == "-":
+        return [decode_file("-", sys.stdin.buffer.read())]
+    try:
+        return [read_file(file) for file in manifest_files(path)] if path.is_dir() else [read_file(path)]
+    except OSError as err:
+        raise click.ClickException(f"{path}: {err.strerror or err}") from err
