@@ -87,6 +87,8 @@ def open_lab() -> Iterator[Lab]:
         for _ in range(3):
             fds.append(new_netns())
         lab = Lab(*fds)
+        for fd in fds:  # a forwarded packet needs a link-local address that is not tentative
+            run_in(fd, ("sysctl", "-qw", "net.ipv6.conf.default.accept_dad=0", "net.ipv6.conf.all.accept_dad=0"))
         _link(lab.node, "pod0", lab.pod, "eth0", NODE, POD)
         _link(lab.node, "out0", lab.remote, "eth0", NODE_OUTSIDE, REMOTE)
         for place, gateway in ((lab.pod, NODE), (lab.remote, NODE_OUTSIDE)):
