@@ -1,0 +1,56 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The command line of the daemon: `trireme-enforcer --config FILE`."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import sys
+from pathlib import Path
+
+import click
+
+from enforcer_daemon.daemon.run import Daemon
+from enforcer_daemon.errors import EnforcerError
+from enforcer_daemon.settings import load_settings
+from enforcer_daemon.telemetry.logs import open_log
+
+EXIT_FAILED = 1
+EXIT_SETTINGS = 2
+
+
+@click.command()
+@click.version_option(package_name="trireme")
+@click.option(
+    "--config",
+    "config",
+    type=click.Path(path_type=Path, dir_okay=False),
+    default=Path("/etc/trireme/enforcer.yaml"),
+    show_default=True,
+    help="Settings; conf/enforcer.yaml shows every key.",
+)
+@click.option("--check-config", is_flag=True, help="Read the settings, say what is wrong with them, and end.")
+def main(config: Path, *, check_config: bool) -> None:
+    """Enforce NetworkPolicy on this node's pods by who they are."""
+    try:
+        settings = load_settings(config)
+    except EnforcerError as err:
+        click.echo(f"trireme-enforcer: {err}", err=True)
+        sys.exit(EXIT_SETTINGS)
+    if check_config:
+        click.echo(f"{config}: valid")
+        return
+    if os.geteuid() != 0:
+        click.echo("trireme-enforcer: must run as root: it enters the pods' network namespaces", err=True)
+        sys.exit(EXIT_FAILED)
+    log = open_log(settings.log, node=settings.node)
+    try:
+        asyncio.run(Daemon(settings, log).run())
+    except* EnforcerError as group:
+        for problem in group.exceptions:
+            log.error("cannot go on", error=str(problem))
+        sys.exit(EXIT_FAILED)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,163 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One enforced pod: its queue and rules in the kernel, joined to its datapath, its token and its policy."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import time
+
+from enforcer_daemon.daemon.node import Node
+from enforcer_daemon.daemon.sandbox import Sandbox
+from enforcer_daemon.datapath.context import EndpointContext
+from enforcer_daemon.datapath.endpoint import EndpointDatapath
+from enforcer_daemon.datapath.judging import Judge
+from enforcer_daemon.dataplane.addresses import interface
+from enforcer_daemon.dataplane.netns import tune_conntrack
+from enforcer_daemon.dataplane.queue import PacketQueue
+from enforcer_daemon.dataplane.rules import EndpointRules
+from enforcer_daemon.errors import IdentityTooLargeError
+from enforcer_daemon.handshake.frames import SYN_ACK_OVERHEAD
+from enforcer_daemon.handshake.local import LocalToken
+from enforcer_daemon.model import Direction, Identity
+from enforcer_daemon.packet.tcp import overhead
+from enforcer_daemon.policy.compile import PolicySnapshot
+from enforcer_daemon.policy.evaluate import PodPolicy
+from enforcer_daemon.settings import DataplaneSettings
+from enforcer_daemon.telemetry.flowlog import FlowLog
+from enforcer_daemon.telemetry.logs import Logger
+from enforcer_daemon.verdict import Verdict
+
+_LARGEST_LABELS = 3
+"""Labels that are named when an identity is too large."""
+
+
+class Endpoint:
+    """A pod under enforcement, from registration to deletion. For the event loop's thread alone."""
+
+    def __init__(self, sandbox: Sandbox, identity: Identity, node: Node, policy: PodPolicy, flow_log: FlowLog) -> None:
+        """Raise IdentityTooLargeError where no handshake packet of the pod's interface has room for the identity.
+
+        Takes over the sandbox's descriptor only if it succeeds.
+        """
+        self.sandbox = sandbox
+        self.identity = identity
+        self.policy = policy
+        self.flow_log = flow_log
+        self.problem = ""
+        """Why the endpoint cannot open connections at present; empty where it can."""
+        self._node = node
+        self._queue: PacketQueue | None = None
+        self.mtu = min(interface(sandbox.netns_fd, name).mtu for name in sandbox.ifnames)
+        token = node.sign(identity)
+        self.identity_bytes, self.budget_bytes = _require_room(token, self.mtu)
+        judge = Judge(identity.pod, identity.trust_domain, policy)
+        self._context = EndpointContext(identity.pod, node.context, judge, token, self.mtu)
+        self.datapath = EndpointDatapath(self._context)
+        self.token_signed_at = time.time()
+
+    def open(self, settings: DataplaneSettings, log: Logger) -> None:
+        """Bind the queue inside the namespace and serve it from the running loop; raise DataplaneError."""
+        for message in tune_conntrack(self.sandbox.netns_fd):
+            log.warning("a setting of the pod's network namespace was refused", error=message)
+
+        def on_error(err: Exception) -> None:
+            log.error("packet dropped by an internal error", error=repr(err))
+
+        queue = PacketQueue.open(self.sandbox.netns_fd, settings, self._judge, on_error=on_error)
+        asyncio.get_running_loop().add_reader(queue.fileno(), queue.read_turn)
+        self._queue = queue
+
+    def rules(self, queue_number: int) -> EndpointRules:
+        """Give what the rules in the pod's namespace depend on."""
+        return EndpointRules(self.sandbox.ifnames, queue_number, self._node.addresses)
+
+    @property
+    def overruns(self) -> int:
+        """How often the kernel dropped packets because the queue's buffer was full."""
+        return 0 if self._queue is None else self._queue.overruns
+
+    @property
+    def is_open(self) -> bool:
+        """Whether packets are served."""
+        return self._queue is not None
+
+    def is_gone(self) -> bool:
+        """Tell whether the namespace's file vanished without a DEL, or another namespace is mounted there."""
+        return not self.sandbox.is_mounted()
+
+    def update(self, identity: Identity, snapshot: PolicySnapshot) -> None:
+        """Judge by a new snapshot; sign a new token where the identity has changed."""
+        if not _says_the_same(identity, self.identity):
+            self.identity = identity
+            self.sign()
+        self.policy = snapshot.pod_policy(self.identity)
+        self._context.judge.replace_rules(self.policy)
+
+    def sign(self) -> None:
+        """Use a fresh token for new flows; one that is too large leaves the pod without a new one, and says so."""
+        token = self._node.sign(self.identity)
+        self.token_signed_at = time.time()
+        try:
+            self.identity_bytes, self.budget_bytes = _require_room(token, self.mtu)
+        except IdentityTooLargeError as err:
+            self.problem = str(err)
+            token.expires_at = 0.0  # The old identity must not be shown any longer, and the new one cannot be.
+        else:
+            self.problem = ""
+        self._context.local = token
+
+    def replace_sandbox(self, sandbox: Sandbox, identity: Identity) -> None:
+        """Take over another set of attachments of the same namespace."""
+        self.sandbox = sandbox
+        self.identity = identity
+        self.sign()
+
+    def tend(self, now: float) -> None:
+        """Give up what took too long; call it a few times a second."""
+        effects = self.datapath.expire(now)
+        if effects and self._queue is not None:
+            self._queue.carry_out(effects)
+        if self._context.reports:
+            self.flow_log.take(self.datapath.take_reports())
+
+    def close(self) -> None:
+        """Stop serving and let go of the namespace; its rules stay, so that nothing passes unjudged."""
+        if self._queue is not None:
+            asyncio.get_running_loop().remove_reader(self._queue.fileno())
+            self._queue.close()
+            self._queue = None
+            os.close(self.sandbox.netns_fd)
+
+    def _judge(self, packet: bytes, direction: Direction, mark: int) -> Verdict:
+        verdict = self.datapath.process(packet, direction, mark, time.monotonic())
+        if self._context.reports:
+            self.flow_log.take(self.datapath.take_reports())
+        return verdict
+
+
+def _says_the_same(one: Identity, other: Identity) -> bool:
+    """Compare what identities state; they are otherwise told apart by object."""
+    return (one.labels, one.namespace_labels, one.service_account, one.named_ports, one.ips) == (
+        other.labels,
+        other.namespace_labels,
+        other.service_account,
+        other.named_ports,
+        other.ips,
+    )
+
+
+def _require_room(token: LocalToken, mtu: int) -> tuple[int, int]:
+    """Give the size of the larger handshake payload and the room that the interface has for it, in bytes."""
+    identity = token.identity
+    size = SYN_ACK_OVERHEAD + len(token.block)
+    budget = mtu - max(overhead(ip.packed) for ip in identity.ips)
+    if size > budget:
+        labels = {**identity.namespace_labels, **identity.labels}
+        largest = sorted(labels.items(), key=lambda label: -len(label[0]) - len(label[1]))[:_LARGEST_LABELS]
+        named = ", ".join(f"{key} ({len(key) + len(value)} bytes)" for key, value in largest)
+        raise IdentityTooLargeError(
+            f"identity of {identity.pod} takes {size} bytes in a handshake packet, its interface (MTU {mtu}) has room "
+            f"for {budget}; its largest labels: {named}"
+        )
+    return size, budget

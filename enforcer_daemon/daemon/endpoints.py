@@ -1,0 +1,310 @@
+# SPDX-License-Identifier: Apache-2.0
+"""All endpoints of the node: registered, adopted after a restart, kept in step with the world, deleted."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import time
+from collections.abc import Iterator
+
+from cni_plugin import messages
+from enforcer_daemon.daemon.endpoint import Endpoint
+from enforcer_daemon.daemon.node import Node
+from enforcer_daemon.daemon.sandbox import Sandbox, open_netns
+from enforcer_daemon.daemon.world import CompiledWorld
+from enforcer_daemon.dataplane.backends import RulesBackend
+from enforcer_daemon.dataplane.guard import Guard, GuardedEndpoint
+from enforcer_daemon.dataplane.netns import netns_id
+from enforcer_daemon.errors import DataplaneError, EnforcerError, IdentityTooLargeError, NetnsError, RegistrationError
+from enforcer_daemon.model import AttachmentId, NetnsId, PodRef
+from enforcer_daemon.registration.registry import Record, Registry
+from enforcer_daemon.registration.request import AddRequest
+from enforcer_daemon.registration.server import Availability, Readiness
+from enforcer_daemon.settings import Settings
+from enforcer_daemon.telemetry.flowlog import FlowLog
+from enforcer_daemon.telemetry.logs import Logger
+from enforcer_daemon.telemetry.metrics import Metrics
+
+_REFRESH_AT = 0.5
+"""Part of a token's life after which a new one is signed."""
+
+
+class Kernel:
+    """The kernel side that endpoints share: how rules are applied, and the guard on the host."""
+
+    def __init__(self, backend: RulesBackend, guard: Guard) -> None:
+        self.backend = backend
+        self.guard = guard
+
+
+class Endpoints:
+    """The registrar behind the plugin's socket, and what the daemon's other tasks act on."""
+
+    def __init__(
+        self, settings: Settings, node: Node, kernel: Kernel, registry: Registry, log: Logger, metrics: Metrics
+    ) -> None:
+        self._settings = settings
+        self._node = node
+        self._kernel = kernel
+        self._registry = registry
+        self._log = log
+        self._metrics = metrics
+        self._world: CompiledWorld | None = None
+        self._by_netns: dict[NetnsId, Endpoint] = {}
+        self._changing = asyncio.Lock()
+        """Registrations and changes of the world take turns: each applies rules as it saw the world."""
+        self.cut_off: dict[AttachmentId, PodRef] = {}
+        """Recorded pods that could not be adopted: their rules stand, and nobody serves their queues."""
+
+    def __iter__(self) -> Iterator[Endpoint]:
+        return iter(list(self._by_netns.values()))
+
+    def __len__(self) -> int:
+        return len(self._by_netns)
+
+    # The registrar.
+
+    async def add(self, request: AddRequest, netns_fd: int) -> None:
+        """Enforce a pod's interface; a repetition changes nothing, a second interface joins its sandbox."""
+        started = time.monotonic()
+        try:
+            netns = netns_id(netns_fd)
+            if request.pod.namespace in self._settings.registration.excluded_namespaces:
+                return
+            async with self._changing:
+                await self._add(request, netns_fd, netns)
+        except IdentityTooLargeError as err:
+            raise RegistrationError(messages.FAILED, str(err)) from err
+        except NetnsError as err:
+            raise RegistrationError(messages.UNUSABLE_NETNS, str(err)) from err
+        except DataplaneError as err:
+            raise RegistrationError(messages.TRY_AGAIN, str(err), retryable=True) from err
+        finally:
+            os.close(netns_fd)
+        self._metrics.registration_seconds.observe(time.monotonic() - started)
+
+    async def _add(self, request: AddRequest, netns_fd: int, netns: NetnsId) -> None:
+        known = self._by_netns.get(netns)
+        if known is not None and known.identity.pod != request.pod:
+            raise RegistrationError(messages.FAILED, f"the network namespace is that of {known.identity.pod}")
+        await self._forget_elsewhere(request.attachment, netns)
+        if known is None:
+            await self._open(Sandbox(os.dup(netns_fd), netns, {request.attachment: request}))
+        else:
+            await self._resize(known, known.sandbox.with_request(request))
+        self._registry.put(Record(request, netns))
+        self._log.info("endpoint enforced", pod=str(request.pod), attachment=str(request.attachment))
+
+    async def _open(self, sandbox: Sandbox) -> Endpoint:
+        """Make an endpoint: queue first, then rules, then the guard; the sandbox's descriptor goes with it."""
+        world = self._require_world()
+        try:
+            identity = world.identity_of(sandbox.requests)
+            flow_log = FlowLog(identity.pod, self._log, self._metrics, time.time)
+            endpoint = Endpoint(sandbox, identity, self._node, world.snapshot.pod_policy(identity), flow_log)
+            endpoint.open(self._settings.dataplane, self._log)
+        except BaseException:
+            os.close(sandbox.netns_fd)
+            raise
+        try:
+            await self._apply(endpoint)
+        except BaseException:
+            endpoint.close()
+            raise
+        self._by_netns[sandbox.netns] = endpoint
+        self._metrics.endpoints.set(len(self._by_netns))
+        return endpoint
+
+    async def _resize(self, endpoint: Endpoint, sandbox: Sandbox) -> None:
+        before = _guard_name(endpoint.sandbox)
+        identity = self._require_world().identity_of(sandbox.requests)
+        endpoint.replace_sandbox(sandbox, identity)
+        await self._apply(endpoint)
+        if _guard_name(sandbox) != before:
+            await asyncio.to_thread(self._kernel.guard.remove, before)
+
+    async def _apply(self, endpoint: Endpoint) -> None:
+        rules = endpoint.rules(self._settings.dataplane.queue_number)
+        await asyncio.to_thread(self._kernel.backend.apply, endpoint.sandbox.netns_fd, rules)
+        await self._guard(endpoint)
+
+    async def _guard(self, endpoint: Endpoint) -> None:
+        await asyncio.to_thread(self._kernel.guard.apply, _guarded(endpoint))
+
+    async def delete(self, attachment: AttachmentId) -> None:
+        """Forget an attachment; the last one of a namespace closes its queue."""
+        async with self._changing:
+            await self._forget_elsewhere(attachment, None)
+            self._registry.remove(attachment)
+            self.cut_off.pop(attachment, None)
+
+    async def _forget_elsewhere(self, attachment: AttachmentId, netns: NetnsId | None) -> None:
+        """Take an attachment out of every endpoint but the one of `netns`."""
+        for endpoint in list(self._by_netns.values()):
+            if endpoint.sandbox.netns != netns and attachment in endpoint.sandbox.requests:
+                await self._forget(endpoint, attachment)
+
+    async def _forget(self, endpoint: Endpoint, attachment: AttachmentId) -> None:
+        left = endpoint.sandbox.without(attachment)
+        if left.requests:
+            await self._resize(endpoint, left)
+            return
+        del self._by_netns[endpoint.sandbox.netns]
+        self._metrics.endpoints.set(len(self._by_netns))
+        endpoint.close()
+        await asyncio.to_thread(self._kernel.guard.remove, _guard_name(endpoint.sandbox))
+        self._log.info("endpoint forgotten", pod=str(endpoint.identity.pod), attachment=str(attachment))
+
+    async def check(self, attachment: AttachmentId, netns_fd: int) -> None:
+        """Return where the attachment is enforced in this namespace; repair its rules where they were touched."""
+        try:
+            endpoint = self._by_netns.get(netns_id(netns_fd))
+            if endpoint is None or attachment not in endpoint.sandbox.requests or not endpoint.is_open:
+                raise RegistrationError(messages.NOT_ENFORCED, f"{attachment} is not enforced")
+            async with self._changing:
+                await self._repair(endpoint)
+        except (DataplaneError, NetnsError) as err:
+            raise RegistrationError(messages.NOT_ENFORCED, f"{attachment} cannot be repaired: {err}") from err
+        finally:
+            os.close(netns_fd)
+
+    async def _repair(self, endpoint: Endpoint) -> None:
+        rules = endpoint.rules(self._settings.dataplane.queue_number)
+        backend, netns_fd = self._kernel.backend, endpoint.sandbox.netns_fd
+        if not await asyncio.to_thread(backend.is_intact, netns_fd, rules):
+            await asyncio.to_thread(backend.apply, netns_fd, rules)
+            self._log.warning("rules repaired", pod=str(endpoint.identity.pod))
+
+    async def collect(self, network: str, valid: frozenset[AttachmentId]) -> None:
+        """Forget what the runtime no longer lists for a network."""
+        for attachment, record in list(self._registry.records.items()):
+            if record.request.network == network and attachment not in valid:
+                await self.delete(attachment)
+
+    def readiness(self) -> Readiness:
+        """Say whether a registration could be served now."""
+        if self.cut_off:
+            return Readiness(Availability.PODS_CUT_OFF, f"not adopted: {', '.join(map(str, self.cut_off.values()))}")
+        if self._world is None:
+            return Readiness(Availability.NOT_READY, "the policies have not been read yet")
+        return Readiness(Availability.READY)
+
+    def _require_world(self) -> CompiledWorld:
+        if self._world is None:
+            raise RegistrationError(messages.TRY_AGAIN, "the policies have not been read yet", retryable=True)
+        return self._world
+
+    # The rest of the daemon.
+
+    async def adopt(self) -> None:
+        """Take over the recorded endpoints whose namespaces still exist; call it once, after the first world."""
+        for unreadable in self._registry.load():
+            self._log.error("record set aside", path=str(unreadable.path), error=unreadable.problem)
+        async with self._changing:
+            sandboxes = self._recorded_sandboxes()
+            world = self._require_world()
+            guarded = [_guard(sandbox, world) for sandbox in sandboxes]
+            # All at once, so that no masqueraded flow finds the table without its pod.
+            await asyncio.to_thread(self._kernel.guard.replace, guarded)
+            for sandbox in sandboxes:
+                await self._adopt(sandbox)
+
+    def _recorded_sandboxes(self) -> list[Sandbox]:
+        """Give the recorded namespaces that still exist, opened; forget the records of the others."""
+        found: dict[NetnsId, Sandbox] = {}
+        for record in list(self._registry.records.values()):
+            known = found.get(record.netns)
+            if known is not None:
+                found[record.netns] = known.with_request(record.request)
+                continue
+            descriptor = open_netns(record.request.netns_path, record.netns)
+            if descriptor is None:
+                self._drop_record(record)
+            else:
+                found[record.netns] = Sandbox(descriptor, record.netns, {record.attachment: record.request})
+        return list(found.values())
+
+    async def _adopt(self, sandbox: Sandbox) -> None:
+        pod = next(iter(sandbox.requests.values())).pod
+        try:
+            await self._open(sandbox)
+        except EnforcerError as err:
+            self.cut_off.update(dict.fromkeys(sandbox.requests, pod))
+            self._log.error("endpoint not adopted", pod=str(pod), error=str(err))
+        else:
+            self._log.info("endpoint adopted", pod=str(pod))
+
+    def _drop_record(self, record: Record) -> None:
+        self._registry.remove(record.attachment)
+        self._log.info("endpoint is gone", pod=str(record.request.pod), attachment=str(record.attachment))
+
+    async def follow(self, world: CompiledWorld) -> None:
+        """Judge by another world from now on: new flows at once, the guard on the host right after."""
+        async with self._changing:
+            self._world = world
+            changed = []
+            for endpoint in self._by_netns.values():
+                before = _guarded(endpoint)
+                endpoint.update(world.identity_of(endpoint.sandbox.requests), world.snapshot)
+                if _guarded(endpoint) != before:
+                    changed.append(endpoint)
+            for endpoint in changed:
+                await self._guard(endpoint)
+
+    async def follow_addresses(self) -> None:
+        """Tell every endpoint's rules the node's present addresses."""
+        async with self._changing:
+            for endpoint in list(self._by_netns.values()):
+                try:
+                    await asyncio.to_thread(
+                        self._kernel.backend.update_node_addresses, endpoint.sandbox.netns_fd, self._node.addresses
+                    )
+                except DataplaneError as err:
+                    self._log.error("node addresses not updated", pod=str(endpoint.identity.pod), error=str(err))
+
+    def refresh_tokens(self, *, is_forced: bool) -> None:
+        """Sign anew where half of a token's life is over, or everywhere after the node's key changed."""
+        latest = time.time() - self._settings.handshake.token_lifetime_s * _REFRESH_AT
+        for endpoint in self._by_netns.values():
+            if is_forced or endpoint.token_signed_at < latest or endpoint.token_signed_at > time.time():
+                endpoint.sign()
+
+    def tend(self) -> None:
+        """Give up what took too long on every endpoint."""
+        now = time.monotonic()
+        for endpoint in self._by_netns.values():
+            endpoint.tend(now)
+
+    async def forget_gone(self) -> None:
+        """Close the endpoints whose namespace vanished without a DEL: an open queue would keep it alive."""
+        for endpoint in list(self._by_netns.values()):
+            if endpoint.is_gone():
+                self._log.warning("namespace vanished without a DEL", pod=str(endpoint.identity.pod))
+                for attachment in list(endpoint.sandbox.requests):
+                    await self.delete(attachment)
+
+    def find(self, pod: PodRef) -> Endpoint | None:
+        """Find a pod's endpoint by name."""
+        return next((endpoint for endpoint in self._by_netns.values() if endpoint.identity.pod == pod), None)
+
+    def close(self) -> None:
+        """Stop serving; rules and records stay for the next daemon."""
+        for endpoint in self._by_netns.values():
+            endpoint.close()
+        self._by_netns.clear()
+
+
+def _guarded(endpoint: Endpoint) -> GuardedEndpoint:
+    sandbox = endpoint.sandbox
+    return GuardedEndpoint(_guard_name(sandbox), sandbox.ips, endpoint.policy.ingress.address_rules())
+
+
+def _guard(sandbox: Sandbox, world: CompiledWorld) -> GuardedEndpoint:
+    policy = world.snapshot.pod_policy(world.identity_of(sandbox.requests))
+    return GuardedEndpoint(_guard_name(sandbox), sandbox.ips, policy.ingress.address_rules())
+
+
+def _guard_name(sandbox: Sandbox) -> AttachmentId:
+    """A sandbox is named on the host by its first attachment."""
+    return min(sandbox.requests)

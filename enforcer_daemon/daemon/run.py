@@ -1,0 +1,134 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Build the daemon from its settings, keep it going, and stop it in order.
+
+Start: keys, rules backend, first world, the endpoints of an earlier daemon, queued deletions, then the sockets. What
+cannot start ends the process with a message; systemd or kubelet starts it again, and meanwhile released flows go on.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import signal
+import time
+from collections.abc import AsyncIterator
+from contextlib import ExitStack, suppress
+
+from enforcer_daemon.daemon.endpoints import Endpoints, Kernel
+from enforcer_daemon.daemon.node import Node
+from enforcer_daemon.daemon.status import Status
+from enforcer_daemon.daemon.world import CompiledWorld, compile_world
+from enforcer_daemon.dataplane.addresses import watch_addresses
+from enforcer_daemon.dataplane.backends import choose_backend
+from enforcer_daemon.dataplane.guard import Guard
+from enforcer_daemon.model import IPAddress
+from enforcer_daemon.registration.admin import AdminServer
+from enforcer_daemon.registration.deletions import drain
+from enforcer_daemon.registration.registry import Registry
+from enforcer_daemon.registration.server import RegistrationServer
+from enforcer_daemon.settings import Settings
+from enforcer_daemon.sources.directory import DirectorySource
+from enforcer_daemon.sources.manifests import World
+from enforcer_daemon.telemetry.logs import Logger
+from enforcer_daemon.telemetry.metrics import Metrics
+
+_TEND_S = 0.1
+"""How often endpoints give up what took too long, seconds."""
+_UPKEEP_S = 1.0
+"""How often the clock, tokens, queued deletions and vanished namespaces are looked at, seconds."""
+
+
+class Daemon:
+    """The parts, wired."""
+
+    def __init__(self, settings: Settings, log: Logger) -> None:
+        self._settings = settings
+        self._log = log
+        self._metrics = Metrics()
+        self._node = Node(settings, log)
+        backend = choose_backend(settings.dataplane.rules_backend)
+        run_dir = settings.registration.run_dir
+        self._deletions = settings.registration.delete_queue_dir or run_dir / "deletions"
+        kernel = Kernel(backend, Guard())
+        registry = Registry(run_dir / "endpoints")
+        self._endpoints = Endpoints(settings, self._node, kernel, registry, log, self._metrics)
+        self._status = Status(settings, self._node, self._endpoints, self._metrics, backend.name)
+        self._admin = AdminServer(run_dir / "admin.sock", self._status.commands())
+        self._registration = RegistrationServer(run_dir / "registration.sock", self._endpoints)
+        self._world: CompiledWorld | None = None
+        log.info("starting", node=settings.node, rules_backend=backend.name, run_dir=str(run_dir))
+
+    async def run(self) -> None:
+        """Serve until SIGTERM or SIGINT; raise EnforcerError where something that is needed fails."""
+        with ExitStack() as stack:
+            stack.callback(self._node.close)
+            stack.callback(self._endpoints.close)
+            # The sockets' lock comes first: two daemons on one directory would fight over its endpoints.
+            stack.enter_context(self._admin)
+            stack.enter_context(self._registration)
+            loop, work = asyncio.get_running_loop(), asyncio.ensure_future(self._work())
+            for number in (signal.SIGTERM, signal.SIGINT):
+                loop.add_signal_handler(number, work.cancel)
+            with suppress(asyncio.CancelledError):
+                await work
+        self._log.info("stopped")
+
+    async def _work(self) -> None:
+        addresses, worlds = watch_addresses(), self._worlds()
+        self._node.set_addresses(await anext(addresses))
+        await self._take(await anext(worlds))
+        await self._endpoints.adopt()
+        drained = await drain(self._deletions, self._endpoints.delete)
+        self._log.info("ready", endpoints=len(self._endpoints), queued_deletions=drained.deleted)
+        async with asyncio.TaskGroup() as tasks:
+            tasks.create_task(self._registration.serve(), name="registration")
+            tasks.create_task(self._admin.serve(), name="admin")
+            tasks.create_task(self._tend(), name="tend")
+            tasks.create_task(self._upkeep(), name="upkeep")
+            tasks.create_task(self._follow_worlds(worlds), name="policies")
+            tasks.create_task(self._follow_addresses(addresses), name="addresses")
+
+    async def _worlds(self) -> AsyncIterator[World]:
+        if self._settings.policy_dir is not None:
+            async for world in DirectorySource(self._settings.policy_dir).watch():
+                yield world
+        yield World()
+        await asyncio.Event().wait()
+
+    async def _follow_worlds(self, worlds: AsyncIterator[World]) -> None:
+        async for world in worlds:
+            await self._take(world)
+
+    async def _take(self, world: World) -> None:
+        started = time.monotonic()
+        self._world = compile_world(world, self._settings, self._world)
+        await self._endpoints.follow(self._world)
+        self._status.world = self._world
+        self._metrics.update_seconds.observe(time.monotonic() - started)
+        self._metrics.snapshot_generation.set(self._world.snapshot.generation)
+        self._metrics.refused_objects.set(len(world.problems))
+        for problem in world.problems:
+            self._log.error("object refused, its last good version stays in force", problem=str(problem))
+        self._log.info("policies in force", generation=self._world.snapshot.generation, policies=len(world.policies))
+
+    async def _follow_addresses(self, addresses: AsyncIterator[frozenset[IPAddress]]) -> None:
+        async for current in addresses:
+            self._node.set_addresses(current)
+            await self._endpoints.follow_addresses()
+            self._log.info("node addresses", addresses=sorted(map(str, current)))
+
+    async def _tend(self) -> None:
+        while True:
+            await asyncio.sleep(_TEND_S)
+            self._endpoints.tend()
+
+    async def _upkeep(self) -> None:
+        overruns = 0
+        while True:
+            await asyncio.sleep(_UPKEEP_S)
+            self._node.follow_clock()
+            self._endpoints.refresh_tokens(is_forced=self._node.renew_keys())
+            await drain(self._deletions, self._endpoints.delete)
+            await self._endpoints.forget_gone()
+            seen = sum(endpoint.overruns for endpoint in self._endpoints)
+            self._metrics.overruns.inc(max(0, seen - overruns))
+            overruns = seen

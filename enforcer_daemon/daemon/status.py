@@ -1,0 +1,125 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the daemon tells operators over the admin socket, as values that JSON can hold."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from datetime import UTC, datetime
+from importlib.metadata import version
+from typing import Any
+
+from enforcer_daemon.daemon.endpoint import Endpoint
+from enforcer_daemon.daemon.endpoints import Endpoints
+from enforcer_daemon.daemon.node import Node
+from enforcer_daemon.daemon.world import CompiledWorld
+from enforcer_daemon.model import Direction
+from enforcer_daemon.registration.admin import AdminError, Command
+from enforcer_daemon.registration.server import Availability
+from enforcer_daemon.settings import Settings
+from enforcer_daemon.telemetry.metrics import Metrics
+
+
+class Status:
+    """Answers the commands of the admin socket."""
+
+    def __init__(self, settings: Settings, node: Node, endpoints: Endpoints, metrics: Metrics, backend: str) -> None:
+        self._settings = settings
+        self._node = node
+        self._endpoints = endpoints
+        self._metrics = metrics
+        self._backend = backend
+        self._since = time.time()
+        self.world: CompiledWorld | None = None
+
+    def commands(self) -> Mapping[str, Command]:
+        """Give the commands by name."""
+        return {"status": self._status, "endpoints": self._list_endpoints, "metrics": self._render_metrics}
+
+    async def _status(self, arguments: dict[str, Any]) -> object:
+        _require_no_arguments(arguments)
+        readiness = self._endpoints.readiness()
+        credential = self._node.keys.credential
+        return {
+            "node": self._settings.node,
+            "version": version("trireme"),
+            "trust_domain": self._settings.trust_domain,
+            "since": _time(self._since),
+            "ready": readiness.availability is Availability.READY,
+            "detail": readiness.detail,
+            "snapshot": self._snapshot(),
+            "rules_backend": self._backend,
+            "deny_with": self._settings.deny_with.value,
+            "credential": {
+                "subject": f"spiffe://{credential.trust_domain}/node/{credential.node}",
+                "issuer": credential.certificate.issuer.rfc4514_string(),
+                "not_after": _time(credential.not_after),
+                "renewed_at": _time(self._node.keys.renew_at),
+            },
+            "networks": {
+                "enforced": [str(network) for network in self._settings.networks.enforced],
+                "virtual": [str(network) for network in self._settings.networks.virtual],
+            },
+            "endpoints": len(self._endpoints),
+            "verifications": self._node.verifier.verifications,
+            "drops": dict(self._metrics.denials),
+        }
+
+    def _snapshot(self) -> object:
+        if self.world is None:
+            return None
+        return {
+            "generation": self.world.snapshot.generation,
+            "policies": len(self.world.world.policies),
+            "namespaces": len(self.world.world.namespaces),
+            "pods": len(self.world.world.pods),
+            "problems": [str(problem) for problem in self.world.world.problems],
+        }
+
+    async def _list_endpoints(self, arguments: dict[str, Any]) -> object:
+        wanted = arguments.pop("pod", None)
+        _require_no_arguments(arguments)
+        return [
+            _describe(endpoint)
+            for endpoint in sorted(self._endpoints, key=lambda endpoint: endpoint.identity.pod)
+            if wanted in (None, str(endpoint.identity.pod))
+        ]
+
+    async def _render_metrics(self, arguments: dict[str, Any]) -> object:
+        _require_no_arguments(arguments)
+        return self._metrics.render()
+
+
+def _require_no_arguments(arguments: dict[str, Any]) -> None:
+    if arguments:
+        raise AdminError(f"{next(iter(arguments))}: unknown argument")
+
+
+def _describe(endpoint: Endpoint) -> dict[str, object]:
+    identity, sandbox, policy = endpoint.identity, endpoint.sandbox, endpoint.policy
+    request = next(iter(sandbox.requests.values()))
+    policies = {str(ref) for direction in Direction for ref in policy.direction(direction).isolating}
+    return {
+        "namespace": identity.pod.namespace,
+        "pod": identity.pod.name,
+        "container_id": request.attachment.container_id,
+        "ifname": ", ".join(sandbox.ifnames),
+        "netns": request.netns_path,
+        "ips": [str(ip) for ip in identity.ips],
+        "labels": dict(identity.labels),
+        "service_account": identity.service_account,
+        "state": "enforced" if endpoint.is_open and not endpoint.problem else "degraded",
+        "problem": endpoint.problem,
+        "identity_bytes": endpoint.identity_bytes,
+        "budget_bytes": endpoint.budget_bytes,
+        "isolated": {"ingress": policy.ingress.is_isolated, "egress": policy.egress.is_isolated},
+        "policies": sorted(policies),
+        "half_open_flows": endpoint.datapath.half_open_flows,
+        "queue_overruns": endpoint.overruns,
+        "counters": dict(endpoint.flow_log.counts),
+        "recent_denials": [denial.as_json() for denial in endpoint.flow_log.recent],
+    }
+
+
+def _time(seconds: float) -> str:
+    return datetime.fromtimestamp(seconds, UTC).isoformat(timespec="seconds")

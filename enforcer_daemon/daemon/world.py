@@ -1,0 +1,49 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A world as a source knows it, compiled; and who a registered pod is in it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from enforcer_daemon.model import AttachmentId, Identity
+from enforcer_daemon.policy.compile import PolicySnapshot, compile_snapshot
+from enforcer_daemon.registration.request import AddRequest
+from enforcer_daemon.settings import Settings
+from enforcer_daemon.sources.manifests import World
+
+
+@dataclass(frozen=True, slots=True)
+class CompiledWorld:
+    """What all endpoints are judged by at one moment."""
+
+    world: World
+    snapshot: PolicySnapshot
+    node: str
+    trust_domain: str
+
+    def identity_of(self, requests: Mapping[AttachmentId, AddRequest]) -> Identity:
+        """Give the identity of the pod that these attachments belong to.
+
+        The pod object's labels count where the source has it, else those that the runtime passed.
+        """
+        request = next(iter(requests.values()))
+        pod = self.world.pods.get(request.pod)
+        return Identity(
+            pod=request.pod,
+            ips=tuple(dict.fromkeys(ip for attached in requests.values() for ip in attached.ips)),
+            labels=request.labels if pod is None else pod.labels,
+            namespace_labels=self.world.labels_of(request.pod.namespace),
+            node=self.node,
+            service_account="default" if pod is None else pod.service_account,
+            trust_domain=self.trust_domain,
+            named_ports=() if pod is None else pod.named_ports,
+        )
+
+
+def compile_world(world: World, settings: Settings, previous: CompiledWorld | None) -> CompiledWorld:
+    """Compile a world; what did not change is taken over from the previous one."""
+    generation = 1 if previous is None else previous.snapshot.generation + 1
+    before = None if previous is None else previous.snapshot
+    snapshot = compile_snapshot(world.policies, generation, before)
+    return CompiledWorld(world, snapshot, settings.node, settings.trust_domain)

@@ -1,0 +1,133 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Decisions as log lines and as a short memory of denials; what a peer can trigger is written once, then counted."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from ipaddress import ip_address
+
+from enforcer_daemon.datapath.context import FlowReport
+from enforcer_daemon.model import Direction, PodRef
+from enforcer_daemon.reasons import Reason
+from enforcer_daemon.telemetry.logs import Logger
+from enforcer_daemon.telemetry.metrics import Metrics
+
+QUIET_S = 10.0
+"""A denial that repeats is written again after this time, with the number of those in between, seconds."""
+_MAX_TRACKED = 1_024
+"""Different denials of one endpoint that are told apart; the oldest makes room."""
+_MAX_RECENT = 50
+"""Denials of one endpoint that `triremectl endpoints` can show."""
+
+_Kind = tuple[Direction, bytes, int | None, int, Reason]
+
+
+@dataclass(slots=True)
+class _Repetition:
+    written_at: float
+    count: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Denial:
+    """A denial as operators see it."""
+
+    when: float
+    """Unix seconds."""
+    direction: str
+    peer: str
+    address: str
+    port: int | None
+    protocol: int
+    reason: str
+    rules: tuple[str, ...]
+    detail: str
+
+    def as_json(self) -> dict[str, object]:
+        """Give the fields for the admin socket."""
+        return {
+            "when": datetime.fromtimestamp(self.when, UTC).isoformat(),
+            "direction": self.direction,
+            "peer": self.peer,
+            "address": self.address,
+            "port": self.port,
+            "protocol": self.protocol,
+            "reason": self.reason,
+            "rules": list(self.rules),
+            "detail": self.detail,
+        }
+
+
+class FlowLog:
+    """The decisions of one endpoint."""
+
+    def __init__(self, pod: PodRef, log: Logger, metrics: Metrics, wall_clock: Callable[[], float]) -> None:
+        self._pod = str(pod)
+        self._log = log
+        self._metrics = metrics
+        self._wall_clock = wall_clock
+        self._repetitions: dict[_Kind, _Repetition] = {}
+        self.recent: deque[Denial] = deque(maxlen=_MAX_RECENT)
+        self.counts: dict[str, int] = {}
+        """Decisions by reason."""
+
+    def take(self, reports: Iterable[FlowReport]) -> None:
+        """Count, remember and write decisions."""
+        is_debug = self._log.is_enabled_for(10)
+        for report in reports:
+            self._metrics.count(report.direction, is_allowed=report.is_allowed, reason=report.reason)
+            reason = report.reason.value
+            self.counts[reason] = self.counts.get(reason, 0) + 1
+            if not report.is_allowed:
+                self._take_denial(report)
+            elif is_debug:
+                self._log.debug("flow allowed", **self._fields(report))
+
+    def _take_denial(self, report: FlowReport) -> None:
+        now = self._wall_clock()
+        self.recent.append(_denial(report, now))
+        kind = (report.direction, report.remote, report.port, report.protocol, report.reason)
+        repetition = self._repetitions.get(kind)
+        if repetition is not None and now - repetition.written_at < QUIET_S:
+            repetition.count += 1
+            return
+        repeated = {} if repetition is None or not repetition.count else {"repeated": repetition.count}
+        if repetition is None and len(self._repetitions) >= _MAX_TRACKED:
+            del self._repetitions[next(iter(self._repetitions))]
+        self._repetitions[kind] = _Repetition(now)
+        write = self._log.error if report.reason is Reason.INTERNAL_ERROR else self._log.info
+        write("flow denied", **self._fields(report), **repeated)
+
+    def _fields(self, report: FlowReport) -> dict[str, object]:
+        denial = _denial(report, 0.0)
+        fields: dict[str, object] = {
+            "pod": self._pod,
+            "direction": denial.direction,
+            "address": denial.address,
+            "port": denial.port,
+            "protocol": denial.protocol,
+            "reason": denial.reason,
+            "rules": list(denial.rules),
+        }
+        if denial.peer:
+            fields["peer"] = denial.peer
+        if denial.detail:
+            fields["detail"] = denial.detail
+        return fields
+
+
+def _denial(report: FlowReport, when: float) -> Denial:
+    return Denial(
+        when=when,
+        direction=report.direction.value,
+        peer="" if report.peer is None else str(report.peer.pod),
+        address=str(ip_address(report.remote)) if len(report.remote) in (4, 16) else "",
+        port=report.port,
+        protocol=report.protocol,
+        reason=report.reason.value,
+        rules=tuple(str(rule) for rule in report.rules),
+        detail=report.detail,
+    )
