@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from triremectl.output import as_list, as_mapping, as_text, ask, daemon_options, print_json
+from triremectl.output import as_list, as_mapping, as_text, ask, daemon_options, make_console, print_json
 
 
 @click.command("endpoints")
@@ -29,7 +29,7 @@ def command(run_dir: Path, output: str, pod: str | None, *, denials: bool) -> No
     if output == "json":
         print_json(endpoints)
         return
-    console = Console(highlight=False)
+    console = make_console()
     print_endpoints(console, endpoints)
     if denials or pod is not None:
         print_denials(console, endpoints)
@@ -66,6 +66,8 @@ def _isolated(isolated: Mapping[str, object]) -> str:
 def _identity_size(endpoint: Mapping[str, object]) -> Text:
     """How much of what a handshake packet can carry the pod's identity takes."""
     size, budget = endpoint.get("identity_bytes"), endpoint.get("budget_bytes")
+    if size is None or budget is None:
+        return Text(as_text(size))
     is_too_large = isinstance(size, int) and isinstance(budget, int) and size > budget
     return Text(f"{as_text(size)} of {as_text(budget)} bytes", style="bold red" if is_too_large else "")
 

@@ -9,10 +9,19 @@ from pathlib import Path
 from typing import TypeVar
 
 import click
+from rich.console import Console
 
 from triremectl.admin_client import AdminError, call
 
+_WIDTH_WITHOUT_TERMINAL = 160
+
 F = TypeVar("F", bound=Callable[..., object])
+
+
+def make_console() -> Console:
+    """Return a console; where no terminal tells its width, one that is wide enough for our tables."""
+    console = Console(highlight=False, emoji=False)
+    return console if console.is_terminal else Console(highlight=False, emoji=False, width=_WIDTH_WITHOUT_TERMINAL)
 
 
 def daemon_options(function: F) -> F:
@@ -47,9 +56,9 @@ def print_json(value: object) -> None:
 
 def as_text(value: object) -> str:
     """Put a JSON value on one line, as people write it; an absent one is a dash."""
+    if value is None or value == "" or value == [] or value == {}:
+        return "-"
     match value:
-        case None | "" | [] | {}:
-            return "-"
         case bool():
             return "yes" if value else "no"
         case Mapping():

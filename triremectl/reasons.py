@@ -4,11 +4,10 @@
 from __future__ import annotations
 
 import click
-from rich.console import Console
 from rich.table import Table
 
 from enforcer_daemon.reasons import Reason
-from triremectl.output import print_json
+from triremectl.output import make_console, print_json
 
 
 @click.command("reasons")
@@ -27,4 +26,4 @@ def command(reason: str | None, output: str) -> None:
         table = Table("reason", "meaning")
         for item in chosen:
             table.add_row(item.value, item.text)
-        Console(highlight=False).print(table)
+        make_console().print(table)

@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from triremectl.output import as_list, as_mapping, as_text, ask, daemon_options, print_json
+from triremectl.output import as_list, as_mapping, as_text, ask, daemon_options, make_console, print_json
 
 _LATER = ("snapshot", "drops")
 """Keys that get rows or tables of their own."""
@@ -26,7 +26,7 @@ def command(run_dir: Path, output: str) -> None:
     if output == "json":
         print_json(status)
     else:
-        print_status(Console(highlight=False), status)
+        print_status(make_console(), status)
     is_well = status.get("ready") is True and not as_list(as_mapping(status.get("snapshot")).get("problems"))
     sys.exit(0 if is_well else 1)
 

@@ -18,11 +18,12 @@ from rich.console import Console
 
 from triremectl.lab.errors import LabError
 from triremectl.lab.lab import Lab
-from triremectl.lab.report import make_console, print_step, summary
+from triremectl.lab.report import print_step, summary
 from triremectl.lab.rundir import clean_leftovers
 from triremectl.lab.runner import FlowResult, run_steps
 from triremectl.lab.scenario import Scenario, load_scenario
 from triremectl.lab.tools import Tools
+from triremectl.output import make_console
 
 _ENDING_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 

@@ -3,20 +3,17 @@
 
 from __future__ import annotations
 
-import ctypes
 import os
 import socket
 import subprocess
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TypeVar
 
+from enforcer_daemon.dataplane.netns import open_in
 from triremectl.lab.errors import LabError
 
 NETNS_DIR = Path("/run/netns")
-_CLONE_NEWNET = 0x4000_0000  # linux/sched.h
-_LIBC = ctypes.CDLL(None, use_errno=True)
 _COMMAND_TIMEOUT_S = 30.0
 
 T = TypeVar("T")
@@ -35,21 +32,16 @@ def exec_prefix(name: str) -> list[str]:
 def in_netns(name: str, factory: Callable[[], T]) -> T:
     """Call `factory` inside the namespace and return its result; what it opens there stays there.
 
-    A throw-away thread enters the namespace, so that the calling thread never leaves its own.
+    Raises LabError where there is no such namespace, and whatever the factory raises.
     """
-
-    def enter_and_call() -> T:
+    try:
         descriptor = os.open(netns_path(name), os.O_RDONLY | os.O_CLOEXEC)
-        try:
-            if _LIBC.setns(descriptor, _CLONE_NEWNET) != 0:
-                code = ctypes.get_errno()
-                raise OSError(code, os.strerror(code), name)
-        finally:
-            os.close(descriptor)
-        return factory()
-
-    with ThreadPoolExecutor(max_workers=1) as executor:
-        return executor.submit(enter_and_call).result()
+    except OSError as err:
+        raise LabError(f"network namespace {name}: {err.strerror}") from err
+    try:
+        return open_in(descriptor, factory)
+    finally:
+        os.close(descriptor)
 
 
 def open_socket(name: str, family: int, kind: int, protocol: int = 0) -> socket.socket:

@@ -14,14 +14,6 @@ from enforcer_daemon.model import Protocol
 from triremectl.lab.runner import FlowResult
 from triremectl.lab.scenario import Flow, Scenario, Step
 
-_WIDTH_WITHOUT_TERMINAL = 140
-
-
-def make_console() -> Console:
-    """Return a console that is wide enough for the tables also where no terminal tells its width."""
-    console = Console(highlight=False)
-    return console if console.is_terminal else Console(highlight=False, width=_WIDTH_WITHOUT_TERMINAL)
-
 
 def print_step(console: Console, scenario: Scenario, number: int, step: Step, results: Sequence[FlowResult]) -> None:
     """Print what a step changed and what became of its flows."""
@@ -30,6 +22,7 @@ def print_step(console: Console, scenario: Scenario, number: int, step: Step, re
         console.print(Text(f"   {change}", style="cyan"))
     if results:
         console.print(_table(scenario, results))
+    console.print()
 
 
 def _changes(step: Step) -> list[str]:

@@ -43,7 +43,8 @@ def run_steps(lab: Lab, steps: Sequence[Step]) -> Iterator[tuple[Step, list[Flow
     """Run the steps in order; yield each with its results as soon as they are known."""
     for step in steps:
         is_changed = _change(lab, step)
-        yield step, _run_flows(lab, step.flows, CONVERGENCE_S if is_changed else 0.0)
+        is_patient = is_changed and lab.world.enforcer  # without enforcers a change of policy changes nothing
+        yield step, _run_flows(lab, step.flows, CONVERGENCE_S if is_patient else 0.0)
 
 
 def _change(lab: Lab, step: Step) -> bool:

@@ -1,0 +1,133 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The commands that show a daemon's answers, against a daemon that answers from a dictionary."""
+
+from __future__ import annotations
+
+import json
+import socket
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner, Result
+
+from enforcer_daemon.reasons import Reason
+from triremectl.__main__ import main
+
+Daemon = Callable[[dict[str, object]], Path]
+
+ENDPOINT = {
+    "pod": "web",
+    "namespace": "shop",
+    "ifname": "eth0",
+    "ips": ["10.244.1.2"],
+    "state": "enforced",
+    "labels": {"app": "web"},
+    "identity_bytes": 700,
+    "budget_bytes": 1300,
+    "isolated": {"ingress": True, "egress": False},
+    "policies": ["shop/default-deny"],
+    "recent_denials": [
+        {
+            "when": 0,
+            "direction": "ingress",
+            "peer": None,
+            "address": "203.0.113.9",
+            "port": 80,
+            "reason": "unidentified-peer",
+            "rules": ["shop/default-deny"],
+        }
+    ],
+}
+
+
+@pytest.fixture
+def daemon(tmp_path: Path) -> Iterator[Daemon]:
+    """Start something that answers each command from a dictionary; gives its run directory."""
+    listener = socket.socket(socket.AF_UNIX)
+    threads: list[threading.Thread] = []
+
+    def start(answers: dict[str, object]) -> Path:
+        listener.bind(str(tmp_path / "admin.sock"))
+        listener.listen()
+
+        def answer_one() -> None:
+            connection, _ = listener.accept()
+            with connection:
+                question = json.loads(connection.makefile("rb").readline())
+                connection.sendall(json.dumps({"ok": True, "result": answers[question["command"]]}).encode() + b"\n")
+
+        threads.append(threading.Thread(target=answer_one, daemon=True))
+        threads[-1].start()
+        return tmp_path
+
+    with listener:
+        yield start
+        for thread in threads:
+            thread.join(5)
+
+
+def _run(*argv: str) -> Result:
+    return CliRunner().invoke(main, argv, env={"COLUMNS": "200"}, catch_exceptions=False)
+
+
+def test_status_shows_what_the_daemon_says_and_fails_on_problems(daemon: Daemon) -> None:
+    snapshot = {"generation": 7, "policies": 3, "problems": ["x.yaml:1: spec: unknown field"]}
+    run_dir = daemon({"status": {"node": "a", "ready": True, "snapshot": snapshot, "drops": {"policy": 0, "x": 4}}})
+    result = _run("status", "--run-dir", str(run_dir))
+    assert result.exit_code == 1
+    for text in ("node", "ready", "yes", "snapshot generation", "7", "problem: x.yaml:1: spec: unknown field"):
+        assert text in result.stdout
+    assert "policy " not in result.stdout  # nothing was dropped for it
+
+
+def test_status_of_a_daemon_that_is_well_exits_0(daemon: Daemon) -> None:
+    assert _run("status", "--run-dir", str(daemon({"status": {"ready": True}}))).exit_code == 0
+
+
+def test_status_as_json_is_the_answer_itself(daemon: Daemon) -> None:
+    result = _run("status", "--output", "json", "--run-dir", str(daemon({"status": {"ready": False, "new": [1]}})))
+    assert json.loads(result.stdout) == {"ready": False, "new": [1]}
+    assert result.exit_code == 1
+
+
+def test_endpoints_shows_a_row_for_each_pod(daemon: Daemon) -> None:
+    result = _run("endpoints", "--run-dir", str(daemon({"endpoints": [ENDPOINT, {"pod": "x/bare"}]})))
+    assert result.exit_code == 0
+    for text in ("shop/web", "10.244.1.2", "ingress", "shop/default-deny", "700 of 1300 bytes", "app=web", "x/bare"):
+        assert text in result.stdout
+    assert "unidentified-peer" not in result.stdout
+
+
+def test_endpoints_of_one_pod_shows_its_denials(daemon: Daemon) -> None:
+    result = _run("endpoints", "shop/web", "--run-dir", str(daemon({"endpoints": [ENDPOINT]})))
+    for text in ("1970-01-01T00:00:00.000+00:00", "203.0.113.9", "unidentified-peer"):
+        assert text in result.stdout
+
+
+def test_endpoints_of_an_unknown_pod_is_an_error(daemon: Daemon) -> None:
+    result = _run("endpoints", "shop/none", "--run-dir", str(daemon({"endpoints": [ENDPOINT]})))
+    assert result.exit_code == 1
+    assert "shop/none: not among the pods that this node enforces" in result.stderr
+
+
+def test_no_daemon_is_said_in_words(tmp_path: Path) -> None:
+    result = _run("status", "--run-dir", str(tmp_path))
+    assert result.exit_code == 1
+    assert "Is the enforcer running" in result.stderr
+
+
+@pytest.mark.parametrize("reason", list(Reason))
+def test_every_reason_is_explained(reason: Reason) -> None:
+    assert _run("reasons", reason.value).stdout.strip() == reason.text
+
+
+def test_reasons_lists_them_all() -> None:
+    assert set(json.loads(_run("reasons", "--output", "json").stdout)) == {reason.value for reason in Reason}
+    assert _run("reasons", "mood").exit_code == 1
+
+
+def test_every_subcommand_loads() -> None:
+    for name in ("status", "endpoints", "reasons", "simulate", "validate", "lab"):
+        assert _run(name, "--help").exit_code == 0

@@ -1,0 +1,131 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Scenario files: what they mean, and what is said of wrong ones."""
+
+from __future__ import annotations
+
+import copy
+from ipaddress import ip_address, ip_network
+from typing import Any
+
+import pytest
+
+from enforcer_daemon.model import PodRef, Protocol
+from enforcer_daemon.reasons import Reason
+from triremectl.lab.errors import ScenarioError
+from triremectl.lab.manifests import ObjectRef
+from triremectl.lab.scenario import SHIPPED, Flow, decode_scenario, load_scenario
+from triremectl.lab.world import NodeSpec, PodSpec, PortSpec, ServicePort
+
+SCENARIO: dict[str, Any] = {
+    "title": "two pods",
+    "nodes": [{"name": "a"}, {"name": "b", "addresses": ["192.0.2.1"], "podNetworks": ["10.1.0.0/24"]}],
+    "namespaces": [{"name": "shop", "labels": {"team": "x"}}],
+    "pods": [
+        {"name": "shop/web", "node": "a", "labels": {"app": "web"}},
+        {
+            "name": "shop/db",
+            "node": "b",
+            "addresses": ["10.1.0.9"],
+            "ports": [5432, {"port": 53, "protocol": "UDP", "name": "dns"}],
+            "serviceAccount": "db",
+        },
+    ],
+    "hosts": [{"name": "out", "addresses": ["203.0.113.1"]}, {"name": "near", "node": "a"}],
+    "services": [
+        {"name": "shop/db", "addresses": ["10.96.0.1"], "pods": ["shop/db"], "ports": [{"port": 1, "targetPort": 5432}]}
+    ],
+    "steps": [
+        {
+            "remove": [{"namespace": "shop", "name": "old"}],
+            "labelPods": [{"name": "shop/web", "labels": {}}],
+            "flows": [
+                {"from": "shop/web", "to": "service:shop/db", "port": 1, "expect": "allow"},
+                {
+                    "from": "host:out",
+                    "to": "shop/db",
+                    "port": 53,
+                    "protocol": "UDP",
+                    "family": "IPv6",
+                    "expect": "deny",
+                    "reason": "unidentified-peer",
+                },
+            ],
+        }
+    ],
+}
+
+
+def test_a_scenario_becomes_values() -> None:
+    scenario = decode_scenario(SCENARIO)
+    world = scenario.world
+    assert world.nodes == (
+        NodeSpec.numbered("a", 1),
+        NodeSpec("b", (ip_address("192.0.2.1"),), (ip_network("10.1.0.0/24"),)),
+    )
+    assert world.pods == (
+        PodSpec(PodRef("shop", "web"), "a", {"app": "web"}),
+        PodSpec(
+            PodRef("shop", "db"),
+            "b",
+            addresses=(ip_address("10.1.0.9"),),
+            ports=(PortSpec(5432), PortSpec(53, Protocol.UDP, "dns")),
+            service_account="db",
+        ),
+    )
+    assert world.namespaces == {"shop": {"team": "x"}}
+    assert [host.node for host in world.hosts] == [None, "a"]
+    assert world.services[0].ports == (ServicePort(1, 5432),)
+    assert world.enforcer
+    (step,) = scenario.steps
+    assert step.remove == (ObjectRef("NetworkPolicy", "shop", "old"),)
+    assert [(change.target, change.labels) for change in step.label_pods] == [("shop/web", {})]
+    assert step.flows == (
+        Flow("shop/web", "service:shop/db", 1, is_allowed=True),
+        Flow("host:out", "shop/db", 53, False, Reason.UNIDENTIFIED_PEER, Protocol.UDP, 6),
+    )
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "complaint"),
+    [
+        (["nodes"], [], "nodes: must be 1 to 200"),
+        (["nodes", 0], {}, "nodes[0].name: is required"),
+        (["nodes", 0, "color"], "red", "nodes[0].color: unknown field"),
+        (["typo"], 1, "typo: unknown field"),
+        (["pods", 0, "name"], "web", "pods[0].name: must be NAMESPACE/NAME"),
+        (["pods", 0, "node"], "c", "node c: is not among the nodes"),
+        (["pods", 0, "labels", "app"], True, "pods[0].labels.app: labels are text"),
+        (["pods", 1, "addresses", 0], "10.1.0", "pods[1].addresses[0]: "),
+        (["pods", 1, "addresses", 0], "192.0.2.1", "addresses: 192.0.2.1 occurs twice"),
+        (["pods", 1, "ports", 0], 0, "pods[1].ports[0]: must be a port number"),
+        (["pods", 1, "ports", 1, "protocol"], "SCTP", "pods[1].ports[1].protocol: must be one of TCP, UDP"),
+        (["hosts", 0, "addresses"], [], "host out: needs an address"),
+        (["services", 0, "pods", 0], "shop/x", "service shop/db: no pod shop/x"),
+        (["steps", 0, "flows", 0, "expect"], "maybe", "steps[0].flows[0].expect: must be one of allow, deny"),
+        (["steps", 0, "flows", 0, "reason"], "mood", "steps[0].flows[0].reason: must be one of "),
+        (["steps", 0, "flows"], {}, "steps[0].flows: must be a list"),
+        (["steps", 0, "apply"], [{"kind": "NetworkPolicy"}], "steps[0].apply[0].metadata: must be a mapping"),
+        (["policies"], [{"metadata": {"name": "x"}}], "policies[0].kind: must be a name"),
+        (["timeoutSeconds"], 0, "timeoutSeconds: must be a number of seconds"),
+        (["enforcer"], "no", "enforcer: must be true or false"),
+    ],
+)
+def test_a_fault_is_named_by_its_field(path: list[Any], value: object, complaint: str) -> None:
+    tree = copy.deepcopy(SCENARIO)
+    place = tree
+    for key in path[:-1]:
+        place = place[key]
+    place[path[-1]] = value
+    with pytest.raises(ScenarioError) as error:
+        decode_scenario(tree)
+    assert str(error.value).startswith(complaint)
+
+
+@pytest.mark.parametrize("name", sorted(path.stem for path in SHIPPED.glob("*.yaml")))
+def test_shipped_scenarios_load_by_name(name: str) -> None:
+    assert load_scenario(name).steps
+
+
+def test_an_unknown_scenario_is_answered_with_the_shipped_ones() -> None:
+    with pytest.raises(ScenarioError, match="shipped scenarios: demo"):
+        load_scenario("no-such")
