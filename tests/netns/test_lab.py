@@ -251,3 +251,26 @@ def test_clean_removes_what_a_killed_lab_left_and_nothing_of_a_living_one(tmp_pa
     assert name in clean_leftovers()
     assert _traces(name) == []
     assert lab.probe("x/one", "y/three", 80).outcome is Outcome.CONNECTED
+
+
+ORPHAN = """
+import time
+from triremectl.lab import Lab, NodeSpec, WorldSpec
+with Lab(WorldSpec(nodes=(NodeSpec.numbered("a", 1),), enforcer=False)) as lab:
+    print(lab.spawn("node:a", "sleep", "301").pid, flush=True)
+    time.sleep(60)
+"""
+
+
+def test_programs_die_with_a_lab_that_is_killed() -> None:
+    with subprocess.Popen([sys.executable, "-c", ORPHAN], stdout=subprocess.PIPE, text=True) as killed:
+        assert killed.stdout is not None
+        pid = int(killed.stdout.readline())
+        killed.kill()
+    deadline = time.monotonic() + 5
+    while Path(f"/proc/{pid}").exists() and time.monotonic() < deadline:
+        time.sleep(0.01)
+    try:
+        assert not Path(f"/proc/{pid}").exists()
+    finally:
+        clean_leftovers()

@@ -16,6 +16,7 @@ from types import FrameType
 import click
 from rich.console import Console
 
+from triremectl.admin_client import AdminError
 from triremectl.lab.errors import LabError
 from triremectl.lab.lab import Lab
 from triremectl.lab.report import print_step, summary
@@ -53,7 +54,7 @@ def run_command(scenario: str, plugin: Path | None, *, keep: bool, verbose: bool
             tools = Tools(probe_timeout_s=story.timeout_s)
             tools = tools if plugin is None else replace(tools, plugin=plugin.resolve())
             results = _run(story, tools, keep=keep, verbose=verbose)
-        except LabError as err:
+        except (LabError, AdminError) as err:
             raise click.ClickException(str(err)) from err
     click.echo(summary(results))
     sys.exit(0 if all(item.is_as_expected for item in results) else 1)
