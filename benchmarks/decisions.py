@@ -24,15 +24,12 @@ ROUNDS = 31
 DECISIONS_PER_ROUND = 2_000
 LOOKUPS_PER_ROUND = 500
 _NODE = "node"
-_LABELS = {f"team{index}": "blue" for index in range(8)}  # a pod of the usual kind has some labels that nobody asks for
-_POD = Identity(
-    PodRef("shop", "web-0"), (ip_address("10.0.0.1"),), {"app": "web", **_LABELS}, {"kubernetes.io/metadata.name": "shop"},
-    _NODE,
-)  # fmt: skip
+_LABELS = {f"team{index}": "blue" for index in range(8)}  # labels that no policy asks for
+_NAMESPACE_LABELS = {"kubernetes.io/metadata.name": "shop"}
+_POD = Identity(PodRef("shop", "web-0"), (ip_address("10.0.0.1"),), {"app": "web", **_LABELS}, _NAMESPACE_LABELS, _NODE)
 _PEER = Identity(
-    PodRef("shop", "client-0"), (ip_address("10.0.0.2"),), {"app": "client", **_LABELS},
-    {"kubernetes.io/metadata.name": "shop"}, _NODE,
-)  # fmt: skip
+    PodRef("shop", "client-0"), (ip_address("10.0.0.2"),), {"app": "client", **_LABELS}, _NAMESPACE_LABELS, _NODE
+)
 _CLIENT = {"podSelector": {"matchLabels": {"app": "client"}}}
 
 Spec = dict[str, Any]
