@@ -48,13 +48,15 @@ class _Turn:
     def recv(self, size: int) -> bytes:
         if self.left <= 0:
             raise BlockingIOError(errno.EAGAIN, "the turn is over")
-        self.left -= 1
         try:
-            return self._sock.recv(size, socket.MSG_DONTWAIT)
+            message = self._sock.recv(size, socket.MSG_DONTWAIT)
         except OSError as err:
             if err.errno == errno.ENOBUFS:
+                self.left -= 1
                 self.overruns += 1
             raise
+        self.left -= 1
+        return message
 
 
 class PacketQueue:

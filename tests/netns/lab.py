@@ -179,11 +179,11 @@ def is_syn(packet: bytes) -> bool:
 
 
 def tcp_packet(
-    source: tuple[str, int], target: tuple[str, int], flags: int, payload: bytes = b"", seq: int = 1
+    source: tuple[str, int], target: tuple[str, int], flags: int, payload: bytes = b"", seq: int = 1, ack: int = 0
 ) -> bytes:
     """Build a TCP packet with right checksums."""
     src, dst = ip_address(source[0]), ip_address(target[0])
-    segment = struct.pack("!HHIIBBHHH", source[1], target[1], seq, 0, 5 << 4, flags, 64240, 0, 0) + payload
+    segment = struct.pack("!HHIIBBHHH", source[1], target[1], seq, ack, 5 << 4, flags, 64240, 0, 0) + payload
     pseudo = src.packed + dst.packed + struct.pack("!II", len(segment), 6)
     segment = segment[:16] + struct.pack("!H", _checksum(pseudo + segment)) + segment[18:]
     if src.version == 4:

@@ -1,0 +1,245 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The queue against real packets: verdicts, held packets, our own packets, bounds, and that nothing stays behind."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import socket
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from enforcer_daemon.dataplane.netns import open_in
+from enforcer_daemon.dataplane.queue import PacketQueue
+from enforcer_daemon.dataplane.tools import run_in
+from enforcer_daemon.errors import DataplaneError
+from enforcer_daemon.model import Direction
+from enforcer_daemon.verdict import ACCEPT, DROP, Action, Inject, Settle, Verdict
+from tests.netns.lab import (
+    ACK,
+    BACKENDS,
+    POD,
+    REMOTE,
+    RST,
+    SETTINGS,
+    SYN,
+    Lab,
+    Recorder,
+    is_syn,
+    open_lab,
+    serve,
+    tcp_packet,
+    wait_until,
+)
+
+pytestmark = pytest.mark.kernel
+
+
+@pytest.fixture
+def lab() -> Iterator[Lab]:
+    with open_lab() as lab:
+        BACKENDS["iptables-nft"]().apply(lab.pod, lab.rules())
+        yield lab
+
+
+@pytest.fixture(params=(4, 6), ids=("ipv4", "ipv6"))
+def version(request: pytest.FixtureRequest) -> int:
+    return int(request.param)
+
+
+def silent(err: Exception) -> None:
+    raise AssertionError from err
+
+
+def test_accept_and_drop(lab: Lab, version: int) -> None:
+    judge = Recorder()
+    with serve(lab, judge), lab.listen(lab.pod, version):
+        assert lab.connects(lab.remote, (POD[version], 8080))
+        judge.answer = lambda *_: DROP
+        assert not lab.connects(lab.remote, (POD[version], 8080), 0.3)
+    directions = [direction for _, direction, _ in judge.seen[:3]]
+    assert directions == [Direction.INGRESS, Direction.EGRESS, Direction.INGRESS]
+
+
+def test_a_payload_of_the_judge_takes_the_packets_place(lab: Lab) -> None:
+    def shout(packet: bytes, *_: object) -> Verdict:
+        return Verdict(Action.ACCEPT, payload=packet[:26] + b"\0\0" + packet[28:].upper())
+
+    with (
+        serve(lab, shout),
+        lab.socket(lab.pod, 4, socket.SOCK_DGRAM) as service,
+        lab.socket(lab.remote, 4, socket.SOCK_DGRAM) as client,
+    ):
+        service.bind((POD[4], 53))
+        client.sendto(b"whisper", (POD[4], 53))
+        assert service.recv(16) == b"WHISPER"
+
+
+def test_held_packets_are_settled_in_the_order_of_the_effects(lab: Lab) -> None:
+    def hold_until_three(packet: bytes, *_: object) -> Verdict:
+        number = packet[28] - ord("0")
+        if number < 3:
+            return Verdict(Action.HOLD, hold_id=number)
+        return Verdict(Action.DROP, effects=(Settle(2, ACCEPT), Settle(1, ACCEPT), Settle(9, ACCEPT)))
+
+    with (
+        serve(lab, hold_until_three) as queue,
+        lab.socket(lab.pod, 4, socket.SOCK_DGRAM) as service,
+        lab.socket(lab.remote, 4, socket.SOCK_DGRAM) as client,
+    ):
+        service.bind((POD[4], 53))
+        for text in (b"1", b"2", b"3"):
+            client.sendto(text, (POD[4], 53))
+        assert [service.recv(16), service.recv(16)] == [b"2", b"1"]
+        assert queue.held_packets == 0
+
+
+def test_a_judge_that_fails_lets_nothing_pass(lab: Lab) -> None:
+    errors: list[Exception] = []
+
+    def fail(*_: object) -> Verdict:
+        raise ValueError("a bug")
+
+    queue = PacketQueue.open(lab.pod, SETTINGS, fail, on_error=errors.append)
+    try:
+        with lab.listen(lab.pod, 4):
+            assert not lab.connects(lab.remote, (POD[4], 8080), 0.3)
+            assert queue.read_turn() >= 1
+        assert queue.errors == len(errors) >= 1
+        assert str(errors[0]) == "a bug"
+    finally:
+        queue.close()
+
+
+def test_an_effect_that_fails_is_reported(lab: Lab) -> None:
+    errors: list[Exception] = []
+    hold = Verdict(Action.HOLD, hold_id=1)
+    queue = PacketQueue.open(lab.pod, SETTINGS, lambda *_: hold, on_error=errors.append)
+    try:
+        with lab.socket(lab.remote, 4, socket.SOCK_DGRAM) as client:
+            for _ in range(2):
+                client.sendto(b"x", (POD[4], 53))
+            assert wait_until(lambda: queue.read_turn() == 0 and queue.errors == 1)
+        assert "hold_id 1" in str(errors[0])
+        assert queue.held_packets == 1
+    finally:
+        queue.close()
+
+
+def test_a_turn_is_bounded(lab: Lab) -> None:
+    settings = dataclasses.replace(SETTINGS, packets_per_turn=8)
+    judge = Recorder(lambda *_: DROP)
+    queue = PacketQueue.open(lab.pod, settings, judge, on_error=silent)
+    try:
+        with lab.socket(lab.remote, 4, socket.SOCK_DGRAM) as client:
+            for _ in range(20):
+                client.sendto(b"x", (POD[4], 53))
+        turns = []
+        while count := queue.read_turn():
+            turns.append(len(judge.seen))
+            assert count <= 8
+        assert turns == [8, 16, 20]
+    finally:
+        queue.close()
+
+
+def test_packets_that_the_socket_has_no_room_for_are_counted(lab: Lab) -> None:
+    settings = dataclasses.replace(SETTINGS, receive_buffer_bytes=8192)
+    judge = Recorder(lambda *_: DROP)
+    queue = PacketQueue.open(lab.pod, settings, judge, on_error=silent)
+    try:
+        with lab.socket(lab.remote, 4, socket.SOCK_DGRAM) as client:
+            for _ in range(200):
+                client.sendto(bytes(1000), (POD[4], 53))
+        while queue.read_turn():
+            pass
+        assert queue.overruns >= 1
+        assert 0 < len(judge.seen) < 200
+    finally:
+        queue.close()
+
+
+def test_our_own_packet_leaves_without_being_judged(lab: Lab, version: int) -> None:
+    proof = tcp_packet((POD[version], 8080), (REMOTE[version], 6000), ACK, b"proof")
+
+    def answer(packet: bytes, *_: object) -> Verdict:
+        return Verdict(Action.DROP, effects=(Inject(proof),) if is_syn(packet) else ())
+
+    judge = Recorder(answer)
+    kind = socket.AF_PACKET, socket.SOCK_DGRAM, socket.htons(0x0800 if version == 4 else 0x86DD)
+    with serve(lab, judge) as queue, _sniff(lab.remote, kind) as wire:
+        with lab.socket(lab.remote, version) as client:
+            client.bind((REMOTE[version], 6000))
+            client.setblocking(False)
+            client.connect_ex((POD[version], 8080))
+            assert wait_until(lambda: _next_packet(wire).endswith(b"proof"))
+        assert queue.injection_errors == 0
+    assert all(direction is Direction.INGRESS for _, direction, _ in judge.seen)
+
+
+def test_a_reset_of_our_own_reaches_the_pods_process(lab: Lab, version: int) -> None:
+    def refuse(packet: bytes, direction: Direction, _: int) -> Verdict:
+        if not is_syn(packet):
+            return ACCEPT
+        offset = 20 if version == 4 else 40
+        port = int.from_bytes(packet[offset : offset + 2], "big")
+        isn = int.from_bytes(packet[offset + 4 : offset + 8], "big")
+        reset = tcp_packet((REMOTE[version], 8080), (POD[version], port), RST | ACK, ack=isn + 1)
+        return Verdict(Action.DROP, effects=(Inject(reset),))
+
+    with serve(lab, refuse), lab.socket(lab.pod, version) as client, pytest.raises(ConnectionRefusedError):
+        client.connect((REMOTE[version], 8080))
+
+
+def test_a_packet_that_cannot_be_sent_is_counted(lab: Lab) -> None:
+    with serve(lab, Recorder()) as queue:
+        queue.carry_out((Inject(b""), Inject(b"\x45"), Inject(b"\x60" + bytes(38))))
+        assert queue.injection_errors == 3
+
+
+def test_a_second_owner_of_the_queue_is_refused_by_name(lab: Lab) -> None:
+    with serve(lab, Recorder()), pytest.raises(DataplaneError, match=f"queue {SETTINGS.queue_number}"):
+        PacketQueue.open(lab.pod, SETTINGS, Recorder(), on_error=silent)
+
+
+def test_close_leaves_no_descriptor_and_no_namespace() -> None:
+    before = _descriptors()
+    with open_lab() as lab:
+        BACKENDS["iptables-nft"]().apply(lab.pod, lab.rules())
+        hold = Verdict(Action.HOLD, hold_id=1)
+        judge = Recorder(lambda *_: hold)
+        queue = PacketQueue.open(lab.pod, SETTINGS, judge, on_error=silent)
+        with lab.socket(lab.remote, 4, socket.SOCK_DGRAM) as client:
+            client.sendto(b"x", (POD[4], 53))
+        queue.read_turn()
+        assert queue.held_packets == 1
+        queue.carry_out((Inject(tcp_packet((POD[4], 1), (REMOTE[4], 2), SYN)),))
+        queue.close()
+        queue.close()
+        assert (queue.fileno(), queue.read_turn()) == (-1, 0)
+        keep = os.dup(lab.node)
+    try:
+        # The pod's end of the veth goes with its namespace, and so does the node's.
+        assert wait_until(lambda: "pod0" not in run_in(keep, ("ip", "link")))
+    finally:
+        os.close(keep)
+    assert _descriptors() == before
+
+
+def _descriptors() -> int:
+    return len(list(Path("/proc/self/fd").iterdir()))
+
+
+def _sniff(place: int, kind: tuple[int, int, int]) -> socket.socket:
+    sock = open_in(place, lambda: socket.socket(*kind))
+    sock.setblocking(False)
+    return sock
+
+
+def _next_packet(sock: socket.socket) -> bytes:
+    try:
+        return sock.recv(4096)
+    except BlockingIOError:
+        return b""
