@@ -37,7 +37,7 @@ class Drained:
 async def drain(directory: Path, delete: Callable[[AttachmentId], Awaitable[None]]) -> Drained:
     """Carry out every queued deletion and remove its file. Can be repeated at any time; an absent queue is empty."""
     deleted = failed = unreadable = 0
-    for path in sorted(directory.iterdir()) if directory.is_dir() else ():
+    for path in _queued(directory):
         if path.name.startswith("."):
             _remove_abandoned(path)
             continue
@@ -60,7 +60,13 @@ async def drain(directory: Path, delete: Callable[[AttachmentId], Awaitable[None
     return Drained(deleted, failed, unreadable)
 
 
+def _queued(directory: Path) -> list[Path]:
+    return sorted(directory.iterdir()) if directory.is_dir() else []
+
+
 def _read(path: Path) -> AttachmentId:
+    if path.exists() and not path.is_file():
+        raise messages.MessageError("queued deletion: is not a file")
     with path.open("rb") as file:
         request = messages.decode_request(file.read(MAX_FILE_BYTES))
     if not isinstance(request, messages.Delete):
