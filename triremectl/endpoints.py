@@ -45,12 +45,12 @@ def print_endpoints(console: Console, endpoints: Iterable[Mapping[str, object]])
     """Print one row an endpoint."""
     table = Table("pod", "interface", "addresses", "state", "isolated", "policies", "identity", "labels")
     for endpoint in sorted(endpoints, key=pod_name):
-        state = as_text(endpoint.get("state"))
+        state, problem = as_text(endpoint.get("state")), endpoint.get("problem")
         table.add_row(
             pod_name(endpoint),
             as_text(endpoint.get("ifname")),
             "\n".join(map(as_text, as_list(endpoint.get("ips")))) or "-",
-            Text(state, style="" if state in ("-", "enforced") else "bold red"),
+            Text(f"{state}: {problem}" if problem else state, style="" if state in ("-", "enforced") else "bold red"),
             _isolated(as_mapping(endpoint.get("isolated"))),
             "\n".join(map(as_text, as_list(endpoint.get("policies")))) or "-",
             _identity_size(endpoint),

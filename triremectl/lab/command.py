@@ -93,7 +93,7 @@ def _print_logs(console: Console, lab: Lab, *, whole: bool) -> None:
     for node in lab.nodes.values():
         if node.has_enforcer:
             console.print(f"\nlog of node {node.name}:", style="bold")
-            console.print(node.log_text() if whole else node.daemon.tail(), markup=False)
+            console.print(node.log_text() if whole else node.daemon.tail(), markup=False, soft_wrap=True)
 
 
 def _wait_in(console: Console, lab: Lab) -> None:
