@@ -1,0 +1,2 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What enforcement costs, as ratios to no enforcement in the same run (docs/performance.md)."""

@@ -1,0 +1,11 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Run every benchmark: `make bench`."""
+
+from __future__ import annotations
+
+from benchmarks import connections, decisions
+
+if __name__ == "__main__":
+    connections.main()
+    print()
+    decisions.main()
