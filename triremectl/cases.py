@@ -235,8 +235,9 @@ def _read_nodes(reader: Reader, value: object) -> dict[IPAddress, str]:
 def _read_addresses(reader: Reader, tree: Mapping[str, object], path: str) -> tuple[IPAddress, ...]:
     found: dict[IPAddress, None] = {}
     for field in _ADDRESS_FIELDS:
-        value = tree.get(field)
-        for entry_path, entry in reader.sequence([value] if isinstance(value, str) else value, child(path, field)):
+        value, field_path = tree.get(field), child(path, field)
+        entries = [(field_path, value)] if isinstance(value, str) else reader.sequence(value, field_path)
+        for entry_path, entry in entries:
             text = reader.string(entry, entry_path) or ""
             try:
                 found[ip_address(text)] = None
