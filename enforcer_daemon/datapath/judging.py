@@ -89,12 +89,14 @@ class Judge:
         self._rules = rules
         self._ingress: dict[tuple[Peer | None, bytes, int | None, int], Decision] = {}
         self._egress: dict[tuple[Peer | None, bytes, int | None, int], Decision] = {}
+        self._could: dict[tuple[bytes, int], bool] = {}
 
     def replace_rules(self, rules: PodRules) -> None:
         """Judge by another snapshot from now on."""
         self._rules = rules
         self._ingress.clear()
         self._egress.clear()
+        self._could.clear()
 
     def is_own(self, peer: Peer) -> bool:
         """Tell whether a peer is this very pod."""
@@ -121,9 +123,17 @@ class Judge:
 
     def could_allow_egress(self, destination: Destination, address: bytes, port: int) -> bool:
         """Tell whether the pod could be allowed to reach some peer there; behind a virtual address it may be any."""
-        if destination is Destination.VIRTUAL:
-            return self._rules.egress.could_allow(None, None, Protocol.TCP)
-        return self._rules.egress.could_allow(ip_address(address), port, Protocol.TCP)
+        known = self._could.get((address, port))
+        if known is None:
+            rules = self._rules.egress
+            if destination is Destination.VIRTUAL:
+                known = rules.could_allow(None, None, Protocol.TCP)
+            else:
+                known = rules.could_allow(ip_address(address), port, Protocol.TCP)
+            if len(self._could) >= _MAX_DECISIONS:
+                self._could.clear()
+            self._could[(address, port)] = known
+        return known
 
     def _ask(
         self, rules: DirectionRules, direction: Direction, key: tuple[Peer | None, bytes, int | None, int]

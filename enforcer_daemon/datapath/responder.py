@@ -165,7 +165,8 @@ class Responder:
             flow.advance(Event.PROOF_VERIFIED)
             self.flows.settle(flow)
         packet = with_options_and_payload(segment, found.rest, segment.payload)
-        return Verdict(Action.RELEASE, packet, _RELEASE.mark, effects=self._context.settle_held(flow, _RELEASE))
+        effects = self._context.settle_held(flow, _RELEASE) if flow.held else ()
+        return Verdict(Action.RELEASE, packet, _RELEASE.mark, effects=effects)
 
     def _accept_lone_proof(self, flow: ResponderFlow) -> Verdict:
         """Consume an ACK of the other enforcer's own; what waits, or else the next segment, carries the release."""

@@ -156,6 +156,8 @@ class FoundProof(NamedTuple):
 
 def find_proof(options: bytes) -> FoundProof | None:
     """Find the proof's option, if there is one."""
+    if OPTION_EXPERIMENT_1 not in options:
+        return None
     for kind, at, length in walk_options(options):
         exid = options[at + 2 : at + 4]
         if kind == OPTION_EXPERIMENT_1 and length == PROOF_OPTION_BYTES and exid in (PROOF_EXID, LONE_PROOF_EXID):
