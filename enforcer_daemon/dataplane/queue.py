@@ -10,7 +10,6 @@ from __future__ import annotations
 import errno
 import os
 import socket
-from collections import deque
 from collections.abc import Callable
 from contextlib import suppress
 from typing import cast
@@ -31,8 +30,6 @@ its mark: of a packet with SYN, what its connection was released with before, el
 
 _OTHERS_MASK = OWN_MASK ^ 0xFFFF_FFFF
 _PREROUTING = 0  # linux/netfilter.h: NF_INET_PRE_ROUTING; the other hook is NF_INET_POST_ROUTING
-_MAX_INJECTED = 64
-"""Packets of our own that may be on their way from the raw socket to our own queue."""
 
 
 class _Turn:
@@ -62,7 +59,7 @@ class _Turn:
 class PacketQueue:
     """One endpoint's queue, bound inside its network namespace. For the event loop's thread alone."""
 
-    __slots__ = ("_held", "_injected", "_injector", "_judge", "_on_error", "_packets_per_turn", "_queue", "_sock",
+    __slots__ = ("_held", "_injector", "_judge", "_on_error", "_packets_per_turn", "_queue", "_sock",
                  "_turn", "errors")  # fmt: skip
 
     def __init__(
@@ -78,7 +75,6 @@ class PacketQueue:
         self._sock = socket.socket(fileno=os.dup(queue.get_fd()))
         self._turn = _Turn(self._sock)
         self._injector = injector
-        self._injected: deque[bytes] = deque(maxlen=_MAX_INJECTED)
         self._judge = judge
         self._on_error = on_error
         self._packets_per_turn = packets_per_turn
@@ -159,7 +155,7 @@ class PacketQueue:
         """Carry out effects that come from a deadline instead of a packet."""
         for effect in effects:
             if isinstance(effect, Inject):
-                self._inject(effect.packet)
+                self._injector.send(effect.packet)  # Our rules queue it too; the judge knows its own packets.
             else:
                 packet = self._held.pop(effect.hold_id, None)
                 if packet is not None:
@@ -180,10 +176,6 @@ class PacketQueue:
             mark = packet.mark & OWN_MASK
             if packet.hook == _PREROUTING:
                 verdict = self._judge(payload, Direction.INGRESS, mark)
-            elif self._injected and _flow_and_content(payload) in self._injected:
-                self._injected.remove(_flow_and_content(payload))
-                packet.accept()
-                return
             else:
                 verdict = self._judge(payload, Direction.EGRESS, mark)
             self._answer(packet, verdict)
@@ -221,14 +213,3 @@ class PacketQueue:
         with suppress(RuntimeError):  # it has its verdict, and an effect failed
             packet.drop()
         self._on_error(err)
-
-    def _inject(self, packet: bytes) -> None:
-        # Our rules see the packet too, unless its flow is released: it is known again by its content. Another packet
-        # with the same content does what the enforcer wants done.
-        if self._injector.send(packet):
-            self._injected.append(_flow_and_content(packet))
-
-
-def _flow_and_content(packet: bytes) -> bytes:
-    """Return a packet without what the kernel fills in or counts down: ID, checksum, lengths, flow label."""
-    return packet[12:] if packet[0] >> 4 == 4 else packet[8:]

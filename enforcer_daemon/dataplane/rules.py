@@ -197,12 +197,12 @@ def render_nft(rules: EndpointRules) -> str:
     interfaces = "{ " + ", ".join(f'"{name}"' for name in rules.ifnames) + " }"
     bases = {
         # The packet's mark, as the pod's processes and other rules could set it: before anything else saves it, and
-        # right before we read it.
+        # right before we read it. One before mangle (-150), so that no chain of another table comes in between.
         "clear_output": ("output", -300, (_nft_clear(),)),
-        "clear_prerouting": ("prerouting", -151, (_nft_clear(),)),
-        "clear_postrouting": ("postrouting", -151, (_nft_clear(),)),
-        "ingress": ("prerouting", -150, (f"iifname {interfaces} goto main_in",)),
-        "egress": ("postrouting", -150, (f"oifname {interfaces} goto main_out",)),
+        "clear_prerouting": ("prerouting", -152, (_nft_clear(),)),
+        "clear_postrouting": ("postrouting", -152, (_nft_clear(),)),
+        "ingress": ("prerouting", -151, (f"iifname {interfaces} goto main_in",)),
+        "egress": ("postrouting", -151, (f"oifname {interfaces} goto main_out",)),
     }
     table = f"inet {NFT_TABLE}"
     lines = [

@@ -1,0 +1,177 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The guard against masqueraded flows: who comes under the node's address is judged by his own."""
+
+from __future__ import annotations
+
+import socket
+from collections.abc import Callable, Iterator
+from ipaddress import ip_address, ip_network
+
+import pytest
+
+from enforcer_daemon.dataplane.conntrack import Conntrack
+from enforcer_daemon.dataplane.guard import Guard, GuardedEndpoint
+from enforcer_daemon.dataplane.inject import Injector
+from enforcer_daemon.dataplane.netns import open_in
+from enforcer_daemon.dataplane.tools import run_in
+from enforcer_daemon.errors import DataplaneError
+from enforcer_daemon.model import AttachmentId, Protocol
+from enforcer_daemon.policy.evaluate import AddressRule
+from enforcer_daemon.verdict import DROP
+from tests.netns.lab import (
+    BACKENDS,
+    NODE,
+    NODE_OUTSIDE,
+    POD,
+    REMOTE,
+    SYN,
+    Lab,
+    Recorder,
+    open_lab,
+    serve,
+    tcp_packet,
+    wait_until,
+)
+
+pytestmark = pytest.mark.kernel
+
+ATTACHMENT = AttachmentId("c1", "eth0")
+REMOTE_NETWORK = {4: ip_network("10.88.0.0/24"), 6: ip_network("fd88::/64")}
+NODE_PORT = 30080
+
+
+@pytest.fixture(params=(4, 6), ids=("ipv4", "ipv6"))
+def version(request: pytest.FixtureRequest) -> int:
+    return int(request.param)
+
+
+@pytest.fixture
+def lab() -> Iterator[Lab]:
+    """A node with a node port that leads to the pod, masqueraded as kube-proxy does it."""
+    with open_lab() as lab:
+        BACKENDS["iptables-nft"]().apply(lab.pod, lab.rules())
+        for version in (4, 6):
+            tool = "iptables" if version == 4 else "ip6tables"
+            target = f"{POD[4]}:8080" if version == 4 else f"[{POD[6]}]:8080"
+            for protocol in ("tcp", "udp"):
+                for chain, option in (("PREROUTING", "-d"), ("OUTPUT", "-d")):
+                    rule = f"-t nat -A {chain} {option} {NODE_OUTSIDE[version]} -p {protocol} --dport {NODE_PORT}"
+                    run_in(lab.node, (tool, *rule.split(), "-j", "DNAT", "--to", target))
+            run_in(lab.node, (tool, *f"-t nat -A POSTROUTING -d {POD[version]} -j MASQUERADE".split()))
+        yield lab
+
+
+def act(lab: Lab, change: Callable[[], None]) -> None:
+    """Do what the daemon does in its own namespace, the host's."""
+    open_in(lab.node, change)
+
+
+def guarded(*rules: AddressRule) -> GuardedEndpoint:
+    return GuardedEndpoint(ATTACHMENT, (ip_address(POD[4]), ip_address(POD[6])), rules)
+
+
+def test_without_the_guard_a_masqueraded_client_passes_for_the_node(lab: Lab, version: int) -> None:
+    with lab.listen(lab.pod, version):
+        assert lab.connects(lab.remote, (NODE_OUTSIDE[version], NODE_PORT))
+
+
+def test_a_masqueraded_client_needs_an_address_rule(lab: Lab, version: int) -> None:
+    guard = Guard()
+    act(lab, lambda: guard.replace([guarded()]))
+    via_node_port = (NODE_OUTSIDE[version], NODE_PORT)
+    with lab.listen(lab.pod, version):
+        assert not lab.connects(lab.remote, via_node_port)
+        act(lab, lambda: guard.apply(guarded(AddressRule(REMOTE_NETWORK[version], (), Protocol.TCP, (8000, 8080)))))
+        assert lab.connects(lab.remote, via_node_port)
+
+
+@pytest.mark.parametrize(
+    ("rule", "is_allowed"),
+    [
+        (AddressRule(), True),
+        (AddressRule(protocol=Protocol.TCP), True),
+        (AddressRule(protocol=Protocol.UDP), False),
+        (AddressRule(ports=(8080, 8080), protocol=Protocol.TCP), True),
+        (AddressRule(ports=(8081, 9000), protocol=Protocol.TCP), False),
+        (AddressRule(ports=(NODE_PORT, NODE_PORT), protocol=Protocol.TCP), False),
+        (AddressRule(ip_network("10.0.0.0/8")), True),
+        (AddressRule(ip_network("10.77.0.0/24")), False),  # the node's address is not the client's
+        (AddressRule(ip_network("10.0.0.0/8"), (ip_network("10.88.0.0/16"), ip_network("10.88.0.0/24"))), False),
+        (AddressRule(ip_network("10.0.0.0/8"), (ip_network("10.99.0.0/16"),)), True),
+        (AddressRule(ip_network("fd88::/16")), False),
+    ],
+)
+def test_address_rules(lab: Lab, rule: AddressRule, is_allowed: bool) -> None:
+    act(lab, lambda: Guard().replace([guarded(rule)]))
+    with lab.listen(lab.pod, 4):
+        assert lab.connects(lab.remote, (NODE_OUTSIDE[4], NODE_PORT)) is is_allowed
+
+
+def test_the_node_itself_passes_also_masqueraded(lab: Lab, version: int) -> None:
+    act(lab, lambda: Guard().replace([guarded()]))
+    with lab.listen(lab.pod, version):
+        assert lab.connects(lab.node, (POD[version], 8080))
+        assert lab.connects(lab.node, (NODE_OUTSIDE[version], NODE_PORT))
+
+
+def test_masqueraded_datagrams_are_judged_too(lab: Lab, version: int) -> None:
+    guard = Guard()
+    act(lab, lambda: guard.replace([guarded()]))
+    with (
+        lab.socket(lab.pod, version, socket.SOCK_DGRAM) as service,
+        lab.socket(lab.remote, version, socket.SOCK_DGRAM) as client,
+    ):
+        service.bind((POD[version], 8080))
+        client.sendto(b"denied", (NODE_OUTSIDE[version], NODE_PORT))
+        client.sendto(bytes(600), (NODE_OUTSIDE[version], NODE_PORT))  # only a SYN can carry a frame here
+        act(lab, lambda: guard.apply(guarded(AddressRule(REMOTE_NETWORK[version]))))
+        client.sendto(b"allowed", (NODE_OUTSIDE[version], NODE_PORT))
+        assert service.recv(1024) == b"allowed"
+
+
+def test_a_framed_syn_reaches_the_queue_and_its_true_source_can_be_found(lab: Lab, version: int) -> None:
+    act(lab, lambda: Guard().replace([guarded()]))
+    judge = Recorder(lambda *_: DROP)
+    injector = Injector(lab.remote)
+    with serve(lab, judge), open_in(lab.node, Conntrack) as conntrack:
+        syn = tcp_packet((REMOTE[version], 7000), (NODE_OUTSIDE[version], NODE_PORT), SYN, b"f" * 600)
+        assert injector.send(syn)
+        injector.close()
+        assert wait_until(lambda: len(judge.seen) == 1)
+        packet = judge.seen[0][0]
+        offset = 20 if version == 4 else 40
+        port = int.from_bytes(packet[offset : offset + 2], "big")
+        node, pod = ip_address(NODE[version]), ip_address(POD[version])
+        assert conntrack.original_source(6, node, port, pod, 8080) == ip_address(REMOTE[version])
+        assert conntrack.original_source(6, node, port ^ 1, pod, 8080) is None
+
+
+def test_an_endpoint_that_is_removed_is_no_longer_guarded(lab: Lab) -> None:
+    guard = Guard()
+    act(lab, lambda: guard.replace([guarded()]))
+    act(lab, lambda: guard.remove(ATTACHMENT))
+    act(lab, lambda: guard.remove(ATTACHMENT))
+    with lab.listen(lab.pod, 4):
+        assert lab.connects(lab.remote, (NODE_OUTSIDE[4], NODE_PORT))
+
+
+def test_an_address_goes_to_the_endpoint_that_states_it_last(lab: Lab) -> None:
+    guard = Guard()
+    newer = GuardedEndpoint(AttachmentId("c2", "eth0"), (ip_address(POD[4]),), (AddressRule(),))
+    act(lab, lambda: guard.replace([guarded()]))
+    act(lab, lambda: guard.apply(newer))
+    with lab.listen(lab.pod, 4):
+        assert lab.connects(lab.remote, (NODE_OUTSIDE[4], NODE_PORT))
+        act(lab, lambda: guard.remove(ATTACHMENT))
+        assert lab.connects(lab.remote, (NODE_OUTSIDE[4], NODE_PORT))
+
+
+def test_a_new_daemon_replaces_what_the_old_one_left(lab: Lab) -> None:
+    act(lab, lambda: Guard().replace([guarded()]))
+    guard = Guard()
+    act(lab, lambda: guard.replace([guarded(AddressRule())]))
+    listing = run_in(lab.node, ("nft", "list", "table", "inet", "trireme_guard"))
+    assert listing.count("chain endpoint_") == 1
+    act(lab, guard.remove_table)
+    with pytest.raises(DataplaneError, match="No such file"):
+        run_in(lab.node, ("nft", "list", "table", "inet", "trireme_guard"))

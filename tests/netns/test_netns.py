@@ -1,0 +1,146 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Namespaces, settings and addresses, on the kernel."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+from collections.abc import Iterator
+from ipaddress import ip_address
+from pathlib import Path
+
+import pytest
+
+from enforcer_daemon.dataplane.addresses import interface, node_addresses, watch_addresses
+from enforcer_daemon.dataplane.netns import (
+    current_netns,
+    netns_id,
+    new_netns,
+    open_in,
+    read_sysctl,
+    tune_conntrack,
+    write_sysctl,
+)
+from enforcer_daemon.dataplane.tools import run, run_in
+from enforcer_daemon.errors import DataplaneError, NetnsError
+from enforcer_daemon.model import IPAddress
+
+pytestmark = pytest.mark.kernel
+
+
+@pytest.fixture
+def netns() -> Iterator[int]:
+    fd = new_netns()
+    try:
+        run_in(fd, ("ip", "link", "add", "eth0", "mtu", "1400", "type", "veth", "peer", "name", "peer0"))
+        run_in(fd, ("ip", "link", "set", "lo", "up"))
+        yield fd
+    finally:
+        os.close(fd)
+
+
+def own_netns() -> str:
+    return str(Path("/proc/thread-self/ns/net").readlink())
+
+
+def test_work_is_done_inside_and_the_caller_stays_outside(netns: int) -> None:
+    outside = own_netns()
+    inside = open_in(netns, own_netns)
+    assert inside != outside
+    assert own_netns() == outside
+    assert inside == f"net:[{netns_id(netns).inode}]"
+
+
+def test_an_error_of_the_work_reaches_the_caller(netns: int) -> None:
+    with pytest.raises(ZeroDivisionError):
+        open_in(netns, lambda: 1 // 0)
+
+
+def test_what_is_no_network_namespace_is_refused() -> None:
+    with Path("/dev/null").open() as null:
+        with pytest.raises(NetnsError, match="not a namespace"):
+            netns_id(null.fileno())
+        with pytest.raises(NetnsError, match="cannot be entered"):
+            open_in(null.fileno(), own_netns)
+    fd = os.open("/proc/self/ns/mnt", os.O_RDONLY)
+    try:
+        with pytest.raises(NetnsError, match="not a network namespace"):
+            netns_id(fd)
+    finally:
+        os.close(fd)
+
+
+def test_namespaces_are_told_apart(netns: int) -> None:
+    here = current_netns()
+    again = os.dup(netns)
+    try:
+        assert netns_id(again) == netns_id(netns) != netns_id(here)
+    finally:
+        os.close(here)
+        os.close(again)
+
+
+def test_conntrack_is_tuned_inside_alone(netns: int) -> None:
+    name = "netfilter.nf_conntrack_tcp_timeout_time_wait"
+    here = current_netns()
+    try:
+        before = read_sysctl(here, name)
+        assert tune_conntrack(netns) == ()
+        assert read_sysctl(netns, name) == "5"
+        assert read_sysctl(netns, "netfilter.nf_conntrack_tcp_be_liberal") == "1"
+        assert read_sysctl(here, name) == before
+    finally:
+        os.close(here)
+
+
+def test_a_setting_that_is_refused_is_named(netns: int) -> None:
+    with pytest.raises(NetnsError, match=r"net\.netfilter.no_such_setting: cannot be read"):
+        read_sysctl(netns, "netfilter.no_such_setting")
+    with pytest.raises(NetnsError, match=r"net\.core.somaxconn: cannot be set to many: Invalid argument"):
+        write_sysctl(netns, "core.somaxconn", "many")
+
+
+def test_an_interface_shows_its_mtu_and_addresses(netns: int) -> None:
+    run_in(netns, ("ip", "addr", "add", "10.1.2.3/32", "dev", "eth0"))
+    run_in(netns, ("ip", "addr", "add", "fd01::3/64", "dev", "eth0", "nodad"))
+    found = interface(netns, "eth0")
+    assert found.mtu == 1400
+    assert found.addresses == (ip_address("10.1.2.3"), ip_address("fd01::3"))
+    with pytest.raises(NetnsError, match="interface eth1"):
+        interface(netns, "eth1")
+
+
+def test_node_addresses_hold_link_local_ones_but_no_loopback_and_no_services(netns: int) -> None:
+    for name in ("eth0", "peer0"):
+        run_in(netns, ("ip", "link", "set", name, "up"))
+    run_in(netns, ("ip", "addr", "add", "10.1.2.3/24", "dev", "eth0"))
+    run_in(netns, ("ip", "link", "add", "kube-ipvs0", "type", "veth", "peer", "name", "peer1"))
+    run_in(netns, ("ip", "addr", "add", "10.96.0.1/32", "dev", "kube-ipvs0"))
+    found = open_in(netns, node_addresses)
+    assert ip_address("10.1.2.3") in found
+    assert [address.is_link_local for address in found if address.version == 6] == [True, True]
+    assert len(found) == 3
+
+
+def test_a_change_of_addresses_is_seen(netns: int) -> None:
+    async def story() -> list[frozenset[IPAddress]]:
+        seen: list[frozenset[IPAddress]] = []
+        async for addresses in watch_addresses():
+            seen.append(addresses)
+            if len(seen) == 1:
+                await asyncio.to_thread(run_in, netns, ("ip", "addr", "add", "10.5.0.1/32", "dev", "eth0"))
+            elif len(seen) == 2:
+                await asyncio.to_thread(run_in, netns, ("ip", "addr", "del", "10.5.0.1/32", "dev", "eth0"))
+            else:
+                break
+        return seen
+
+    seen = open_in(netns, lambda: asyncio.run(asyncio.wait_for(story(), 10)))
+    assert seen == [frozenset(), frozenset({ip_address("10.5.0.1")}), frozenset()]
+
+
+def test_a_tool_that_fails_or_is_missing_is_named() -> None:
+    with pytest.raises(DataplaneError, match=r"nft failed with status 1: .*syntax error"):
+        run(("nft", "-c", "-f", "-"), "nonsense")
+    with pytest.raises(DataplaneError, match="no-such-tool: "):
+        run(("no-such-tool",))
