@@ -161,11 +161,11 @@ def test_packets_that_the_socket_has_no_room_for_are_counted(lab: Lab) -> None:
         queue.close()
 
 
-def test_our_own_packet_leaves_without_being_judged(lab: Lab, version: int) -> None:
+def test_our_own_packet_passes_the_queue_like_any_other(lab: Lab, version: int) -> None:
     proof = tcp_packet((POD[version], 8080), (REMOTE[version], 6000), ACK, b"proof")
 
     def answer(packet: bytes, *_: object) -> Verdict:
-        return Verdict(Action.DROP, effects=(Inject(proof),) if is_syn(packet) else ())
+        return Verdict(Action.DROP, effects=(Inject(proof),)) if is_syn(packet) else ACCEPT
 
     judge = Recorder(answer)
     kind = socket.AF_PACKET, socket.SOCK_DGRAM, socket.htons(0x0800 if version == 4 else 0x86DD)
@@ -176,7 +176,7 @@ def test_our_own_packet_leaves_without_being_judged(lab: Lab, version: int) -> N
             client.connect_ex((POD[version], 8080))
             assert wait_until(lambda: _next_packet(wire).endswith(b"proof"))
         assert queue.injection_errors == 0
-    assert all(direction is Direction.INGRESS for _, direction, _ in judge.seen)
+    assert [packet.endswith(b"proof") for packet, direction, _ in judge.seen if direction is Direction.EGRESS] == [True]
 
 
 def test_a_reset_of_our_own_reaches_the_pods_process(lab: Lab, version: int) -> None:
