@@ -1,0 +1,58 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Netlink's attributes and messages, and the question to conntrack."""
+
+from __future__ import annotations
+
+import struct
+from ipaddress import ip_address
+
+import pytest
+
+from enforcer_daemon.dataplane.conntrack import decode_original_source, encode_request
+from enforcer_daemon.dataplane.netlink import Message, decode_attributes, decode_messages, encode_attribute
+from enforcer_daemon.errors import DataplaneError
+
+
+def test_attributes_are_padded_and_found_again() -> None:
+    row = encode_attribute(1, b"abc") + encode_attribute(2 | 0x8000, b"")
+    assert row == struct.pack("=HH", 7, 1) + b"abc\0" + struct.pack("=HH", 4, 0x8002)
+    assert decode_attributes(row) == {1: b"abc", 2: b""}
+
+
+@pytest.mark.parametrize("length", [0, 3, 9])
+def test_an_attribute_with_a_wrong_length_is_refused(length: int) -> None:
+    with pytest.raises(DataplaneError, match=f"attribute 1 has length {length}"):
+        decode_attributes(struct.pack("=HHI", length, 1, 0))
+
+
+def test_messages_follow_each_other() -> None:
+    one = struct.pack("=IHHII", 17, 3, 2, 7, 0) + b"x\0\0\0"
+    two = struct.pack("=IHHII", 16, 2, 0, 8, 0)
+    assert list(decode_messages(one + two)) == [Message(3, 2, 7, b"x"), Message(2, 0, 8, b"")]
+
+
+@pytest.mark.parametrize(
+    "data", [b"short", struct.pack("=IHHII", 15, 0, 0, 0, 0), struct.pack("=IHHII", 99, 0, 0, 0, 0)]
+)
+def test_a_message_that_does_not_fit_is_refused(data: bytes) -> None:
+    with pytest.raises(DataplaneError, match="netlink: "):
+        list(decode_messages(data))
+
+
+def test_the_question_is_the_tuple_that_replies_have() -> None:
+    request = encode_request(6, ip_address("10.0.0.1"), 4000, ip_address("10.0.0.2"), 80)
+    assert request[:4] == b"\x02\0\0\0"
+    reply = decode_attributes(decode_attributes(request[4:])[2])
+    assert decode_attributes(reply[1]) == {1: ip_address("10.0.0.2").packed, 2: ip_address("10.0.0.1").packed}
+    assert decode_attributes(reply[2]) == {1: b"\x06", 2: b"\x00\x50", 3: b"\x0f\xa0"}
+
+
+def test_the_answer_states_the_original_source() -> None:
+    def answer(kind: int, packed: bytes) -> bytes:
+        return bytes(4) + encode_attribute(1, encode_attribute(1, encode_attribute(kind, packed)))
+
+    assert decode_original_source(answer(1, bytes((10, 0, 0, 3)))) == ip_address("10.0.0.3")
+    assert decode_original_source(answer(3, ip_address("fd00::3").packed)) == ip_address("fd00::3")
+    for useless in (b"", bytes(4), answer(2, bytes(4)), answer(1, bytes(5))):
+        with pytest.raises(DataplaneError, match="no original source"):
+            decode_original_source(useless)
