@@ -9,8 +9,11 @@ memory only: after a restart a bad object has no good version.
 from __future__ import annotations
 
 import asyncio
+import os
+import time
 from collections.abc import AsyncGenerator, AsyncIterator
 from contextlib import aclosing
+from dataclasses import dataclass
 from pathlib import Path
 
 from watchfiles import awatch
@@ -24,7 +27,7 @@ from enforcer_daemon.sources.manifests import (
     assemble,
     decode_file,
     load_bytes,
-    manifest_files,
+    manifest_entries,
     unique_objects,
     unreadable,
 )
@@ -38,7 +41,23 @@ RECHECK_MS = 1_000
 POLL_MS = 200
 """How often files are compared where the kernel reports no changes (no inotify left, or a foreign file system)."""
 
-_Signature = tuple[tuple[str, int, int, int], ...]
+SETTLED_NS = 1_000_000_000
+"""A file whose times are this much older than its last reading cannot have changed since within the clock's grain."""
+
+_Stamp = tuple[int, int, int, int]
+
+
+@dataclass(frozen=True, slots=True)
+class _Decoded:
+    """A file as it was last read."""
+
+    stamp: _Stamp | None
+    read_at_ns: int
+    content: bytes
+    file: ManifestFile
+
+    def is_current(self, stamp: _Stamp | None) -> bool:
+        return stamp is not None and stamp == self.stamp and max(stamp[2:]) < self.read_at_ns - SETTLED_NS
 
 
 class DirectorySource:
@@ -46,18 +65,19 @@ class DirectorySource:
 
     def __init__(self, directory: Path) -> None:
         self._directory = directory
-        self._decoded: dict[str, tuple[bytes, ManifestFile]] = {}
+        self._decoded: dict[str, _Decoded] = {}
         self._good: dict[ObjectKey, tuple[str, KubernetesObject]] = {}
-        self._seen: _Signature | None = None
+        self._seen: dict[str, _Stamp | None] | None = None
 
     def read(self) -> World:
         """Read all files; those that did not change are not decoded again. Not for two threads at once."""
-        self._seen = self._signature()
         try:
-            files = [self._read_file(path) for path in manifest_files(self._directory)]
+            stamps = self._seen = self._stamps()
         except OSError as err:
+            self._seen = None
             problem = Problem(str(self._directory), 0, "", "", f"cannot be read: {err.strerror or err}")
             return self._world([problem])
+        files = [self._read_file(name, stamp) for name, stamp in stamps.items()]
         self._decoded = {file.name: self._decoded[file.name] for file in files if file.name in self._decoded}
         found, problems = unique_objects(files)
         for key, (file_name, kept) in self._good.items():
@@ -69,17 +89,19 @@ class DirectorySource:
     def _world(self, problems: list[Problem]) -> World:
         return assemble((found for _, found in self._good.values()), problems)
 
-    def _read_file(self, path: Path) -> ManifestFile:
-        name = str(path)
+    def _read_file(self, name: str, stamp: _Stamp | None) -> ManifestFile:
+        before = self._decoded.get(name)
+        if before is not None and before.is_current(stamp):
+            return before.file
+        read_at_ns = time.time_ns()
         try:
-            content = load_bytes(path)
+            content = load_bytes(Path(name))
         except OSError as err:
             return unreadable(name, err)
-        before, decoded = self._decoded.get(name, (None, None))
-        if decoded is None or content != before:
-            decoded = decode_file(name, content)
-            self._decoded[name] = (content, decoded)
-        return decoded
+        is_same = before is not None and content == before.content
+        file = before.file if before is not None and is_same else decode_file(name, content)
+        self._decoded[name] = _Decoded(stamp, read_at_ns, content, file)
+        return file
 
     async def watch(self) -> AsyncIterator[World]:
         """Give the world at once, and again after each change of it."""
@@ -99,7 +121,7 @@ class DirectorySource:
             try:
                 async with aclosing(self._events(is_polled=is_polled)) as events:
                     async for changes in events:
-                        if changes or self._signature() != self._seen:
+                        if changes or self._is_stale():
                             yield
                         if self._place() != place:
                             break  # the directory was replaced: what is watched is the old one
@@ -130,15 +152,22 @@ class DirectorySource:
             return None
         return status.st_dev, status.st_ino
 
-    def _signature(self) -> _Signature:
-        signature = []
+    def _is_stale(self) -> bool:
         try:
-            for path in manifest_files(self._directory):
-                status = path.stat()
-                signature.append((str(path), status.st_ino, status.st_size, status.st_mtime_ns))
-        except OSError as err:
-            signature.append((str(err), 0, 0, 0))
-        return tuple(signature)
+            return self._stamps() != self._seen
+        except OSError:
+            return self._seen is not None
+
+    def _stamps(self) -> dict[str, _Stamp | None]:
+        return {entry.path: _stamp(entry) for entry in manifest_entries(self._directory)}
+
+
+def _stamp(entry: os.DirEntry[str]) -> _Stamp | None:
+    try:
+        status = entry.stat()
+    except OSError:
+        return None  # a dangling link, or a file that went away this moment; reading it tells
+    return status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns
 
 
 def _is_kept(key: ObjectKey, file_name: str, files: list[ManifestFile]) -> bool:

@@ -7,6 +7,7 @@ over, a policy would be missing without a word.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -25,7 +26,7 @@ from enforcer_daemon.policy import (
 from enforcer_daemon.policy.metadata import DEFAULT_NAMESPACE
 from enforcer_daemon.sources.documents import Document, DocumentError, read_documents
 
-SUFFIXES = frozenset({".yaml", ".yml", ".json"})
+SUFFIXES = (".yaml", ".yml", ".json")
 MAX_FILE_BYTES = 32 * 1024 * 1024
 """Larger files are refused; ten thousand policies take about a quarter of it."""
 
@@ -107,16 +108,22 @@ class World:
         return self.namespaces.get(namespace) or namespace_labels(namespace)
 
 
-def manifest_files(directory: Path) -> list[Path]:
+def manifest_entries(directory: Path) -> list[os.DirEntry[str]]:
     """List a directory's manifests, in order; hidden ones are not read, nor are directories in it.
 
     A dangling link is listed: its objects are not gone, they cannot be read.
     """
-    return sorted(
-        path
-        for path in directory.iterdir()
-        if path.suffix in SUFFIXES and not path.name.startswith(".") and not path.is_dir()
-    )
+    with os.scandir(directory) as entries:
+        return sorted((entry for entry in entries if _is_manifest(entry)), key=lambda entry: entry.name)
+
+
+def _is_manifest(entry: os.DirEntry[str]) -> bool:
+    return entry.name.endswith(SUFFIXES) and not entry.name.startswith(".") and not entry.is_dir()
+
+
+def manifest_files(directory: Path) -> list[Path]:
+    """Give the paths of a directory's manifests, in order."""
+    return [Path(entry.path) for entry in manifest_entries(directory)]
 
 
 def load_bytes(path: Path) -> bytes:
