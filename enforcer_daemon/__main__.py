@@ -9,11 +9,12 @@ import sys
 from pathlib import Path
 
 import click
+import uvloop
 
 from enforcer_daemon.daemon.run import Daemon
 from enforcer_daemon.errors import EnforcerError
-from enforcer_daemon.settings import load_settings
-from enforcer_daemon.telemetry.logs import open_log
+from enforcer_daemon.settings import Settings, load_settings
+from enforcer_daemon.telemetry.logs import Logger, open_log
 
 EXIT_FAILED = 1
 EXIT_SETTINGS = 2
@@ -45,11 +46,16 @@ def main(config: Path, *, check_config: bool) -> None:
         sys.exit(EXIT_FAILED)
     log = open_log(settings.log, node=settings.node)
     try:
-        asyncio.run(Daemon(settings, log).run())
+        with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+            runner.run(_serve(settings, log))
     except* EnforcerError as group:
         for problem in group.exceptions:
             log.error("cannot go on", error=str(problem))
         sys.exit(EXIT_FAILED)
+
+
+async def _serve(settings: Settings, log: Logger) -> None:
+    await Daemon(settings, log).run()
 
 
 if __name__ == "__main__":

@@ -20,6 +20,9 @@ class Direction(Enum):
     INGRESS = "ingress"
     EGRESS = "egress"
 
+    # Members are single objects and key the counters of the hot path; Enum's own hash is that of the name, in Python.
+    __hash__ = object.__hash__
+
 
 class Protocol(IntEnum):
     """The protocols that a NetworkPolicy can name; the value is the IP protocol number."""

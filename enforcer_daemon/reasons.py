@@ -47,6 +47,9 @@ class Reason(Enum):
     NO_SNAPSHOT = "no-snapshot"
     INTERNAL_ERROR = "internal-error"
 
+    # Members are single objects and key the counters of the hot path; Enum's own hash is that of the name, in Python.
+    __hash__ = object.__hash__
+
     @property
     def text(self) -> str:
         """Explain the reason in a sentence or two: what happened, and what to look at."""

@@ -62,7 +62,7 @@ class Status:
             },
             "endpoints": len(self._endpoints),
             "verifications": self._node.verifier.verifications,
-            "drops": dict(self._metrics.denials),
+            "drops": self._metrics.denials(),
         }
 
     def _snapshot(self) -> object:
@@ -116,7 +116,7 @@ def _describe(endpoint: Endpoint) -> dict[str, object]:
         "policies": sorted(policies),
         "half_open_flows": endpoint.datapath.half_open_flows,
         "queue_overruns": endpoint.overruns,
-        "counters": dict(endpoint.flow_log.counts),
+        "counters": endpoint.flow_log.counts(),
         "recent_denials": [denial.as_json() for denial in endpoint.flow_log.recent],
     }
 

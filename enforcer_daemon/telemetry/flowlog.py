@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections import deque
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -13,7 +14,7 @@ from enforcer_daemon.datapath.context import FlowReport
 from enforcer_daemon.model import Direction, PodRef
 from enforcer_daemon.reasons import Reason
 from enforcer_daemon.telemetry.logs import Logger
-from enforcer_daemon.telemetry.metrics import Metrics
+from enforcer_daemon.telemetry.metrics import DecisionKind, Metrics
 
 QUIET_S = 10.0
 """A denial that repeats is written again after this time, with the number of those in between, seconds."""
@@ -71,19 +72,26 @@ class FlowLog:
         self._wall_clock = wall_clock
         self._repetitions: dict[_Kind, _Repetition] = {}
         self.recent: deque[Denial] = deque(maxlen=_MAX_RECENT)
-        self.counts: dict[str, int] = {}
-        """Decisions by reason."""
+        self._counts: dict[DecisionKind, int] = {}
+        self._is_debug = log.is_enabled_for(logging.DEBUG)
+
+    def counts(self) -> dict[str, int]:
+        """Give the number of decisions by reason."""
+        totals: dict[str, int] = {}
+        for (_, _, reason), count in self._counts.items():
+            totals[reason.value] = totals.get(reason.value, 0) + count
+        return totals
 
     def take(self, reports: Iterable[FlowReport]) -> None:
         """Count, remember and write decisions."""
-        is_debug = self._log.is_enabled_for(10)
+        own, all_decisions = self._counts, self._metrics.decisions
         for report in reports:
-            self._metrics.count(report.direction, is_allowed=report.is_allowed, reason=report.reason)
-            reason = report.reason.value
-            self.counts[reason] = self.counts.get(reason, 0) + 1
+            kind = (report.direction, report.is_allowed, report.reason)
+            own[kind] = own.get(kind, 0) + 1
+            all_decisions[kind] = all_decisions.get(kind, 0) + 1
             if not report.is_allowed:
                 self._take_denial(report)
-            elif is_debug:
+            elif self._is_debug:
                 self._log.debug("flow allowed", **self._fields(report))
 
     def _take_denial(self, report: FlowReport) -> None:

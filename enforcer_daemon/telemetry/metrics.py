@@ -3,7 +3,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+from prometheus_client.metrics_core import CounterMetricFamily
+from prometheus_client.registry import Collector
 
 from enforcer_daemon.model import Direction
 from enforcer_daemon.reasons import Reason
@@ -11,27 +15,34 @@ from enforcer_daemon.reasons import Reason
 _LATENCY_BUCKETS = (0.0005, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.5, 1.0, 5.0)
 
 
+DecisionKind = tuple[Direction, bool, Reason]
+
+
+class _DecisionCollector(Collector):
+    """Turns the plain numbers into a metric when somebody asks."""
+
+    def __init__(self, decisions: dict[DecisionKind, int]) -> None:
+        self._decisions = decisions
+
+    def collect(self) -> Iterator[CounterMetricFamily]:
+        metric = CounterMetricFamily(
+            "enforcer_decisions",
+            "Decisions on flows and packets, by direction, verdict and reason (triremectl reasons).",
+            labels=("direction", "verdict", "reason"),
+        )
+        for (direction, is_allowed, reason), count in self._decisions.items():
+            metric.add_metric((direction.value, "allow" if is_allowed else "deny", reason.value), count)
+        yield metric
+
+
 class Metrics:
     """Everything that is counted, with a registry of its own."""
 
     def __init__(self) -> None:
         self.registry = CollectorRegistry()
-        decisions = Counter(
-            "enforcer_decisions",
-            "Decisions on flows and packets, by direction, verdict and reason (docs/reasons.md).",
-            ("direction", "verdict", "reason"),
-            registry=self.registry,
-        )
-        self._decisions = {
-            (direction, is_allowed, reason): decisions.labels(
-                direction.value, "allow" if is_allowed else "deny", reason.value
-            )
-            for direction in Direction
-            for is_allowed in (False, True)
-            for reason in Reason
-        }
-        self.denials: dict[str, int] = {}
-        """Denials by reason, for the status."""
+        self.decisions: dict[DecisionKind, int] = {}
+        """Decisions by direction, whether allowed, and reason. Plain numbers: two are counted in every connection."""
+        self.registry.register(_DecisionCollector(self.decisions))
         self.overruns = Counter(
             "enforcer_queue_overruns", "Times a queue's socket buffer was full (ENOBUFS).", registry=self.registry
         )
@@ -53,11 +64,13 @@ class Metrics:
             registry=self.registry,
         )  # fmt: skip
 
-    def count(self, direction: Direction, *, is_allowed: bool, reason: Reason) -> None:
-        """Count one decision."""
-        self._decisions[(direction, is_allowed, reason)].inc()
-        if not is_allowed:
-            self.denials[reason.value] = self.denials.get(reason.value, 0) + 1
+    def denials(self) -> dict[str, int]:
+        """Give the number of denials by reason."""
+        totals: dict[str, int] = {}
+        for (_, is_allowed, reason), count in self.decisions.items():
+            if not is_allowed:
+                totals[reason.value] = totals.get(reason.value, 0) + count
+        return totals
 
     def render(self) -> str:
         """Give all metrics in Prometheus' text format."""
