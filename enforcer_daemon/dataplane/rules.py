@@ -15,8 +15,9 @@ Both renderings say the same, for packets of the registered interfaces alone, in
     rest       to the enforcer; no bypass: without an enforcer the packet is dropped
 
 The hooks are mangle PREROUTING and POSTROUTING: there a packet is what the remote sees, also beside a sidecar that
-redirects. To take a base chain away makes the kernel drop all packets that wait in any queue of the namespace; so a
-second application only refills chains. Sources: iptables-extensions(8), nft(8), RFC 9293 (flags).
+redirects; only the source port of an answer is then still the sidecar's. To take a base chain away makes the kernel
+drop all packets that wait in any queue of the namespace; so a second application only refills chains. Sources:
+iptables-extensions(8), nft(8), RFC 9293 (flags).
 """
 
 from __future__ import annotations

@@ -244,6 +244,24 @@ def test_loopback_is_left_alone(lab: Lab, version: int) -> None:
         assert lab.connects(lab.pod, (POD[version], 8080))
 
 
+def test_beside_a_sidecar_only_the_port_of_the_answer_differs_from_the_remotes_view(lab: Lab, version: int) -> None:
+    """The un-NAT of an answer's source port comes after mangle POSTROUTING: the judge knows the flow by the rest."""
+    redirect = {"PREROUTING": ("8080", "15006"), "OUTPUT": ("9090", "15001")}
+    for chain, (port, sidecar) in redirect.items():
+        rule = f"-t nat -A {chain} -p tcp --dport {port} -j REDIRECT --to-ports {sidecar}"
+        run_in(lab.pod, ("iptables" if version == 4 else "ip6tables", *rule.split()))
+    judge = Recorder(release_on_ack)
+    with serve(lab, judge), lab.listen(lab.pod, version, 15006), lab.listen(lab.pod, version, 15001):
+        assert lab.connects(lab.remote, (POD[version], 8080))
+        assert lab.connects(lab.pod, (REMOTE[version], 9090))  # ends at the sidecar, over lo
+    offset = 20 if version == 4 else 40
+    syn, syn_ack, ack = (struct.unpack_from("!HHII", packet, offset) for packet, _, _ in judge.seen)
+    client_port, isn = syn[0], syn[2]
+    assert (syn[1], ack[:2]) == (8080, (client_port, 8080))
+    assert syn_ack[:2] == (15006, client_port)
+    assert syn_ack[3] == (isn + 1) & 0xFFFF_FFFF
+
+
 def test_packets_that_wait_survive_new_rules(lab: Lab, backend: RulesBackend, version: int) -> None:
     hold = Verdict(Action.HOLD, hold_id=1)
     judge = Recorder(lambda packet, *_: hold if is_syn(packet) else ACCEPT)
