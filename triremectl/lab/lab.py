@@ -106,15 +106,14 @@ class Lab:
             *(Place(f"host:{host.name}", self._host_netns(host), host.addresses) for host in outside),
         ]
         ip_batch(f"netns add {name}" for name in (fabric, *(place.netns for place in places)))
-        write_sysctls(fabric, ROUTER_SYSCTLS)
         networks = {f"node:{node.name}": node.pod_networks for node in self.world.nodes}
+        for name in (fabric, *(place.netns for place in places if place.name in networks)):
+            write_sysctls(name, ROUTER_SYSCTLS)
         lines = ["link set lo up"]
         for number, place in enumerate(places):
             lines += fabric_lines(number, place.netns, place.addresses, networks.get(place.name, ()))
         ip_batch(lines, fabric)
         for place in places:
-            if place.name in networks:
-                write_sysctls(place.netns, ROUTER_SYSCTLS)
             ip_batch(uplink_lines(place.addresses), place.netns)
             self._places[place.name] = place
         for host in outside:

@@ -24,7 +24,10 @@ ROUTER_SYSCTLS = {
     "net/ipv6/conf/all/forwarding": "1",
     "net/ipv4/conf/all/rp_filter": "0",
     "net/ipv4/conf/default/rp_filter": "0",
+    # An address of a router that is still being probed for duplicates answers no neighbour for up to two seconds.
+    "net/ipv6/conf/default/accept_dad": "0",
 }
+"""To be set before a router has links, which take over the defaults."""
 
 
 def fabric_lines(port: int, netns: str, addresses: Sequence[IPAddress], networks: Sequence[IPNetwork]) -> list[str]:
