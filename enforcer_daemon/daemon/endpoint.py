@@ -11,6 +11,7 @@ from enforcer_daemon.daemon.node import Node
 from enforcer_daemon.daemon.sandbox import Sandbox
 from enforcer_daemon.datapath.context import EndpointContext
 from enforcer_daemon.datapath.endpoint import EndpointDatapath
+from enforcer_daemon.datapath.flowindex import FlowIndex
 from enforcer_daemon.datapath.judging import Judge
 from enforcer_daemon.dataplane.addresses import interface
 from enforcer_daemon.dataplane.netns import tune_conntrack
@@ -51,7 +52,8 @@ class Endpoint:
         self.mtu = min(interface(sandbox.netns_fd, name).mtu for name in sandbox.ifnames)
         token = node.sign(identity)
         self.identity_bytes, self.budget_bytes = _require_room(token, self.mtu)
-        judge = Judge(identity.pod, identity.trust_domain, policy)
+        self.flows = FlowIndex()
+        judge = Judge(identity.pod, identity.trust_domain, policy, self.flows)
         self._context = EndpointContext(identity.pod, node.context, judge, token, self.mtu)
         self.datapath = EndpointDatapath(self._context)
         self.token_signed_at = time.time()

@@ -9,7 +9,7 @@ from enforcer_daemon.datapath.responder import Responder
 from enforcer_daemon.errors import PacketError, PeerError
 from enforcer_daemon.handshake.flows import Flow
 from enforcer_daemon.handshake.machine import Event
-from enforcer_daemon.marks import released_mark
+from enforcer_daemon.marks import NODE, RELEASED
 from enforcer_daemon.model import Decision, Direction
 from enforcer_daemon.packet.ip import IPHeader, decode_ip
 from enforcer_daemon.packet.tcp import ACK, FIN, RST, SYN, SYN_ACK, TCP, Segment, build, decode_segment
@@ -17,7 +17,7 @@ from enforcer_daemon.packet.transport import decode_datagram
 from enforcer_daemon.reasons import Reason
 from enforcer_daemon.verdict import ACCEPT, DROP, Action, Inject, Settle, Verdict
 
-_RELEASE = Verdict(Action.RELEASE, mark=released_mark(0))
+_RELEASE_NODE = Verdict(Action.RELEASE, mark=RELEASED | NODE)
 
 
 class EndpointDatapath:
@@ -132,15 +132,15 @@ class EndpointDatapath:
         context = self._context
         if direction is Direction.EGRESS:
             remote, is_node = datagram.dst, False
-            decision = context.judge.egress(None, remote, datagram.dport, datagram.protocol)
+            decision, release = context.judge.egress(None, remote, datagram.dport, datagram.protocol)
         else:
             source, destination = (datagram.src, datagram.sport or 0), (datagram.dst, datagram.dport or 0)
             remote, is_node = context.node.trace(datagram.protocol, source, destination)
-            decision = context.judge.ingress(None, remote, datagram.dport, datagram.protocol)
+            decision, release = context.judge.ingress(None, remote, datagram.dport, datagram.protocol)
         if is_node:
-            decision = Decision(True, Reason.NODE, Direction.INGRESS)
+            decision, release = Decision(True, Reason.NODE, Direction.INGRESS), _RELEASE_NODE
         context.report(direction, remote, datagram.dport, decision, protocol=datagram.protocol)
-        return _RELEASE if decision.is_allowed else DROP
+        return release if decision.is_allowed else DROP
 
     def _drop(
         self, header: IPHeader | None, packet: bytes, direction: Direction, reason: Reason, detail: str

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 from enforcer_daemon.datapath.context import EndpointContext, reset_local
-from enforcer_daemon.datapath.judging import Destination
+from enforcer_daemon.datapath.judging import Destination, Ruling
 from enforcer_daemon.errors import PeerError, TokenError
 from enforcer_daemon.handshake.flows import FlowTable, InitiatorFlow
 from enforcer_daemon.handshake.frames import (
@@ -17,7 +17,7 @@ from enforcer_daemon.handshake.frames import (
 )
 from enforcer_daemon.handshake.machine import Event, State
 from enforcer_daemon.handshake.peers import Peer
-from enforcer_daemon.marks import OWN_MASK, RELEASED, released_mark
+from enforcer_daemon.marks import OWN_MASK, RELEASED
 from enforcer_daemon.model import Decision, Direction
 from enforcer_daemon.packet.tcp import ACK, RST, Segment, build, with_options_and_payload, without_fast_open
 from enforcer_daemon.reasons import Reason
@@ -25,7 +25,6 @@ from enforcer_daemon.settings import DenyWith
 from enforcer_daemon.verdict import ACCEPT, DROP, Action, Inject, Verdict
 
 _NUMBERS = 0xFFFF_FFFF
-_RELEASE = Verdict(Action.RELEASE, mark=released_mark(0))
 _SYN_HEADERS = 60
 """IP and TCP header bytes of the smallest SYN: with the frame, a packet size that this path has already carried."""
 
@@ -49,7 +48,7 @@ class Initiator:
         if destination is Destination.EXTERNAL:
             return self._release_by_address(segment, context.judge.egress(None, segment.dst, segment.dport))
         if not context.judge.could_allow_egress(destination, segment.dst, segment.dport):
-            decision = context.judge.egress(None, segment.dst, segment.dport)
+            decision = context.judge.egress(None, segment.dst, segment.dport).decision
             return self._deny_syn(segment, Decision(False, Reason.EGRESS_DENIED, Direction.EGRESS, decision.rules))
         if now + context.node.wall_offset_s > context.local.expires_at:
             raise TokenError(Reason.TOKEN_EXPIRED, "our own; is the daemon overloaded?")
@@ -66,11 +65,12 @@ class Initiator:
             raise PeerError(Reason.IDENTITY_TOO_LARGE, f"{len(packet)} bytes, MTU {self._context.mtu}")
         return Verdict(Action.FORGET if mark & OWN_MASK else Action.ACCEPT, packet)
 
-    def _release_by_address(self, segment: Segment, decision: Decision) -> Verdict:
+    def _release_by_address(self, segment: Segment, ruling: Ruling) -> Verdict:
+        decision = ruling.decision
         if not decision.is_allowed:
             return self._deny_syn(segment, decision)
         self._context.report(Direction.EGRESS, segment.dst, segment.dport, decision)
-        return _RELEASE
+        return ruling.release
 
     def _deny_syn(self, segment: Segment, decision: Decision) -> Verdict:
         self._context.report(Direction.EGRESS, segment.dst, segment.dport, decision)
@@ -97,7 +97,7 @@ class Initiator:
         peer = context.node.verifier.verify(frame.block, segment.src, now, now + context.node.wall_offset_s)
         self._require_dialled(segment, frame, peer)
         flow.verify(payload, frame, segment.seq, peer)
-        decision = context.judge.egress(peer, frame.address, frame.port)
+        decision, flow.release = context.judge.egress(peer, frame.address, frame.port)
         if flow.state is State.OPENING or not decision.is_allowed:
             context.report(Direction.EGRESS, frame.address, frame.port, decision, peer=peer.identity)
         if not decision.is_allowed:
@@ -118,12 +118,12 @@ class Initiator:
         """No frame in the answer: the peer is an address, whatever it sits behind."""
         if flow.state is not State.OPENING:
             raise PeerError(Reason.UNKNOWN_FLOW, "SYN-ACK without identity after one with it")
-        decision = self._context.judge.egress(None, segment.src, segment.sport)
+        decision, release = self._context.judge.egress(None, segment.src, segment.sport)
         self._context.report(Direction.EGRESS, segment.src, segment.sport, decision)
         if not decision.is_allowed:
             return self._refuse(segment, flow, key)
         self.flows.discard(flow)
-        return _RELEASE
+        return release
 
     def _refuse(self, segment: Segment, flow: InitiatorFlow, key: bytes) -> Verdict:
         """End both sides: the peer's half-open connection by a RST, ours by one where so configured."""
@@ -148,7 +148,7 @@ class Initiator:
             case State.PROVING:
                 return self._pass_lone_proof(segment, flow, now)
             case State.RELEASED:
-                return _RELEASE
+                return flow.release
             case _:
                 raise PeerError(Reason.UNKNOWN_FLOW, f"segment while {flow.state.name.lower()}")
 
@@ -160,7 +160,9 @@ class Initiator:
             flow.advance(Event.PROOF_ATTACHED)
             self.flows.settle(flow)
             options += proof_option(flow.proof, is_lone=False)
-            return Verdict(Action.RELEASE, with_options_and_payload(segment, options, segment.payload), _RELEASE.mark)
+            return Verdict(
+                Action.RELEASE, with_options_and_payload(segment, options, segment.payload), flow.release.mark
+            )
         flow.advance(Event.LONE_PROOF_SENT)
         return self._context.hold(flow, now, (_lone_proof(segment, flow),))
 
@@ -170,12 +172,12 @@ class Initiator:
             return self._context.hold(flow, now)
         flow.advance(Event.LONE_PROOF_PASSED)
         self.flows.settle(flow)
-        return _RELEASE._replace(effects=self._context.settle_held(flow, _RELEASE))
+        return flow.release._replace(effects=self._context.settle_held(flow, flow.release))
 
     def segment_in(self, flow: InitiatorFlow, segment: Segment) -> Verdict:
         """Let in what the peer may send before our proof has reached it."""
         if flow.state is State.RELEASED:
-            return _RELEASE
+            return flow.release
         if segment.flags & RST:
             if flow.state is State.OPENING and segment.ack != (flow.isn + 1) & _NUMBERS:
                 raise PeerError(Reason.UNKNOWN_FLOW, "RST that refuses another SYN")

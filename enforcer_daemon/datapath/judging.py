@@ -5,12 +5,16 @@ from __future__ import annotations
 
 from enum import IntEnum
 from ipaddress import ip_address
+from typing import NamedTuple
 from typing import Protocol as Interface
 
+from enforcer_daemon.datapath.flowindex import BY_ADDRESS, FlowIndex
 from enforcer_daemon.handshake.peers import Peer
+from enforcer_daemon.marks import released_mark
 from enforcer_daemon.model import Decision, Direction, Identity, IPAddress, IPNetwork, PodRef, Protocol
 from enforcer_daemon.reasons import Reason
 from enforcer_daemon.settings import NetworkSettings
+from enforcer_daemon.verdict import Action, Verdict
 
 _MAX_DECISIONS = 16_384
 """Remembered decisions of one endpoint and direction; when there are more, all are asked again."""
@@ -80,15 +84,27 @@ def _is_in(address: IPAddress, networks: tuple[IPNetwork, ...]) -> bool:
     return any(address.version == network.version and address in network for network in networks)
 
 
+_Question = tuple[Peer | None, bytes, int | None, int]
+"""Peer (None: nobody showed an identity), address, port and protocol of a flow."""
+
+
+class Ruling(NamedTuple):
+    """A decision, and how a flow that it allows is released."""
+
+    decision: Decision
+    release: Verdict
+
+
 class Judge:
     """Policy as one endpoint's packets meet it."""
 
-    def __init__(self, pod: PodRef, trust_domain: str, rules: PodRules) -> None:
+    def __init__(self, pod: PodRef, trust_domain: str, rules: PodRules, flows: FlowIndex) -> None:
         self._pod = pod
         self._trust_domain = trust_domain
         self._rules = rules
-        self._ingress: dict[tuple[Peer | None, bytes, int | None, int], Decision] = {}
-        self._egress: dict[tuple[Peer | None, bytes, int | None, int], Decision] = {}
+        self._flows = flows
+        self._ingress: dict[_Question, Ruling] = {}
+        self._egress: dict[_Question, Ruling] = {}
         self._could: dict[tuple[bytes, int], bool] = {}
 
     def replace_rules(self, rules: PodRules) -> None:
@@ -103,23 +119,23 @@ class Judge:
         identity = peer.identity
         return identity.pod == self._pod and identity.trust_domain == self._trust_domain
 
-    def ingress(self, peer: Peer | None, address: bytes, port: int | None, protocol: int = Protocol.TCP) -> Decision:
+    def ingress(self, peer: Peer | None, address: bytes, port: int | None, protocol: int = Protocol.TCP) -> Ruling:
         """Decide on a flow that comes in to a port of the pod."""
-        key = (peer, address, port, protocol)
-        decision = self._ingress.get(key)
-        if decision is None:
-            decision = self._ask(self._rules.ingress, Direction.INGRESS, key)
-            _remember(self._ingress, key, decision)
-        return decision
+        question = (peer, address, port, protocol)
+        ruling = self._ingress.get(question)
+        if ruling is None:
+            ruling = self._ask(self._rules.ingress, Direction.INGRESS, question)
+            _remember(self._ingress, question, ruling)
+        return ruling
 
-    def egress(self, peer: Peer | None, address: bytes, port: int | None, protocol: int = Protocol.TCP) -> Decision:
+    def egress(self, peer: Peer | None, address: bytes, port: int | None, protocol: int = Protocol.TCP) -> Ruling:
         """Decide on a flow that goes out to a port of the peer."""
-        key = (peer, address, port, protocol)
-        decision = self._egress.get(key)
-        if decision is None:
-            decision = self._ask(self._rules.egress, Direction.EGRESS, key)
-            _remember(self._egress, key, decision)
-        return decision
+        question = (peer, address, port, protocol)
+        ruling = self._egress.get(question)
+        if ruling is None:
+            ruling = self._ask(self._rules.egress, Direction.EGRESS, question)
+            _remember(self._egress, question, ruling)
+        return ruling
 
     def could_allow_egress(self, destination: Destination, address: bytes, port: int) -> bool:
         """Tell whether the pod could be allowed to reach some peer there; behind a virtual address it may be any."""
@@ -135,28 +151,31 @@ class Judge:
             self._could[(address, port)] = known
         return known
 
-    def _ask(
-        self, rules: DirectionRules, direction: Direction, key: tuple[Peer | None, bytes, int | None, int]
-    ) -> Decision:
-        peer, address, port, number = key
+    def _ask(self, rules: DirectionRules, direction: Direction, question: _Question) -> Ruling:
+        peer, packed, port, number = question
+        address = ip_address(packed)
+        decision = self._decide(rules, direction, question, address)
+        index = BY_ADDRESS
+        if peer is not None and decision.is_allowed and port is not None:
+            index = self._flows.number(direction, peer, address, port, Protocol(number))
+        return Ruling(decision, Verdict(Action.RELEASE, mark=released_mark(index)))
+
+    def _decide(self, rules: DirectionRules, direction: Direction, question: _Question, address: IPAddress) -> Decision:
+        peer, _, port, number = question
         if peer is not None and self.is_own(peer):
             return Decision(True, Reason.SELF, direction)
         if number not in (Protocol.TCP, Protocol.UDP, Protocol.SCTP):
             reason = Reason.PROTOCOL_NOT_AUTHENTICATED if rules.is_isolated else Reason.NOT_ISOLATED
             return Decision(not rules.is_isolated, reason, direction)
         identity = None if peer is None else peer.identity
-        decision = rules.judge(identity, ip_address(address), port, Protocol(number))
+        decision = rules.judge(identity, address, port, Protocol(number))
         if decision.is_allowed or peer is not None:
             return decision
         reason = Reason.UNIDENTIFIED_PEER if number == Protocol.TCP else Reason.PROTOCOL_NOT_AUTHENTICATED
         return Decision(False, reason, direction, decision.rules)
 
 
-def _remember(
-    table: dict[tuple[Peer | None, bytes, int | None, int], Decision],
-    key: tuple[Peer | None, bytes, int | None, int],
-    decision: Decision,
-) -> None:
+def _remember(table: dict[_Question, Ruling], question: _Question, ruling: Ruling) -> None:
     if len(table) >= _MAX_DECISIONS:
         table.clear()
-    table[key] = decision
+    table[question] = ruling

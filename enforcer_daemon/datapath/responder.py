@@ -16,7 +16,7 @@ from enforcer_daemon.handshake.frames import (
 from enforcer_daemon.handshake.machine import Event, State
 from enforcer_daemon.handshake.peers import Peer
 from enforcer_daemon.handshake.proofs import frame_hash
-from enforcer_daemon.marks import NODE, OWN_MASK, RELEASED, released_mark
+from enforcer_daemon.marks import NODE, OWN_MASK, RELEASED
 from enforcer_daemon.model import Decision, Direction
 from enforcer_daemon.packet.tcp import (
     FIN,
@@ -37,7 +37,7 @@ from enforcer_daemon.settings import DenyWith
 from enforcer_daemon.verdict import ACCEPT, DROP, Action, Inject, Verdict
 
 _NUMBERS = 0xFFFF_FFFF
-_RELEASE = Verdict(Action.RELEASE, mark=released_mark(0))
+_RELEASE_NODE = Verdict(Action.RELEASE, mark=RELEASED | NODE)
 _REPEAT_S = 0.02
 """The least time between two repetitions of a SYN-ACK for unproven data, seconds."""
 _MAX_OPTIONS = TCP_MAX_HEADER - TCP_MIN_HEADER
@@ -65,7 +65,7 @@ class Responder:
         frame = decode_syn(payload)
         peer = context.node.verifier.verify(frame.block, segment.src, now, now + context.node.wall_offset_s)
         address = self._require_source(segment, peer)
-        decision = context.judge.ingress(peer, address, segment.dport)
+        decision, release = context.judge.ingress(peer, address, segment.dport)
         if not decision.is_allowed:
             context.report(Direction.INGRESS, segment.src, segment.dport, decision, peer=peer.identity)
             return self._deny_syn(segment, key)
@@ -73,7 +73,9 @@ class Responder:
         context.node.use_nonce(frame.nonce)
         context.report(Direction.INGRESS, segment.src, segment.dport, decision, peer=peer.identity)
         offer = Offer(frame.nonce, segment.seq, syn_hash, segment.dst, segment.dport)
-        self.flows.add(ResponderFlow(key, context.local, peer, offer, now + context.node.settings.timeout_s))
+        flow = ResponderFlow(key, context.local, peer, offer, now + context.node.settings.timeout_s)
+        flow.release = release
+        self.flows.add(flow)
         return _deliver_syn(segment, mark)
 
     def _require_source(self, segment: Segment, peer: Peer) -> bytes:
@@ -107,11 +109,11 @@ class Responder:
         source, destination = (segment.src, segment.sport), (segment.dst, segment.dport)
         address, is_node = context.node.trace(TCP, source, destination)
         if is_node:
-            decision = Decision(True, Reason.NODE, Direction.INGRESS)
+            decision, release = Decision(True, Reason.NODE, Direction.INGRESS), _RELEASE_NODE
         else:
-            decision = context.judge.ingress(None, address, segment.dport)
+            decision, release = context.judge.ingress(None, address, segment.dport)
         context.report(Direction.INGRESS, address, segment.dport, decision)
-        return _RELEASE if decision.is_allowed else self._deny_syn(segment, key)
+        return release if decision.is_allowed else self._deny_syn(segment, key)
 
     def _deny_syn(self, segment: Segment, key: bytes) -> Verdict:
         if self._context.node.deny_with is DenyWith.RESET:
@@ -147,11 +149,11 @@ class Responder:
             return self._accept_proof(segment, flow, found)
         match flow.state:
             case State.RELEASED:
-                return _RELEASE
+                return flow.release
             case State.PROVEN:
                 flow.advance(Event.SEGMENT_FOLLOWED)
                 self.flows.settle(flow)
-                return _RELEASE
+                return flow.release
             case State.ANSWERED:
                 return self._await_proof(segment, flow, now)
             case _:
@@ -165,15 +167,15 @@ class Responder:
             flow.advance(Event.PROOF_VERIFIED)
             self.flows.settle(flow)
         packet = with_options_and_payload(segment, found.rest, segment.payload)
-        effects = self._context.settle_held(flow, _RELEASE) if flow.held else ()
-        return Verdict(Action.RELEASE, packet, _RELEASE.mark, effects=effects)
+        effects = self._context.settle_held(flow, flow.release) if flow.held else ()
+        return Verdict(Action.RELEASE, packet, flow.release.mark, effects=effects)
 
     def _accept_lone_proof(self, flow: ResponderFlow) -> Verdict:
         """Consume an ACK of the other enforcer's own; what waits, or else the next segment, carries the release."""
         if flow.state is State.RELEASED:
             return DROP
         flow.advance(Event.LONE_PROOF_VERIFIED)
-        effects = self._context.settle_held(flow, _RELEASE)
+        effects = self._context.settle_held(flow, flow.release)
         if effects:
             flow.advance(Event.SEGMENT_FOLLOWED)
             self.flows.settle(flow)
@@ -194,7 +196,7 @@ class Responder:
     def segment_out(self, flow: ResponderFlow, segment: Segment) -> Verdict:
         """Let out a refusal by the pod's own kernel; data before the proof there cannot be."""
         if flow.state is State.RELEASED:
-            return _RELEASE
+            return flow.release
         if segment.flags & RST:
             self.flows.discard(flow)
             return ACCEPT._replace(effects=self._context.settle_held(flow, DROP))

@@ -13,6 +13,7 @@ from enforcer_daemon.handshake.machine import Event, State, next_state
 from enforcer_daemon.handshake.peers import Peer
 from enforcer_daemon.handshake.proofs import Transcript, frame_hash, initiator_proof, require_equal, responder_proof
 from enforcer_daemon.reasons import Reason
+from enforcer_daemon.verdict import DROP
 
 MAX_SETTLED_FLOWS = 4_096
 """Released flows that are remembered a while, to answer for a lost proof."""
@@ -21,7 +22,7 @@ MAX_SETTLED_FLOWS = 4_096
 class Flow:
     """What both kinds have in common: a state that moves by the table alone, and packets that wait for it."""
 
-    __slots__ = ("deadline", "held", "key", "local", "state")
+    __slots__ = ("deadline", "held", "key", "local", "release", "state")
 
     def __init__(self, key: bytes, local: LocalToken, state: State, deadline: float) -> None:
         self.key = key
@@ -30,6 +31,8 @@ class Flow:
         self.deadline = deadline
         self.held: list[int] = []
         """Hold ids of queued packets, oldest first."""
+        self.release = DROP
+        """How the flow is released, once policy has allowed it."""
 
     def advance(self, event: Event) -> None:
         """Move by the table; raise IllegalEventError and stay where it has no entry."""

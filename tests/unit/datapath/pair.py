@@ -14,6 +14,7 @@ from cryptography.hazmat.primitives.serialization import Encoding
 
 from enforcer_daemon.datapath.context import EndpointContext, NodeContext
 from enforcer_daemon.datapath.endpoint import EndpointDatapath
+from enforcer_daemon.datapath.flowindex import FlowIndex
 from enforcer_daemon.datapath.judging import Judge, Networks
 from enforcer_daemon.handshake.local import LocalToken, sign_local_token
 from enforcer_daemon.handshake.peers import PeerVerifier
@@ -111,7 +112,7 @@ class Endpoint:
     def __init__(self, node: Node, identity: Identity, policy: FakePolicy) -> None:
         self.identity = identity
         self.address = identity.ips[0].packed
-        judge = Judge(identity.pod, identity.trust_domain, policy)
+        judge = Judge(identity.pod, identity.trust_domain, policy, FlowIndex())
         self.context = EndpointContext(identity.pod, node.context, judge, node.token(identity), 1500)
         self.datapath = EndpointDatapath(self.context)
         self.held: dict[int, bytes] = {}

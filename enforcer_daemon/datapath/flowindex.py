@@ -1,0 +1,91 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What released flows were judged by: a number in the flow's conntrack mark stands for peer, address and port.
+
+The kernel keeps the flows, so a restart of the daemon loses none; this table says, when policy changes, whom each flow
+is with. A flow that was judged by address alone needs no entry: its address and port are in conntrack.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+
+from enforcer_daemon.handshake.peers import Peer
+from enforcer_daemon.marks import MAX_INDEX
+from enforcer_daemon.model import Direction, Identity, IPAddress, Protocol
+
+UNKNOWN = 0
+"""Index of flows for which the table had no room: every change ends them."""
+BY_ADDRESS = 1
+"""Index of flows that were judged without an identity."""
+_FIRST = 2
+
+
+@dataclass(frozen=True, slots=True)
+class JudgedFlow:
+    """What the flows of one index have in common."""
+
+    direction: Direction
+    """EGRESS where the pod opened the flow."""
+    peer: Identity
+    address: IPAddress
+    """Of the peer, as it was judged: behind a Service conntrack has another."""
+    port: int
+    """The responder's own."""
+    protocol: Protocol
+
+
+class FlowIndex:
+    """The table of one endpoint. It only grows, up to the bound of the mark; a restart of the pod empties it."""
+
+    def __init__(self, known: Iterable[tuple[int, JudgedFlow]] = ()) -> None:
+        self._flows: dict[int, JudgedFlow] = dict(known)
+        self._numbers = {_content(flow): number for number, flow in self._flows.items()}
+        self._next = max(self._flows, default=_FIRST - 1) + 1
+        self._fresh: list[tuple[int, JudgedFlow]] = []
+
+    def __len__(self) -> int:
+        return len(self._flows)
+
+    def __iter__(self) -> Iterator[tuple[int, JudgedFlow]]:
+        return iter(self._flows.items())
+
+    def get(self, number: int) -> JudgedFlow | None:
+        """Find what an index stands for."""
+        return self._flows.get(number)
+
+    def number(self, direction: Direction, peer: Peer, address: IPAddress, port: int, protocol: Protocol) -> int:
+        """Give the index of a flow with a peer; UNKNOWN where the table is full."""
+        flow = JudgedFlow(direction, peer.identity, address, port, protocol)
+        content = _content(flow)
+        number = self._numbers.get(content)
+        if number is None:
+            if self._next > MAX_INDEX:
+                return UNKNOWN
+            number, self._next = self._next, self._next + 1
+            self._numbers[content] = number
+            self._flows[number] = flow
+            self._fresh.append((number, flow))
+        return number
+
+    def take_fresh(self) -> list[tuple[int, JudgedFlow]]:
+        """Give the entries since the last call, to be kept for the next daemon."""
+        fresh, self._fresh = self._fresh, []
+        return fresh
+
+
+def _content(flow: JudgedFlow) -> tuple[object, ...]:
+    """A new token of the same identity must find the same entry."""
+    peer = flow.peer
+    return (
+        flow.direction,
+        flow.address,
+        flow.port,
+        flow.protocol,
+        peer.trust_domain,
+        peer.pod,
+        peer.service_account,
+        tuple(sorted(peer.labels.items())),
+        tuple(sorted(peer.namespace_labels.items())),
+        peer.named_ports,
+    )
