@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from watchfiles import awatch
+from watchfiles._rust_notify import WatchfilesRustInternalError
 
 from enforcer_daemon.sources.manifests import (
     KubernetesObject,
@@ -128,9 +129,12 @@ class DirectorySource:
             except FileNotFoundError:
                 await asyncio.sleep(RECHECK_MS / 1_000)
                 yield
-            except OSError:
+            except (OSError, WatchfilesRustInternalError):
                 # No more inotify instances or watches, or a file system without them.
+                if is_polled:
+                    await asyncio.sleep(RECHECK_MS / 1_000)
                 is_polled = True
+                yield
 
     def _events(self, *, is_polled: bool) -> AsyncGenerator[set[object], None]:
         return awatch(  # type: ignore[return-value]

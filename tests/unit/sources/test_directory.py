@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from watchfiles._rust_notify import WatchfilesRustInternalError
 
 from enforcer_daemon.model import PodRef
 from enforcer_daemon.sources import directory as directory_module
@@ -196,14 +197,17 @@ def _watched(source: DirectorySource) -> Any:
     return aclosing(source.watch())  # type: ignore[type-var]
 
 
-@pytest.mark.parametrize("is_polled", [False, True], ids=["inotify", "polling"])
-def test_changes_arrive(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, is_polled: bool):
-    if is_polled:
+NO_INOTIFY = [OSError(24, "inotify watch limit reached"), WatchfilesRustInternalError("no inotify instance left")]
+
+
+@pytest.mark.parametrize("failure", [None, *NO_INOTIFY], ids=["inotify", "polling", "polling too"])
+def test_changes_arrive(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, failure: Exception | None):
+    if failure is not None:
         real = directory_module.awatch
 
         def without_inotify(*paths: Path, force_polling: bool, **options: Any) -> Any:
             if not force_polling:
-                raise OSError(24, "inotify instance limit reached")
+                raise failure
             return real(*paths, force_polling=True, **options)
 
         monkeypatch.setattr(directory_module, "awatch", without_inotify)
@@ -229,6 +233,22 @@ def _publish(volume: Path, version: str, *manifests: dict[str, Any]) -> None:
     write(volume / version / "p.yaml", *manifests)
     (volume / "..data_tmp").symlink_to(version)
     (volume / "..data_tmp").replace(volume / "..data")
+
+
+def test_where_nothing_can_be_watched_the_files_are_compared(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    def broken(*paths: Path, **options: object) -> object:
+        raise WatchfilesRustInternalError("neither inotify nor polling")
+
+    monkeypatch.setattr(directory_module, "awatch", broken)
+    monkeypatch.setattr(directory_module, "RECHECK_MS", 50)
+
+    async def story() -> None:
+        async with _watched(DirectorySource(tmp_path)) as worlds:
+            assert names(await _next(worlds)) == []
+            write(tmp_path / "a.yaml", policy("a"))
+            assert names(await _next(worlds)) == ["farm/a"]
+
+    asyncio.run(story())
 
 
 def test_a_config_map_is_followed(tmp_path: Path):
