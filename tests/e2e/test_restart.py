@@ -1,0 +1,166 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The enforcers die, by a crash or in good order, and come back: what goes on, what waits, what is found again."""
+
+from __future__ import annotations
+
+import signal
+import time
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from enforcer_daemon.model import PodRef
+from tests.e2e.operation_world import HTTP, NODES, Stream, app, connection, outcome, pod, policy, rules_of
+from triremectl.lab import Lab, Outcome, ProbeResult, Tools, WorldSpec
+from triremectl.lab.netns import delete_all
+from triremectl.lab.probe import run_probe
+
+pytestmark = pytest.mark.kernel
+
+PODS = ("x/client", "x/near", "x/server")
+DENY = policy("deny-all", ingress=[])
+ALLOW = policy("allow", "server", ingress=[{"from": [app("client")]}])
+ENDINGS = [signal.SIGKILL, signal.SIGTERM]
+
+
+@pytest.fixture(scope="module")
+def lab(plugin: Path) -> Iterator[Lab]:
+    pods = (pod("client", "a"), pod("near", "a"), pod("server", "b"))
+    with Lab(WorldSpec(NODES, pods=pods, manifests=(DENY, ALLOW)), Tools(plugin=plugin)) as lab:
+        yield lab
+
+
+@contextmanager
+def _without_enforcers(lab: Lab, ending: signal.Signals = signal.SIGKILL, nodes: str = "ab") -> Iterator[None]:
+    """End the enforcers, and start them again after the block."""
+    for name in nodes:
+        lab.node(name).daemon.stop(ending)
+    try:
+        yield
+    finally:
+        for name in nodes:
+            lab.node(name).start()
+        for name in nodes:
+            lab.node(name).wait_ready()
+
+
+@pytest.mark.parametrize("version", [4, 6])
+@pytest.mark.parametrize("ending", ENDINGS)
+def test_flows_go_on_probes_pass_and_new_flows_wait(lab: Lab, ending: signal.Signals, version: int) -> None:
+    with connection(lab, "x/client", "x/server", version) as ends, Stream(*ends) as stream:
+        stream.wait_for_rounds(3)
+        with _patient_probe_while_down(lab, ending, version) as waiting:
+            stream.wait_for_rounds(10)
+            assert outcome(lab, "node:b", "x/server", HTTP.number, version) is Outcome.CONNECTED
+            assert outcome(lab, "node:a", "x/near", HTTP.number, version) is Outcome.CONNECTED
+            assert not waiting.done()
+        stream.wait_for_rounds(10)
+    result = waiting.result()
+    assert result.outcome is Outcome.CONNECTED
+    assert result.banner == "x/server"
+    assert 0.9 < result.seconds < 5.0
+
+
+@contextmanager
+def _patient_probe_while_down(lab: Lab, ending: signal.Signals, version: int) -> Iterator[Future[ProbeResult]]:
+    """Connect while the enforcers are down, and give up the block's world to them again before the attempt is over."""
+    with ThreadPoolExecutor(1) as executor:
+        request = replace(lab.request("x/client", "x/server", HTTP.number, version), timeout_s=10.0)
+        with _without_enforcers(lab, ending):
+            waiting = executor.submit(run_probe, request)
+            time.sleep(0.1)  # the first SYN is gone by now, dropped by the kernel
+            yield waiting
+
+
+def test_a_denied_flow_is_denied_before_during_and_after(lab: Lab) -> None:
+    assert outcome(lab, "x/near", "x/server", HTTP.number, timeout_s=0.3) is Outcome.TIMED_OUT
+    with _without_enforcers(lab):
+        assert outcome(lab, "x/near", "x/server", HTTP.number, timeout_s=0.3) is Outcome.TIMED_OUT
+    assert outcome(lab, "x/near", "x/server", HTTP.number, timeout_s=0.3) is Outcome.TIMED_OUT
+
+
+@pytest.mark.parametrize("ending", ENDINGS)
+def test_endpoints_are_adopted_and_no_rule_is_doubled(lab: Lab, ending: signal.Signals) -> None:
+    def all_rules() -> dict[str, str]:
+        return {name: rules_of(lab, name) for name in (*PODS, "node:a", "node:b")}
+
+    def endpoints() -> set[tuple[str, ...]]:
+        found = [e for name in "ab" for e in lab.node(name).endpoints()]
+        return {tuple(str(e[key]) for key in ("pod", "container_id", "ifname", "ips", "state")) for e in found}
+
+    rules, adopted, guards = all_rules(), endpoints(), [_guard(lab, name) for name in "ab"]
+    assert {(name, state) for name, *_, state in adopted} == {(n.split("/")[1], "enforced") for n in PODS}
+    assert {sandbox.container_id for sandbox in lab.pods.values()} == {identifier for _, identifier, *_ in adopted}
+    with _without_enforcers(lab, ending):
+        assert all_rules() == rules  # enforcement stays in place, and so does the guard
+        assert [_guard(lab, name) for name in "ab"] == guards
+    assert all_rules() == rules
+    assert [_guard(lab, name) for name in "ab"] == guards
+    assert endpoints() == adopted
+    for name in "ab":
+        assert lab.run(f"node:{name}", "nft", "list", "tables").count("trireme_guard") == 1
+    for name in PODS:
+        lab.check_pod(name)
+
+
+def _guard(lab: Lab, node: str) -> str:
+    """Return the guard's table with its lines sorted: elements of a map come in any order."""
+    listing = lab.run(f"node:{node}", "nft", "-s", "list", "table", "inet", "trireme_guard")
+    return "\n".join(sorted(word.strip() for line in listing.splitlines() for word in line.split(",")))
+
+
+def test_a_deletion_is_queued_and_carried_out(lab: Lab) -> None:
+    lab.add_pod(pod("guest", "b"))
+    queue = lab.node("b").directories.run / "deletions"
+    with _without_enforcers(lab, nodes="b"):
+        lab.remove_pod("x/guest")
+        assert len(list(queue.iterdir())) == 1
+    assert list(queue.iterdir()) == []
+    assert [e["pod"] for e in lab.node("b").endpoints()] == ["server"]
+    ready = [r for r in lab.node("b").log_records() if r.get("event") == "ready"]
+    assert ready[-1]["queued_deletions"] == 1
+    assert _records(lab, "b") == 1
+
+
+def _records(lab: Lab, node: str) -> int:
+    """Count what outlives an enforcer: one record an attachment."""
+    return len(list((lab.node(node).directories.run / "endpoints").iterdir()))
+
+
+def test_a_namespace_that_vanished_meanwhile_is_forgotten(lab: Lab) -> None:
+    place = lab.add_pod(pod("guest", "b"))
+    with _without_enforcers(lab, nodes="b"):
+        assert _records(lab, "b") == 2
+        delete_all([place.netns])
+    assert [e["pod"] for e in lab.node("b").endpoints()] == ["server"]
+    assert _records(lab, "b") == 1
+    assert str(place.address()) not in _guard(lab, "b")
+    lab.remove_pod("x/guest")  # the runtime's DEL comes late, and finds nothing to do
+
+
+def test_a_namespace_that_vanishes_under_a_running_enforcer_is_forgotten(lab: Lab) -> None:
+    place = lab.add_pod(pod("guest", "b"))
+    delete_all([place.netns])
+    deadline = time.monotonic() + 5
+    while len(lab.node("b").endpoints()) > 1 and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert [e["pod"] for e in lab.node("b").endpoints()] == ["server"]
+    assert str(place.address()) not in _guard(lab, "b")
+    lab.remove_pod("x/guest")
+
+
+def test_a_pod_can_be_added_again_under_the_same_name_after_a_restart(lab: Lab) -> None:
+    lab.add_pod(pod("guest", "b", app="client"))
+    with _without_enforcers(lab, nodes="b"):
+        pass
+    lab.remove_pod("x/guest")
+    lab.add_pod(pod("guest", "b", app="client"))
+    try:
+        assert lab.pods[PodRef("x", "guest")].container_id in {e["container_id"] for e in lab.node("b").endpoints()}
+        assert outcome(lab, "x/guest", "x/server", HTTP.number) is Outcome.CONNECTED
+    finally:
+        lab.remove_pod("x/guest")
