@@ -6,14 +6,18 @@ from __future__ import annotations
 import asyncio
 import os
 import time
+from typing import NamedTuple
 
+from enforcer_daemon.daemon.flowstore import FlowStore
 from enforcer_daemon.daemon.node import Node
+from enforcer_daemon.daemon.reconsider import Reconsideration
 from enforcer_daemon.daemon.sandbox import Sandbox
+from enforcer_daemon.daemon.world import CompiledWorld
 from enforcer_daemon.datapath.context import EndpointContext
 from enforcer_daemon.datapath.endpoint import EndpointDatapath
-from enforcer_daemon.datapath.flowindex import FlowIndex
 from enforcer_daemon.datapath.judging import Judge
 from enforcer_daemon.dataplane.addresses import interface
+from enforcer_daemon.dataplane.established import ReleasedFlow, end_flows
 from enforcer_daemon.dataplane.netns import tune_conntrack
 from enforcer_daemon.dataplane.queue import PacketQueue
 from enforcer_daemon.dataplane.rules import EndpointRules
@@ -33,16 +37,23 @@ _LARGEST_LABELS = 3
 """Labels that are named when an identity is too large."""
 
 
+class Change(NamedTuple):
+    """What a new world means for an endpoint."""
+
+    is_identity_new: bool
+    is_policy_new: bool
+
+
 class Endpoint:
     """A pod under enforcement, from registration to deletion. For the event loop's thread alone."""
 
-    def __init__(self, sandbox: Sandbox, identity: Identity, node: Node, policy: PodPolicy, flow_log: FlowLog) -> None:
+    def __init__(self, sandbox: Sandbox, node: Node, policy: PodPolicy, flow_log: FlowLog, store: FlowStore) -> None:
         """Raise IdentityTooLargeError where no handshake packet of the pod's interface has room for the identity.
 
         Takes over the sandbox's descriptor only if it succeeds.
         """
         self.sandbox = sandbox
-        self.identity = identity
+        self.identity = identity = policy.identity
         self.policy = policy
         self.flow_log = flow_log
         self.problem = ""
@@ -52,7 +63,8 @@ class Endpoint:
         self.mtu = min(interface(sandbox.netns_fd, name).mtu for name in sandbox.ifnames)
         token = node.sign(identity)
         self.identity_bytes, self.budget_bytes = _require_room(token, self.mtu)
-        self.flows = FlowIndex()
+        self.store = store
+        self.flows = store.load()
         judge = Judge(identity.pod, identity.trust_domain, policy, self.flows)
         self._context = EndpointContext(identity.pod, node.context, judge, token, self.mtu)
         self.datapath = EndpointDatapath(self._context)
@@ -88,13 +100,28 @@ class Endpoint:
         """Tell whether the namespace's file vanished without a DEL, or another namespace is mounted there."""
         return not self.sandbox.is_mounted()
 
-    def update(self, identity: Identity, snapshot: PolicySnapshot) -> None:
-        """Judge by a new snapshot; sign a new token where the identity has changed."""
-        if not _says_the_same(identity, self.identity):
+    def update(self, identity: Identity, snapshot: PolicySnapshot) -> Change:
+        """Judge new flows by a new snapshot; sign a new token where the identity has changed."""
+        is_identity_new = not _says_the_same(identity, self.identity)
+        if is_identity_new:
             self.identity = identity
             self.sign()
-        self.policy = snapshot.pod_policy(self.identity)
+        before, self.policy = self.policy, snapshot.pod_policy(self.identity)
         self._context.judge.replace_rules(self.policy)
+        is_same = self.policy.ingress.is_same(before.ingress) and self.policy.egress.is_same(before.egress)
+        return Change(is_identity_new, not is_same)
+
+    def reconsider(self, world: CompiledWorld, change: Change) -> list[ReleasedFlow]:
+        """End the established flows that are no longer allowed; blocks, for a thread of its own."""
+        question = Reconsideration(self.identity, self.policy, self.flows, world, change.is_identity_new)
+        return end_flows(self.sandbox.netns_fd, question.is_ended)
+
+    def forget_unfinished(self, world: CompiledWorld, change: Change) -> None:
+        """Give up the handshakes that are no longer allowed; call it before `reconsider`, on the loop."""
+        question = Reconsideration(self.identity, self.policy, self.flows, world, change.is_identity_new)
+        effects = self.datapath.forget_unfinished(question.is_index_denied)
+        if effects and self._queue is not None:
+            self._queue.carry_out(effects)
 
     def sign(self) -> None:
         """Use a fresh token for new flows; one that is too large leaves the pod without a new one, and says so."""
@@ -133,6 +160,8 @@ class Endpoint:
 
     def _judge(self, packet: bytes, direction: Direction, mark: int) -> Verdict:
         verdict = self.datapath.process(packet, direction, mark, time.monotonic())
+        if self.flows.has_fresh:
+            self.store.append(self.flows.take_fresh())
         if self._context.reports:
             self.flow_log.take(self.datapath.take_reports())
         return verdict

@@ -9,7 +9,8 @@ import time
 from collections.abc import Iterator
 
 from cni_plugin import messages
-from enforcer_daemon.daemon.endpoint import Endpoint
+from enforcer_daemon.daemon.endpoint import Change, Endpoint
+from enforcer_daemon.daemon.flowstore import FlowStore
 from enforcer_daemon.daemon.node import Node
 from enforcer_daemon.daemon.sandbox import Sandbox, open_netns
 from enforcer_daemon.daemon.world import CompiledWorld
@@ -102,7 +103,8 @@ class Endpoints:
         try:
             identity = world.identity_of(sandbox.requests)
             flow_log = FlowLog(identity.pod, self._log, self._metrics, time.time)
-            endpoint = Endpoint(sandbox, identity, self._node, world.snapshot.pod_policy(identity), flow_log)
+            policy = world.snapshot.pod_policy(identity)
+            endpoint = Endpoint(sandbox, self._node, policy, flow_log, self._flow_store(sandbox))
             endpoint.open(self._settings.dataplane, self._log)
         except BaseException:
             os.close(sandbox.netns_fd)
@@ -115,6 +117,10 @@ class Endpoints:
         self._by_netns[sandbox.netns] = endpoint
         self._metrics.endpoints.set(len(self._by_netns))
         return endpoint
+
+    def _flow_store(self, sandbox: Sandbox) -> FlowStore:
+        name = f"{sandbox.netns.device}-{sandbox.netns.inode}.jsonl"
+        return FlowStore(self._settings.registration.run_dir / "flows" / name, self._log)
 
     async def _resize(self, endpoint: Endpoint, sandbox: Sandbox) -> None:
         before = _guard_name(endpoint.sandbox)
@@ -153,6 +159,7 @@ class Endpoints:
         del self._by_netns[endpoint.sandbox.netns]
         self._metrics.endpoints.set(len(self._by_netns))
         endpoint.close()
+        endpoint.store.remove()
         await asyncio.to_thread(self._kernel.guard.remove, _guard_name(endpoint.sandbox))
         self._log.info("endpoint forgotten", pod=str(endpoint.identity.pod), attachment=str(attachment))
 
@@ -240,17 +247,33 @@ class Endpoints:
         self._log.info("endpoint is gone", pod=str(record.request.pod), attachment=str(record.attachment))
 
     async def follow(self, world: CompiledWorld) -> None:
-        """Judge by another world from now on: new flows at once, the guard on the host right after."""
+        """Judge by another world from now on: new flows at once, established ones and the guard right after."""
         async with self._changing:
-            self._world = world
-            changed = []
+            before_world, self._world = self._world, world
+            are_namespaces_new = before_world is None or before_world.world.namespaces != world.world.namespaces
+            reguarded, changed = [], []
             for endpoint in self._by_netns.values():
                 before = _guarded(endpoint)
-                endpoint.update(world.identity_of(endpoint.sandbox.requests), world.snapshot)
+                change = endpoint.update(world.identity_of(endpoint.sandbox.requests), world.snapshot)
                 if _guarded(endpoint) != before:
-                    changed.append(endpoint)
-            for endpoint in changed:
+                    reguarded.append(endpoint)
+                if change.is_identity_new or change.is_policy_new or are_namespaces_new:
+                    changed.append((endpoint, change))
+            for endpoint, change in changed:
+                await self._reconsider(endpoint, world, change)
+            for endpoint in reguarded:
                 await self._guard(endpoint)
+
+    async def _reconsider(self, endpoint: Endpoint, world: CompiledWorld, change: Change) -> None:
+        endpoint.forget_unfinished(world, change)
+        try:
+            ended = await asyncio.to_thread(endpoint.reconsider, world, change)
+        except DataplaneError as err:
+            self._log.error("established flows not judged again", pod=str(endpoint.identity.pod), error=str(err))
+            return
+        if ended:
+            self._metrics.ended_flows.inc(len(ended))
+            self._log.info("established flows ended", pod=str(endpoint.identity.pod), flows=len(ended))
 
     async def follow_addresses(self) -> None:
         """Tell every endpoint's rules the node's present addresses."""

@@ -3,13 +3,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from enforcer_daemon.datapath.context import EndpointContext, FlowReport, reset_local
 from enforcer_daemon.datapath.initiator import Initiator
 from enforcer_daemon.datapath.responder import Responder
 from enforcer_daemon.errors import PacketError, PeerError
 from enforcer_daemon.handshake.flows import Flow
 from enforcer_daemon.handshake.machine import Event
-from enforcer_daemon.marks import NODE, RELEASED
+from enforcer_daemon.marks import INDEX_MASK, INDEX_SHIFT, NODE, RELEASED
 from enforcer_daemon.model import Decision, Direction
 from enforcer_daemon.packet.ip import IPHeader, decode_ip
 from enforcer_daemon.packet.tcp import ACK, FIN, RST, SYN, SYN_ACK, TCP, Segment, build, decode_segment
@@ -74,6 +76,16 @@ class EndpointDatapath:
         ports = flow.key[-4:]
         port = int.from_bytes(ports[:2] if direction is Direction.EGRESS else ports[2:], "big")
         self._context.report(direction, flow.key[:address_length], port, decision)
+
+    def forget_unfinished(self, is_denied: Callable[[int], bool]) -> tuple[Settle, ...]:
+        """Give up the handshakes that began under a policy which no longer allows them, by their flows' index."""
+        effects: list[Settle] = []
+        for table in (self._initiator.flows, self._responder.flows):
+            for flow in list(table.unfinished()):
+                if flow.release.mark and is_denied((flow.release.mark & INDEX_MASK) >> INDEX_SHIFT):
+                    table.discard(flow)  # type: ignore[arg-type]
+                    effects += self._context.settle_held(flow, DROP)
+        return tuple(effects)
 
     def take_reports(self) -> list[FlowReport]:
         """Give the decisions since the last call."""

@@ -68,6 +68,11 @@ class FlowIndex:
             self._fresh.append((number, flow))
         return number
 
+    @property
+    def has_fresh(self) -> bool:
+        """Whether there are entries that `take_fresh` has not given yet."""
+        return bool(self._fresh)
+
     def take_fresh(self) -> list[tuple[int, JudgedFlow]]:
         """Give the entries since the last call, to be kept for the next daemon."""
         fresh, self._fresh = self._fresh, []

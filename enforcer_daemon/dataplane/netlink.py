@@ -11,7 +11,7 @@ import errno
 import os
 import socket
 import struct
-from collections.abc import Iterator
+from collections.abc import Container, Iterator
 from dataclasses import dataclass
 
 from enforcer_daemon.errors import DataplaneError
@@ -19,6 +19,7 @@ from enforcer_daemon.errors import DataplaneError
 NETLINK_ROUTE = 0
 NETLINK_NETFILTER = 12
 NLM_F_REQUEST = 0x01
+NLM_F_ACK = 0x04
 NLM_F_DUMP = 0x300
 NLM_F_DUMP_INTR = 0x10
 NLMSG_ERROR = 2
@@ -98,6 +99,15 @@ def ask(sock: socket.socket, kind: int, body: bytes, sequence: int) -> bytes | N
             code = _error(message.body)
             if code == errno.ENOENT:
                 return None
+            raise DataplaneError(f"netlink: request {kind:#x}: {os.strerror(code)}")
+
+
+def acknowledged(sock: socket.socket, kind: int, body: bytes, tolerated: Container[int] = ()) -> None:
+    """Send one request and wait for the kernel's word; raise DataplaneError unless it is success or tolerated."""
+    sock.send(_HEADER.pack(16 + len(body), kind, NLM_F_REQUEST | NLM_F_ACK, 0, 0) + body)
+    for message in decode_messages(sock.recv(_RECEIVE_BYTES)):
+        code = _error(message.body) if message.kind == NLMSG_ERROR else 0
+        if code and code not in tolerated:
             raise DataplaneError(f"netlink: request {kind:#x}: {os.strerror(code)}")
 
 

@@ -174,6 +174,14 @@ class DirectionPolicy:
         """The policies that isolate the pod, by name."""
         return self._rules.isolating
 
+    def is_same(self, other: DirectionPolicy) -> bool:
+        """Tell whether both were compiled from the very same policies for the same pod, so that they judge alike."""
+        return (self._rules, self._own_names, self._trust_domain) == (
+            other._rules,
+            other._own_names,
+            other._trust_domain,
+        )
+
     def judge(self, peer: Identity | None, address: IPAddress, port: int | None, protocol: Protocol | None) -> Decision:
         """Judge a flow with a peer at the address that was observed; an allowance names one rule that allows it.
 

@@ -46,6 +46,9 @@ class Metrics:
         self.overruns = Counter(
             "enforcer_queue_overruns", "Times a queue's socket buffer was full (ENOBUFS).", registry=self.registry
         )
+        self.ended_flows = Counter(
+            "enforcer_ended_flows", "Established flows that a change no longer allowed.", registry=self.registry
+        )
         self.endpoints = Gauge("enforcer_endpoints", "Pods enforced on this node.", registry=self.registry)
         self.snapshot_generation = Gauge(
             "enforcer_snapshot_generation", "Policy snapshots since the start.", registry=self.registry

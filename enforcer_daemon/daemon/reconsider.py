@@ -1,0 +1,78 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Established flows after a change of policy or labels: which of them may go on.
+
+Each end judges its own direction. Where the pod's own labels changed, its node also judges the peer's direction, since
+the peer's node knows the old labels until the next handshake; every node has all policies.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+
+from enforcer_daemon.daemon.world import CompiledWorld
+from enforcer_daemon.datapath.flowindex import BY_ADDRESS, FlowIndex, JudgedFlow
+from enforcer_daemon.dataplane.established import ReleasedFlow
+from enforcer_daemon.model import Direction, Identity, IPAddress, Protocol
+from enforcer_daemon.policy.evaluate import DirectionPolicy, PodPolicy
+
+_PROTOCOLS = frozenset(Protocol)
+
+
+@dataclass(slots=True)
+class Reconsideration:
+    """One endpoint after one change."""
+
+    own: Identity
+    policy: PodPolicy
+    flows: FlowIndex
+    world: CompiledWorld
+    is_identity_new: bool
+    _known: dict[int, bool] = field(default_factory=dict)
+
+    def is_ended(self, flow: ReleasedFlow) -> bool:
+        """Tell whether a flow is no longer allowed; one of which nothing is known counts as denied."""
+        if flow.index == BY_ADDRESS:
+            return self._is_denied_by_address(flow)
+        if flow.index not in self._known:
+            judged = self.flows.get(flow.index)
+            self._known[flow.index] = self._is_isolated(flow) if judged is None else self.is_denied(judged)
+        return self._known[flow.index]
+
+    def is_index_denied(self, index: int) -> bool:
+        """Tell whether flows of an index, all with one peer, are no longer allowed; others are not judged here."""
+        judged = self.flows.get(index)
+        return judged is not None and self.is_denied(judged)
+
+    def is_denied(self, flow: JudgedFlow) -> bool:
+        """Judge what the flows of one index have in common by the world as it is now."""
+        peer = flow.peer
+        if peer.pod == self.own.pod and peer.trust_domain == self.own.trust_domain:
+            return False
+        is_local = peer.trust_domain == self.own.trust_domain
+        if is_local:
+            peer = replace(peer, namespace_labels=self.world.world.labels_of(peer.pod.namespace))
+        own_side = self.policy.direction(flow.direction)
+        if not own_side.judge(peer, flow.address, flow.port, flow.protocol).is_allowed:
+            return True
+        return self.is_identity_new and is_local and self._is_denied_by_peer(flow, peer)
+
+    def _is_denied_by_peer(self, flow: JudgedFlow, peer: Identity) -> bool:
+        opposite = Direction.INGRESS if flow.direction is Direction.EGRESS else Direction.EGRESS
+        policy = self.world.snapshot.pod_policy(peer).direction(opposite)
+        address = next((ip for ip in self.own.ips if ip.version == flow.address.version), self.own.ips[0])
+        return not policy.judge(self.own, address, flow.port, flow.protocol).is_allowed
+
+    def _is_denied_by_address(self, flow: ReleasedFlow) -> bool:
+        policy, address = self._side(flow)
+        if flow.protocol not in _PROTOCOLS:
+            return policy.is_isolated
+        return not policy.judge(None, address, flow.destination_port, Protocol(flow.protocol)).is_allowed
+
+    def _is_isolated(self, flow: ReleasedFlow) -> bool:
+        return self._side(flow)[0].is_isolated
+
+    def _side(self, flow: ReleasedFlow) -> tuple[DirectionPolicy, IPAddress]:
+        """Give the pod's policy for the direction in which the flow was opened, and the remote address."""
+        if flow.source in self.own.ips:
+            return self.policy.egress, flow.destination
+        return self.policy.ingress, flow.source

@@ -1,0 +1,149 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Released flows of a pod, as its conntrack holds them: list them, and end those that are no longer allowed.
+
+To end a flow its socket is destroyed first, while its packets still pass, so that the RST of the pod's kernel reaches
+the peer; then its mark is cleared, so that nothing more of it passes unjudged. Sources:
+linux/netfilter/nfnetlink_conntrack.h, linux/inet_diag.h, linux/sock_diag.h.
+"""
+
+from __future__ import annotations
+
+import errno
+import socket
+import struct
+from collections.abc import Callable
+from dataclasses import dataclass
+from ipaddress import ip_address
+
+from enforcer_daemon.dataplane.netlink import (
+    NETLINK_NETFILTER,
+    NLA_F_NESTED,
+    acknowledged,
+    decode_attributes,
+    dump,
+    encode_attribute,
+    open_netlink,
+)
+from enforcer_daemon.dataplane.netns import open_in
+from enforcer_daemon.errors import DataplaneError
+from enforcer_daemon.marks import INDEX_MASK, INDEX_SHIFT, NODE, OWN_MASK, RELEASED
+from enforcer_daemon.model import IPAddress, Protocol
+
+_NETLINK_SOCK_DIAG = 4
+_SOCK_DESTROY = 21
+_CT_NEW, _CT_GET = 0x0100, 0x0101  # NFNL_SUBSYS_CTNETLINK << 8 | IPCTNL_MSG_CT_NEW, _GET
+_CTA_TUPLE_ORIG, _CTA_MARK, _CTA_MARK_MASK = 1, 8, 21
+_CTA_TUPLE_IP, _CTA_TUPLE_PROTO = 1, 2
+_CTA_IP_SRC, _CTA_IP_DST = (1, 3), (2, 4)  # IPv4, IPv6
+_CTA_PROTO_NUM, _CTA_PROTO_SRC_PORT, _CTA_PROTO_DST_PORT = 1, 2, 3
+_NFGENMSG_BYTES = 4
+_DIAG = struct.Struct("=BBBBI2s2s16s16sIII")  # inet_diag_req_v2
+_ANY_STATE = 0xFFFF_FFFF
+_NO_COOKIE = 0xFFFF_FFFF
+_FAMILIES = {4: socket.AF_INET, 6: socket.AF_INET6}
+
+
+@dataclass(frozen=True, slots=True)
+class ReleasedFlow:
+    """One flow that goes on in the kernel, by its original direction as the pod sees it."""
+
+    protocol: int
+    source: IPAddress
+    source_port: int
+    destination: IPAddress
+    destination_port: int
+    index: int
+    """What it was judged by: an index of the endpoint's flow table."""
+    tuple_attribute: bytes
+    """CTA_TUPLE_ORIG, to name the entry again."""
+
+
+def end_flows(netns_fd: int, is_ended: Callable[[ReleasedFlow], bool]) -> list[ReleasedFlow]:
+    """End the released flows of a namespace that `is_ended` names; return them.
+
+    Blocks while the table is read (some milliseconds for a thousand flows); raises DataplaneError. Flows of the node
+    are not asked about: the node may always reach its pods.
+    """
+    return open_in(netns_fd, lambda: _end_flows(is_ended))
+
+
+def _end_flows(is_ended: Callable[[ReleasedFlow], bool]) -> list[ReleasedFlow]:
+    ended = [flow for flow in list_released() if is_ended(flow)]
+    if not ended:
+        return ended
+    try:
+        with open_netlink(_NETLINK_SOCK_DIAG) as diag, open_netlink(NETLINK_NETFILTER) as conntrack:
+            for flow in ended:
+                if flow.protocol == Protocol.TCP:
+                    _destroy(diag, flow)
+                _clear_mark(conntrack, flow)
+    except OSError as err:
+        raise DataplaneError(f"flows cannot be ended: {err}") from err
+    return ended
+
+
+def list_released() -> list[ReleasedFlow]:
+    """Return the released flows in the current network namespace, without those of the node."""
+    request = struct.pack("=BBH", socket.AF_UNSPEC, 0, 0)
+    request += encode_attribute(_CTA_MARK, struct.pack(">I", RELEASED))
+    request += encode_attribute(_CTA_MARK_MASK, struct.pack(">I", RELEASED | NODE))
+    try:
+        bodies = dump(NETLINK_NETFILTER, _CT_GET, request)
+    except OSError as err:
+        raise DataplaneError(f"conntrack: {err}") from err
+    flows = (decode_flow(body) for body in bodies)
+    return [flow for flow in flows if flow is not None]
+
+
+def decode_flow(body: bytes) -> ReleasedFlow | None:
+    """Decode an entry; None for one that is not ours to judge (the kernel's filter by mark is a hint only)."""
+    entry = decode_attributes(body[_NFGENMSG_BYTES:])
+    original = entry.get(_CTA_TUPLE_ORIG, b"")
+    mark = int.from_bytes(entry.get(_CTA_MARK, b""), "big")
+    if mark & (RELEASED | NODE) != RELEASED:
+        return None
+    parts = decode_attributes(original)
+    addresses = decode_attributes(parts.get(_CTA_TUPLE_IP, b""))
+    transport = decode_attributes(parts.get(_CTA_TUPLE_PROTO, b""))
+    source = next((addresses[kind] for kind in _CTA_IP_SRC if kind in addresses), b"")
+    destination = next((addresses[kind] for kind in _CTA_IP_DST if kind in addresses), b"")
+    if len(source) not in (4, 16) or len(destination) != len(source):
+        raise DataplaneError("conntrack: the entry states no addresses")
+    return ReleasedFlow(
+        protocol=int.from_bytes(transport.get(_CTA_PROTO_NUM, b""), "big"),
+        source=ip_address(source),
+        source_port=int.from_bytes(transport.get(_CTA_PROTO_SRC_PORT, b""), "big"),
+        destination=ip_address(destination),
+        destination_port=int.from_bytes(transport.get(_CTA_PROTO_DST_PORT, b""), "big"),
+        index=(mark & INDEX_MASK) >> INDEX_SHIFT,
+        tuple_attribute=encode_attribute(_CTA_TUPLE_ORIG | NLA_F_NESTED, original),
+    )
+
+
+def _clear_mark(sock: socket.socket, flow: ReleasedFlow) -> None:
+    """Take our bits from the connection; one that has ended meanwhile is no error."""
+    body = struct.pack("=BBH", _FAMILIES[flow.source.version], 0, 0) + flow.tuple_attribute
+    body += encode_attribute(_CTA_MARK, bytes(4)) + encode_attribute(_CTA_MARK_MASK, struct.pack(">I", OWN_MASK))
+    acknowledged(sock, _CT_NEW, body, (errno.ENOENT,))
+
+
+def _destroy(sock: socket.socket, flow: ReleasedFlow) -> None:
+    """End the pod's socket, whichever end of the original direction it is; one that is not there is no error."""
+    one = (flow.source, flow.source_port)
+    other = (flow.destination, flow.destination_port)
+    for (local, local_port), (remote, remote_port) in ((one, other), (other, one)):
+        body = _DIAG.pack(
+            _FAMILIES[local.version],
+            flow.protocol,
+            0,
+            0,
+            _ANY_STATE,
+            local_port.to_bytes(2, "big"),
+            remote_port.to_bytes(2, "big"),
+            local.packed,
+            remote.packed,
+            0,
+            _NO_COOKIE,
+            _NO_COOKIE,
+        )
+        acknowledged(sock, _SOCK_DESTROY, body, (errno.ENOENT,))
