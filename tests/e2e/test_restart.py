@@ -62,7 +62,7 @@ def test_flows_go_on_probes_pass_and_new_flows_wait(lab: Lab, ending: signal.Sig
     result = waiting.result()
     assert result.outcome is Outcome.CONNECTED
     assert result.banner == "x/server"
-    assert 0.9 < result.seconds < 5.0
+    assert result.seconds > 0.9  # it took a repetition of the SYN
 
 
 @contextmanager

@@ -1,0 +1,136 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Peers without an enforcer, outside the enforced networks and inside them: addresses, and no more than that."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from ipaddress import ip_address
+from pathlib import Path
+
+import pytest
+
+from enforcer_daemon.handshake.frames import is_frame
+from enforcer_daemon.packet.tcp import SYN
+from tests.e2e.operation_world import HTTP, NODES, RESET, block, denials, outcome, pod, policy, segments
+from triremectl.lab import HostSpec, Lab, Outcome, PodSpec, PortSpec, Tools, WorldSpec
+
+pytestmark = pytest.mark.kernel
+
+OTHER = PortSpec(9090)
+OUTSIDE = HostSpec("outside", (ip_address("203.0.113.7"), ip_address("2001:db8::7")), (HTTP, OTHER))
+INSIDE = HostSpec("inside", (ip_address("10.244.2.200"), ip_address("fd00:10:244:2::200")), (HTTP, OTHER), node="b")
+HOSTS = ("host:outside", "host:inside")
+
+ANY_POD: list[dict[str, object]] = [{"podSelector": {}, "namespaceSelector": {}}]
+THEIR_BLOCKS = block("203.0.113.0/24", "10.244.2.200/32", "2001:db8::/64", "fd00:10:244:2::200/128")
+ALL_BUT_THEM: list[dict[str, object]] = [
+    {"ipBlock": {"cidr": "0.0.0.0/0", "except": ["203.0.113.0/24", "10.244.2.200/32"]}},
+    {"ipBlock": {"cidr": "::/0", "except": ["2001:db8::/64", "fd00:10:244:2::200/128"]}},
+]
+HTTP_ONLY: list[dict[str, object]] = [{"port": HTTP.number}]
+
+
+def _rules(peers_key: str) -> dict[str, list[dict[str, object]]]:
+    """Pods by name, and what their one policy says of peers; each rule is for port 8080 alone."""
+    return {
+        "closed": [],
+        "for-pods": [{peers_key: ANY_POD, "ports": HTTP_ONLY}],
+        "for-anyone": [{"ports": HTTP_ONLY}],
+        "for-their-blocks": [{peers_key: THEIR_BLOCKS, "ports": HTTP_ONLY}],
+        "for-other-blocks": [{peers_key: ALL_BUT_THEM, "ports": HTTP_ONLY}],
+    }
+
+
+REACHABLE = {"open", "for-anyone", "for-their-blocks"}
+
+
+def _pods() -> Iterator[PodSpec]:
+    yield pod("open", "a", HTTP, OTHER)
+    for name in _rules(""):
+        yield pod(f"in-{name}", "a", HTTP, OTHER)
+        yield pod(f"out-{name}", "a", HTTP, OTHER)
+
+
+@pytest.fixture(scope="module")
+def lab(plugin: Path) -> Iterator[Lab]:
+    manifests = (
+        *(policy(f"in-{name}", f"in-{name}", ingress=rules) for name, rules in _rules("from").items()),
+        *(policy(f"out-{name}", f"out-{name}", egress=rules) for name, rules in _rules("to").items()),
+    )
+    world = WorldSpec(NODES, {"x": {}}, tuple(_pods()), (OUTSIDE, INSIDE), manifests=manifests, settings=RESET)
+    with Lab(world, Tools(plugin=plugin)) as lab:
+        yield lab
+
+
+@pytest.mark.parametrize("version", [4, 6])
+@pytest.mark.parametrize("host", HOSTS)
+def test_a_host_reaches_a_pod_by_address_rules_alone(lab: Lab, host: str, version: int) -> None:
+    names = {"open": "x/open", **{name: f"x/in-{name}" for name in _rules("")}}
+    probes = [lab.request(host, target, HTTP.number, version) for target in names.values()]
+    results = dict(zip(names, lab.probe_all(probes), strict=True))
+    assert {name for name, result in results.items() if result.outcome is Outcome.CONNECTED} == REACHABLE
+    assert all(result.outcome.is_denied for name, result in results.items() if name not in REACHABLE)
+
+
+@pytest.mark.parametrize("version", [4, 6])
+@pytest.mark.parametrize("host", HOSTS)
+def test_a_pod_reaches_a_host_by_address_rules_alone(lab: Lab, host: str, version: int) -> None:
+    names = {"open": "x/open", **{name: f"x/out-{name}" for name in _rules("")}}
+    probes = [lab.request(source, host, HTTP.number, version) for source in names.values()]
+    results = dict(zip(names, lab.probe_all(probes), strict=True))
+    assert {name for name, result in results.items() if result.outcome is Outcome.CONNECTED} == REACHABLE
+    assert all(result.outcome.is_denied for name, result in results.items() if name not in REACHABLE)
+
+
+@pytest.mark.parametrize("host", HOSTS)
+def test_address_rules_are_for_their_ports_alone(lab: Lab, host: str) -> None:
+    assert outcome(lab, host, "x/open", OTHER.number).is_allowed
+    assert outcome(lab, host, "x/in-for-anyone", OTHER.number).is_denied
+    assert outcome(lab, host, "x/in-for-their-blocks", OTHER.number).is_denied
+    assert outcome(lab, "x/out-for-anyone", host, OTHER.number).is_denied
+    assert outcome(lab, "x/out-for-their-blocks", host, OTHER.number).is_denied
+
+
+def test_labels_are_never_guessed_from_an_address(lab: Lab) -> None:
+    """The very same pods are reached by the pods that the rules mean."""
+    assert outcome(lab, "x/open", "x/in-for-pods", HTTP.number).is_allowed
+    assert outcome(lab, "x/out-for-pods", "x/open", HTTP.number).is_allowed
+
+
+@pytest.mark.parametrize(("host", "reason"), [("host:outside", "unidentified-peer"), ("host:inside", "egress-denied")])
+def test_denials_say_why(lab: Lab, host: str, reason: str) -> None:
+    """Where a pod with an identity could be, all that is known before the SYN leaves is that egress is denied."""
+    assert outcome(lab, host, "x/in-for-pods", HTTP.number).is_denied
+    assert denials(lab, "x/in-for-pods")[-1] == "unidentified-peer"
+    assert outcome(lab, "x/out-closed", host, HTTP.number).is_denied
+    assert denials(lab, "x/out-closed")[-1] == reason
+
+
+@pytest.mark.parametrize("version", [4, 6])
+@pytest.mark.parametrize(("host", "has_frame"), [("host:outside", False), ("host:inside", True)])
+def test_a_frame_leaves_for_the_enforced_networks_only(lab: Lab, host: str, version: int, *, has_frame: bool) -> None:
+    with lab.capture(host) as capture:
+        assert outcome(lab, "x/open", host, HTTP.number, version).is_allowed
+        time.sleep(0.02)
+        syns = [s for s in segments(capture.close(), HTTP.number) if s.flags & SYN]
+    assert [is_frame(s.payload) for s in syns] == [has_frame, False]  # SYN, and the host's own SYN-ACK
+
+
+@pytest.mark.parametrize("version", [4, 6])
+@pytest.mark.parametrize("host", HOSTS)
+def test_a_host_that_dials_gets_no_frame_in_the_answer(lab: Lab, host: str, version: int) -> None:
+    with lab.capture(host) as capture:
+        assert outcome(lab, host, "x/open", HTTP.number, version).is_allowed
+        time.sleep(0.02)
+        syns = [s for s in segments(capture.close(), HTTP.number) if s.flags & SYN]
+    assert [s.payload for s in syns] == [b"", b""]
+
+
+@pytest.mark.parametrize("host", HOSTS)
+def test_a_pod_that_may_reach_no_address_shows_its_identity_to_no_stranger(lab: Lab, host: str) -> None:
+    """A SYN that no rule could allow does not leave the pod."""
+    with lab.capture(host) as capture:
+        assert outcome(lab, "x/out-closed", host, HTTP.number).is_denied
+        time.sleep(0.02)
+        assert segments(capture.close(), HTTP.number) == []
