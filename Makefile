@@ -4,7 +4,7 @@ BIN := $(VENV)/bin
 PYTHON ?= python3
 PYTEST := $(BIN)/python -m pytest
 
-.PHONY: help setup demo test check unit plugin bench lock format clean
+.PHONY: help setup demo test check lint plugin bench lock format clean
 .DEFAULT_GOAL := help
 
 help: ## list the targets
@@ -25,15 +25,17 @@ plugin: setup ## build the CNI plugin bundle: dist/trireme/trireme
 demo: plugin ## two nodes, real pods, a policy change: who may reach whom (as root)
 	$(BIN)/triremectl lab run --plugin dist/trireme/trireme demo
 
-test: setup check plugin ## all tests that this kernel can run (as root)
+test: plugin lint ## all tests that this kernel can run (as root)
 	$(PYTEST) tests
 
-check: $(VENV)/.ready ## format, lint, types, import rules, unit tests: seconds, no root
+check: lint ## format, lint, types, import rules, unit tests: seconds, no root
+	$(PYTEST) -q tests/unit tests/property
+
+lint: $(VENV)/.ready
 	$(BIN)/ruff format --check --quiet .
 	$(BIN)/ruff check --quiet .
 	$(BIN)/mypy
 	$(BIN)/lint-imports --no-logo
-	$(PYTEST) -q tests/unit tests/property
 
 format: setup ## format and mend what ruff can
 	$(BIN)/ruff check --quiet --fix .
