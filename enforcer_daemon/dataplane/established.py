@@ -19,6 +19,7 @@ from enforcer_daemon.dataplane.netlink import (
     NETLINK_NETFILTER,
     NLA_F_NESTED,
     acknowledged,
+    ask,
     decode_attributes,
     dump,
     encode_attribute,
@@ -30,16 +31,19 @@ from enforcer_daemon.marks import INDEX_MASK, INDEX_SHIFT, NODE, OWN_MASK, RELEA
 from enforcer_daemon.model import IPAddress, Protocol
 
 _NETLINK_SOCK_DIAG = 4
-_SOCK_DESTROY = 21
+_SOCK_DIAG_BY_FAMILY, _SOCK_DESTROY = 20, 21
 _CT_NEW, _CT_GET = 0x0100, 0x0101  # NFNL_SUBSYS_CTNETLINK << 8 | IPCTNL_MSG_CT_NEW, _GET
 _CTA_TUPLE_ORIG, _CTA_MARK, _CTA_MARK_MASK = 1, 8, 21
 _CTA_TUPLE_IP, _CTA_TUPLE_PROTO = 1, 2
 _CTA_IP_SRC, _CTA_IP_DST = (1, 3), (2, 4)  # IPv4, IPv6
 _CTA_PROTO_NUM, _CTA_PROTO_SRC_PORT, _CTA_PROTO_DST_PORT = 1, 2, 3
 _NFGENMSG_BYTES = 4
-_DIAG = struct.Struct("=BBBBI2s2s16s16sIII")  # inet_diag_req_v2
+_DIAG = struct.Struct("=BBBBI48s")  # inet_diag_req_v2
+_DIAG_ID = struct.Struct("=2s2s16s16sIII")  # inet_diag_sockid
+_DIAG_ANSWER = struct.Struct("=BBBB48s")  # the beginning of inet_diag_msg
 _ANY_STATE = 0xFFFF_FFFF
 _NO_COOKIE = 0xFFFF_FFFF
+_TCP_LISTEN = 10  # net/tcp_states.h
 _FAMILIES = {4: socket.AF_INET, 6: socket.AF_INET6}
 
 
@@ -132,18 +136,14 @@ def _destroy(sock: socket.socket, flow: ReleasedFlow) -> None:
     one = (flow.source, flow.source_port)
     other = (flow.destination, flow.destination_port)
     for (local, local_port), (remote, remote_port) in ((one, other), (other, one)):
-        body = _DIAG.pack(
-            _FAMILIES[local.version],
-            flow.protocol,
-            0,
-            0,
-            _ANY_STATE,
-            local_port.to_bytes(2, "big"),
-            remote_port.to_bytes(2, "big"),
-            local.packed,
-            remote.packed,
-            0,
-            _NO_COOKIE,
-            _NO_COOKIE,
-        )
-        acknowledged(sock, _SOCK_DESTROY, body, (errno.ENOENT,))
+        ports = local_port.to_bytes(2, "big"), remote_port.to_bytes(2, "big")
+        wanted = _DIAG_ID.pack(*ports, local.packed, remote.packed, 0, _NO_COOKIE, _NO_COOKIE)
+        head = _FAMILIES[local.version], flow.protocol, 0, 0, _ANY_STATE
+        found = ask(sock, _SOCK_DIAG_BY_FAMILY, _DIAG.pack(*head, wanted), 1)
+        if found is None:
+            continue
+        _, state, _, _, identifier = _DIAG_ANSWER.unpack_from(found)
+        # Where no socket has the flow any more, the kernel finds the one that listens on its port, which must live on.
+        # The cookie in the identifier makes sure that what is destroyed is what was found.
+        if state != _TCP_LISTEN:
+            acknowledged(sock, _SOCK_DESTROY, _DIAG.pack(*head, identifier), (errno.ENOENT, errno.ESTALE))
