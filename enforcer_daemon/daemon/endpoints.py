@@ -16,7 +16,7 @@ from enforcer_daemon.daemon.sandbox import Sandbox, open_netns
 from enforcer_daemon.daemon.world import CompiledWorld
 from enforcer_daemon.dataplane.backends import RulesBackend
 from enforcer_daemon.dataplane.guard import Guard, GuardedEndpoint
-from enforcer_daemon.dataplane.netns import netns_id
+from enforcer_daemon.dataplane.netns import current_netns, netns_id
 from enforcer_daemon.errors import DataplaneError, EnforcerError, IdentityTooLargeError, NetnsError, RegistrationError
 from enforcer_daemon.model import AttachmentId, NetnsId, PodRef
 from enforcer_daemon.registration.registry import Record, Registry
@@ -53,6 +53,13 @@ class Endpoints:
         self._metrics = metrics
         self._world: CompiledWorld | None = None
         self._by_netns: dict[NetnsId, Endpoint] = {}
+        self._unsettled: set[NetnsId] = set()
+        """Endpoints whose rules or guard the kernel refused to change; tried again until it does."""
+        own = current_netns()
+        try:
+            self._own_netns = netns_id(own)
+        finally:
+            os.close(own)
         self._changing = asyncio.Lock()
         """Registrations and changes of the world take turns: each applies rules as it saw the world."""
         self.cut_off: dict[AttachmentId, PodRef] = {}
@@ -71,6 +78,8 @@ class Endpoints:
         started = time.monotonic()
         try:
             netns = netns_id(netns_fd)
+            if netns == self._own_netns:
+                raise RegistrationError(messages.NODE_NETNS, "the network namespace is the node's own")
             if request.pod.namespace in self._settings.registration.excluded_namespaces:
                 return
             async with self._changing:
@@ -193,6 +202,10 @@ class Endpoints:
         """Say whether a registration could be served now."""
         if self.cut_off:
             return Readiness(Availability.PODS_CUT_OFF, f"not adopted: {', '.join(map(str, self.cut_off.values()))}")
+        if self._unsettled:
+            return Readiness(
+                Availability.NOT_READY, f"kernel rules of {len(self._unsettled)} endpoints are not up to date"
+            )
         if self._world is None:
             return Readiness(Availability.NOT_READY, "the policies have not been read yet")
         return Readiness(Availability.READY)
@@ -262,7 +275,10 @@ class Endpoints:
             for endpoint, change in changed:
                 await self._reconsider(endpoint, world, change)
             for endpoint in reguarded:
-                await self._guard(endpoint)
+                try:
+                    await self._guard(endpoint)
+                except DataplaneError as err:
+                    self._leave_unsettled(endpoint, err)
 
     async def _reconsider(self, endpoint: Endpoint, world: CompiledWorld, change: Change) -> None:
         endpoint.forget_unfinished(world, change)
@@ -284,7 +300,23 @@ class Endpoints:
                         self._kernel.backend.update_node_addresses, endpoint.sandbox.netns_fd, self._node.addresses
                     )
                 except DataplaneError as err:
-                    self._log.error("node addresses not updated", pod=str(endpoint.identity.pod), error=str(err))
+                    self._leave_unsettled(endpoint, err)
+
+    def _leave_unsettled(self, endpoint: Endpoint, err: DataplaneError) -> None:
+        self._unsettled.add(endpoint.sandbox.netns)
+        self._log.error("kernel rules not changed, will try again", pod=str(endpoint.identity.pod), error=str(err))
+
+    async def settle(self) -> None:
+        """Try again what the kernel refused before."""
+        for netns in list(self._unsettled):
+            endpoint = self._by_netns.get(netns)
+            try:
+                if endpoint is not None:
+                    async with self._changing:
+                        await self._apply(endpoint)
+            except DataplaneError:
+                continue
+            self._unsettled.discard(netns)
 
     def refresh_tokens(self, *, is_forced: bool) -> None:
         """Sign anew where half of a token's life is over, or everywhere after the node's key changed."""

@@ -78,6 +78,7 @@ class Node:
         if time.time() < self.keys.renew_at:
             return False
         self.keys = open_node_identity(self._settings, time.time())
+        self.verifier.replace_bundle(self.keys.bundle)
         self._log.info("certificate renewed", not_after=self.keys.credential.not_after)
         return True
 

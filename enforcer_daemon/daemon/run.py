@@ -20,6 +20,7 @@ from enforcer_daemon.daemon.world import CompiledWorld, compile_world
 from enforcer_daemon.dataplane.addresses import watch_addresses
 from enforcer_daemon.dataplane.backends import choose_backend
 from enforcer_daemon.dataplane.guard import Guard
+from enforcer_daemon.errors import SettingsError
 from enforcer_daemon.model import IPAddress
 from enforcer_daemon.registration.admin import AdminServer
 from enforcer_daemon.registration.deletions import drain
@@ -88,8 +89,12 @@ class Daemon:
             tasks.create_task(self._follow_addresses(addresses), name="addresses")
 
     async def _worlds(self) -> AsyncIterator[World]:
-        if self._settings.policy_dir is not None:
-            async for world in DirectorySource(self._settings.policy_dir).watch():
+        directory = self._settings.policy_dir
+        if directory is not None:
+            if not directory.is_dir():
+                # Without policies every pod would be open: not what somebody meant who configured some.
+                raise SettingsError(f"policyDir: {directory} is not a directory")
+            async for world in DirectorySource(directory).watch():
                 yield world
         yield World()
         await asyncio.Event().wait()
@@ -129,6 +134,7 @@ class Daemon:
             self._endpoints.refresh_tokens(is_forced=self._node.renew_keys())
             await drain(self._deletions, self._endpoints.delete)
             await self._endpoints.forget_gone()
+            await self._endpoints.settle()
             seen = sum(endpoint.overruns for endpoint in self._endpoints)
             self._metrics.overruns.inc(max(0, seen - overruns))
             overruns = seen
