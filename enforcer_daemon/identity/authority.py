@@ -31,7 +31,7 @@ class Authority:
 
 
 def make_authority(trust_domain: str, now: datetime, lifetime: timedelta = timedelta(days=3650)) -> Authority:
-    """Make a key and a self-signed P-256 certificate for a trust domain."""
+    """Make a key and a self-signed P-256 certificate that vouches for the nodes of this one trust domain."""
     key = ec.generate_private_key(ec.SECP256R1())
     name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, f"trireme {trust_domain}"[:64])])
     certificate = (
@@ -44,6 +44,9 @@ def make_authority(trust_domain: str, now: datetime, lifetime: timedelta = timed
         .not_valid_after(now + lifetime)
         .add_extension(x509.BasicConstraints(ca=True, path_length=0), critical=True)
         .add_extension(_key_usage(certificates=True), critical=True)
+        .add_extension(
+            x509.SubjectAlternativeName([x509.UniformResourceIdentifier(f"spiffe://{trust_domain}")]), critical=False
+        )
         .add_extension(x509.SubjectKeyIdentifier.from_public_key(key.public_key()), critical=False)
         .sign(key, hashes.SHA256())
     )

@@ -4,18 +4,31 @@
 from __future__ import annotations
 
 import hashlib
+import re
 from base64 import urlsafe_b64encode
 from collections.abc import Iterable
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from urllib.parse import urlsplit
 
 from cryptography import x509
+from cryptography.exceptions import UnsupportedAlgorithm
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.verification import Criticality, ExtensionPolicy, PolicyBuilder, Store, VerificationError
 
 from enforcer_daemon.errors import CredentialError
 from enforcer_daemon.reasons import Reason
+
+_NODE_ID = re.compile(r"spiffe://([a-z0-9._-]+)/node/([A-Za-z0-9._-]+)", re.ASCII)
+"""The characters that SPIFFE-ID (section 2) allows in a trust domain and in a path segment."""
+_UNREADABLE = (
+    ValueError,
+    UnsupportedAlgorithm,
+    x509.InvalidVersion,
+    x509.ExtensionNotFound,
+    x509.DuplicateExtension,
+    x509.UnsupportedGeneralNameType,
+)
+"""What the X.509 library raises for certificates that it cannot read or does not support."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,15 +55,15 @@ def decode_credential(der: bytes) -> Credential:
         public_key = certificate.public_key()
         names = certificate.extensions.get_extension_for_class(x509.SubjectAlternativeName).value
         constraints = [ext for ext in certificate.extensions if isinstance(ext.value, x509.BasicConstraints)]
-    except (ValueError, x509.ExtensionNotFound, x509.DuplicateExtension, x509.UnsupportedGeneralNameType) as err:
-        raise CredentialError(Reason.CREDENTIAL_INVALID, str(err)) from err
+        validity = certificate.not_valid_before_utc.timestamp(), certificate.not_valid_after_utc.timestamp()
+    except _UNREADABLE as err:
+        raise CredentialError(Reason.CREDENTIAL_INVALID, f"{str(err)!r:.120}") from err
     if not isinstance(public_key, ec.EllipticCurvePublicKey) or not isinstance(public_key.curve, ec.SECP256R1):
         raise CredentialError(Reason.CREDENTIAL_INVALID, "the key is not on P-256")
     if any(isinstance(ext.value, x509.BasicConstraints) and ext.value.ca for ext in constraints):
         raise CredentialError(Reason.CREDENTIAL_INVALID, "an authority's certificate is no node's credential")
     trust_domain, node = _node_of(names)
     key_id = urlsafe_b64encode(hashlib.sha256(der).digest()[:8]).rstrip(b"=").decode()
-    validity = certificate.not_valid_before_utc.timestamp(), certificate.not_valid_after_utc.timestamp()
     return Credential(der, key_id, trust_domain, node, public_key, *validity, certificate)
 
 
@@ -58,11 +71,11 @@ def _node_of(names: x509.SubjectAlternativeName) -> tuple[str, str]:
     uris = names.get_values_for_type(x509.UniformResourceIdentifier)
     if len(uris) != 1 or len(list(names)) != 1:
         raise CredentialError(Reason.CREDENTIAL_INVALID, "must name exactly one SPIFFE ID")
-    parts = urlsplit(uris[0])
-    path = parts.path.split("/")
-    if parts.scheme != "spiffe" or not parts.netloc or len(path) != 3 or path[1] != "node" or not path[2]:
-        raise CredentialError(Reason.CREDENTIAL_INVALID, f"{uris[0]} is not spiffe://<trust domain>/node/<node>")
-    return parts.netloc, path[2]
+    found = _NODE_ID.fullmatch(uris[0])
+    if found is None:
+        # As a literal and cut: these bytes are a stranger's, and the message goes to a log.
+        raise CredentialError(Reason.CREDENTIAL_INVALID, f"{uris[0]!r:.120} is not spiffe://<trust domain>/node/<node>")
+    return found[1], found[2]
 
 
 class TrustBundle:
@@ -90,9 +103,24 @@ class TrustBundle:
             .build_client_verifier()
         )
         try:
-            verifier.verify(credential.certificate, [])
+            *_, authority = verifier.verify(credential.certificate, []).chain
         except VerificationError as err:
-            raise CredentialError(Reason.CREDENTIAL_UNTRUSTED, f"node {credential.node}: {err}") from err
+            raise CredentialError(Reason.CREDENTIAL_UNTRUSTED, f"node {credential.node}: {str(err)!r:.120}") from err
+        vouched = _vouched_domain(authority)
+        if vouched not in (None, credential.trust_domain):
+            raise CredentialError(
+                Reason.CREDENTIAL_UNTRUSTED, f"an authority of {vouched} signed {credential.trust_domain}"
+            )
+
+
+def _vouched_domain(authority: x509.Certificate) -> str | None:
+    """Give the one trust domain whose nodes an authority may name (SPIFFE: its own SPIFFE ID); None: it states none."""
+    try:
+        names = authority.extensions.get_extension_for_class(x509.SubjectAlternativeName).value
+    except x509.ExtensionNotFound:
+        return None
+    uris = names.get_values_for_type(x509.UniformResourceIdentifier)
+    return next((uri.removeprefix("spiffe://") for uri in uris if uri.startswith("spiffe://")), None)
 
 
 def _node_policy() -> ExtensionPolicy:

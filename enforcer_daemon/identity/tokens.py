@@ -18,7 +18,7 @@ from typing import Any
 import jwt
 from cryptography.hazmat.primitives.asymmetric import ec
 
-from enforcer_daemon.errors import TokenError
+from enforcer_daemon.errors import IdentityTooLargeError, TokenError
 from enforcer_daemon.identity.credential import Credential
 from enforcer_daemon.identity.dictionary import TOKEN_DICTIONARY
 from enforcer_daemon.model import Identity, IPAddress, NamedPort, PodRef, Protocol
@@ -27,6 +27,8 @@ from enforcer_daemon.reasons import Reason
 MAX_CLAIMS_BYTES = 8_192
 """Inflated size of a payload; a bomb stops here."""
 _SIGNATURE_BYTES = 64
+_MAX_NUMBER = 1 << 40
+"""Largest integer of a claim: as Unix seconds tens of thousands of years away, and exact as a float."""
 _LENGTHS = Struct("!HH")
 _ALGORITHM = "ES256"
 _JWS = jwt.PyJWS(algorithms=[_ALGORITHM])
@@ -46,8 +48,15 @@ class Claims:
 
 
 def encode_token(claims: Claims, nonce: bytes, credential: Credential, key: ec.EllipticCurvePrivateKey) -> bytes:
-    """Sign the claims; `nonce` makes each token different from every other."""
+    """Sign the claims; `nonce` makes each token different from every other.
+
+    Raise IdentityTooLargeError for claims that no peer would read.
+    """
     payload = json.dumps(_claims_to_json(claims, nonce), separators=(",", ":"), ensure_ascii=False).encode()
+    if len(payload) > MAX_CLAIMS_BYTES:
+        raise IdentityTooLargeError(
+            f"identity of {claims.identity.pod} takes {len(payload)} bytes, a token has room for {MAX_CLAIMS_BYTES}"
+        )
     deflate = zlib.compressobj(9, zlib.DEFLATED, -15, 9, zlib.Z_DEFAULT_STRATEGY, TOKEN_DICTIONARY)
     packed = deflate.compress(payload) + deflate.flush()
     compact = _JWS.encode(packed, key, algorithm=_ALGORITHM, headers={"kid": credential.key_id, "zip": "DEF"})
@@ -179,6 +188,8 @@ def _list(value: object) -> list[Any]:
 def _number(value: object) -> float:
     if isinstance(value, bool) or not isinstance(value, int):
         raise TypeError("not an integer")
+    if not 0 <= value <= _MAX_NUMBER:
+        raise ValueError("integer out of range")
     return float(value)
 
 
