@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import ipaddress
+import re
 import types
 import typing
 from collections.abc import Mapping
@@ -21,6 +22,10 @@ import yaml
 
 from enforcer_daemon.errors import SettingsError
 from enforcer_daemon.model import IPAddress, IPNetwork
+
+_NAME = re.compile(r"[a-z0-9]([a-z0-9.-]*[a-z0-9])?", re.ASCII)
+_MAX_NUMBER = 1e9
+"""Seconds of thirty years, and more of anything than is sensible."""
 
 
 class DenyWith(Enum):
@@ -150,7 +155,7 @@ def load_settings(path: Path) -> Settings:
     """Read the file; raise SettingsError that names the file and the key at fault."""
     try:
         tree = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as err:
+    except (OSError, ValueError, yaml.YAMLError) as err:  # ValueError: not UTF-8, or a date that does not exist
         raise SettingsError(f"{path}: {err}") from err
     try:
         return decode_settings(tree if tree is not None else {})
@@ -169,8 +174,9 @@ def _check(settings: Settings) -> None:
     credentials = settings.credentials
     if (credentials.ca_certificate is None) != (credentials.ca_key is None):
         raise SettingsError("credentials.caCertificate and credentials.caKey: set both or none")
-    if not settings.node:
-        raise SettingsError("node: must not be empty")
+    for key, name in (("node", settings.node), ("trustDomain", settings.trust_domain)):
+        if not _NAME.fullmatch(name):
+            raise SettingsError(f"{key}: must be a DNS name in lower case: it is part of the certificate")
     if settings.log.level not in ("debug", "info", "warning", "error"):
         raise SettingsError("log.level: must be debug, info, warning or error")
     if settings.log.format not in ("json", "console"):
@@ -264,6 +270,8 @@ def _decode_scalar(hint: Any, value: object, name: str) -> Any:
             raise SettingsError(f"{name}: must be one of {', '.join(choices)}")
         return hint(value)
     if hint is float and isinstance(value, int | float) and not isinstance(value, bool):
+        if not -_MAX_NUMBER <= value <= _MAX_NUMBER:  # NaN is not, either: it compares with nothing.
+            raise SettingsError(f"{name}: must be a finite number")
         return float(value)
     if hint in (int, str) and type(value) is hint:
         return value

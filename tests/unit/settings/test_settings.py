@@ -1,0 +1,105 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Settings: every key with its type, and errors that name the key."""
+
+from __future__ import annotations
+
+from ipaddress import ip_address, ip_network
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from enforcer_daemon.errors import SettingsError
+from enforcer_daemon.settings import DenyWith, RulesBackend, decode_settings, load_settings
+
+
+def test_a_node_name_is_all_that_is_needed() -> None:
+    settings = decode_settings({"node": "node-1"})
+    assert (settings.node, settings.trust_domain, settings.deny_with) == ("node-1", "cluster.local", DenyWith.DROP)
+    assert settings.handshake.clock_leeway_s == 30.0
+
+
+def test_every_kind_of_value_is_read() -> None:
+    settings = decode_settings(
+        {
+            "node": "node-1",
+            "denyWith": "reset",
+            "policyDir": None,
+            "stateDir": "/state",
+            "credentials": {"caCertificate": "/ca.pem", "caKey": "/ca.key", "certificateLifetimeS": 60},
+            "networks": {"enforced": ["10.0.0.0/8", "fd00::/16"], "masquerade": ["192.0.2.1"]},
+            "dataplane": {"rulesBackend": "iptables", "queueNumber": 0},
+            "registration": {"excludedNamespaces": ["kube-system"]},
+        }
+    )
+    assert settings.deny_with is DenyWith.RESET
+    assert settings.policy_dir is None
+    assert settings.credentials.certificate_lifetime_s == 60.0
+    assert settings.networks.enforced == (ip_network("10.0.0.0/8"), ip_network("fd00::/16"))
+    assert settings.networks.masquerade == (ip_address("192.0.2.1"),)
+    assert settings.dataplane.rules_backend is RulesBackend.IPTABLES
+    assert settings.registration.excluded_namespaces == ("kube-system",)
+    assert settings.state_dir == Path("/state")
+
+
+@pytest.mark.parametrize(
+    ("tree", "message"),
+    [
+        ([], "the file: must be a mapping"),
+        ({}, "node: is required"),
+        ({"node": ""}, "node: must be a DNS name"),
+        ({"node": "a/b"}, "node: must be a DNS name"),
+        ({"node": "Ünode"}, "node: must be a DNS name"),
+        ({"node": 7}, "node: must be a string"),
+        ({"node": "n", "trustDomain": "a/b"}, "trustDomain: must be a DNS name"),
+        ({"node": "n", "colour": 1}, "colour: unknown setting"),
+        ({"node": "n", 7: 1}, "7: unknown setting"),
+        ({"node": "n", "log": {"levl": 1}}, "log.levl: unknown setting"),
+        ({"node": "n", "log": []}, "log: must be a mapping"),
+        ({"node": "n", "log": {"level": "loud"}}, "log.level: must be"),
+        ({"node": "n", "log": {"format": "xml"}}, "log.format: must be"),
+        ({"node": "n", "denyWith": "shout"}, "denyWith: must be one of drop, reset"),
+        ({"node": "n", "denyWith": ["drop"]}, "denyWith: must be one of drop, reset"),
+        ({"node": "n", "stateDir": "relative"}, "stateDir: must be an absolute path"),
+        ({"node": "n", "stateDir": 7}, "stateDir: must be an absolute path"),
+        ({"node": "n", "networks": {"enforced": "10.0.0.0/8"}}, "networks.enforced: must be a list"),
+        ({"node": "n", "networks": {"enforced": [7]}}, "networks.enforced[0]: must be a string"),
+        ({"node": "n", "networks": {"enforced": ["10.0.0.1/8"]}}, "networks.enforced[0]: 10.0.0.1/8 has host bits"),
+        ({"node": "n", "networks": {"masquerade": ["x"]}}, "networks.masquerade[0]: "),
+        ({"node": "n", "credentials": {"caKey": "/x"}}, "credentials.caCertificate and credentials.caKey"),
+        ({"node": "n", "dataplane": {"queueNumber": 65_536}}, "dataplane.queueNumber: must be 0 to 65535"),
+        ({"node": "n", "dataplane": {"queueNumber": True}}, "dataplane.queueNumber: must be a number"),
+        ({"node": "n", "dataplane": {"packetsPerTurn": 0}}, "dataplane.packetsPerTurn: must be more than 0"),
+        ({"node": "n", "handshake": {"timeoutS": "1"}}, "handshake.timeoutS: must be a number"),
+        ({"node": "n", "handshake": {"timeoutS": True}}, "handshake.timeoutS: must be a number"),
+        ({"node": "n", "handshake": {"timeoutS": float("nan")}}, "handshake.timeoutS: must be a finite number"),
+        ({"node": "n", "handshake": {"clockLeewayS": float("nan")}}, "handshake.clockLeewayS: must be a finite number"),
+        ({"node": "n", "handshake": {"clockLeewayS": float("inf")}}, "handshake.clockLeewayS: must be a finite number"),
+        ({"node": "n", "handshake": {"clockLeewayS": 10**400}}, "handshake.clockLeewayS: must be a finite number"),
+        ({"node": "n", "handshake": {"clockLeewayS": -1}}, "handshake.clockLeewayS: must not be negative"),
+    ],
+    ids=str,
+)
+def test_an_error_names_the_key(tree: Any, message: str) -> None:
+    with pytest.raises(SettingsError) as caught:
+        decode_settings(tree)
+    assert str(caught.value).startswith(message)
+
+
+def test_a_file_is_read(tmp_path: Path) -> None:
+    path = tmp_path / "enforcer.yaml"
+    path.write_text("node: node-1\n")
+    assert load_settings(path).node == "node-1"
+
+
+@pytest.mark.parametrize("content", [b"node: [", b"\xff\xfe\xff", b"node: 2024-99-99", b"", b"node: n\nx: 1\n"])
+def test_an_error_of_a_file_names_the_file(tmp_path: Path, content: bytes) -> None:
+    path = tmp_path / "enforcer.yaml"
+    path.write_bytes(content)
+    with pytest.raises(SettingsError, match=r"enforcer\.yaml: "):
+        load_settings(path)
+
+
+def test_a_missing_file_is_named(tmp_path: Path) -> None:
+    with pytest.raises(SettingsError, match=r"absent\.yaml"):
+        load_settings(tmp_path / "absent.yaml")
