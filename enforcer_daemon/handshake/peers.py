@@ -113,8 +113,9 @@ class PeerVerifier:
     def _charge(self, source: bytes, now: float) -> None:
         """Take one verification from the source's allowance, which refills at the configured rate."""
         rate = self._settings.max_verifications_per_s
-        left, since = self._allowance.pop(source, (rate, now))
-        left = min(rate, left + (now - since) * rate)
+        burst = max(1.0, rate)  # Else a rate below one a second would never allow any.
+        left, since = self._allowance.pop(source, (burst, now))
+        left = min(burst, left + (now - since) * rate)
         if left < 1.0:
             self._allowance[source] = (left, now)
             raise PeerError(Reason.VERIFY_RATE, f"more than {rate:g} new tokens a second")
