@@ -125,16 +125,16 @@ class Endpoint:
 
     def sign(self) -> None:
         """Use a fresh token for new flows; one that is too large leaves the pod without a new one, and says so."""
-        token = self._node.sign(self.identity)
         self.token_signed_at = time.time()
         try:
+            token = self._node.sign(self.identity)
             self.identity_bytes, self.budget_bytes = _require_room(token, self.mtu)
         except IdentityTooLargeError as err:
             self.problem = str(err)
-            token.expires_at = 0.0  # The old identity must not be shown any longer, and the new one cannot be.
+            self._context.local.expires_at = 0.0  # It must not be shown any longer, and the new one cannot be.
         else:
             self.problem = ""
-        self._context.local = token
+            self._context.local = token
 
     def replace_sandbox(self, sandbox: Sandbox, identity: Identity) -> None:
         """Take over another set of attachments of the same namespace."""

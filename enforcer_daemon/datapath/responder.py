@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 from enforcer_daemon.datapath.context import EndpointContext
-from enforcer_daemon.errors import PeerError
+from enforcer_daemon.errors import PeerError, TokenError
 from enforcer_daemon.handshake.flows import FlowTable, Offer, ResponderFlow
 from enforcer_daemon.handshake.frames import (
     SYN_ACK_OVERHEAD,
@@ -60,7 +60,7 @@ class Responder:
             return self._plain_syn(segment, key)
         syn_hash = frame_hash(payload)
         if flow is not None and (flow.offer.isn, flow.offer.syn_hash) == (segment.seq, syn_hash):
-            return _deliver_syn(segment, 0)
+            return _deliver_again(segment, flow)
         context = self._context
         frame = decode_syn(payload)
         peer = context.node.verifier.verify(frame.block, segment.src, now, now + context.node.wall_offset_s)
@@ -70,6 +70,8 @@ class Responder:
             context.report(Direction.INGRESS, segment.src, segment.dport, decision, peer=peer.identity)
             return self._deny_syn(segment, key)
         self._require_room(segment)
+        if now + context.node.wall_offset_s > context.local.expires_at:
+            raise TokenError(Reason.TOKEN_EXPIRED, "our own; is the identity too large, or the daemon overloaded?")
         context.node.use_nonce(frame.nonce)
         context.report(Direction.INGRESS, segment.src, segment.dport, decision, peer=peer.identity)
         offer = Offer(frame.nonce, segment.seq, syn_hash, segment.dst, segment.dport)
@@ -209,6 +211,16 @@ def _deliver_syn(segment: Segment, mark: int) -> Verdict:
     """Take off the frame; an earlier release of the same ports and addresses is taken back with it."""
     packet = with_options_and_payload(segment, without_fast_open(segment.options), b"")
     return Verdict(Action.FORGET if mark & OWN_MASK else Action.ACCEPT, packet)
+
+
+def _deliver_again(segment: Segment, flow: ResponderFlow) -> Verdict:
+    """Let a retransmission in while the proof is still owed; after it, the SYN could only be a replay.
+
+    To a kernel that has closed the connection it would open another, and the flow's release would stand in for a proof.
+    """
+    if flow.state not in (State.OFFERED, State.ANSWERED):
+        raise PeerError(Reason.REPLAYED_NONCE, "the SYN of a connection that was released")
+    return _deliver_syn(segment, 0)
 
 
 def _repeat_syn_ack(segment: Segment, flow: ResponderFlow) -> Inject:
