@@ -161,7 +161,7 @@ class EndpointDatapath:
         if header is not None:
             remote = header.src if direction is Direction.INGRESS else header.dst
             protocol = header.protocol
-            if header.offset + 4 <= header.end:
+            if header.offset + 4 <= min(header.end, len(packet)):
                 port = packet[header.offset + 2] << 8 | packet[header.offset + 3]
         self._context.report(
             direction, remote, port, Decision(False, reason, direction), protocol=protocol, detail=detail
