@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -13,10 +12,10 @@ from enforcer_daemon.handshake.flows import Flow
 from enforcer_daemon.handshake.local import LocalToken
 from enforcer_daemon.handshake.peers import PeerVerifier
 from enforcer_daemon.model import Decision, Direction, Identity, PodRef, RuleRef
-from enforcer_daemon.packet.tcp import ACK, RST, SYN, Segment, build
+from enforcer_daemon.packet.tcp import ACK, RST, SYN, Segment, build, with_payload
 from enforcer_daemon.reasons import Reason
 from enforcer_daemon.settings import DenyWith, HandshakeSettings
-from enforcer_daemon.verdict import DROP, Action, Inject, Settle, Verdict
+from enforcer_daemon.verdict import ACCEPT, DROP, Action, Inject, Settle, Verdict
 
 TrueSource = Callable[[int, bytes, int, bytes, int], bytes | None]
 """(protocol, source, source port, destination, destination port) of a packet that came from one of the node's addresses
@@ -86,7 +85,7 @@ class NodeContext:
         """Packed addresses of the node's own interfaces."""
         self.wall_offset_s = 0.0
         """Unix time less monotonic time."""
-        self._nonces: dict[bytes, None] = {}
+        self._nonces: dict[bytes, bytes] = {}
 
     def trace(self, protocol: int, source: tuple[bytes, int], destination: tuple[bytes, int]) -> tuple[bytes, bool]:
         """Give the address that a packet really came from, and whether the node itself sent it."""
@@ -96,13 +95,18 @@ class NodeContext:
         true_source = self.true_source(protocol, *source, *destination)
         return true_source or address, true_source == address
 
-    def use_nonce(self, nonce: bytes) -> None:
-        """Remember an initiator's nonce; raise PeerError where it was used before."""
-        if nonce in self._nonces:
+    def use_nonce(self, nonce: bytes, connection: bytes) -> None:
+        """Remember an initiator's nonce; raise PeerError where it was used before.
+
+        `connection` names the flow and its ISN. One that ended before its SYN is retransmitted (a lost RST) is offered
+        again; empty where another handshake of these ports is under way, which no old SYN may replace.
+        """
+        used = self._nonces.get(nonce)
+        if used is not None and used != connection:
             raise PeerError(Reason.REPLAYED_NONCE)
         if len(self._nonces) >= _MAX_NONCES:
             del self._nonces[next(iter(self._nonces))]
-        self._nonces[nonce] = None
+        self._nonces[nonce] = connection
 
 
 class EndpointContext:
@@ -120,7 +124,7 @@ class EndpointContext:
         self.reports: list[FlowReport] = []
         self.lost_reports = 0
         self._hold_ids = 0
-        self._held: deque[tuple[float, Flow, int]] = deque()
+        self._held: dict[int, tuple[float, Flow]] = {}
         self._injected: dict[tuple[bytes, int, int, int], None] = {}
 
     def report(
@@ -172,23 +176,32 @@ class EndpointContext:
             raise PeerError(Reason.HOLD_QUEUE_FULL)
         self._hold_ids += 1
         flow.held.append(self._hold_ids)
-        self._held.append((now + HOLD_S, flow, self._hold_ids))
+        self._held[self._hold_ids] = (now + HOLD_S, flow)
         return Verdict(Action.HOLD, hold_id=self._hold_ids, effects=effects)
 
     def settle_held(self, flow: Flow, verdict: Verdict) -> tuple[Settle, ...]:
         """Give every packet that waits for a flow the same verdict, oldest first."""
         held, flow.held = flow.held, []
+        for hold_id in held:
+            del self._held[hold_id]
         return tuple(Settle(hold_id, verdict) for hold_id in held)
 
     def expire_held(self, now: float) -> list[Settle]:
         """Drop what has waited too long."""
         effects = []
-        while self._held and self._held[0][0] <= now:
-            _, flow, hold_id = self._held.popleft()
-            if hold_id in flow.held:
-                flow.held.remove(hold_id)
-                effects.append(Settle(hold_id, DROP))
+        while self._held:
+            hold_id, (deadline, flow) = next(iter(self._held.items()))
+            if deadline > now:
+                break
+            del self._held[hold_id]
+            flow.held.remove(hold_id)
+            effects.append(Settle(hold_id, DROP))
         return effects
+
+
+def bare_reset(segment: Segment) -> Verdict:
+    """Let a RST pass, without the data that it may carry: nobody has proven anything yet."""
+    return ACCEPT if segment.data == segment.end else Verdict(Action.ACCEPT, with_payload(segment, b""))
 
 
 def reset_local(segment: Segment) -> bytes:

@@ -78,10 +78,13 @@ class EndpointDatapath:
         self._context.report(direction, flow.key[:address_length], port, decision)
 
     def forget_unfinished(self, is_denied: Callable[[int], bool]) -> tuple[Settle, ...]:
-        """Give up the handshakes that began under a policy which no longer allows them, by their flows' index."""
+        """Give up the flows that were judged by a policy which no longer allows them, by their flows' index.
+
+        Also the released ones that are remembered: their next packet must not be released again.
+        """
         effects: list[Settle] = []
         for table in (self._initiator.flows, self._responder.flows):
-            for flow in list(table.unfinished()):
+            for flow in table.known():
                 if flow.release.mark and is_denied((flow.release.mark & INDEX_MASK) >> INDEX_SHIFT):
                     table.discard(flow)  # type: ignore[arg-type]
                     effects += self._context.settle_held(flow, DROP)
@@ -136,7 +139,9 @@ class EndpointDatapath:
         onward = build(segment.src, segment.dst, ports, (segment.seq, segment.ack), RST | ACK, 0)
         if direction is Direction.INGRESS:
             return Verdict(Action.ACCEPT, onward, effects=(self._context.reset_remote(key, segment, direction),))
-        return Verdict(Action.ACCEPT, onward, effects=(Inject(reset_local(segment)),))
+        # The RST has the pod's own ports and numbers: where policy denies everything, it would carry messages out.
+        onwards = Verdict(Action.ACCEPT, onward) if self._initiator.may_reach(segment) else DROP
+        return onwards._replace(effects=(Inject(reset_local(segment)),))
 
     def _datagram(self, packet: bytes, header: IPHeader, direction: Direction) -> Verdict:
         """Judge what carries no identity by its address; replies follow the release of their flow."""

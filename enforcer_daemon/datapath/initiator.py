@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from enforcer_daemon.datapath.context import EndpointContext, reset_local
+from enforcer_daemon.datapath.context import EndpointContext, bare_reset, reset_local
 from enforcer_daemon.datapath.judging import Destination, Ruling
 from enforcer_daemon.errors import PeerError, TokenError
 from enforcer_daemon.handshake.flows import FlowTable, InitiatorFlow
@@ -57,6 +57,14 @@ class Initiator:
         )
         self.flows.add(flow)
         return self._attach_frame(segment, flow, mark)
+
+    def may_reach(self, segment: Segment) -> bool:
+        """Tell whether the pod could be allowed to send anything at all to where a segment goes."""
+        context = self._context
+        destination = context.node.networks.destination(segment.dst)
+        if destination is Destination.EXTERNAL:
+            return context.judge.egress(None, segment.dst, segment.dport).decision.is_allowed
+        return context.judge.could_allow_egress(destination, segment.dst, segment.dport)
 
     def _attach_frame(self, segment: Segment, flow: InitiatorFlow, mark: int) -> Verdict:
         """Replace the SYN's payload; Fast Open data among it is sent again by the kernel, after the handshake."""
@@ -141,7 +149,7 @@ class Initiator:
         """Let the pod's first segment after the SYN-ACK carry the proof, and release the flow with it."""
         if segment.flags & RST:
             self.flows.discard(flow)
-            return ACCEPT
+            return bare_reset(segment)._replace(effects=self._context.settle_held(flow, DROP))
         match flow.state:
             case State.VERIFIED:
                 return self._prove(segment, flow, now)
@@ -159,17 +167,23 @@ class Initiator:
         if has_room(options) and is_small:
             flow.advance(Event.PROOF_ATTACHED)
             self.flows.settle(flow)
-            options += proof_option(flow.proof, is_lone=False)
-            return Verdict(
-                Action.RELEASE, with_options_and_payload(segment, options, segment.payload), flow.release.mark
-            )
+            # First, since nothing counts that follows an end-of-options marker of the pod's stack.
+            options = proof_option(flow.proof, is_lone=False) + options
+            packet = with_options_and_payload(segment, options, segment.payload)
+            if segment.data == segment.end:
+                flow.again = (Inject(packet),)
+            return Verdict(Action.RELEASE, packet, flow.release.mark)
         flow.advance(Event.LONE_PROOF_SENT)
-        return self._context.hold(flow, now, (_lone_proof(segment, flow),))
+        lone = _lone_proof(segment, flow)
+        if segment.data == segment.end:
+            flow.again = (lone, Inject(segment.packet))
+        return self._context.hold(flow, now, (lone,))
 
     def _pass_lone_proof(self, segment: Segment, flow: InitiatorFlow, now: float) -> Verdict:
         found = find_proof(segment.options)
         if found is None or not found.is_lone or found.proof != flow.proof:
-            return self._context.hold(flow, now)
+            # None waits: what did, timed out, and so our ACK was lost before it came here.
+            return self._context.hold(flow, now, () if flow.held else (_lone_proof(segment, flow),))
         flow.advance(Event.LONE_PROOF_PASSED)
         self.flows.settle(flow)
         return flow.release._replace(effects=self._context.settle_held(flow, flow.release))
@@ -183,7 +197,7 @@ class Initiator:
                 raise PeerError(Reason.UNKNOWN_FLOW, "RST that refuses another SYN")
             if flow.state is State.OPENING:
                 self.flows.discard(flow)
-            return ACCEPT
+            return bare_reset(segment)
         if segment.data == segment.end and flow.state is State.OPENING:
             # A challenge ACK of a peer that still has the last connection of these ports (RFC 5961): the pod's kernel
             # answers it with a RST and sends its SYN again.
@@ -207,8 +221,11 @@ def _lone_proof(segment: Segment, flow: InitiatorFlow) -> Inject:
 
 
 def _prove_again(segment: Segment, flow: InitiatorFlow) -> Verdict:
-    """The peer repeats its SYN-ACK because our proof was lost; the pod's kernel need not know."""
+    """The peer repeats its SYN-ACK because our proof was lost; the pod's kernel need not know.
+
+    The pod's own bare ACK goes along: a server that speaks first would wait for it in vain. Data its kernel repeats.
+    """
     if segment.seq != flow.isn_r:
         raise PeerError(Reason.UNKNOWN_FLOW, "SYN-ACK of another handshake")
     answer = segment._replace(src=segment.dst, dst=segment.src, sport=segment.dport, dport=segment.sport)
-    return DROP._replace(effects=(_lone_proof(answer, flow),))
+    return DROP._replace(effects=flow.again or (_lone_proof(answer, flow),))

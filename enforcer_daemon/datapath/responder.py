@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from enforcer_daemon.datapath.context import EndpointContext
+from enforcer_daemon.datapath.context import EndpointContext, bare_reset
 from enforcer_daemon.errors import PeerError, TokenError
 from enforcer_daemon.handshake.flows import FlowTable, Offer, ResponderFlow
 from enforcer_daemon.handshake.frames import (
@@ -55,9 +55,7 @@ class Responder:
         payload = segment.payload
         flow = self.flows.get(key)
         if not is_frame(payload):
-            if flow is not None:
-                self.flows.discard(flow)
-            return self._plain_syn(segment, key)
+            return self._plain_syn(segment, key, flow)
         syn_hash = frame_hash(payload)
         if flow is not None and (flow.offer.isn, flow.offer.syn_hash) == (segment.seq, syn_hash):
             return _deliver_again(segment, flow)
@@ -72,7 +70,7 @@ class Responder:
         self._require_room(segment)
         if now + context.node.wall_offset_s > context.local.expires_at:
             raise TokenError(Reason.TOKEN_EXPIRED, "our own; is the identity too large, or the daemon overloaded?")
-        context.node.use_nonce(frame.nonce)
+        context.node.use_nonce(frame.nonce, b"" if flow is not None else key + segment.seq.to_bytes(4, "big"))
         context.report(Direction.INGRESS, segment.src, segment.dport, decision, peer=peer.identity)
         offer = Offer(frame.nonce, segment.seq, syn_hash, segment.dst, segment.dport)
         flow = ResponderFlow(key, context.local, peer, offer, now + context.node.settings.timeout_s)
@@ -92,7 +90,7 @@ class Responder:
         true_source, _ = context.node.trace(TCP, (source, segment.sport), (segment.dst, segment.dport))
         if true_source != source and true_source in peer.addresses:
             return true_source
-        if source in context.node.networks.masquerade:
+        if true_source == source and not is_own and source in context.node.networks.masquerade:
             same_family = [address for address in peer.addresses if len(address) == len(source)]
             return min(same_family, default=source)
         if is_own:
@@ -106,7 +104,7 @@ class Responder:
         if mss is not None and length + _MAX_OPTIONS > mss + TCP_MIN_HEADER:
             raise PeerError(Reason.IDENTITY_TOO_LARGE, f"frame of {length} bytes, the initiator's MSS is {mss}")
 
-    def _plain_syn(self, segment: Segment, key: bytes) -> Verdict:
+    def _plain_syn(self, segment: Segment, key: bytes, flow: ResponderFlow | None) -> Verdict:
         context = self._context
         source, destination = (segment.src, segment.sport), (segment.dst, segment.dport)
         address, is_node = context.node.trace(TCP, source, destination)
@@ -115,7 +113,11 @@ class Responder:
         else:
             decision, release = context.judge.ingress(None, address, segment.dport)
         context.report(Direction.INGRESS, address, segment.dport, decision)
-        return release if decision.is_allowed else self._deny_syn(segment, key)
+        if not decision.is_allowed:
+            return self._deny_syn(segment, key)  # A stranger's SYN ends nobody's handshake.
+        if flow is not None:
+            self.flows.discard(flow)
+        return release
 
     def _deny_syn(self, segment: Segment, key: bytes) -> Verdict:
         if self._context.node.deny_with is DenyWith.RESET:
@@ -131,6 +133,8 @@ class Responder:
             raise PeerError(Reason.UNKNOWN_FLOW, "SYN-ACK")
         if segment.ack != (flow.offer.isn + 1) & _NUMBERS:
             raise PeerError(Reason.UNKNOWN_FLOW, "SYN-ACK acknowledges another SYN")
+        if flow.state is State.RELEASED and segment.seq != flow.isn_r:
+            raise PeerError(Reason.UNKNOWN_FLOW, "SYN-ACK of another connection than the one that was proven")
         frame = flow.frame if segment.seq == flow.isn_r else flow.answer(segment.seq, self._context.node.random(16))
         if flow.state in (State.OFFERED, State.ANSWERED):
             flow.advance(Event.SYN_ACK_SENT)
@@ -145,7 +149,7 @@ class Responder:
             if segment.seq != (flow.offer.isn + 1) & _NUMBERS:
                 raise PeerError(Reason.UNKNOWN_FLOW, "RST outside the handshake")
             self.flows.discard(flow)
-            return ACCEPT._replace(effects=self._context.settle_held(flow, DROP))
+            return bare_reset(segment)._replace(effects=self._context.settle_held(flow, DROP))
         found = find_proof(segment.options)
         if found is not None and flow.state is not State.OFFERED:
             return self._accept_proof(segment, flow, found)
@@ -201,7 +205,7 @@ class Responder:
             return flow.release
         if segment.flags & RST:
             self.flows.discard(flow)
-            return ACCEPT._replace(effects=self._context.settle_held(flow, DROP))
+            return bare_reset(segment)._replace(effects=self._context.settle_held(flow, DROP))
         if segment.data == segment.end:
             return ACCEPT
         raise PeerError(Reason.UNKNOWN_FLOW, f"data while {flow.state.name.lower()}")

@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from typing import Generic, NamedTuple, TypeVar
 
 from enforcer_daemon.errors import PeerError
@@ -13,7 +13,7 @@ from enforcer_daemon.handshake.machine import Event, State, next_state
 from enforcer_daemon.handshake.peers import Peer
 from enforcer_daemon.handshake.proofs import Transcript, frame_hash, initiator_proof, require_equal, responder_proof
 from enforcer_daemon.reasons import Reason
-from enforcer_daemon.verdict import DROP
+from enforcer_daemon.verdict import DROP, Inject
 
 MAX_SETTLED_FLOWS = 4_096
 """Released flows that are remembered a while, to answer for a lost proof."""
@@ -42,7 +42,7 @@ class Flow:
 class InitiatorFlow(Flow):
     """A connection that the pod opens."""
 
-    __slots__ = ("frame", "isn", "isn_r", "nonce", "peer", "proof")
+    __slots__ = ("again", "frame", "isn", "isn_r", "nonce", "peer", "proof")
 
     def __init__(self, key: bytes, local: LocalToken, nonce: bytes, isn: int, deadline: float) -> None:
         super().__init__(key, local, State.OPENING, deadline)
@@ -52,6 +52,8 @@ class InitiatorFlow(Flow):
         self.peer: Peer | None = None
         self.proof = b""
         self.isn_r = 0
+        self.again: tuple[Inject, ...] = ()
+        """What to send where the peer asks for the proof again: it, and the pod's bare ACK."""
 
     def verify(self, payload: bytes, frame: SynAckFrame, isn_r: int, peer: Peer) -> None:
         """Check proof_r and compute proof_i; raise ProofError where it was made by another, or for another SYN."""
@@ -158,6 +160,6 @@ class FlowTable(Generic[_AnyFlow]):
             del self._open[flow.key]
             yield flow
 
-    def unfinished(self) -> Iterable[_AnyFlow]:
-        """Give the unfinished flows, oldest first."""
-        return self._open.values()
+    def known(self) -> list[_AnyFlow]:
+        """Give all flows, settled or not."""
+        return [*self._open.values(), *self._settled.values()]

@@ -75,7 +75,7 @@ def test_lost_proof_is_asked_for_and_held_data_follows_it_in_order() -> None:
     (again,) = server.flush_injected()
     assert client.receive(again) == []
     (proof,) = client.flush_injected()
-    assert server.receive(proof) == [first, second]
+    assert server.receive(proof) == [connection.ack(), first, second]
 
 
 def test_no_room_for_the_option_sends_the_proof_alone_and_first() -> None:
