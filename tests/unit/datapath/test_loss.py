@@ -1,0 +1,412 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Packets lost, repeated and out of order, at each step of the handshake: it goes on, or ends with a reason."""
+
+from __future__ import annotations
+
+import pytest
+
+from enforcer_daemon.datapath import context
+from enforcer_daemon.datapath.context import HOLD_S
+from enforcer_daemon.handshake.frames import find_proof, is_frame
+from enforcer_daemon.model import Direction
+from enforcer_daemon.packet.tcp import ACK, FIN, RST, build, with_payload
+from enforcer_daemon.verdict import Action, Settle
+from tests.unit.datapath.pair import TIMESTAMPS, Connection, make_pair, segment
+
+CROWDED = TIMESTAMPS * 2
+"""Options that leave no room for a proof."""
+
+
+def connect(connection: Connection) -> None:
+    """Go as far as the SYN-ACK's delivery."""
+    (syn,) = connection.client.send(connection.syn())
+    connection.server.receive(syn)
+    (syn_ack,) = connection.server.send(connection.syn_ack())
+    connection.client.receive(syn_ack)
+
+
+def release(connection: Connection) -> None:
+    """Finish the handshake."""
+    connect(connection)
+    (ack,) = connection.client.send(connection.ack())
+    connection.server.receive(ack)
+
+
+def exchange(connection: Connection, rounds: int = 4) -> list[bytes]:
+    """Carry the enforcers' own packets to and fro; answer what the server's kernel gets."""
+    delivered = []
+    for n in range(rounds):
+        for packet in connection.server.flush_injected(1.0 + n):
+            connection.client.receive(packet, 1.0 + n)
+        for packet in connection.client.flush_injected(1.0 + n):
+            delivered += connection.server.receive(packet, 1.0 + n)
+    return delivered
+
+
+def test_a_lost_syn_is_sent_again_with_the_same_frame() -> None:
+    connection = Connection(*make_pair())
+    (lost,) = connection.client.send(connection.syn())
+    (again,) = connection.client.send(connection.syn(), now=2.0)
+    assert lost == again
+    assert connection.server.receive(again, now=2.0) == [connection.syn()]
+
+
+def test_a_lost_syn_ack_is_sent_again_with_the_same_frame_and_proof() -> None:
+    connection = Connection(*make_pair())
+    (syn,) = connection.client.send(connection.syn())
+    connection.server.receive(syn)
+    (lost,) = connection.server.send(connection.syn_ack())
+    (repeated_syn,) = connection.client.send(connection.syn(), now=2.0)
+    assert connection.server.receive(repeated_syn, now=2.0) == [connection.syn()]
+    assert connection.server.send(connection.syn_ack(), now=2.0) == [lost]
+    assert connection.client.receive(lost, now=2.0) == [connection.syn_ack()]
+
+
+def test_a_syn_ack_that_comes_twice_before_the_ack_is_delivered_twice() -> None:
+    connection = Connection(*make_pair())
+    connect(connection)
+    (again,) = connection.server.send(connection.syn_ack())
+    assert connection.client.receive(again) == [connection.syn_ack()]
+    (ack,) = connection.client.send(connection.ack())
+    assert connection.server.receive(ack) == [connection.ack()]
+
+
+def test_a_server_that_speaks_first_gets_its_ack_although_the_proof_was_lost() -> None:
+    connection = Connection(*make_pair())
+    connect(connection)
+    connection.client.send(connection.ack())  # Lost on the wire; the client has nothing to say.
+    (syn_ack,) = connection.server.send(connection.syn_ack(), now=2.0)  # The server's kernel asks again.
+    assert connection.client.receive(syn_ack, now=2.0) == []
+    (proof,) = connection.client.flush_injected(2.0)
+    assert connection.server.receive(proof, now=2.0) == [connection.ack()]
+
+
+def test_the_same_where_the_proof_went_alone() -> None:
+    connection = Connection(*make_pair())
+    connect(connection)
+    assert connection.client.send(connection.ack(options=CROWDED)) == []
+    assert len(connection.client.flush_injected()) == 2  # The proof and the ACK, both lost.
+    (syn_ack,) = connection.server.send(connection.syn_ack(), now=2.0)
+    assert connection.client.receive(syn_ack, now=2.0) == []
+    proof, ack = connection.client.flush_injected(2.0)
+    assert connection.server.receive(proof, now=2.0) == []
+    assert connection.server.receive(ack, now=2.0) == [connection.ack(options=CROWDED)]
+
+
+def test_lost_data_with_the_proof_is_repeated_by_the_kernel_and_the_proof_by_us() -> None:
+    connection = Connection(*make_pair())
+    connect(connection)
+    data = connection.ack(b"GET /")  # No pure ACK: the proof rides on data.
+    assert len(connection.client.send(data)) == 1
+    assert connection.server.receive(data, now=2.0) == []
+    assert exchange(connection) == [data]
+
+
+def test_a_proof_lost_before_our_own_queue_is_made_again() -> None:
+    connection = Connection(*make_pair())
+    client, server = connection.client, connection.server
+    connect(connection)
+    data = connection.ack(b"data", CROWDED)
+    assert client.send(data) == []
+    client.injected.clear()  # The raw socket's buffer was full.
+    assert client.send(data, now=1.2) == []
+    assert client.injected == []  # Data waits; a second proof would tell nothing new.
+    dropped = client.datapath.expire(1.3 + HOLD_S)
+    assert [type(effect) for effect in dropped] == [Settle, Settle]
+    assert client.send(data, now=3.0) == []
+    proof, delivered = client.flush_injected(3.0)
+    assert server.receive(proof, now=3.0) == []
+    assert server.receive(delivered, now=3.0) == [data]
+
+
+def test_the_proof_twice_changes_nothing() -> None:
+    connection = Connection(*make_pair())
+    connect(connection)
+    (ack,) = connection.client.send(connection.ack())
+    assert connection.server.receive(ack) == [connection.ack()]
+    assert connection.server.receive(ack) == [connection.ack()]
+
+
+def test_a_lone_proof_twice_and_after_the_release_is_consumed() -> None:
+    connection = Connection(*make_pair())
+    connect(connection)
+    connection.client.send(connection.ack(b"data", CROWDED))
+    proof, data = connection.client.flush_injected()
+    assert connection.server.receive(proof) == []
+    assert connection.server.receive(proof) == []
+    assert connection.server.receive(data) == [data]
+    assert connection.server.receive(proof) == []
+
+
+def test_data_that_overtakes_the_lone_proof_waits_for_it() -> None:
+    connection = Connection(*make_pair())
+    connect(connection)
+    connection.client.send(connection.ack(b"data", CROWDED))
+    proof, data = connection.client.flush_injected()
+    assert connection.server.receive(data) == []
+    assert connection.server.receive(proof) == [data]
+
+
+def test_data_that_overtakes_the_ack_with_the_proof_follows_it() -> None:
+    connection = Connection(*make_pair())
+    connect(connection)
+    (ack,) = connection.client.send(connection.ack())
+    (data,) = connection.client.send(connection.ack(b"data"))
+    assert connection.server.receive(data) == []
+    assert connection.server.receive(ack) == [connection.ack(), data]
+
+
+def test_a_fin_that_overtakes_the_proof_waits_for_it() -> None:
+    connection = Connection(*make_pair())
+    connect(connection)
+    (ack,) = connection.client.send(connection.ack())
+    ports = connection.sport, connection.dport
+    fin = build(connection.client.address, connection.server.address, ports, (1001, 5001), FIN | ACK, 502)
+    assert connection.server.receive(fin) == []
+    assert connection.server.receive(ack) == [connection.ack(), fin]
+
+
+def test_an_ack_that_overtakes_the_syn_ack_at_the_server_is_refused() -> None:
+    connection = Connection(*make_pair())
+    (syn,) = connection.client.send(connection.syn())
+    connection.server.receive(syn)
+    connection.server.reasons()
+    assert connection.server.receive(connection.ack()) == []
+    assert connection.server.reasons() == ["unknown-flow"]
+
+
+def test_the_servers_syn_ack_is_repeated_for_unproven_data_but_not_for_each_packet() -> None:
+    connection = Connection(*make_pair())
+    connect(connection)
+    for offset in range(3):
+        connection.server.receive(connection.ack(b"x", offset=offset), now=1.0 + offset / 1_000)
+    assert len(connection.server.injected) == 1
+    connection.server.receive(connection.ack(b"x", offset=3), now=1.1)
+    assert len(connection.server.injected) == 2
+    (repeated, _) = connection.server.flush_injected(1.1)
+    assert is_frame(segment(repeated).payload)
+
+
+def test_a_refusal_that_was_lost_is_given_again() -> None:
+    """The server's kernel refuses the port; its RST is lost, and the client's kernel sends the same SYN once more."""
+    connection = Connection(*make_pair())
+    (syn,) = connection.client.send(connection.syn())
+    connection.server.receive(syn)
+    ports = connection.dport, connection.sport
+    refusal = build(connection.server.address, connection.client.address, ports, (0, 1001), RST | ACK, 0)
+    assert connection.server.send(refusal) == [refusal]
+    assert connection.server.datapath.half_open_flows == 0
+    assert connection.server.receive(syn, now=2.0) == [connection.syn()]
+    assert connection.server.send(refusal) == [refusal]
+    assert connection.client.receive(refusal) == [refusal]
+    assert connection.client.datapath.half_open_flows == 0
+
+
+def test_an_old_syn_replaces_no_handshake_under_way() -> None:
+    connection = Connection(*make_pair())
+    client, server = connection.client, connection.server
+    (old,) = client.send(connection.syn())
+    server.receive(old)
+    (syn_ack,) = server.send(connection.syn_ack())
+    client.receive(syn_ack)  # Dropped by the client's kernel, which begins anew: another nonce.
+    (new,) = client.send(connection.syn())
+    assert old != new
+    assert server.receive(new) == [connection.syn()]
+    server.reasons()
+    assert server.receive(old) == []
+    assert server.reasons() == ["replayed-nonce"]
+    (syn_ack,) = server.send(connection.syn_ack())
+    assert client.receive(syn_ack) == [connection.syn_ack()]
+    (ack,) = client.send(connection.ack())
+    assert server.receive(ack) == [connection.ack()]
+
+
+def test_unfinished_handshakes_end_with_their_deadline() -> None:
+    connection = Connection(*make_pair(timeout_s=10.0))
+    connect(connection)
+    for endpoint, direction in ((connection.client, "egress"), (connection.server, "ingress")):
+        endpoint.datapath.take_reports()
+        assert endpoint.datapath.expire(10.9) == ()
+        assert endpoint.datapath.half_open_flows == 1
+        endpoint.datapath.expire(11.1)
+        assert endpoint.datapath.half_open_flows == 0
+        (report,) = endpoint.datapath.take_reports()
+        assert (report.reason.value, report.direction.value, report.port) == ("handshake-timeout", direction, 80)
+
+
+def test_held_data_is_dropped_after_a_while_and_the_bound_of_a_flow_holds() -> None:
+    connection = Connection(*make_pair(max_held_packets=3))
+    server = connection.server
+    connect(connection)
+    server.reasons()
+    for offset in range(5):
+        server.receive(connection.ack(b"x", offset=offset))
+    assert server.reasons() == ["hold-queue-full"] * 2
+    assert len(server.held) == 3
+    assert server.datapath.expire(1.0 + HOLD_S / 2) == ()
+    assert len(server.datapath.expire(1.0 + HOLD_S)) == 3
+
+
+def test_the_bound_of_an_endpoint_counts_what_waits_and_nothing_else(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(context, "_MAX_HELD", 2)
+    client, server = make_pair()
+    for sport in range(40_000, 40_010):
+        connection = Connection(client, server, sport=sport)
+        connect(connection)
+        assert client.send(connection.ack(b"data", CROWDED)) == []
+        assert len(client.flush_injected()) == 2
+    assert "hold-queue-full" not in client.reasons()
+    for sport in range(40_000, 40_003):
+        server.receive(Connection(client, server, sport=sport).ack(b"x"))
+    assert server.reasons().count("hold-queue-full") == 1
+
+
+@pytest.mark.parametrize("flags", [RST, RST | ACK])
+def test_a_rst_of_the_client_ends_the_servers_flow_if_it_is_in_sequence(flags: int) -> None:
+    connection = Connection(*make_pair())
+    connect(connection)
+    connection.server.receive(connection.ack(b"data"))
+    ports = connection.sport, connection.dport
+    blind = build(connection.client.address, connection.server.address, ports, (77, 0), flags, 0)
+    assert connection.server.receive(blind) == []
+    right = build(connection.client.address, connection.server.address, ports, (1001, 0), flags, 0)
+    (delivered,) = connection.server.receive(right)
+    assert delivered == right
+    assert connection.server.held == {}
+    assert connection.server.datapath.half_open_flows == 0
+
+
+def test_a_rst_of_the_client_leaves_and_ends_its_own_flow() -> None:
+    connection = Connection(*make_pair())
+    connect(connection)
+    connection.client.send(connection.ack(b"data", CROWDED))
+    ports = connection.sport, connection.dport
+    reset = build(connection.client.address, connection.server.address, ports, (1001, 0), RST, 0)
+    assert connection.client.send(reset) == [reset]
+    assert connection.client.held == {}
+    assert connection.client.datapath.half_open_flows == 0
+
+
+def test_a_rst_carries_no_data_before_the_proof() -> None:
+    connection = Connection(*make_pair())
+    connection.client.send(connection.syn())
+    ports = connection.sport, connection.dport
+    bare = build(connection.client.address, connection.server.address, ports, (1001, 0), RST, 0)
+    loaded = _with_payload(bare, b"secret")
+    assert connection.client.send(loaded) == [bare]
+    (syn,) = connection.client.send(connection.syn())
+    connection.server.receive(syn)
+    assert connection.server.receive(loaded) == [bare]
+    connection.server.receive(connection.client.send(connection.syn())[0])
+    back = connection.dport, connection.sport
+    refusal = build(connection.server.address, connection.client.address, back, (0, 1001), RST | ACK, 0)
+    assert connection.server.send(_with_payload(refusal, b"secret")) == [refusal]
+    assert connection.client.receive(_with_payload(refusal, b"secret")) == [refusal]
+
+
+def _with_payload(packet: bytes, payload: bytes) -> bytes:
+    return with_payload(segment(packet), payload)
+
+
+def test_a_blind_refusal_does_not_end_the_clients_attempt() -> None:
+    connection = Connection(*make_pair())
+    connection.client.send(connection.syn())
+    back = connection.dport, connection.sport
+    blind = build(connection.server.address, connection.client.address, back, (0, 77), RST | ACK, 0)
+    assert connection.client.receive(blind) == []
+    assert connection.client.datapath.half_open_flows == 1
+
+
+def test_a_challenge_ack_of_the_last_connection_reaches_the_kernel() -> None:
+    """TIME_WAIT at the server: its ACK makes the client's kernel send a RST and its SYN again (RFC 5961)."""
+    connection = Connection(*make_pair())
+    connection.client.send(connection.syn())
+    back = connection.dport, connection.sport
+    challenge = build(connection.server.address, connection.client.address, back, (900, 800), ACK, 502)
+    assert connection.client.receive(challenge) == [challenge]
+    ports = connection.sport, connection.dport
+    reset = build(connection.client.address, connection.server.address, ports, (800, 0), RST, 0)
+    assert connection.client.send(reset) == [reset]
+    (syn,) = connection.client.send(connection.syn(), now=2.0)
+    assert connection.server.receive(syn, now=2.0) == [connection.syn()]
+
+
+def test_a_new_connection_on_released_ports_takes_back_the_release() -> None:
+    connection = Connection(*make_pair())
+    release(connection)
+    again = Connection(connection.client, connection.server, isn_i=9_000, isn_r=9_500)
+    verdict = again.client.verdict(again.syn(), Direction.EGRESS, mark=0x8000_0000)
+    assert verdict.action is Action.FORGET
+    arrived = again.server.verdict(verdict.payload or b"", Direction.INGRESS, mark=0x8000_0000)
+    assert (arrived.action, arrived.payload) == (Action.FORGET, again.syn())
+    (syn_ack,) = again.server.send(again.syn_ack())
+    again.client.receive(syn_ack)
+    (ack,) = again.client.send(again.ack())
+    assert find_proof(segment(ack).options) is not None
+    assert again.server.receive(again.ack()) == []
+    assert again.server.receive(ack) == [again.ack()]
+
+
+def test_simultaneous_open_is_proven_both_ways() -> None:
+    connection = Connection(*make_pair())
+    one, two = connection.client, connection.server
+    back = Connection(two, one, sport=80, dport=40_000, isn_i=5_000)
+    (syn_one,) = one.send(connection.syn())
+    (syn_two,) = two.send(back.syn())
+    assert two.receive(syn_one) == [connection.syn()]
+    assert one.receive(syn_two) == [back.syn()]
+    # Each kernel answers the other's SYN with its own ISN.
+    from_one = Connection(two, one, sport=80, dport=40_000, isn_i=5_000, isn_r=1_000).syn_ack()
+    (answer_one,) = one.send(from_one)
+    (answer_two,) = two.send(connection.syn_ack())
+    assert two.receive(answer_one) == [from_one]
+    assert one.receive(answer_two) == [connection.syn_ack()]
+    (ack,) = one.send(connection.ack())
+    assert two.receive(ack) == [connection.ack()]
+
+
+def test_packets_of_released_flows_that_come_to_the_queue_are_released_again() -> None:
+    connection = Connection(*make_pair())
+    release(connection)
+    data = connection.ack(b"data")
+    back = connection.dport, connection.sport
+    answer = build(connection.server.address, connection.client.address, back, (5001, 1001), ACK, 502)
+    for endpoint, packet, direction in (
+        (connection.client, data, Direction.EGRESS),
+        (connection.server, data, Direction.INGRESS),
+        (connection.server, answer, Direction.EGRESS),
+        (connection.client, answer, Direction.INGRESS),
+    ):
+        assert endpoint.verdict(packet, direction).action is Action.RELEASE
+
+
+def test_a_syn_ack_of_another_connection_than_the_proven_one_does_not_leave() -> None:
+    connection = Connection(*make_pair())
+    release(connection)
+    other = Connection(connection.client, connection.server, isn_r=7_777)
+    connection.server.reasons()
+    assert other.server.send(other.syn_ack()) == []
+    assert other.server.reasons() == ["unknown-flow"]
+    assert len(connection.server.send(connection.syn_ack())) == 1  # Its own, once more, does.
+
+
+def test_a_policy_change_forgets_handshakes_and_remembered_releases() -> None:
+    client, server = make_pair()
+    released, waiting = Connection(client, server), Connection(client, server, sport=40_001)
+    release(released)
+    connect(waiting)
+    server.receive(waiting.ack(b"data"))
+    effects = server.datapath.forget_unfinished(lambda index: True)
+    assert len(effects) == 1
+    assert server.datapath.half_open_flows == 0
+    server.reasons()
+    assert len(server.receive(released.ack(b"data"))) == 1  # The RST for the pod's kernel.
+    assert server.reasons() == ["unknown-flow"]
+
+
+def test_a_policy_change_that_still_allows_them_changes_nothing() -> None:
+    connection = Connection(*make_pair())
+    connect(connection)
+    assert connection.server.datapath.forget_unfinished(lambda index: False) == ()
+    (ack,) = connection.client.send(connection.ack())
+    assert connection.server.receive(ack) == [connection.ack()]
