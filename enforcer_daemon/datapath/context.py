@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from struct import Struct
 from typing import NamedTuple
 
 from enforcer_daemon.datapath.judging import Judge, Networks
@@ -32,6 +33,7 @@ _MAX_NONCES = 65_536
 _MAX_REPORTS = 1_024
 """Reports that wait to be taken; beyond it new ones are only counted."""
 _NUMBERS = 0xFFFF_FFFF
+_PORTS = Struct("!HH")
 
 
 class FlowReport(NamedTuple):
@@ -157,6 +159,8 @@ class EndpointContext:
 
     def is_injected(self, key: bytes, segment: Segment) -> bool:
         """Tell whether the enforcer itself sent this packet; each is recognised once."""
+        if segment.data < segment.end:  # Not ours, whatever its numbers.
+            return False
         return self._injected.pop((key, segment.flags, segment.seq, segment.ack), 0) is None
 
     def reset_remote(self, key: bytes, segment: Segment, direction: Direction) -> Inject:
@@ -169,6 +173,16 @@ class EndpointContext:
             seq, ack, flags = segment.seq, segment.ack, RST | ACK
         packet = build(src, dst, ports, (seq, ack), flags, 0)
         return self.inject(key, packet, flags, (seq, ack))
+
+    def reset_both(self, key: bytes, own: tuple[int, int], remote: tuple[int, int]) -> tuple[Inject, Inject]:
+        """End a flow that the enforcer gives up: a RST to the peer with our `own` seq and ack, one to the pod with the
+        `remote`'s, each as the kernel at the other end would send it.
+        """
+        half = (len(key) - 4) // 2
+        far, near, far_port, near_port = key[:half], key[half:-4], *_PORTS.unpack(key[-4:])
+        outward = build(near, far, (near_port, far_port), own, RST | ACK, 0)
+        inward = build(far, near, (far_port, near_port), remote, RST | ACK, 0)
+        return self.inject(key, outward, RST | ACK, own), Inject(inward)
 
     def hold(self, flow: Flow, now: float, effects: tuple[Settle | Inject, ...] = ()) -> Verdict:
         """Keep the packet in the kernel's queue until the flow's proof; raise PeerError where too many wait."""
