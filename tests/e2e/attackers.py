@@ -183,14 +183,14 @@ def stripped(lab: Lab, pod: str) -> Iterator[None]:
 
 
 @contextmanager
-def silenced(lab: Lab, pod: str, version: int) -> Iterator[None]:
-    """Let the pod's kernel hear nothing for a while, so that it does not speak up where its address is used."""
+def silenced(lab: Lab, place: str, version: int) -> Iterator[None]:
+    """Let a place's kernel hear nothing for a while, so that it does not speak up where its address is used."""
     tool = "iptables" if version == 4 else "ip6tables"
-    lab.run(pod, tool, "-t", "raw", "-I", "PREROUTING", "-p", "tcp", "-j", "DROP")
+    lab.run(place, tool, "-t", "raw", "-I", "PREROUTING", "-p", "tcp", "-j", "DROP")
     try:
         yield
     finally:
-        lab.run(pod, tool, "-t", "raw", "-D", "PREROUTING", "-p", "tcp", "-j", "DROP")
+        lab.run(place, tool, "-t", "raw", "-D", "PREROUTING", "-p", "tcp", "-j", "DROP")
 
 
 class RawClient:
