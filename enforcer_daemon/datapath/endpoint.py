@@ -77,17 +77,17 @@ class EndpointDatapath:
         port = int.from_bytes(ports[:2] if direction is Direction.EGRESS else ports[2:], "big")
         self._context.report(direction, flow.key[:address_length], port, decision)
 
-    def forget_unfinished(self, is_denied: Callable[[int], bool]) -> tuple[Settle, ...]:
+    def forget_unfinished(self, is_denied: Callable[[int], bool]) -> tuple[Settle | Inject, ...]:
         """Give up the flows that were judged by a policy which no longer allows them, by their flows' index.
 
-        Also the released ones that are remembered: their next packet must not be released again.
+        Both ends of an unfinished one are reset: connect() may have returned, and must not wait for ever. The released
+        ones that are remembered are forgotten too: their next packet must not be released again.
         """
-        effects: list[Settle] = []
-        for table in (self._initiator.flows, self._responder.flows):
-            for flow in table.known():
+        effects: list[Settle | Inject] = []
+        for side in (self._initiator, self._responder):
+            for flow in side.flows.known():
                 if flow.release.mark and is_denied((flow.release.mark & INDEX_MASK) >> INDEX_SHIFT):
-                    table.discard(flow)  # type: ignore[arg-type]
-                    effects += self._context.settle_held(flow, DROP)
+                    effects += side.abort(flow)  # type: ignore[arg-type]
         return tuple(effects)
 
     def take_reports(self) -> list[FlowReport]:

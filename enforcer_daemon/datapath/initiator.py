@@ -22,7 +22,7 @@ from enforcer_daemon.model import Decision, Direction
 from enforcer_daemon.packet.tcp import ACK, RST, Segment, build, with_options_and_payload, without_fast_open
 from enforcer_daemon.reasons import Reason
 from enforcer_daemon.settings import DenyWith
-from enforcer_daemon.verdict import ACCEPT, DROP, Action, Inject, Verdict
+from enforcer_daemon.verdict import ACCEPT, DROP, Action, Inject, Settle, Verdict
 
 _NUMBERS = 0xFFFF_FFFF
 _SYN_HEADERS = 60
@@ -144,6 +144,15 @@ class Initiator:
             refused = build(segment.src, segment.dst, ports, numbers, RST | ACK, 0)
             return Verdict(Action.ACCEPT, refused, effects=effects)
         return DROP._replace(effects=effects)
+
+    def abort(self, flow: InitiatorFlow) -> tuple[Settle | Inject, ...]:
+        """Give a flow up because a change of policy no longer allows it."""
+        self.flows.discard(flow)
+        dropped = self._context.settle_held(flow, DROP)
+        if flow.state not in (State.VERIFIED, State.PROVING):
+            return dropped
+        next_i, next_r = (flow.isn + 1) & _NUMBERS, (flow.isn_r + 1) & _NUMBERS
+        return dropped + self._context.reset_both(flow.key, (next_i, next_r), (next_r, next_i))
 
     def segment_out(self, flow: InitiatorFlow, segment: Segment, now: float) -> Verdict:
         """Let the pod's first segment after the SYN-ACK carry the proof, and release the flow with it."""

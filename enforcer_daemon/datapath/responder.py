@@ -34,7 +34,7 @@ from enforcer_daemon.packet.tcp import (
 )
 from enforcer_daemon.reasons import Reason
 from enforcer_daemon.settings import DenyWith
-from enforcer_daemon.verdict import ACCEPT, DROP, Action, Inject, Verdict
+from enforcer_daemon.verdict import ACCEPT, DROP, Action, Inject, Settle, Verdict
 
 _NUMBERS = 0xFFFF_FFFF
 _RELEASE_NODE = Verdict(Action.RELEASE, mark=RELEASED | NODE)
@@ -142,6 +142,15 @@ class Responder:
         if len(packet) > self._context.mtu:
             raise PeerError(Reason.IDENTITY_TOO_LARGE, f"{len(packet)} bytes, MTU {self._context.mtu}")
         return Verdict(Action.ACCEPT, packet)
+
+    def abort(self, flow: ResponderFlow) -> tuple[Settle | Inject, ...]:
+        """Give a flow up because a change of policy no longer allows it."""
+        self.flows.discard(flow)
+        dropped = self._context.settle_held(flow, DROP)
+        if flow.state not in (State.ANSWERED, State.PROVEN):
+            return dropped
+        next_i, next_r = (flow.offer.isn + 1) & _NUMBERS, (flow.isn_r + 1) & _NUMBERS
+        return dropped + self._context.reset_both(flow.key, (next_r, next_i), (next_i, next_r))
 
     def segment_in(self, flow: ResponderFlow, segment: Segment, now: float) -> Verdict:
         """Let nothing through to the pod before the initiator's proof."""
