@@ -221,3 +221,15 @@ def _triremectl_status(lab: Lab) -> subprocess.CompletedProcess[str]:
     run_dir = lab.node("b").directories.run
     argv = [sys.executable, "-m", "triremectl", "status", "--run-dir", str(run_dir)]
     return subprocess.run(argv, capture_output=True, text=True, check=False, timeout=30, env={"COLUMNS": "400"})
+
+
+def test_no_connection_that_a_change_finds_half_open_is_left_hanging(lab: Lab) -> None:
+    lab.apply(DENY)
+    request = lab.request("x/client", "x/server", HTTP.number)
+    for _ in range(3 * ROUNDS):
+        lab.node("b").put(ALLOW)
+        _seconds_until(lab, Outcome.CONNECTED)
+        lab.node("b").put(DENY)
+        while (result := run_probe(request)).outcome is Outcome.CONNECTED:
+            pass
+        assert result.seconds < 1.0, result
