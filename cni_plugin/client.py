@@ -43,12 +43,15 @@ def call(run_dir: str, request: Request, timeout_s: float, netns_fd: int | None 
         raise ProtocolError(f"the request has {len(line)} bytes; the daemon takes {messages.MAX_REQUEST_BYTES}")
     deadline = time.monotonic() + timeout_s
     pause = FIRST_PAUSE_S
+    told = ""
     while True:
         try:
             reply = _attempt(path, line, deadline, netns_fd)
             if not reply.is_retryable:
                 return reply
-            seen = reply.message
+            seen = told = reply.message
+        except TimeoutError:  # the last attempt has little time; what a daemon said before tells more
+            seen = told or f"{path}: no answer in time"
         except OSError as err:
             seen = f"{path}: {_explain(err)}"
         left = deadline - time.monotonic()
@@ -95,8 +98,6 @@ def _allow(connection: socket.socket, deadline: float) -> None:
 
 
 def _explain(err: OSError) -> str:
-    if isinstance(err, TimeoutError):
-        return "no answer in time"
     if isinstance(err, FileNotFoundError | ConnectionRefusedError):
         return "no daemon listens here"
     return err.strerror or str(err)

@@ -123,14 +123,12 @@ def read_config(tree: dict[str, object], version: str) -> Config:
 
 def read_run_dir(tree: dict[str, object]) -> str:
     """Return what a DEL needs, whatever else is wrong with the configuration."""
-    run_dir = tree.get("runDir")
-    return run_dir if isinstance(run_dir, str) and run_dir.startswith("/") else DEFAULT_RUN_DIR
+    return _path_or_none(tree.get("runDir")) or DEFAULT_RUN_DIR
 
 
 def read_log_file(tree: dict[str, object]) -> str | None:
     """Return the log file, whatever else is wrong with the configuration."""
-    log_file = tree.get("logFile")
-    return log_file if isinstance(log_file, str) and log_file.startswith("/") else None
+    return _path_or_none(tree.get("logFile"))
 
 
 def _invalid(key: str, problem: str) -> CniError:
@@ -145,14 +143,19 @@ def _text(tree: dict[str, object], key: str) -> str:
 
 
 def _path(value: object, key: str) -> str:
-    if not isinstance(value, str) or not value.startswith("/") or "\0" in value:
+    path = _path_or_none(value)
+    if path is None:
         raise _invalid(key, "must be an absolute path")
-    return value
+    return path
+
+
+def _path_or_none(value: object) -> str | None:
+    return value if isinstance(value, str) and value.startswith("/") and messages.is_text(value) else None
 
 
 def _run_dir(value: object) -> str:
     run_dir = _path(value, "runDir")
-    if len(run_dir.encode(errors="surrogatepass")) > MAX_RUN_DIR_BYTES:
+    if len(run_dir.encode()) > MAX_RUN_DIR_BYTES:
         raise _invalid("runDir", f"must not have more than {MAX_RUN_DIR_BYTES} bytes: a socket's path is short")
     return run_dir
 

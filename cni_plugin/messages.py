@@ -134,6 +134,11 @@ def ifname_fault(value: str) -> str | None:
     )
 
 
+def is_text(value: str) -> bool:
+    """Tell text from what JSON can spell and no file name may hold: a zero byte, or half a surrogate pair."""
+    return "\0" not in value and not any("\ud800" <= character <= "\udfff" for character in value)
+
+
 def network_fault(value: str) -> str | None:
     """Say what is wrong with a network's name, None if nothing is."""
     return None if _NAME.fullmatch(value) else "must begin with a letter or digit and have only [A-Za-z0-9_.-]"
@@ -311,8 +316,7 @@ def _checked(fields: Fields, name: str, fault: Callable[[str], str | None]) -> s
 def _text(value: object, path: str) -> str:
     if not isinstance(value, str):
         raise MessageError(f"{path}: must be a string")
-    # JSON can spell what no file name and no UTF-8 text may hold: a zero byte, or half a surrogate pair.
-    if "\0" in value or any("\ud800" <= character <= "\udfff" for character in value):
+    if not is_text(value):
         raise MessageError(f"{path}: must be text")
     return value
 

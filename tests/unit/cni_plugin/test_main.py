@@ -170,6 +170,7 @@ def test_standard_input_that_is_no_object_is_6(cni: Plugin, data: bytes) -> None
         ({"name": "a b"}, "name: "),
         ({"cniVersion": 1}, "cniVersion: must be a string"),
         ({"runDir": "run"}, "runDir: must be an absolute path"),
+        ({"runDir": "/\ud800"}, "runDir: must be an absolute path"),
         ({"runDir": "/" + 88 * "x"}, "runDir: must not have more"),
         ({"rundir": "/run"}, "rundir: unknown key"),
         ({"excludedNamespaces": "kube-system"}, "excludedNamespaces: "),
@@ -346,7 +347,16 @@ def test_delete_forgets_the_attachment(cni: Plugin, registrar: FakeRegistrar) ->
 
 
 @pytest.mark.parametrize(
-    "changes", [{"name": ...}, {"cniVersion": "9"}, {"prevResult": ...}, {"prevResult": 1}, {"unknown": 1}, {"args": 1}]
+    "changes",
+    [
+        {"name": ...},
+        {"cniVersion": "9"},
+        {"prevResult": ...},
+        {"prevResult": 1},
+        {"unknown": 1},
+        {"args": 1},
+        {"logFile": "/\ud800"},
+    ],
 )
 def test_delete_succeeds_whatever_the_configuration(
     cni: Plugin, registrar: FakeRegistrar, changes: dict[str, object]
