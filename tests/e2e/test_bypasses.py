@@ -8,12 +8,13 @@ import struct
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from ipaddress import ip_address
 
 import pytest
 
 from enforcer_daemon.handshake.frames import is_frame
 from enforcer_daemon.marks import FORGET, INDEX_MASK, NODE, OWN_MASK, RELEASED, released_mark
-from enforcer_daemon.packet.tcp import SYN, walk_options
+from enforcer_daemon.packet.tcp import ACK, PSH, SYN, walk_options
 from enforcer_daemon.reasons import Reason
 from tests.e2e.attack import (
     DB,
@@ -23,17 +24,11 @@ from tests.e2e.attack import (
     Attack,
     attack_from,
     attacking,
+    captured_syn,
     pods,
     versions,
 )
-from tests.e2e.attackers import (
-    SYN_OPTIONS,
-    Listener,
-    RawClient,
-    await_denial,
-    read_authority,
-    stripped,
-)
+from tests.e2e.attackers import SYN_OPTIONS, Listener, RawClient, Wire, await_denial, read_authority, silenced, stripped
 from triremectl.lab import Lab, Outcome
 from triremectl.lab.netns import write_sysctls
 
@@ -207,6 +202,25 @@ def test_fast_open_between_pods_waits_for_the_proof(world: Lab, port: int, pod: 
         syn = attack.wire.await_segment(lambda found: found.flags == SYN and found.dport == port)
         assert is_frame(syn.payload)
         assert 34 not in [kind for kind, _, _ in walk_options(syn.options)]
+
+
+# With a daemon that has forgotten.
+
+
+def test_a_captured_syn_after_a_restart_still_lacks_the_proof(world: Lab, port: int) -> None:
+    """Which frames it has seen, a new daemon does not know; the answer to one is of use to its sender alone."""
+    with attack_from(world, "host:near", port) as attack:
+        syn = captured_syn(world, "shop/web", attack.listener)
+        world.node("a").restart()
+        with silenced(world, "shop/web", 4), Wire(world, DB) as tap:
+            victim = ip_address(syn.src)
+            client = RawClient(tap, *attack.target, source=victim)
+            client.ports, client.isn = (syn.sport, syn.dport), syn.seq
+            attack.wire.send(syn.packet)
+            client.await_answer()
+            attack.wire.send(client.segment(ACK, offset=1))
+            attack.wire.send(client.segment(ACK | PSH, b"let me in", offset=1))
+            attack.refused_for(Reason.PROOF_MISSING, victim)
 
 
 # And after all that.
