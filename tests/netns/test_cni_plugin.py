@@ -45,7 +45,7 @@ class World:
         self.plugin_dirs = plugin_dirs
         self.conflist: dict[str, Any] = json.loads((ROOT / "conf" / "10-trireme.conflist").read_text())
         self.conflist["plugins"][0]["ipam"]["dataDir"] = str(directory.parent / "ipam")
-        self.conflist["plugins"][-1] |= {"runDir": str(directory), "addTimeoutSeconds": 0.3}
+        self.conflist["plugins"][-1] |= {"runDir": str(directory), "addTimeoutSeconds": 3}
 
     def runtime(self) -> CniRuntime:
         prefix = ("ip", "netns", "exec", self.node)

@@ -56,6 +56,7 @@ class Plugin:
     def __init__(self, run_dir: Path, netns_path: str) -> None:
         self.run_dir = run_dir
         self.netns_path = netns_path
+        self.add_timeout_s = 0.2
 
     def config(self, **changes: object) -> dict[str, object]:
         """A right configuration with changes; a change to ... leaves the key out."""
@@ -64,7 +65,7 @@ class Plugin:
             "name": "pods",
             "type": "trireme",
             "runDir": str(self.run_dir),
-            "addTimeoutSeconds": 0.2,
+            "addTimeoutSeconds": self.add_timeout_s,
             "prevResult": PREV_RESULT,
             **changes,
         }
@@ -90,17 +91,25 @@ class Plugin:
         return Outcome(status, output, stderr.getvalue())
 
 
+TIMEOUTS = ("SHORT_TIMEOUT_S", "LAST_TIMEOUT_S", "STATUS_TIMEOUT_S")
+
+
 @pytest.fixture
 def cni(run_dir: Path, netns_path: str, monkeypatch: pytest.MonkeyPatch) -> Plugin:
-    for name in ("SHORT_TIMEOUT_S", "LAST_TIMEOUT_S", "STATUS_TIMEOUT_S"):
+    """Without a daemon, every wait is in vain: the waits are short."""
+    for name in TIMEOUTS:
         monkeypatch.setattr(plugin, name, 0.1)
     return Plugin(run_dir, netns_path)
 
 
 @pytest.fixture
-def registrar(run_dir: Path) -> Iterator[FakeRegistrar]:
+def registrar(cni: Plugin, monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeRegistrar]:
+    """With a daemon, which answers at once but for a busy machine: the waits are long."""
+    for name in TIMEOUTS:
+        monkeypatch.setattr(plugin, name, 10)
+    cni.add_timeout_s = 10
     registrar = FakeRegistrar()
-    with serving(RegistrationServer(run_dir / "registration.sock", registrar)):
+    with serving(RegistrationServer(cni.run_dir / "registration.sock", registrar)):
         yield registrar
 
 
@@ -283,7 +292,7 @@ def test_add_without_a_daemon_is_11(cni: Plugin) -> None:
 
 def test_add_while_the_daemon_starts_is_11(cni: Plugin, registrar: FakeRegistrar) -> None:
     registrar.failure = RegistrationError(messages.TRY_AGAIN, "no snapshot yet", retryable=True)
-    assert_error(cni.run("ADD"), 11, "no snapshot yet")
+    assert_error(cni.run("ADD", addTimeoutSeconds=1), 11, "no snapshot yet")
     assert len(registrar.calls) > 1
 
 
@@ -387,6 +396,7 @@ def test_delete_without_a_daemon_is_queued_until_it_is_back(cni: Plugin) -> None
 def test_delete_takes_its_file_back_from_a_daemon_that_has_just_come(
     cni: Plugin, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(plugin, "LAST_TIMEOUT_S", 10)
     cni.run_dir.mkdir()
     registrar = FakeRegistrar()
     enqueue = deletions.enqueue
