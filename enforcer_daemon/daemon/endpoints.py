@@ -80,7 +80,8 @@ class Endpoints:
             netns = netns_id(netns_fd)
             if netns == self._own_netns:
                 raise RegistrationError(messages.NODE_NETNS, "the network namespace is the node's own")
-            if request.pod.namespace in self._settings.registration.excluded_namespaces:
+            if self._is_excluded(request):
+                self._registry.put(Record(request, netns))
                 return
             async with self._changing:
                 await self._add(request, netns_fd, netns)
@@ -175,6 +176,9 @@ class Endpoints:
     async def check(self, attachment: AttachmentId, netns_fd: int) -> None:
         """Return where the attachment is enforced in this namespace; repair its rules where they were touched."""
         try:
+            record = self._registry.records.get(attachment)
+            if record is not None and self._is_excluded(record.request):
+                return
             endpoint = self._by_netns.get(netns_id(netns_fd))
             if endpoint is None or attachment not in endpoint.sandbox.requests or not endpoint.is_open:
                 raise RegistrationError(messages.NOT_ENFORCED, f"{attachment} is not enforced")
@@ -210,6 +214,10 @@ class Endpoints:
             return Readiness(Availability.NOT_READY, "the policies have not been read yet")
         return Readiness(Availability.READY)
 
+    def _is_excluded(self, request: AddRequest) -> bool:
+        """Tell whether the operator has exempted the pod's namespace: it is recorded, and left alone."""
+        return request.pod.namespace in self._settings.registration.excluded_namespaces
+
     def _require_world(self) -> CompiledWorld:
         if self._world is None:
             raise RegistrationError(messages.TRY_AGAIN, "the policies have not been read yet", retryable=True)
@@ -235,6 +243,8 @@ class Endpoints:
         found: dict[NetnsId, Sandbox] = {}
         for record in list(self._registry.records.values()):
             known = found.get(record.netns)
+            if self._is_excluded(record.request):
+                continue
             if known is not None:
                 found[record.netns] = known.with_request(record.request)
                 continue
@@ -248,12 +258,14 @@ class Endpoints:
     async def _adopt(self, sandbox: Sandbox) -> None:
         pod = next(iter(sandbox.requests.values())).pod
         try:
-            await self._open(sandbox)
+            endpoint = await self._open(sandbox)
         except EnforcerError as err:
             self.cut_off.update(dict.fromkeys(sandbox.requests, pod))
             self._log.error("endpoint not adopted", pod=str(pod), error=str(err))
         else:
             self._log.info("endpoint adopted", pod=str(pod))
+            # Policies and labels may have changed while no daemon ran.
+            await self._reconsider(endpoint, self._require_world(), Change(is_identity_new=True, is_policy_new=True))
 
     def _drop_record(self, record: Record) -> None:
         self._registry.remove(record.attachment)

@@ -18,7 +18,9 @@ def open_log(settings: LogSettings, **context: Any) -> Logger:
     """Set up what every logger of the process writes, and give one that carries `context` in each line."""
     renderer: Any = structlog.processors.JSONRenderer()
     if settings.format == "console":
-        renderer = structlog.dev.ConsoleRenderer(colors=sys.stderr.isatty())
+        renderer = structlog.dev.ConsoleRenderer(
+            colors=sys.stderr.isatty(), exception_formatter=structlog.dev.plain_traceback
+        )
     structlog.configure(
         processors=[
             structlog.processors.add_log_level,
