@@ -83,6 +83,31 @@ def test_a_denied_flow_is_denied_before_during_and_after(lab: Lab) -> None:
     assert outcome(lab, "x/near", "x/server", HTTP.number, timeout_s=0.3) is Outcome.TIMED_OUT
 
 
+def test_flows_are_judged_by_the_policies_that_changed_meanwhile(lab: Lab) -> None:
+    """What the new enforcer must know of a flow that an earlier one released outlives that one."""
+    with connection(lab, "x/client", "x/server") as (client, server):
+        client.sendall(b"before")
+        assert server.recv(100) == b"before"
+        with _without_enforcers(lab):
+            lab.apply(policy("allow", "server", ingress=[{"from": [app("near")]}]))
+            client.sendall(b"still")
+            assert server.recv(100) == b"still"
+        try:
+            for end in (client, server):
+                end.settimeout(2.0)
+                with pytest.raises(ConnectionError):
+                    end.recv(100)
+        finally:
+            lab.apply(ALLOW)
+    with connection(lab, "x/client", "x/server") as ends, Stream(*ends) as stream:
+        with _without_enforcers(lab):
+            lab.apply(policy("allow", "server", ingress=[{"from": [app("client"), app("near")]}]))
+        stream.wait_for_rounds(5)
+        assert outcome(lab, "x/near", "x/server", HTTP.number) is Outcome.CONNECTED
+        lab.apply(ALLOW)
+        stream.wait_for_rounds(5)
+
+
 @pytest.mark.parametrize("ending", ENDINGS)
 def test_endpoints_are_adopted_and_no_rule_is_doubled(lab: Lab, ending: signal.Signals) -> None:
     def all_rules() -> dict[str, str]:
