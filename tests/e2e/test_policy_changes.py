@@ -130,6 +130,31 @@ def test_established_flows_that_are_denied_now_are_cut_at_both_ends(lab: Lab, ve
         assert _cut_after_s(server) < 1.0
 
 
+def test_established_flows_follow_labels_that_only_the_clients_node_knows(lab: Lab) -> None:
+    lab.apply(ALLOW)
+    try:
+        with connection(lab, "x/client", "x/server") as (client, server):
+            lab.label("x/client", {"app": "client", "more": "labels"})
+            client.sendall(b"hello")
+            assert server.recv(100) == b"hello"
+            lab.label("x/client", {"app": "something-else"})
+            assert _cut_after_s(client) < 1.0
+            assert _cut_after_s(server) < 1.0
+    finally:
+        lab.label("x/client", {"app": "client"})
+
+
+def test_established_flows_follow_a_change_of_egress(lab: Lab) -> None:
+    egress = policy("access", "client", egress=[{"to": [app("server")]}])
+    lab.apply(egress)
+    with connection(lab, "x/client", "x/server") as (client, server):
+        client.sendall(b"hello")
+        assert server.recv(100) == b"hello"
+        lab.apply(policy("access", "client", egress=[]))
+        assert _cut_after_s(client) < 1.0
+        assert _cut_after_s(server) < 1.0
+
+
 @pytest.mark.parametrize("version", [4, 6])
 def test_a_server_goes_on_listening_when_its_flows_are_cut(lab: Lab, version: int) -> None:
     """Also after connections that had ended by themselves, which conntrack remembers for a while."""

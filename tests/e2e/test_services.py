@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from enforcer_daemon.model import PodRef
-from tests.e2e.operation_world import HTTP, NODES, RESET, app, block, denials, outcome, pod, policy
+from tests.e2e.operation_world import FAMILIES, HTTP, NODES, RESET, app, block, denials, outcome, pod, policy
 from triremectl.lab import HostSpec, Lab, Outcome, ServicePort, ServiceSpec, Tools, WorldSpec
 from triremectl.lab.manifests import object_ref
 
@@ -100,6 +100,27 @@ def test_egress_is_judged_by_the_pod_that_answers(lab: Lab, target: str, version
     assert outcome(lab, "x/to-web", target, PORT, version) is Outcome.CONNECTED
     for source in ("x/to-service-port", "x/to-service-address", "x/to-others"):
         assert outcome(lab, source, target, PORT, version).is_denied
+
+
+@pytest.mark.parametrize("version", VERSIONS)
+@pytest.mark.parametrize("target", ["service:x/web-a", "service:x/web-b"])
+def test_established_flows_are_judged_again_by_the_pod_behind_the_service(lab: Lab, target: str, version: int) -> None:
+    """The initiator's kernel knows the virtual address alone."""
+    to_web = {"to": [app("web")], "ports": [{"port": HTTP.number}]}
+    address = str(lab.address_of(target, version))
+    with lab.open_socket("x/to-web", FAMILIES[version]) as client:
+        client.settimeout(3.0)
+        client.connect((address, PORT))
+        assert client.recv(100).startswith(b"x/web-")
+        assert lab.apply(policy("to-web", "to-web", egress=[to_web, {"to": [app("client")]}]))
+        client.sendall(b"still here")
+        assert client.recv(100) == b"still here"
+        try:
+            assert lab.apply(policy("to-web", "to-web", egress=[{"to": block("10.96.0.0/16", "fd00:10:96::/112")}]))
+            with pytest.raises(ConnectionError):
+                client.recv(100)
+        finally:
+            lab.apply(policy("to-web", "to-web", egress=[to_web]))
 
 
 @pytest.mark.parametrize("version", VERSIONS)
