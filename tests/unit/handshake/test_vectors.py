@@ -1,0 +1,119 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Known answers of the handshake: fixed keys, nonces and time give these very bytes, which docs/protocol.md quotes.
+
+Origin: made once by this implementation and pinned; the pair key and the proofs are computed here a second time with
+nothing but the standard library and the formulas of the specification. ES256 signatures are random, so a token of the
+vector is verified, not signed again.
+"""
+
+from __future__ import annotations
+
+import hmac
+import json
+from hashlib import sha256
+from ipaddress import ip_address
+from pathlib import Path
+from typing import Any
+
+import pytest
+from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey, X25519PublicKey
+from cryptography.x509 import load_der_x509_certificate
+
+from enforcer_daemon.handshake.frames import (
+    SynAckFrame,
+    SynFrame,
+    decode_block,
+    decode_syn,
+    decode_syn_ack,
+    encode_block,
+    encode_syn,
+    encode_syn_ack,
+    find_proof,
+    proof_option,
+)
+from enforcer_daemon.handshake.proofs import Transcript, frame_hash, initiator_proof, pair_key, responder_proof
+from enforcer_daemon.identity.credential import TrustBundle, decode_credential
+from enforcer_daemon.identity.dictionary import TOKEN_DICTIONARY
+from enforcer_daemon.identity.tokens import decode_token
+
+VECTOR: dict[str, Any] = json.loads(
+    (Path(__file__).parents[2] / "vectors" / "handshake" / "version-1.json").read_text()
+)
+
+
+def raw(*path: str) -> bytes:
+    """Give the bytes of a value of the vector."""
+    value = VECTOR
+    for name in path:
+        value = value[name]
+    assert isinstance(value, str)
+    return bytes.fromhex(value)
+
+
+def test_the_preset_dictionary_is_that_of_version_1() -> None:
+    assert sha256(TOKEN_DICTIONARY).hexdigest() == VECTOR["token_dictionary_sha256"]
+
+
+@pytest.mark.parametrize("side", ["initiator", "responder"])
+def test_tokens_verify_under_their_credentials_and_state_these_claims(side: str) -> None:
+    credential = decode_credential(raw(side, "credential"))
+    bundle = TrustBundle([load_der_x509_certificate(raw("authority"))])
+    bundle.verify(credential, VECTOR["unix_time"], 0.0)
+    claims = decode_token(raw(side, "token"), credential, VECTOR["unix_time"], 0.0)
+    expected = VECTOR[side]["claims"]
+    assert claims.ephemeral_key == raw(side, "ephemeral_public_key")
+    assert str(claims.identity.pod) == expected["pod"]
+    assert claims.identity.ips == tuple(map(ip_address, expected["ips"]))
+    assert claims.identity.labels == expected["labels"]
+    assert claims.identity.namespace_labels == expected["namespace_labels"]
+    assert (claims.issued_at, claims.expires_at) == (expected["issued_at"], expected["expires_at"])
+
+
+def test_both_sides_derive_the_pair_key() -> None:
+    hashes = frame_hash(raw("initiator", "token")), frame_hash(raw("responder", "token"))
+    for own, other in (("initiator", "responder"), ("responder", "initiator")):
+        private = X25519PrivateKey.from_private_bytes(raw(own, "ephemeral_private_key"))
+        assert pair_key(private, raw(other, "ephemeral_public_key"), *hashes) == raw("pair_key")
+
+
+def test_the_frames_are_these_bytes() -> None:
+    syn = SynFrame(raw("initiator", "nonce"), encode_block(raw("initiator", "credential"), raw("initiator", "token")))
+    assert encode_syn(syn) == raw("syn_frame")
+    assert decode_syn(raw("syn_frame")) == syn
+    block = encode_block(raw("responder", "credential"), raw("responder", "token"))
+    address = ip_address(VECTOR["responder"]["address"]).packed
+    answer = SynAckFrame(raw("responder", "nonce"), address, VECTOR["responder"]["port"], raw("proof_r"), block)
+    assert encode_syn_ack(answer) == raw("syn_ack_frame")
+    assert decode_syn_ack(raw("syn_ack_frame")) == answer
+    assert decode_block(answer.block) == (raw("responder", "credential"), raw("responder", "token"))
+
+
+def test_the_proofs_are_these_bytes() -> None:
+    transcript = Transcript(
+        VECTOR["initiator"]["isn"], VECTOR["responder"]["isn"], raw("initiator", "nonce"), raw("responder", "nonce")
+    )
+    key = raw("pair_key")
+    assert responder_proof(key, transcript, frame_hash(raw("syn_frame")), raw("syn_ack_frame")) == raw("proof_r")
+    assert initiator_proof(key, transcript, raw("proof_r")) == raw("proof_i")
+    assert proof_option(raw("proof_i"), is_lone=False) == raw("proof_option")
+    assert proof_option(raw("proof_i"), is_lone=True) == raw("lone_proof_option")
+    found = find_proof(raw("proof_option"))
+    assert found is not None
+    assert found.proof == raw("proof_i")
+
+
+def test_the_specifications_formulas_give_the_same_key_and_proofs() -> None:
+    private = X25519PrivateKey.from_private_bytes(raw("initiator", "ephemeral_private_key"))
+    shared = private.exchange(X25519PublicKey.from_public_bytes(raw("responder", "ephemeral_public_key")))
+    salt = sha256(raw("initiator", "token")).digest() + sha256(raw("responder", "token")).digest()
+    # HKDF of RFC 5869 with one block of output: extract, then expand.
+    key = hmac.digest(hmac.digest(salt, shared, "sha256"), b"trireme handshake version 1\x01", "sha256")
+    assert key == raw("pair_key")
+    both = b"".join(VECTOR[side]["isn"].to_bytes(4, "big") for side in ("initiator", "responder"))
+    both += raw("initiator", "nonce") + raw("responder", "nonce")
+    frame = raw("syn_ack_frame")
+    covered = frame[:42] + frame[58:]
+    message = b"syn-ack" + both + sha256(raw("syn_frame")).digest() + covered
+    assert hmac.digest(key, message, "sha256")[:16] == raw("proof_r")
+    assert hmac.digest(key, b"ack" + both + raw("proof_r"), "sha256")[:16] == raw("proof_i")
+    assert frame[42:58] == raw("proof_r")
