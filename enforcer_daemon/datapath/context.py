@@ -184,6 +184,24 @@ class EndpointContext:
         inward = build(far, near, (far_port, near_port), remote, RST | ACK, 0)
         return self.inject(key, outward, RST | ACK, own), Inject(inward)
 
+    def refuse_unknown(self, key: bytes, segment: Segment, direction: Direction) -> Verdict:
+        """End at both sides the handshake of a SYN-ACK that nobody knows, as after a restart of the daemon.
+
+        Without an ACK flag: an initiator's kernel that has seen the SYN-ACK gives its connection up, one that has not
+        seen it takes no notice and repeats its SYN (RFC 9293, section 3.10.7.3).
+        """
+        far = segment.dst if direction is Direction.EGRESS else segment.src
+        self.report(direction, far, segment.dport, Decision(False, Reason.UNKNOWN_FLOW, direction), detail="SYN-ACK")
+        next_r, next_i = (segment.seq + 1) & _NUMBERS, segment.ack
+        near, own_ports, remote_ports = segment.src, (segment.sport, segment.dport), (segment.dport, segment.sport)
+        own, remote = next_r, next_i
+        if direction is Direction.INGRESS:
+            near, own_ports, remote_ports = segment.dst, remote_ports, own_ports
+            own, remote = next_i, next_r
+        outward = build(near, far, own_ports, (own, 0), RST, 0)
+        inward = build(far, near, remote_ports, (remote, 0), RST, 0)
+        return DROP._replace(effects=(self.inject(key, outward, RST, (own, 0)), Inject(inward)))
+
     def hold(self, flow: Flow, now: float, effects: tuple[Settle | Inject, ...] = ()) -> Verdict:
         """Keep the packet in the kernel's queue until the flow's proof; raise PeerError where too many wait."""
         if len(self._held) >= _MAX_HELD or len(flow.held) >= self.node.settings.max_held_packets:
@@ -200,8 +218,8 @@ class EndpointContext:
             del self._held[hold_id]
         return tuple(Settle(hold_id, verdict) for hold_id in held)
 
-    def expire_held(self, now: float) -> list[Settle]:
-        """Drop what has waited too long."""
+    def expire_held(self, now: float) -> list[tuple[Flow, Settle]]:
+        """Drop what has waited too long; give each with the flow whose proof did not come."""
         effects = []
         while self._held:
             hold_id, (deadline, flow) = next(iter(self._held.items()))
@@ -209,7 +227,7 @@ class EndpointContext:
                 break
             del self._held[hold_id]
             flow.held.remove(hold_id)
-            effects.append(Settle(hold_id, DROP))
+            effects.append((flow, Settle(hold_id, DROP)))
         return effects
 
 

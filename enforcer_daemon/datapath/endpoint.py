@@ -9,7 +9,7 @@ from enforcer_daemon.datapath.context import EndpointContext, FlowReport, reset_
 from enforcer_daemon.datapath.initiator import Initiator
 from enforcer_daemon.datapath.responder import Responder
 from enforcer_daemon.errors import PacketError, PeerError
-from enforcer_daemon.handshake.flows import Flow
+from enforcer_daemon.handshake.flows import Flow, InitiatorFlow
 from enforcer_daemon.handshake.machine import Event
 from enforcer_daemon.marks import INDEX_MASK, INDEX_SHIFT, NODE, RELEASED
 from enforcer_daemon.model import Decision, Direction
@@ -60,22 +60,22 @@ class EndpointDatapath:
 
     def expire(self, now: float) -> tuple[Settle | Inject, ...]:
         """Give up handshakes and held packets whose time is over; call it a few times a second."""
-        effects: list[Settle | Inject] = list(self._context.expire_held(now))
-        for direction, table in (
-            (Direction.EGRESS, self._initiator.flows),
-            (Direction.INGRESS, self._responder.flows),
-        ):
+        effects: list[Settle | Inject] = []
+        for flow, settle in self._context.expire_held(now):
+            effects.append(settle)
+            self._report_flow(flow, Reason.PROOF_MISSING)
+        for table in (self._initiator.flows, self._responder.flows):
             for flow in table.expire(now):
-                self._give_up(flow, direction)
+                flow.advance(Event.EXPIRED)
+                self._report_flow(flow, Reason.HANDSHAKE_TIMEOUT)
         return tuple(effects)
 
-    def _give_up(self, flow: Flow, direction: Direction) -> None:
-        flow.advance(Event.EXPIRED)
+    def _report_flow(self, flow: Flow, reason: Reason) -> None:
+        direction = Direction.EGRESS if isinstance(flow, InitiatorFlow) else Direction.INGRESS
         address_length = (len(flow.key) - 4) // 2
-        decision = Decision(False, Reason.HANDSHAKE_TIMEOUT, direction)
         ports = flow.key[-4:]
         port = int.from_bytes(ports[:2] if direction is Direction.EGRESS else ports[2:], "big")
-        self._context.report(direction, flow.key[:address_length], port, decision)
+        self._context.report(direction, flow.key[:address_length], port, Decision(False, reason, direction))
 
     def forget_unfinished(self, is_denied: Callable[[int], bool]) -> tuple[Settle | Inject, ...]:
         """Give up the flows that were judged by a policy which no longer allows them, by their flows' index.
@@ -166,12 +166,22 @@ class EndpointDatapath:
         if header is not None:
             remote = header.src if direction is Direction.INGRESS else header.dst
             protocol = header.protocol
-            if header.offset + 4 <= min(header.end, len(packet)):
-                port = packet[header.offset + 2] << 8 | packet[header.offset + 3]
+            at = header.offset + 2
+            if _is_syn_ack(packet, header):
+                # The answer to a connection that was opened the other way, towards the port that it comes from.
+                direction = Direction.EGRESS if direction is Direction.INGRESS else Direction.INGRESS
+                at = header.offset
+            if at + 2 <= min(header.end, len(packet)):
+                port = packet[at] << 8 | packet[at + 1]
         self._context.report(
             direction, remote, port, Decision(False, reason, direction), protocol=protocol, detail=detail
         )
         return DROP
+
+
+def _is_syn_ack(packet: bytes, header: IPHeader) -> bool:
+    at = header.offset + 13
+    return header.protocol == TCP and at < min(header.end, len(packet)) and packet[at] & SYN_ACK == SYN_ACK
 
 
 def _flow_key(segment: Segment, direction: Direction) -> bytes:

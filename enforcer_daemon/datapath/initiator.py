@@ -92,7 +92,7 @@ class Initiator:
         if flow is None:
             if mark & RELEASED:
                 return _deliver(segment)
-            raise PeerError(Reason.UNKNOWN_FLOW, "SYN-ACK")
+            return self._context.refuse_unknown(key, segment, Direction.INGRESS)
         if segment.ack != (flow.isn + 1) & _NUMBERS:
             raise PeerError(Reason.UNKNOWN_FLOW, "SYN-ACK acknowledges another SYN")
         payload = segment.payload
