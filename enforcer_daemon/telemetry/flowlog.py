@@ -18,8 +18,8 @@ from enforcer_daemon.telemetry.metrics import DecisionKind, Metrics
 
 QUIET_S = 10.0
 """A denial that repeats is written again after this time, with the number of those in between, seconds."""
-_MAX_TRACKED = 1_024
-"""Different denials of one endpoint that are told apart; the oldest makes room."""
+_MAX_TRACKED = 256
+"""Different denials of one endpoint that are told apart, and so the most lines in QUIET_S."""
 _MAX_RECENT = 50
 """Denials of one endpoint that `triremectl endpoints` can show."""
 
@@ -71,6 +71,7 @@ class FlowLog:
         self._metrics = metrics
         self._wall_clock = wall_clock
         self._repetitions: dict[_Kind, _Repetition] = {}
+        self._unwritten = 0
         self.recent: deque[Denial] = deque(maxlen=_MAX_RECENT)
         self._counts: dict[DecisionKind, int] = {}
         self._is_debug = log.is_enabled_for(logging.DEBUG)
@@ -102,12 +103,28 @@ class FlowLog:
         if repetition is not None and now - repetition.written_at < QUIET_S:
             repetition.count += 1
             return
-        repeated = {} if repetition is None or not repetition.count else {"repeated": repetition.count}
-        if repetition is None and len(self._repetitions) >= _MAX_TRACKED:
-            del self._repetitions[next(iter(self._repetitions))]
+        if not self._make_room(kind, now):
+            self._unwritten += 1
+            return
+        extra = {} if repetition is None or not repetition.count else {"repeated": repetition.count}
+        if self._unwritten:
+            extra["unwritten"], self._unwritten = self._unwritten, 0
         self._repetitions[kind] = _Repetition(now)
         write = self._log.error if report.reason is Reason.INTERNAL_ERROR else self._log.info
-        write("flow denied", **self._fields(report), **repeated)
+        write("flow denied", **self._fields(report), **extra)
+
+    def _make_room(self, kind: _Kind, now: float) -> bool:
+        """Take a kind out to be put last again; False where as many were written of late as may be.
+
+        Without that bound a scan of ports, or of forged sources, would be a line for each packet.
+        """
+        if self._repetitions.pop(kind, None) is not None or len(self._repetitions) < _MAX_TRACKED:
+            return True
+        oldest = next(iter(self._repetitions))
+        if 0 <= now - self._repetitions[oldest].written_at < QUIET_S:
+            return False
+        del self._repetitions[oldest]
+        return True
 
     def _fields(self, report: FlowReport) -> dict[str, object]:
         denial = _denial(report, 0.0)
