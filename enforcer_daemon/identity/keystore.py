@@ -13,6 +13,7 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 from cryptography import x509
+from cryptography.exceptions import UnsupportedAlgorithm
 from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 
@@ -62,10 +63,21 @@ def open_node_identity(settings: Settings, wall_now: float) -> NodeIdentity:
         name = node_spiffe_id(settings.trust_domain, settings.node)
         certificate = issue_credential(authority, key.public_key(), name, now, lifetime)
         credential = decode_credential(certificate.public_bytes(serialization.Encoding.DER))
-        bundle.verify(credential, wall_now, settings.handshake.clock_leeway_s)
+        _require_trusted(bundle, credential, settings, wall_now)
         _write(certificate_path, certificate.public_bytes(serialization.Encoding.PEM))
         identity = NodeIdentity(key, credential, bundle)
     return identity
+
+
+def _require_trusted(bundle: TrustBundle, credential: Credential, settings: Settings, wall_now: float) -> None:
+    """Raise SettingsError where this node would not believe itself: its peers would not, either."""
+    try:
+        bundle.verify(credential, wall_now, settings.handshake.clock_leeway_s)
+    except CredentialError as err:
+        raise SettingsError(
+            f"credentials.trustBundle: does not vouch for this node's own certificate: {err}. Without a bundle, it is "
+            f"{settings.state_dir}/ca.pem; move it and ca.key away to have others made"
+        ) from err
 
 
 def _read_identity(
@@ -103,7 +115,7 @@ def _read_authority(certificate_path: Path, key_path: Path) -> Authority:
     try:
         certificate = x509.load_pem_x509_certificate(certificate_path.read_bytes())
         key = serialization.load_pem_private_key(key_path.read_bytes(), None)
-    except (OSError, ValueError, TypeError) as err:
+    except (OSError, ValueError, TypeError, UnsupportedAlgorithm) as err:
         raise SettingsError(f"credentials: {certificate_path} and {key_path}: {err}") from err
     if not isinstance(key, ec.EllipticCurvePrivateKey):
         raise SettingsError(f"credentials.caKey: {key_path} is not an elliptic curve key")
@@ -124,7 +136,10 @@ def _read_bundle(settings: Settings, authority: Authority) -> list[x509.Certific
 
 def _open_key(path: Path) -> ec.EllipticCurvePrivateKey:
     if path.exists():
-        key = serialization.load_pem_private_key(path.read_bytes(), None)
+        try:
+            key = serialization.load_pem_private_key(path.read_bytes(), None)
+        except (ValueError, TypeError, UnsupportedAlgorithm):
+            key = None
         if isinstance(key, ec.EllipticCurvePrivateKey) and isinstance(key.curve, ec.SECP256R1):
             return key
         raise SettingsError(f"{path} is not a P-256 key; move it away to have a new one made")
