@@ -1,0 +1,51 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A daemon that restarts in the midst of a handshake: both kernels give it up, and nobody waits for ever."""
+
+from __future__ import annotations
+
+from enforcer_daemon.packet.tcp import RST, Segment
+from tests.unit.datapath.pair import Connection, Endpoint, make_pair, segment
+
+
+def _resets(endpoint: Endpoint) -> tuple[Segment, Segment]:
+    """Take the enforcer's own packets: one for the peer, one for the pod."""
+    outward, inward = map(segment, endpoint.injected)
+    assert (outward.flags, inward.flags) == (RST, RST)  # no ACK: an initiator that only sent its SYN is not disturbed
+    assert (outward.src, inward.dst) == (endpoint.address, endpoint.address)
+    assert (outward.dst, outward.dport, outward.sport) == (inward.src, inward.sport, inward.dport)
+    return outward, inward
+
+
+def test_a_repeated_syn_ack_that_the_responders_new_daemon_does_not_know() -> None:
+    connection = Connection(*make_pair())
+    server = connection.server
+    assert server.send(connection.syn_ack()) == []
+    outward, inward = _resets(server)
+    assert (outward.seq, inward.seq) == (connection.isn_r + 1, connection.isn_i + 1)
+    assert (outward.sport, outward.dport) == (connection.dport, connection.sport)
+    assert server.reasons() == ["unknown-flow"]
+    assert server.flush_injected() == [outward.packet]  # known again by the queue; the other goes by loopback
+
+
+def test_a_repeated_syn_ack_that_the_initiators_new_daemon_does_not_know() -> None:
+    first = Connection(*make_pair())
+    (framed_syn,) = first.client.send(first.syn())
+    assert first.server.receive(framed_syn) == [first.syn()]
+    (framed_syn_ack,) = first.server.send(first.syn_ack())
+    client = Connection(*make_pair()).client  # another daemon: it has no flow
+    assert client.receive(framed_syn_ack) == []
+    outward, inward = _resets(client)
+    assert (outward.seq, inward.seq) == (first.isn_i + 1, first.isn_r + 1)
+    assert client.reasons() == ["unknown-flow"]
+
+
+def test_a_responder_takes_the_reset_of_an_initiators_new_daemon_for_its_flow() -> None:
+    first = Connection(*make_pair())
+    (framed_syn,) = first.client.send(first.syn())
+    first.server.receive(framed_syn)
+    (framed_syn_ack,) = first.server.send(first.syn_ack())
+    client = Connection(*make_pair()).client
+    client.receive(framed_syn_ack)
+    outward, _ = client.injected
+    assert first.server.receive(outward) == [outward]
+    assert first.server.datapath.half_open_flows == 0
