@@ -17,7 +17,7 @@ from enforcer_daemon.datapath.context import EndpointContext
 from enforcer_daemon.datapath.endpoint import EndpointDatapath
 from enforcer_daemon.datapath.judging import Judge
 from enforcer_daemon.dataplane.addresses import interface
-from enforcer_daemon.dataplane.established import ReleasedFlow, end_flows
+from enforcer_daemon.dataplane.established import ReleasedFlow, end_flows, highest_index
 from enforcer_daemon.dataplane.netns import tune_conntrack
 from enforcer_daemon.dataplane.queue import PacketQueue
 from enforcer_daemon.dataplane.rules import EndpointRules
@@ -43,6 +43,10 @@ class Change(NamedTuple):
     is_identity_new: bool
     is_policy_new: bool
 
+    def also(self, other: Change) -> Change:
+        """Give both changes as one."""
+        return Change(self.is_identity_new or other.is_identity_new, self.is_policy_new or other.is_policy_new)
+
 
 class Endpoint:
     """A pod under enforcement, from registration to deletion. For the event loop's thread alone."""
@@ -64,7 +68,7 @@ class Endpoint:
         token = node.sign(identity)
         self.identity_bytes, self.budget_bytes = _require_room(token, self.mtu)
         self.store = store
-        self.flows = store.load()
+        self.flows = store.load(highest_index(sandbox.netns_fd))
         judge = Judge(identity.pod, identity.trust_domain, policy, self.flows)
         self._context = EndpointContext(identity.pod, node.context, judge, token, self.mtu)
         self.datapath = EndpointDatapath(self._context)
@@ -111,10 +115,18 @@ class Endpoint:
         is_same = self.policy.ingress.is_same(before.ingress) and self.policy.egress.is_same(before.egress)
         return Change(is_identity_new, not is_same)
 
-    def reconsider(self, world: CompiledWorld, change: Change) -> list[ReleasedFlow]:
-        """End the established flows that are no longer allowed; blocks, for a thread of its own."""
+    async def reconsider(self, world: CompiledWorld, change: Change) -> list[ReleasedFlow]:
+        """End the established flows that are no longer allowed, in a thread; raise DataplaneError or NetnsError."""
         question = Reconsideration(self.identity, self.policy, self.flows, world, change.is_identity_new)
-        return end_flows(self.sandbox.netns_fd, question.is_ended)
+        netns_fd = os.dup(self.sandbox.netns_fd)  # The endpoint may be closed meanwhile, and its number used again.
+
+        def end() -> list[ReleasedFlow]:
+            try:
+                return end_flows(netns_fd, question)
+            finally:
+                os.close(netns_fd)
+
+        return await asyncio.to_thread(end)
 
     def forget_unfinished(self, world: CompiledWorld, change: Change) -> None:
         """Give up the handshakes that are no longer allowed; call it before `reconsider`, on the loop."""

@@ -11,11 +11,10 @@ from collections.abc import Iterator
 from cni_plugin import messages
 from enforcer_daemon.daemon.endpoint import Change, Endpoint
 from enforcer_daemon.daemon.flowstore import FlowStore
+from enforcer_daemon.daemon.kernel import Kernel, guard_name, guarded
 from enforcer_daemon.daemon.node import Node
 from enforcer_daemon.daemon.sandbox import Sandbox, open_netns
 from enforcer_daemon.daemon.world import CompiledWorld
-from enforcer_daemon.dataplane.backends import RulesBackend
-from enforcer_daemon.dataplane.guard import Guard, GuardedEndpoint
 from enforcer_daemon.dataplane.netns import current_netns, netns_id
 from enforcer_daemon.errors import DataplaneError, EnforcerError, IdentityTooLargeError, NetnsError, RegistrationError
 from enforcer_daemon.model import AttachmentId, NetnsId, PodRef
@@ -29,14 +28,6 @@ from enforcer_daemon.telemetry.metrics import Metrics
 
 _REFRESH_AT = 0.5
 """Part of a token's life after which a new one is signed."""
-
-
-class Kernel:
-    """The kernel side that endpoints share: how rules are applied, and the guard on the host."""
-
-    def __init__(self, backend: RulesBackend, guard: Guard) -> None:
-        self.backend = backend
-        self.guard = guard
 
 
 class Endpoints:
@@ -60,8 +51,10 @@ class Endpoints:
             self._own_netns = netns_id(own)
         finally:
             os.close(own)
+        self._unjudged: dict[NetnsId, Change] = {}
+        """Endpoints whose established flows the kernel did not show or end; tried again until it does."""
         self._changing = asyncio.Lock()
-        """Registrations and changes of the world take turns: each applies rules as it saw the world."""
+        """Registrations take turns; a change of the world does not wait for them."""
         self.cut_off: dict[AttachmentId, PodRef] = {}
         """Recorded pods that could not be adopted: their rules stand, and nobody serves their queues."""
 
@@ -114,39 +107,46 @@ class Endpoints:
             identity = world.identity_of(sandbox.requests)
             flow_log = FlowLog(identity.pod, self._log, self._metrics, time.time)
             policy = world.snapshot.pod_policy(identity)
-            endpoint = Endpoint(sandbox, self._node, policy, flow_log, self._flow_store(sandbox))
+            endpoint = Endpoint(sandbox, self._node, policy, flow_log, self._flow_store(sandbox.netns))
             endpoint.open(self._settings.dataplane, self._log)
         except BaseException:
             os.close(sandbox.netns_fd)
             raise
         try:
             await self._apply(endpoint)
+            await self._catch_up(endpoint, world)
         except BaseException:
             endpoint.close()
             raise
+        # From the last comparison to the entry nothing else runs, so no change of the world is missed.
         self._by_netns[sandbox.netns] = endpoint
         self._metrics.endpoints.set(len(self._by_netns))
         return endpoint
 
-    def _flow_store(self, sandbox: Sandbox) -> FlowStore:
-        name = f"{sandbox.netns.device}-{sandbox.netns.inode}.jsonl"
+    async def _catch_up(self, endpoint: Endpoint, world: CompiledWorld) -> None:
+        """Take over the worlds that came while rules were applied by `world`."""
+        while world is not self._world:
+            world, before = self._require_world(), guarded(endpoint.sandbox, endpoint.policy)
+            endpoint.update(world.identity_of(endpoint.sandbox.requests), world.snapshot)
+            if guarded(endpoint.sandbox, endpoint.policy) != before:
+                await self._kernel.guard(endpoint)
+
+    def _flow_store(self, netns: NetnsId) -> FlowStore:
+        name = f"{netns.device}-{netns.inode}.jsonl"
         return FlowStore(self._settings.registration.run_dir / "flows" / name, self._log)
 
     async def _resize(self, endpoint: Endpoint, sandbox: Sandbox) -> None:
-        before = _guard_name(endpoint.sandbox)
+        before = guard_name(endpoint.sandbox)
         identity = self._require_world().identity_of(sandbox.requests)
         endpoint.replace_sandbox(sandbox, identity)
         await self._apply(endpoint)
-        if _guard_name(sandbox) != before:
-            await asyncio.to_thread(self._kernel.guard.remove, before)
+        if guard_name(sandbox) != before:
+            await self._kernel.unguard(before)
 
     async def _apply(self, endpoint: Endpoint) -> None:
         rules = endpoint.rules(self._settings.dataplane.queue_number)
         await asyncio.to_thread(self._kernel.backend.apply, endpoint.sandbox.netns_fd, rules)
-        await self._guard(endpoint)
-
-    async def _guard(self, endpoint: Endpoint) -> None:
-        await asyncio.to_thread(self._kernel.guard.apply, _guarded(endpoint))
+        await self._kernel.guard(endpoint)
 
     async def delete(self, attachment: AttachmentId) -> None:
         """Forget an attachment; the last one of a namespace closes its queue."""
@@ -170,7 +170,7 @@ class Endpoints:
         self._metrics.endpoints.set(len(self._by_netns))
         endpoint.close()
         endpoint.store.remove()
-        await asyncio.to_thread(self._kernel.guard.remove, _guard_name(endpoint.sandbox))
+        await self._kernel.unguard(guard_name(endpoint.sandbox))
         self._log.info("endpoint forgotten", pod=str(endpoint.identity.pod), attachment=str(attachment))
 
     async def check(self, attachment: AttachmentId, netns_fd: int) -> None:
@@ -210,6 +210,10 @@ class Endpoints:
             return Readiness(
                 Availability.NOT_READY, f"kernel rules of {len(self._unsettled)} endpoints are not up to date"
             )
+        if self._unjudged:
+            return Readiness(
+                Availability.NOT_READY, f"established flows of {len(self._unjudged)} endpoints could not be judged"
+            )
         if self._world is None:
             return Readiness(Availability.NOT_READY, "the policies have not been read yet")
         return Readiness(Availability.READY)
@@ -232,9 +236,12 @@ class Endpoints:
         async with self._changing:
             sandboxes = self._recorded_sandboxes()
             world = self._require_world()
-            guarded = [_guard(sandbox, world) for sandbox in sandboxes]
-            # All at once, so that no masqueraded flow finds the table without its pod.
-            await asyncio.to_thread(self._kernel.guard.replace, guarded)
+            await self._kernel.guard_exactly(
+                [
+                    guarded(sandbox, world.snapshot.pod_policy(world.identity_of(sandbox.requests)))
+                    for sandbox in sandboxes
+                ]
+            )
             for sandbox in sandboxes:
                 await self._adopt(sandbox)
 
@@ -269,39 +276,44 @@ class Endpoints:
 
     def _drop_record(self, record: Record) -> None:
         self._registry.remove(record.attachment)
+        self._flow_store(record.netns).remove()  # The number of a namespace is used again.
         self._log.info("endpoint is gone", pod=str(record.request.pod), attachment=str(record.attachment))
 
     async def follow(self, world: CompiledWorld) -> None:
-        """Judge by another world from now on: new flows at once, established ones and the guard right after."""
-        async with self._changing:
-            before_world, self._world = self._world, world
-            are_namespaces_new = before_world is None or before_world.world.namespaces != world.world.namespaces
-            reguarded, changed = [], []
-            for endpoint in self._by_netns.values():
-                before = _guarded(endpoint)
-                change = endpoint.update(world.identity_of(endpoint.sandbox.requests), world.snapshot)
-                if _guarded(endpoint) != before:
-                    reguarded.append(endpoint)
-                if change.is_identity_new or change.is_policy_new or are_namespaces_new:
-                    changed.append((endpoint, change))
-            for endpoint, change in changed:
-                await self._reconsider(endpoint, world, change)
-            for endpoint in reguarded:
-                try:
-                    await self._guard(endpoint)
-                except DataplaneError as err:
-                    self._leave_unsettled(endpoint, err)
+        """Judge by another world from now on: new flows at once, established ones right after, then the guard."""
+        before_world, self._world = self._world, world
+        are_namespaces_new = before_world is None or before_world.world.namespaces != world.world.namespaces
+        reguarded, changed = [], []
+        for endpoint in self._by_netns.values():
+            before = guarded(endpoint.sandbox, endpoint.policy)
+            change = endpoint.update(world.identity_of(endpoint.sandbox.requests), world.snapshot)
+            if guarded(endpoint.sandbox, endpoint.policy) != before:
+                reguarded.append(endpoint)
+            if change.is_identity_new or change.is_policy_new or are_namespaces_new:
+                endpoint.forget_unfinished(world, change)
+                changed.append((endpoint, change))
+        for endpoint, change in changed:
+            await self._reconsider(endpoint, world, change)
+        for endpoint in reguarded:
+            try:
+                await self._kernel.guard(endpoint)
+            except DataplaneError as err:
+                self._leave_unsettled(endpoint, err)
 
     async def _reconsider(self, endpoint: Endpoint, world: CompiledWorld, change: Change) -> None:
-        endpoint.forget_unfinished(world, change)
+        if not endpoint.is_open:
+            return
+        netns, pod = endpoint.sandbox.netns, str(endpoint.identity.pod)
+        change = change.also(self._unjudged.pop(netns, change))
         try:
-            ended = await asyncio.to_thread(endpoint.reconsider, world, change)
-        except DataplaneError as err:
-            self._log.error("established flows not judged again", pod=str(endpoint.identity.pod), error=str(err))
+            ended = await endpoint.reconsider(world, change)
+        except (DataplaneError, NetnsError) as err:
+            self._unjudged[netns] = change.also(self._unjudged.get(netns, change))
+            self._log.error("established flows not judged again, will try again", pod=pod, error=str(err))
             return
         if ended:
             self._metrics.ended_flows.inc(len(ended))
-            self._log.info("established flows ended", pod=str(endpoint.identity.pod), flows=len(ended))
+            self._log.info("established flows ended", pod=pod, flows=len(ended))
 
     async def follow_addresses(self) -> None:
         """Tell every endpoint's rules the node's present addresses."""
@@ -329,6 +341,12 @@ class Endpoints:
             except DataplaneError:
                 continue
             self._unsettled.discard(netns)
+        for netns, change in list(self._unjudged.items()):
+            endpoint = self._by_netns.get(netns)
+            if endpoint is None:
+                del self._unjudged[netns]
+            else:
+                await self._reconsider(endpoint, self._require_world(), change)
 
     def refresh_tokens(self, *, is_forced: bool) -> None:
         """Sign anew where half of a token's life is over, or everywhere after the node's key changed."""
@@ -360,18 +378,3 @@ class Endpoints:
         for endpoint in self._by_netns.values():
             endpoint.close()
         self._by_netns.clear()
-
-
-def _guarded(endpoint: Endpoint) -> GuardedEndpoint:
-    sandbox = endpoint.sandbox
-    return GuardedEndpoint(_guard_name(sandbox), sandbox.ips, endpoint.policy.ingress.address_rules())
-
-
-def _guard(sandbox: Sandbox, world: CompiledWorld) -> GuardedEndpoint:
-    policy = world.snapshot.pod_policy(world.identity_of(sandbox.requests))
-    return GuardedEndpoint(_guard_name(sandbox), sandbox.ips, policy.ingress.address_rules())
-
-
-def _guard_name(sandbox: Sandbox) -> AttachmentId:
-    """A sandbox is named on the host by its first attachment."""
-    return min(sandbox.requests)

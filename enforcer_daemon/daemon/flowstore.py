@@ -2,7 +2,7 @@
 """An endpoint's flow index on disk, for the daemon that comes after this one: a line of JSON an entry, only appended.
 
 The file has the lifetime of the network namespace (under /run). A line that cannot be read is left out: flows with its
-index are then unknown, and end at the next change that isolates the pod.
+index are then unknown, and end at the next judgement that finds the pod isolated.
 """
 
 from __future__ import annotations
@@ -13,7 +13,8 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from enforcer_daemon.datapath.flowindex import FlowIndex, JudgedFlow
+from enforcer_daemon.datapath.flowindex import FIRST, FlowIndex, JudgedFlow
+from enforcer_daemon.marks import MAX_INDEX
 from enforcer_daemon.model import Direction, Identity, NamedPort, PodRef, Protocol
 from enforcer_daemon.telemetry.logs import Logger
 
@@ -24,36 +25,48 @@ class FlowStore:
     def __init__(self, path: Path, log: Logger) -> None:
         self._path = path
         self._log = log
+        self._is_torn = False
+        """Whether the file ends in the middle of a line, which the next entry must not be joined to."""
 
-    def load(self) -> FlowIndex:
-        """Read what an earlier daemon wrote; an absent file is an empty index."""
+    def load(self, highest_in_use: int) -> FlowIndex:
+        """Read what an earlier daemon wrote; an absent file is an empty index.
+
+        `highest_in_use` is the highest index in the kernel's marks.
+        """
         known: dict[int, JudgedFlow] = {}
-        try:
-            lines = self._path.read_text(encoding="utf-8").splitlines()
-        except FileNotFoundError:
-            return FlowIndex()
-        except (OSError, UnicodeDecodeError) as err:
-            self._log.error("flow index unreadable, its flows end at the next change", error=str(err))
-            return FlowIndex()
-        for number, line in enumerate(lines, 1):
+        for number, line in enumerate(self._lines(), 1):
             try:
                 index, flow = _decode(json.loads(line))
             except (ValueError, KeyError, TypeError, AttributeError) as err:
-                self._log.error("flow index entry unreadable", path=str(self._path), line=number, error=str(err))
+                self._log.error("flow index entry unreadable", path=str(self._path), line=number, error=repr(err))
             else:
                 known[index] = flow
-        return FlowIndex(known.items())
+        return FlowIndex(known.items(), highest_in_use)
+
+    def _lines(self) -> list[bytes]:
+        try:
+            content = self._path.read_bytes()
+        except FileNotFoundError:
+            return []
+        except OSError as err:
+            self._log.error("flow index unreadable", path=str(self._path), error=str(err))
+            return []
+        self._is_torn = not content.endswith(b"\n") and bool(content)
+        return content.splitlines()
 
     def append(self, entries: Iterable[tuple[int, JudgedFlow]]) -> None:
         """Add entries; where that fails the running daemon still knows them."""
-        text = "".join(json.dumps(_encode(index, flow), separators=(",", ":")) + "\n" for index, flow in entries)
+        text = "\n" if self._is_torn else ""
+        text += "".join(json.dumps(_encode(index, flow), separators=(",", ":")) + "\n" for index, flow in entries)
         try:
             self._path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
             self._path.touch(mode=0o600)
             with self._path.open("a", encoding="utf-8") as file:
                 file.write(text)
+            self._is_torn = False
         except OSError as err:
-            self._log.error("flow index not written", error=str(err))
+            self._is_torn = True  # Some of it may be there.
+            self._log.error("flow index not written", path=str(self._path), error=str(err))
 
     def remove(self) -> None:
         """Forget the endpoint."""
@@ -93,4 +106,7 @@ def _decode(tree: dict[str, Any]) -> tuple[int, JudgedFlow]:
     )
     address = ipaddress.ip_address(tree["address"])
     flow = JudgedFlow(Direction(tree["direction"]), peer, address, int(tree["port"]), Protocol(tree["protocol"]))
-    return int(tree["index"]), flow
+    index = int(tree["index"])
+    if not FIRST <= index <= MAX_INDEX:
+        raise ValueError(f"index: {index} is not {FIRST} to {MAX_INDEX}")
+    return index, flow

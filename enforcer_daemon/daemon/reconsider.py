@@ -28,20 +28,32 @@ class Reconsideration:
     world: CompiledWorld
     is_identity_new: bool
     _known: dict[int, bool] = field(default_factory=dict)
+    """Indexes, and whether their flows are allowed as a whole."""
+
+    def is_index_allowed(self, index: int) -> bool:
+        """Tell whether all flows of an index may go on; by address or unknown, each is looked at."""
+        known = self._known.get(index)
+        if known is None:
+            judged = self.flows.get(index)
+            known = self._known[index] = judged is not None and not self.is_denied(judged)
+        return known
 
     def is_ended(self, flow: ReleasedFlow) -> bool:
         """Tell whether a flow is no longer allowed; one of which nothing is known counts as denied."""
         if flow.index == BY_ADDRESS:
             return self._is_denied_by_address(flow)
-        if flow.index not in self._known:
-            judged = self.flows.get(flow.index)
-            self._known[flow.index] = self._is_isolated(flow) if judged is None else self.is_denied(judged)
-        return self._known[flow.index]
+        if self.flows.get(flow.index) is None:
+            return self._side(flow)[0].is_isolated
+        return not self.is_index_allowed(flow.index)
 
     def is_index_denied(self, index: int) -> bool:
-        """Tell whether flows of an index, all with one peer, are no longer allowed; others are not judged here."""
-        judged = self.flows.get(index)
-        return judged is not None and self.is_denied(judged)
+        """Tell whether handshakes that were judged under an index, all with one peer, are no longer allowed.
+
+        Their peers have identities; where the table had no room for one, either direction's isolation counts.
+        """
+        if self.flows.get(index) is None:
+            return self.policy.ingress.is_isolated or self.policy.egress.is_isolated
+        return not self.is_index_allowed(index)
 
     def is_denied(self, flow: JudgedFlow) -> bool:
         """Judge what the flows of one index have in common by the world as it is now."""
@@ -67,9 +79,6 @@ class Reconsideration:
         if flow.protocol not in _PROTOCOLS:
             return policy.is_isolated
         return not policy.judge(None, address, flow.destination_port, Protocol(flow.protocol)).is_allowed
-
-    def _is_isolated(self, flow: ReleasedFlow) -> bool:
-        return self._side(flow)[0].is_isolated
 
     def _side(self, flow: ReleasedFlow) -> tuple[DirectionPolicy, IPAddress]:
         """Give the pod's policy for the direction in which the flow was opened, and the remote address."""

@@ -13,7 +13,8 @@ import time
 from collections.abc import AsyncIterator
 from contextlib import ExitStack, suppress
 
-from enforcer_daemon.daemon.endpoints import Endpoints, Kernel
+from enforcer_daemon.daemon.endpoints import Endpoints
+from enforcer_daemon.daemon.kernel import Kernel
 from enforcer_daemon.daemon.node import Node
 from enforcer_daemon.daemon.status import Status
 from enforcer_daemon.daemon.world import CompiledWorld, compile_world

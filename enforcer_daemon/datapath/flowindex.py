@@ -18,7 +18,8 @@ UNKNOWN = 0
 """Index of flows for which the table had no room: every change ends them."""
 BY_ADDRESS = 1
 """Index of flows that were judged without an identity."""
-_FIRST = 2
+FIRST = 2
+"""The lowest index that stands for a peer."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,10 +39,15 @@ class JudgedFlow:
 class FlowIndex:
     """The table of one endpoint. It only grows, up to the bound of the mark; a restart of the pod empties it."""
 
-    def __init__(self, known: Iterable[tuple[int, JudgedFlow]] = ()) -> None:
+    def __init__(self, known: Iterable[tuple[int, JudgedFlow]] = (), highest_in_use: int = 0) -> None:
+        """Take over what an earlier daemon knew.
+
+        `highest_in_use` is the highest index in the kernel's marks: an index whose entry was lost must not be given out
+        again, or the flows that bear it would be judged by another peer.
+        """
         self._flows: dict[int, JudgedFlow] = dict(known)
         self._numbers = {_content(flow): number for number, flow in self._flows.items()}
-        self._next = max(self._flows, default=_FIRST - 1) + 1
+        self._next = max(self._flows | {highest_in_use: None, FIRST - 1: None}) + 1
         self._fresh: list[tuple[int, JudgedFlow]] = []
 
     def __len__(self) -> int:

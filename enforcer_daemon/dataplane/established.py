@@ -2,7 +2,8 @@
 """Released flows of a pod, as its conntrack holds them: list them, and end those that are no longer allowed.
 
 To end a flow its socket is destroyed first, while its packets still pass, so that the RST of the pod's kernel reaches
-the peer; then its mark is cleared, so that nothing more of it passes unjudged. Sources:
+the peer; then its mark is cleared, so that nothing more of it passes unjudged. The mark is what counts: where a socket
+cannot be found or destroyed, the flow's next data meets the queue, and is answered with RST both ways. Sources:
 linux/netfilter/nfnetlink_conntrack.h, linux/inet_diag.h, linux/sock_diag.h.
 """
 
@@ -11,9 +12,9 @@ from __future__ import annotations
 import errno
 import socket
 import struct
-from collections.abc import Callable
 from dataclasses import dataclass
 from ipaddress import ip_address
+from typing import Protocol as Interface
 
 from enforcer_daemon.dataplane.netlink import (
     NETLINK_NETFILTER,
@@ -33,11 +34,12 @@ from enforcer_daemon.model import IPAddress, Protocol
 _NETLINK_SOCK_DIAG = 4
 _SOCK_DIAG_BY_FAMILY, _SOCK_DESTROY = 20, 21
 _CT_NEW, _CT_GET = 0x0100, 0x0101  # NFNL_SUBSYS_CTNETLINK << 8 | IPCTNL_MSG_CT_NEW, _GET
-_CTA_TUPLE_ORIG, _CTA_MARK, _CTA_MARK_MASK = 1, 8, 21
+_CTA_TUPLE_ORIG, _CTA_TUPLE_REPLY, _CTA_MARK, _CTA_MARK_MASK = 1, 2, 8, 21
 _CTA_TUPLE_IP, _CTA_TUPLE_PROTO = 1, 2
 _CTA_IP_SRC, _CTA_IP_DST = (1, 3), (2, 4)  # IPv4, IPv6
 _CTA_PROTO_NUM, _CTA_PROTO_SRC_PORT, _CTA_PROTO_DST_PORT = 1, 2, 3
 _NFGENMSG_BYTES = 4
+_NLA_HEADER = struct.Struct("=HH")
 _DIAG = struct.Struct("=BBBBI48s")  # inet_diag_req_v2
 _DIAG_ID = struct.Struct("=2s2s16s16sIII")  # inet_diag_sockid
 _DIAG_ANSWER = struct.Struct("=BBBB48s")  # the beginning of inet_diag_msg
@@ -45,6 +47,12 @@ _ANY_STATE = 0xFFFF_FFFF
 _NO_COOKIE = 0xFFFF_FFFF
 _TCP_LISTEN = 10  # net/tcp_states.h
 _FAMILIES = {4: socket.AF_INET, 6: socket.AF_INET6}
+# The socket has ended meanwhile, or the kernel cannot do it (built without INET_DIAG_DESTROY).
+_HARMLESS = (errno.ENOENT, errno.ESTALE, errno.EOPNOTSUPP)
+
+
+_End = tuple[IPAddress, int]
+"""Address and port."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,70 +66,130 @@ class ReleasedFlow:
     destination_port: int
     index: int
     """What it was judged by: an index of the endpoint's flow table."""
+    answering: _End
+    """Who answers: the destination, or the sidecar in the pod that the flow is redirected to."""
     tuple_attribute: bytes
     """CTA_TUPLE_ORIG, to name the entry again."""
 
 
-def end_flows(netns_fd: int, is_ended: Callable[[ReleasedFlow], bool]) -> list[ReleasedFlow]:
-    """End the released flows of a namespace that `is_ended` names; return them.
+class FlowJudge(Interface):
+    """Who says which flows may go on."""
 
-    Blocks while the table is read (some milliseconds for a thousand flows); raises DataplaneError. Flows of the node
-    are not asked about: the node may always reach its pods.
+    def is_index_allowed(self, index: int) -> bool:
+        """Tell whether all flows of an index may go on; where that depends on the flow, they may not."""
+
+    def is_ended(self, flow: ReleasedFlow) -> bool:
+        """Tell whether a flow may not go on. Asked only about flows of an index that is not allowed as a whole."""
+
+
+def end_flows(netns_fd: int, judge: FlowJudge) -> list[ReleasedFlow]:
+    """End the released flows of a namespace that may not go on; return them.
+
+    Blocks while the table is read (some milliseconds for a thousand flows). Raises DataplaneError where the table
+    cannot be read, or, after all others were ended, where some flow could not be. The flows of the node are not asked
+    about: the node may always reach its pods.
     """
-    return open_in(netns_fd, lambda: _end_flows(is_ended))
+    return open_in(netns_fd, lambda: _end_flows(judge))
 
 
-def _end_flows(is_ended: Callable[[ReleasedFlow], bool]) -> list[ReleasedFlow]:
-    ended = [flow for flow in list_released() if is_ended(flow)]
-    if not ended:
-        return ended
-    try:
-        with open_netlink(_NETLINK_SOCK_DIAG) as diag, open_netlink(NETLINK_NETFILTER) as conntrack:
-            for flow in ended:
-                if flow.protocol == Protocol.TCP:
-                    _destroy(diag, flow)
-                _clear_mark(conntrack, flow)
-    except OSError as err:
-        raise DataplaneError(f"flows cannot be ended: {err}") from err
-    return ended
+def highest_index(netns_fd: int) -> int:
+    """Return the highest index in the marks of a namespace's released flows, 0 where there are none."""
+    return open_in(netns_fd, lambda: max((_index_of(body) or 0 for body in _dump()), default=0))
 
 
 def list_released() -> list[ReleasedFlow]:
     """Return the released flows in the current network namespace, without those of the node."""
+    return [flow for flow in map(decode_flow, _dump()) if flow is not None]
+
+
+def _end_flows(judge: FlowJudge) -> list[ReleasedFlow]:
+    ended = []
+    for body in _dump():
+        # A busy pod has thousands of flows of few indexes: only those in doubt are worth decoding.
+        index = _index_of(body)
+        if index is None or judge.is_index_allowed(index):
+            continue
+        flow = decode_flow(body)
+        if flow is not None and judge.is_ended(flow):
+            ended.append(flow)
+    if ended:
+        _end_all(ended)
+    return ended
+
+
+def _end_all(flows: list[ReleasedFlow]) -> None:
+    failures: list[Exception] = []
+    try:
+        with open_netlink(_NETLINK_SOCK_DIAG) as diag, open_netlink(NETLINK_NETFILTER) as conntrack:
+            for flow in flows:
+                for end, sock in ((_destroy, diag), (_clear_mark, conntrack)):
+                    try:
+                        end(sock, flow)
+                    except (OSError, DataplaneError) as err:
+                        failures.append(err)
+    except OSError as err:
+        raise DataplaneError(f"flows cannot be ended: {err}") from err
+    if failures:
+        raise DataplaneError(
+            f"{len(failures)} errors while {len(flows)} flows were ended: {failures[0]}"
+        ) from failures[0]
+
+
+def _dump() -> list[bytes]:
     request = struct.pack("=BBH", socket.AF_UNSPEC, 0, 0)
     request += encode_attribute(_CTA_MARK, struct.pack(">I", RELEASED))
     request += encode_attribute(_CTA_MARK_MASK, struct.pack(">I", RELEASED | NODE))
     try:
-        bodies = dump(NETLINK_NETFILTER, _CT_GET, request)
+        return dump(NETLINK_NETFILTER, _CT_GET, request)
     except OSError as err:
         raise DataplaneError(f"conntrack: {err}") from err
-    flows = (decode_flow(body) for body in bodies)
-    return [flow for flow in flows if flow is not None]
+
+
+def _index_of(body: bytes) -> int | None:
+    """Read the index out of an entry's mark; None for one that is not ours to judge.
+
+    The kernel's filter by mark is a hint only: old kernels do not know it.
+    """
+    offset = _NFGENMSG_BYTES
+    while offset + 8 <= len(body):
+        length, kind = _NLA_HEADER.unpack_from(body, offset)
+        if kind == _CTA_MARK:
+            mark = int.from_bytes(body[offset + 4 : offset + 8], "big")
+            return (mark & INDEX_MASK) >> INDEX_SHIFT if mark & (RELEASED | NODE) == RELEASED else None
+        if length < 4:
+            raise DataplaneError(f"conntrack: attribute {kind} has length {length}")
+        offset += (length + 3) & ~3
+    return None
 
 
 def decode_flow(body: bytes) -> ReleasedFlow | None:
-    """Decode an entry; None for one that is not ours to judge (the kernel's filter by mark is a hint only)."""
+    """Decode an entry; None for one that is not ours to judge."""
+    index = _index_of(body)
+    if index is None:
+        return None
     entry = decode_attributes(body[_NFGENMSG_BYTES:])
     original = entry.get(_CTA_TUPLE_ORIG, b"")
-    mark = int.from_bytes(entry.get(_CTA_MARK, b""), "big")
-    if mark & (RELEASED | NODE) != RELEASED:
-        return None
-    parts = decode_attributes(original)
+    protocol, source, destination = _decode_tuple(original)
+    _, answering, _ = _decode_tuple(entry.get(_CTA_TUPLE_REPLY, b""))
+    return ReleasedFlow(
+        protocol, *source, *destination, index, answering, encode_attribute(_CTA_TUPLE_ORIG | NLA_F_NESTED, original)
+    )
+
+
+def _decode_tuple(data: bytes) -> tuple[int, _End, _End]:
+    """Decode protocol, source and destination of a direction."""
+    parts = decode_attributes(data)
     addresses = decode_attributes(parts.get(_CTA_TUPLE_IP, b""))
     transport = decode_attributes(parts.get(_CTA_TUPLE_PROTO, b""))
     source = next((addresses[kind] for kind in _CTA_IP_SRC if kind in addresses), b"")
     destination = next((addresses[kind] for kind in _CTA_IP_DST if kind in addresses), b"")
     if len(source) not in (4, 16) or len(destination) != len(source):
         raise DataplaneError("conntrack: the entry states no addresses")
-    return ReleasedFlow(
-        protocol=int.from_bytes(transport.get(_CTA_PROTO_NUM, b""), "big"),
-        source=ip_address(source),
-        source_port=int.from_bytes(transport.get(_CTA_PROTO_SRC_PORT, b""), "big"),
-        destination=ip_address(destination),
-        destination_port=int.from_bytes(transport.get(_CTA_PROTO_DST_PORT, b""), "big"),
-        index=(mark & INDEX_MASK) >> INDEX_SHIFT,
-        tuple_attribute=encode_attribute(_CTA_TUPLE_ORIG | NLA_F_NESTED, original),
+    protocol, source_port, destination_port = (
+        int.from_bytes(transport.get(kind, b""), "big")
+        for kind in (_CTA_PROTO_NUM, _CTA_PROTO_SRC_PORT, _CTA_PROTO_DST_PORT)
     )
+    return protocol, (ip_address(source), source_port), (ip_address(destination), destination_port)
 
 
 def _clear_mark(sock: socket.socket, flow: ReleasedFlow) -> None:
@@ -133,9 +201,12 @@ def _clear_mark(sock: socket.socket, flow: ReleasedFlow) -> None:
 
 def _destroy(sock: socket.socket, flow: ReleasedFlow) -> None:
     """End the pod's socket, whichever end of the original direction it is; one that is not there is no error."""
+    if flow.protocol != Protocol.TCP:
+        return
     one = (flow.source, flow.source_port)
     other = (flow.destination, flow.destination_port)
-    for (local, local_port), (remote, remote_port) in ((one, other), (other, one)):
+    pairs = {(one, other): None, (other, one): None, (flow.answering, one): None}
+    for (local, local_port), (remote, remote_port) in pairs:
         ports = local_port.to_bytes(2, "big"), remote_port.to_bytes(2, "big")
         wanted = _DIAG_ID.pack(*ports, local.packed, remote.packed, 0, _NO_COOKIE, _NO_COOKIE)
         head = _FAMILIES[local.version], flow.protocol, 0, 0, _ANY_STATE
@@ -146,4 +217,4 @@ def _destroy(sock: socket.socket, flow: ReleasedFlow) -> None:
         # Where no socket has the flow any more, the kernel finds the one that listens on its port, which must live on.
         # The cookie in the identifier makes sure that what is destroyed is what was found.
         if state != _TCP_LISTEN:
-            acknowledged(sock, _SOCK_DESTROY, _DIAG.pack(*head, identifier), (errno.ENOENT, errno.ESTALE))
+            acknowledged(sock, _SOCK_DESTROY, _DIAG.pack(*head, identifier), _HARMLESS)
