@@ -1,0 +1,84 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Numbers that stand for peers in the marks of released flows."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from ipaddress import ip_address
+
+import pytest
+
+from enforcer_daemon.datapath import flowindex
+from enforcer_daemon.datapath.flowindex import BY_ADDRESS, FIRST, UNKNOWN, FlowIndex
+from enforcer_daemon.handshake.peers import Peer
+from enforcer_daemon.model import Direction, Identity, NamedPort, PodRef, Protocol
+
+ADDRESS = ip_address("10.0.0.9")
+WEB = Identity(PodRef("shop", "web"), (ADDRESS,), {"app": "web"}, {"team": "a"}, "node-b")
+
+
+def number(index: FlowIndex, identity: Identity = WEB, port: int = 80, protocol: Protocol = Protocol.TCP) -> int:
+    return index.number(Direction.INGRESS, Peer(identity, b"", b"", b"", 0.0), ADDRESS, port, protocol)
+
+
+def test_numbers_begin_after_the_reserved_ones_and_are_given_once():
+    index = FlowIndex()
+    assert (UNKNOWN, BY_ADDRESS, number(index)) == (0, 1, FIRST)
+    assert number(index, port=81) == FIRST + 1
+    assert number(index) == FIRST
+    assert len(index) == 2
+
+
+def test_a_new_token_of_the_same_identity_finds_the_same_number():
+    index = FlowIndex()
+    assert number(index) == number(index, replace(WEB, labels=dict(WEB.labels)))
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"labels": {"app": "db"}},
+        {"namespace_labels": {}},
+        {"pod": PodRef("shop", "other")},
+        {"service_account": "robot"},
+        {"trust_domain": "elsewhere"},
+        {"named_ports": (NamedPort("http", 80, Protocol.TCP),)},
+    ],
+    ids=lambda change: next(iter(change)),
+)
+def test_whatever_policy_may_judge_by_makes_another_number(change: dict[str, object]):
+    index = FlowIndex()
+    assert number(index) != number(index, replace(WEB, **change))  # type: ignore[arg-type]
+    assert number(index) != number(index, protocol=Protocol.UDP)
+
+
+def test_fresh_entries_are_given_once():
+    index = FlowIndex()
+    assert not index.has_fresh
+    first = number(index)
+    assert index.has_fresh
+    assert [found for found, _ in index.take_fresh()] == [first]
+    number(index)
+    assert index.take_fresh() == []
+
+
+def test_an_index_goes_on_where_an_earlier_one_stopped():
+    earlier = FlowIndex()
+    old = number(earlier)
+    later = FlowIndex(earlier)
+    assert number(later) == old
+    assert not later.has_fresh
+    assert number(later, port=81) == old + 1
+
+
+def test_a_number_that_the_kernel_still_bears_is_not_given_to_another_peer():
+    assert number(FlowIndex(highest_in_use=41)) == 42
+
+
+def test_a_full_table_gives_unknown_and_still_finds_what_it_has(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(flowindex, "MAX_INDEX", FIRST)
+    index = FlowIndex()
+    assert number(index) == FIRST
+    assert number(index, port=81) == UNKNOWN
+    assert number(index) == FIRST
+    assert index.get(UNKNOWN) is None
