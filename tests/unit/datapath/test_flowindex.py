@@ -11,14 +11,18 @@ import pytest
 from enforcer_daemon.datapath import flowindex
 from enforcer_daemon.datapath.flowindex import BY_ADDRESS, FIRST, UNKNOWN, FlowIndex
 from enforcer_daemon.handshake.peers import Peer
+from enforcer_daemon.identity.tokens import Claims
 from enforcer_daemon.model import Direction, Identity, NamedPort, PodRef, Protocol
+from tests.unit.identity.certificates import authority, credential, new_key
 
 ADDRESS = ip_address("10.0.0.9")
+CREDENTIAL = credential(authority(), new_key())
 WEB = Identity(PodRef("shop", "web"), (ADDRESS,), {"app": "web"}, {"team": "a"}, "node-b")
 
 
 def number(index: FlowIndex, identity: Identity = WEB, port: int = 80, protocol: Protocol = Protocol.TCP) -> int:
-    return index.number(Direction.INGRESS, Peer(identity, b"", b"", b"", 0.0), ADDRESS, port, protocol)
+    peer = Peer(Claims(identity, bytes(32), 0.0, 0.0), b"token", CREDENTIAL)
+    return index.number(Direction.INGRESS, peer, ADDRESS, port, protocol)
 
 
 def test_numbers_begin_after_the_reserved_ones_and_are_given_once():
