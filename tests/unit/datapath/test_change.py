@@ -112,3 +112,27 @@ def test_remembered_decisions_and_classes_are_bounded(monkeypatch: pytest.Monkey
         judge.could_allow_egress(Destination.VIRTUAL, bytes((10, 96, 0, n)), 80)
     for table in (judge._ingress, judge._egress, judge._could, networks._known):
         assert 0 < len(table) <= 4
+
+
+def test_a_released_flow_that_is_remembered_is_forgotten_without_a_word() -> None:
+    """Its sockets are ended by the kernel's own means."""
+    connection = connected()
+    (ack,) = connection.client.send(connection.ack())
+    connection.server.receive(ack)
+    for endpoint in (connection.client, connection.server):
+        assert endpoint.datapath.forget_unfinished(lambda index: True) == ()
+        endpoint.reasons()
+    assert connection.client.send(connection.ack()) == []
+    assert connection.client.reasons() == ["unknown-flow"]
+
+
+def test_a_failure_of_our_own_drops_the_packet_and_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    client, server = make_pair()
+
+    def fail(*_: object) -> None:
+        raise RuntimeError("broken")
+
+    monkeypatch.setattr(client.datapath.context.judge, "could_allow_egress", fail)
+    assert client.send(Connection(client, server).syn()) == []
+    (report,) = client.datapath.take_reports()
+    assert (report.reason.value, report.detail, report.port) == ("internal-error", "RuntimeError: broken", 80)
