@@ -213,8 +213,9 @@ def _destroy(sock: socket.socket, flow: ReleasedFlow) -> None:
         found = ask(sock, _SOCK_DIAG_BY_FAMILY, _DIAG.pack(*head, wanted), 1)
         if found is None:
             continue
-        _, state, _, _, identifier = _DIAG_ANSWER.unpack_from(found)
+        family, state, _, _, identifier = _DIAG_ANSWER.unpack_from(found)
         # Where no socket has the flow any more, the kernel finds the one that listens on its port, which must live on.
         # The cookie in the identifier makes sure that what is destroyed is what was found.
         if state != _TCP_LISTEN:
-            acknowledged(sock, _SOCK_DESTROY, _DIAG.pack(*head, identifier), _HARMLESS)
+            # A socket for both families says AF_INET6 of its IPv4 connections too, and is named that way.
+            acknowledged(sock, _SOCK_DESTROY, _DIAG.pack(family, *head[1:], identifier), _HARMLESS)

@@ -1,0 +1,176 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Which established flows may go on after a change: by identity, by address, unknown; own and peer's policies."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from ipaddress import ip_address
+from typing import Any
+
+import pytest
+
+from enforcer_daemon.daemon.reconsider import Reconsideration
+from enforcer_daemon.daemon.world import CompiledWorld
+from enforcer_daemon.datapath.flowindex import BY_ADDRESS, UNKNOWN, FlowIndex, JudgedFlow
+from enforcer_daemon.dataplane.established import ReleasedFlow
+from enforcer_daemon.model import Direction, Identity, NamedPort, PodRef, Protocol
+from enforcer_daemon.policy import compile_snapshot, decode_network_policy
+from enforcer_daemon.sources.manifests import World
+
+INGRESS, EGRESS = Direction.INGRESS, Direction.EGRESS
+DB = Identity(
+    PodRef("shop", "db"), (ip_address("10.1.0.1"), ip_address("fd01::1")), {"app": "db"}, {"team": "a"}, "node-a",
+    named_ports=(NamedPort("sql", 5432, Protocol.TCP),),
+)  # fmt: skip
+WEB = Identity(PodRef("front", "web"), (ip_address("10.2.0.2"),), {"app": "web"}, {"team": "old"}, "node-b")
+OUTSIDE = ip_address("203.0.113.9")
+SERVICE = ip_address("10.96.0.1")
+WEB_POD = {"namespaceSelector": {}, "podSelector": {"matchLabels": {"app": "web"}}}
+TEAM_NEW = {"namespaceSelector": {"matchLabels": {"team": "new"}}}
+
+
+def policy(app: str, namespace: str = "shop", **directions: Sequence[object]) -> dict[str, Any]:
+    return {
+        "apiVersion": "networking.k8s.io/v1",
+        "kind": "NetworkPolicy",
+        "metadata": {"name": f"{app}-{'-'.join(directions)}", "namespace": namespace},
+        "spec": {
+            "podSelector": {"matchLabels": {"app": app}},
+            "policyTypes": [direction.capitalize() for direction in directions],
+            **directions,
+        },
+    }
+
+
+def reconsideration(
+    *policies: dict[str, Any],
+    flows: Mapping[int, JudgedFlow] | None = None,
+    own: Identity = DB,
+    namespaces: Mapping[str, Mapping[str, str]] | None = None,
+    is_identity_new: bool = False,
+) -> Reconsideration:
+    snapshot = compile_snapshot([decode_network_policy(manifest) for manifest in policies], 1)
+    world = CompiledWorld(World(namespaces=namespaces or {}), snapshot, "node-a", "cluster.local")
+    return Reconsideration(own, snapshot.pod_policy(own), FlowIndex((flows or {}).items()), world, is_identity_new)
+
+
+def judged(direction: Direction = INGRESS, peer: Identity = WEB, port: int = 5432) -> JudgedFlow:
+    return JudgedFlow(direction, peer, peer.ips[0], port, Protocol.TCP)
+
+
+def released(
+    index: int, direction: Direction = INGRESS, remote: object = WEB.ips[0], port: int = 5432, protocol: int = 6
+) -> ReleasedFlow:
+    ends: Any = ((remote, 40_000), (DB.ips[0], port))
+    if direction is EGRESS:
+        ends = ((DB.ips[0], 40_000), (remote, port))
+    return ReleasedFlow(protocol, *ends[0], *ends[1], index, ends[1], b"")
+
+
+def is_ended(question: Reconsideration, flow: ReleasedFlow) -> bool:
+    """Ask as the dataplane does: by index first."""
+    return not question.is_index_allowed(flow.index) and question.is_ended(flow)
+
+
+@pytest.mark.parametrize(
+    ("rules", "ended"),
+    [
+        ([{"from": [WEB_POD]}], False),
+        ([{"from": [WEB_POD], "ports": [{"port": "sql"}]}], False),
+        ([{"from": [WEB_POD], "ports": [{"port": 80}]}], True),
+        ([{"from": [{"podSelector": {"matchLabels": {"app": "web"}}}]}], True),
+        ([{"from": [{"ipBlock": {"cidr": "10.2.0.0/16"}}]}], False),
+        ([], True),
+    ],
+)
+def test_a_flow_by_identity_is_judged_by_what_its_peer_stated(rules: list[object], ended: bool):
+    question = reconsideration(policy("db", ingress=rules), flows={2: judged()})
+    assert is_ended(question, released(2)) is ended
+    assert question.is_index_denied(2) is ended
+
+
+def test_a_flow_of_a_pod_that_nothing_isolates_goes_on():
+    question = reconsideration(flows={2: judged()})
+    assert not is_ended(question, released(2))
+    assert not question.is_index_denied(2)
+
+
+def test_egress_behind_a_service_is_judged_by_the_pod_that_answered():
+    flows = {2: judged(EGRESS, port=8080)}
+    by_pod_port = {"to": [{"ipBlock": {"cidr": "10.2.0.0/16"}}], "ports": [{"port": 8080}]}
+    by_service = {"to": [{"ipBlock": {"cidr": "10.96.0.0/16"}}], "ports": [{"port": 80}]}
+    dialled = released(2, EGRESS, SERVICE, 80)
+    assert not is_ended(reconsideration(policy("db", egress=[by_pod_port]), flows=flows), dialled)
+    assert is_ended(reconsideration(policy("db", egress=[by_service]), flows=flows), dialled)
+
+
+def test_the_namespace_labels_of_a_peer_are_those_of_now():
+    rules = policy("db", ingress=[{"from": [TEAM_NEW]}])
+    assert is_ended(reconsideration(rules, flows={2: judged()}), released(2))
+    assert not is_ended(reconsideration(rules, flows={2: judged()}, namespaces={"front": {"team": "new"}}), released(2))
+
+
+def test_a_peer_of_another_trust_domain_keeps_the_labels_that_it_stated():
+    stranger = replace(WEB, trust_domain="elsewhere", namespace_labels={"team": "new"})
+    anyone = {"from": [{"ipBlock": {"cidr": "0.0.0.0/0"}}]}
+    question = reconsideration(
+        policy("db", ingress=[anyone]), policy("web", "front", egress=[]), flows={2: judged(peer=stranger)},
+        is_identity_new=True,
+    )  # fmt: skip
+    assert not is_ended(question, released(2))  # and its own policies are not known here
+
+
+@pytest.mark.parametrize(("direction", "opposite"), [(INGRESS, "egress"), (EGRESS, "ingress")])
+def test_new_labels_of_the_pod_are_judged_by_its_peers_policies_too(direction: Direction, opposite: str):
+    flows = {2: judged(direction)}
+    shop_db = {"namespaceSelector": {}, "podSelector": {"matchLabels": {"app": "db"}}}
+    side = {"egress": "to", "ingress": "from"}[opposite]
+    admits = policy("web", "front", **{opposite: [{side: [shop_db]}]})
+    renamed = replace(DB, labels={"app": "other"})
+    flow = released(2, direction)
+    assert not is_ended(reconsideration(admits, flows=flows, is_identity_new=True), flow)
+    assert is_ended(reconsideration(admits, flows=flows, own=renamed, is_identity_new=True), flow)
+    # Where only policies changed, the peer's own node judges them.
+    assert not is_ended(reconsideration(admits, flows=flows, own=renamed), flow)
+
+
+def test_a_pods_flow_to_itself_is_never_ended():
+    question = reconsideration(policy("db", ingress=[], egress=[]), flows={2: judged(peer=DB)}, is_identity_new=True)
+    assert not is_ended(question, released(2, remote=SERVICE))
+
+
+@pytest.mark.parametrize("direction", [INGRESS, EGRESS])
+@pytest.mark.parametrize("protocol", [6, 17, 132])
+def test_a_flow_by_address_is_judged_by_address_port_and_protocol(direction: Direction, protocol: int):
+    side = {"ingress": "from", "egress": "to"}[direction.value]
+    name = Protocol(protocol).name
+    rule = {side: [{"ipBlock": {"cidr": "203.0.113.0/24"}}], "ports": [{"port": 53, "protocol": name}]}
+    question = reconsideration(policy("db", **{direction.value: [rule]}))
+    assert not is_ended(question, released(BY_ADDRESS, direction, OUTSIDE, 53, protocol))
+    assert is_ended(question, released(BY_ADDRESS, direction, OUTSIDE, 54, protocol))
+    assert is_ended(question, released(BY_ADDRESS, direction, WEB.ips[0], 53, protocol))
+
+
+def test_an_ipv6_flow_is_judged_by_ipv6_blocks():
+    remote = ip_address("2001:db8::9")
+    flow = ReleasedFlow(6, remote, 40_000, DB.ips[1], 5432, BY_ADDRESS, (DB.ips[1], 5432), b"")
+    allowing = policy("db", ingress=[{"from": [{"ipBlock": {"cidr": "2001:db8::/32"}}]}])
+    assert not is_ended(reconsideration(allowing), flow)
+    assert is_ended(reconsideration(policy("db", ingress=[{"from": [{"ipBlock": {"cidr": "0.0.0.0/0"}}]}])), flow)
+
+
+def test_protocols_that_no_policy_can_name_end_where_the_pod_is_isolated():
+    flow = released(BY_ADDRESS, protocol=47)
+    assert not is_ended(reconsideration(policy("db", egress=[])), flow)
+    assert is_ended(reconsideration(policy("db", ingress=[{}])), flow)
+
+
+@pytest.mark.parametrize("index", [UNKNOWN, 77], ids=["no room was left", "entry lost"])
+def test_an_unknown_flow_ends_where_its_own_direction_is_isolated(index: int):
+    question = reconsideration(policy("db", ingress=[{}]))
+    assert not is_ended(question, released(index, EGRESS))
+    assert is_ended(question, released(index, INGRESS))  # whatever was said of the one before
+    assert question.is_index_denied(index)
+    assert not is_ended(reconsideration(), released(index))
+    assert not reconsideration().is_index_denied(index)
