@@ -9,7 +9,7 @@ import pytest
 
 from enforcer_daemon.datapath import judging
 from enforcer_daemon.datapath.judging import Destination, Networks
-from enforcer_daemon.packet.tcp import ACK, RST
+from enforcer_daemon.packet.tcp import ACK, RST, build
 from enforcer_daemon.settings import NetworkSettings
 from enforcer_daemon.verdict import Inject, Settle
 from tests.unit.datapath.pair import TIMESTAMPS, Connection, Endpoint, make_pair, segment
@@ -136,3 +136,11 @@ def test_a_failure_of_our_own_drops_the_packet_and_is_told(monkeypatch: pytest.M
     assert client.send(Connection(client, server).syn()) == []
     (report,) = client.datapath.take_reports()
     assert (report.reason.value, report.detail, report.port) == ("internal-error", "RuntimeError: broken", 80)
+
+
+def test_a_rst_of_the_server_after_its_answer_reaches_the_clients_kernel() -> None:
+    connection = connected()
+    back = connection.dport, connection.sport
+    reset = build(connection.server.address, connection.client.address, back, (5_001, 0), RST, 0)
+    assert connection.client.receive(reset) == [reset]
+    assert connection.client.datapath.half_open_flows == 1  # The kernel judges its numbers, and says so by a RST.
