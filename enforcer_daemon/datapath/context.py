@@ -184,22 +184,19 @@ class EndpointContext:
         inward = build(far, near, (far_port, near_port), remote, RST | ACK, 0)
         return self.inject(key, outward, RST | ACK, own), Inject(inward)
 
-    def refuse_unknown(self, key: bytes, segment: Segment, direction: Direction) -> Verdict:
-        """End at both sides the handshake of a SYN-ACK that nobody knows, as after a restart of the daemon.
+    def refuse_unknown(self, key: bytes, segment: Segment) -> Verdict:
+        """End at both sides a SYN-ACK that answers no known SYN of the pod, as after a restart of the daemon.
 
-        Without an ACK flag: an initiator's kernel that has seen the SYN-ACK gives its connection up, one that has not
-        seen it takes no notice and repeats its SYN (RFC 9293, section 3.10.7.3).
+        Without an ACK flag: a kernel of ours that has seen the SYN-ACK before gives its connection up, one that has not
+        takes no notice and repeats its SYN (RFC 9293, section 3.10.7.3). The other way round, for a SYN-ACK of the pod,
+        it would not do: to a RST against the direction of the SYN, followed by a SYN with a frame, conntrack on the
+        way closes for good.
         """
-        far = segment.dst if direction is Direction.EGRESS else segment.src
-        self.report(direction, far, segment.dport, Decision(False, Reason.UNKNOWN_FLOW, direction), detail="SYN-ACK")
-        next_r, next_i = (segment.seq + 1) & _NUMBERS, segment.ack
-        near, own_ports, remote_ports = segment.src, (segment.sport, segment.dport), (segment.dport, segment.sport)
-        own, remote = next_r, next_i
-        if direction is Direction.INGRESS:
-            near, own_ports, remote_ports = segment.dst, remote_ports, own_ports
-            own, remote = next_i, next_r
-        outward = build(near, far, own_ports, (own, 0), RST, 0)
-        inward = build(far, near, remote_ports, (remote, 0), RST, 0)
+        decision = Decision(False, Reason.UNKNOWN_FLOW, Direction.INGRESS)
+        self.report(Direction.INGRESS, segment.src, segment.dport, decision, detail="SYN-ACK")
+        own, remote = segment.ack, (segment.seq + 1) & _NUMBERS
+        outward = build(segment.dst, segment.src, (segment.dport, segment.sport), (own, 0), RST, 0)
+        inward = build(segment.src, segment.dst, (segment.sport, segment.dport), (remote, 0), RST, 0)
         return DROP._replace(effects=(self.inject(key, outward, RST, (own, 0)), Inject(inward)))
 
     def hold(self, flow: Flow, now: float, effects: tuple[Settle | Inject, ...] = ()) -> Verdict:

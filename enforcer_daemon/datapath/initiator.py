@@ -92,7 +92,7 @@ class Initiator:
         if flow is None:
             if mark & RELEASED:
                 return _deliver(segment)
-            return self._context.refuse_unknown(key, segment, Direction.INGRESS)
+            return self._context.refuse_unknown(key, segment)
         if segment.ack != (flow.isn + 1) & _NUMBERS:
             raise PeerError(Reason.UNKNOWN_FLOW, "SYN-ACK acknowledges another SYN")
         payload = segment.payload

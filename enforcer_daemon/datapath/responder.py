@@ -130,7 +130,7 @@ class Responder:
         if flow is None:
             if mark & (RELEASED | NODE):
                 return ACCEPT
-            return self._context.refuse_unknown(key, segment, Direction.EGRESS)
+            raise PeerError(Reason.UNKNOWN_FLOW, "SYN-ACK")  # The peer's SYN, once more, makes it known.
         if segment.ack != (flow.offer.isn + 1) & _NUMBERS:
             raise PeerError(Reason.UNKNOWN_FLOW, "SYN-ACK acknowledges another SYN")
         if flow.state is State.RELEASED and segment.seq != flow.isn_r:

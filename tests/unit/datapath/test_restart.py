@@ -16,15 +16,15 @@ def _resets(endpoint: Endpoint) -> tuple[Segment, Segment]:
     return outward, inward
 
 
-def test_a_repeated_syn_ack_that_the_responders_new_daemon_does_not_know() -> None:
+def test_a_repeated_syn_ack_that_the_responders_new_daemon_does_not_know_waits_for_the_syn() -> None:
     connection = Connection(*make_pair())
     server = connection.server
     assert server.send(connection.syn_ack()) == []
-    outward, inward = _resets(server)
-    assert (outward.seq, inward.seq) == (connection.isn_r + 1, connection.isn_i + 1)
-    assert (outward.sport, outward.dport) == (connection.dport, connection.sport)
+    assert server.injected == []
     assert server.reasons() == ["unknown-flow"]
-    assert server.flush_injected() == [outward.packet]  # known again by the queue; the other goes by loopback
+    (framed_syn,) = connection.client.send(connection.syn())
+    assert server.receive(framed_syn) == [connection.syn()]
+    assert len(server.send(connection.syn_ack())) == 1
 
 
 def test_a_repeated_syn_ack_that_the_initiators_new_daemon_does_not_know() -> None:
@@ -37,6 +37,7 @@ def test_a_repeated_syn_ack_that_the_initiators_new_daemon_does_not_know() -> No
     outward, inward = _resets(client)
     assert (outward.seq, inward.seq) == (first.isn_i + 1, first.isn_r + 1)
     assert client.reasons() == ["unknown-flow"]
+    assert client.flush_injected() == [outward.packet]  # known again by the queue; the other goes by loopback
 
 
 def test_a_responder_takes_the_reset_of_an_initiators_new_daemon_for_its_flow() -> None:
