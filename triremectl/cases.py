@@ -8,7 +8,7 @@ verdict expected of it. Both ends of a probe are judged as two enforcers would, 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from ipaddress import ip_address
 
 from enforcer_daemon.model import Decision, Direction, Identity, IPAddress, NamedPort, PodRef, Protocol
@@ -141,7 +141,9 @@ class CaseWorld:
             except KeyError:
                 raise ValueError(f"no pod {name}") from None
         address = ip_address(name)
-        return self._owners.get(address) or _End((address,), node=self._nodes.get(address, ""))
+        if owner := self._owners.get(address):
+            return replace(owner, addresses=(address,))  # of a pod's two families, the one that is dialled
+        return _End((address,), node=self._nodes.get(address, ""))
 
 
 def _allowed(reason: Reason, direction: Direction) -> Decision:
@@ -170,6 +172,24 @@ class Case:
     name: str
     world: CaseWorld
     probes: tuple[Probe, ...]
+    objects: CaseObjects
+
+
+@dataclass(frozen=True, slots=True)
+class CaseObjects:
+    """What a case's world is made of, for those who build it elsewhere."""
+
+    pods: tuple[Pod, ...]
+    namespaces: Mapping[str, Mapping[str, str]]
+    policies: tuple[Mapping[str, object], ...]
+    """Manifests as the case has them."""
+    nodes: Mapping[IPAddress, str]
+    has_old_cidrs: bool = False
+    """CIDRs are written as before Kubernetes 1.36: host bits are to be masked."""
+    sequence: str = ""
+    """Cases of one sequence follow one another in one cluster; empty: the case stands alone."""
+    step: int = 0
+    """Place in the sequence."""
 
 
 def decode_case(tree: object) -> Case:
@@ -186,14 +206,26 @@ def decode_case(tree: object) -> Case:
     pods = [_read_pod(reader, entry, path) for path, entry in reader.sequence(top.get("pods"), "pods")]
     probes = tuple(_read_probe(reader, entry, path) for path, entry in reader.sequence(top.get("probes"), "probes"))
     nodes = _read_nodes(reader, top.get("nodes"))
-    policies = []
+    sequence = reader.struct(top.get("sequence"), "sequence")
+    is_legacy = "legacy-cidr" in requires
+    manifests, policies = [], []
     for path, manifest in reader.sequence(top.get("policies"), "policies"):
         try:
-            policies.append(decode_network_policy(manifest, mask_host_bits="legacy-cidr" in requires))
+            policies.append(decode_network_policy(manifest, mask_host_bits=is_legacy))
+            manifests.append(reader.struct(manifest, path))
         except InvalidObjectError as err:
             reader.problems += [type(p)(child(path, p.field), p.message) for p in err.problems]
+    objects = CaseObjects(
+        pods=tuple(pods),
+        namespaces=namespaces,
+        policies=tuple(manifests),
+        nodes=nodes,
+        has_old_cidrs=is_legacy,
+        sequence=reader.string(sequence.get("id"), "sequence.id") or "",
+        step=reader.integer(sequence.get("step"), "sequence.step") or 0,
+    )
     reader.finish()
-    return Case(name, CaseWorld(pods, namespaces, policies, nodes), probes)
+    return Case(name, CaseWorld(pods, namespaces, policies, nodes), probes, objects)
 
 
 def _read_pod(reader: Reader, value: object, path: str) -> Pod:

@@ -45,7 +45,7 @@ def command(files: tuple[Path, ...], *, explain: bool, check: bool, policies: Pa
     if policies is None:
         if pods or source or destination or port:
             raise click.UsageError("--pods, --from, --to and --port need --policies")
-        cases = _read_cases(files or (Path("-"),))
+        cases = read_cases(files or (Path("-"),))
         _check(cases) if check else _judge(cases, explain=explain)
         return
     if files or check:
@@ -56,7 +56,8 @@ def command(files: tuple[Path, ...], *, explain: bool, check: bool, policies: Pa
     _answer(_read_world(policies, pods), probe)
 
 
-def _read_cases(files: Iterable[Path]) -> Iterator[Case]:
+def read_cases(files: Iterable[Path]) -> Iterator[Case]:
+    """Read files of cases (.gz is unpacked, - is standard input); raise ClickException that names file and line."""
     for file in files:
         for number, line in enumerate(_lines(file), 1):
             if not line.strip():
@@ -148,12 +149,13 @@ def _is_as_expected(case: Case, probe: Probe) -> bool:
     expected = f"{probe.expected} (by {probe.denied_by})" if probe.denied_by else probe.expected
     found = f"{verdict.verdict} (by {verdict.denied_by})" if verdict.denied_by else verdict.verdict
     click.echo(f"{case.name}: {probe}: expected {expected}, found {found}")
-    for line in _in_words(probe, verdict):
+    for line in in_words(probe, verdict):
         click.echo(f"  {line}")
     return False
 
 
-def _in_words(probe: Probe, verdict: ProbeVerdict) -> list[str]:
+def in_words(probe: Probe, verdict: ProbeVerdict) -> list[str]:
+    """Say what each end of a probe decides, and by which rules."""
     return [
         f"egress of {probe.source}: {_decision_in_words(verdict.egress)}",
         f"ingress of {probe.destination}: {_decision_in_words(verdict.ingress)}",
@@ -192,7 +194,7 @@ def _answer(world: World, probe: Probe) -> None:
     except ValueError as err:
         raise click.ClickException(str(err)) from err
     click.echo(f"{probe}: {'allowed' if verdict.is_allowed else f'denied by {verdict.denied_by}'}")
-    for line in _in_words(probe, verdict):
+    for line in in_words(probe, verdict):
         click.echo(f"  {line}")
 
 

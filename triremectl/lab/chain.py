@@ -12,6 +12,7 @@ from typing import Any
 
 from enforcer_daemon.model import IPNetwork
 from triremectl.lab.errors import LabError
+from triremectl.lab.network import ROUTED_GATEWAY_V6
 
 SHIPPED_CONFLIST = Path(__file__).resolve().parents[2] / "conf" / "10-trireme.conflist"
 TRIREME = "trireme"
@@ -30,18 +31,27 @@ def load_conflist(path: Path) -> dict[str, Any]:
 
 
 def node_conflist(
-    shipped: Mapping[str, Any], networks: Sequence[IPNetwork], ipam_dir: Path, run_dir: Path, *, is_enforced: bool
+    shipped: Mapping[str, Any],
+    networks: Sequence[IPNetwork],
+    ipam_dir: Path,
+    run_dir: Path,
+    *,
+    is_enforced: bool,
+    is_routed: bool = False,
 ) -> dict[str, Any]:
     """Return the chain for one node: its networks in the IPAM, its daemon's sockets, nothing shared with others.
 
-    Without enforcement our plugin's entry is left out; all else stays, so that the two worlds can be compared.
+    With `is_routed` the runtime gives each pod its addresses, and the pod sends everything to the node. Without
+    enforcement our plugin's entry is left out; all else stays, so that the two worlds can be compared.
     """
     conflist: dict[str, Any] = copy.deepcopy(dict(shipped))
     plugins = [p for p in conflist["plugins"] if is_enforced or p.get("type") != TRIREME]
     for plugin in plugins:
         if plugin.get("type") == TRIREME:
             plugin["runDir"] = str(run_dir)
-        if "ipam" in plugin:
+        if "ipam" in plugin and is_routed:
+            plugin |= {"isGateway": False, "ipam": _routed_ipam(networks)}
+        elif "ipam" in plugin:
             default = {4: "0.0.0.0/0", 6: "::/0"}
             versions = sorted({network.version for network in networks})
             plugin["ipam"] = {
@@ -52,3 +62,8 @@ def node_conflist(
             }
     conflist["plugins"] = plugins
     return conflist
+
+
+def _routed_ipam(networks: Sequence[IPNetwork]) -> dict[str, Any]:
+    routes = {4: {"dst": "0.0.0.0/0"}, 6: {"dst": "::/0", "gw": ROUTED_GATEWAY_V6}}
+    return {"type": "static", "routes": [routes[version] for version in sorted({n.version for n in networks})]}

@@ -17,6 +17,7 @@ import click
 from rich.console import Console
 
 from triremectl.admin_client import AdminError
+from triremectl.lab.check.command import check, load_cases
 from triremectl.lab.errors import LabError
 from triremectl.lab.lab import Lab
 from triremectl.lab.report import print_step, summary
@@ -34,30 +35,67 @@ def command() -> None:
     """Try policies in a small world of network namespaces on this machine (as root)."""
 
 
-@command.command("run")
-@click.argument("scenario")
-@click.option(
+_plugin_option = click.option(
     "--plugin",
     type=click.Path(exists=True, dir_okay=False, path_type=Path),
     help="CNI plugin to run, a file named trireme. Default: the one installed beside this command.",
 )
+
+
+@command.command("run")
+@click.argument("scenario")
+@_plugin_option
 @click.option("--keep", is_flag=True, help="Keep the world after the last step, until Ctrl-C.")
 @click.option("--verbose", is_flag=True, help="Print how long things take, and the daemons' logs.")
 def run_command(scenario: str, plugin: Path | None, *, keep: bool, verbose: bool) -> None:
     """Run SCENARIO, a file or the name of a shipped one (demo), and say whether its flows went as expected."""
     _require_root()
-    if plugin is not None and plugin.name != "trireme":
-        raise click.BadParameter("the file must be named trireme, as CNI finds plugins by name", param_hint="--plugin")
+    tools = _tools(plugin)
     with _ended_by_signals():
         try:
             story = load_scenario(scenario)
-            tools = Tools(probe_timeout_s=story.timeout_s)
-            tools = tools if plugin is None else replace(tools, plugin=plugin.resolve())
-            results = _run(story, tools, keep=keep, verbose=verbose)
+            results = _run(story, replace(tools, probe_timeout_s=story.timeout_s), keep=keep, verbose=verbose)
         except (LabError, AdminError) as err:
             raise click.ClickException(str(err)) from err
     click.echo(summary(results))
     sys.exit(0 if all(item.is_as_expected for item in results) else 1)
+
+
+@command.command("check")
+@click.argument("files", nargs=-1, required=True, type=click.Path(path_type=Path, allow_dash=True))
+@click.option("--sample", "count", type=click.IntRange(min=1), help="Run only about this many cases.")
+@click.option("--seed", type=int, default=0, show_default=True, help="Which ones --sample chooses.")
+@click.option(
+    "--timeout",
+    type=click.FloatRange(min=0.05),
+    default=1.0,
+    show_default=True,
+    help="How long a connection may take, in seconds; one that must be allowed has a second, longer try.",
+)
+@click.option(
+    "--deny-with",
+    type=click.Choice(["drop", "reset"]),
+    default="reset",
+    show_default=True,
+    help="What denied connections see; with drop, each takes the whole timeout.",
+)
+@_plugin_option
+@click.option("--verbose", is_flag=True, help="Say which world is up, and when.")
+def check_command(files: tuple[Path, ...], *, count: int | None, seed: int, timeout: float, deny_with: str,
+                  plugin: Path | None, verbose: bool) -> None:  # fmt: skip
+    """Try the probes of cases by real connections, and compare with what the cases expect.
+
+    FILES hold one case a line, as for `simulate --check` (.gz is unpacked; - is standard input). Exit status 1 on any
+    difference.
+    """
+    _require_root()
+    tools = replace(_tools(plugin), probe_timeout_s=timeout)
+    with _ended_by_signals():
+        try:
+            score = check(load_cases(files, count, seed), tools, deny_with, is_verbose=verbose)
+        except (LabError, AdminError) as err:
+            raise click.ClickException(str(err)) from err
+    sys.exit(0 if score.is_passed else 1)
 
 
 @command.command("clean")
@@ -66,6 +104,14 @@ def clean_command() -> None:
     _require_root()
     for name in clean_leftovers():
         click.echo(f"removed {name}")
+
+
+def _tools(plugin: Path | None) -> Tools:
+    if plugin is None:
+        return Tools()
+    if plugin.name != "trireme":
+        raise click.BadParameter("the file must be named trireme, as CNI finds plugins by name", param_hint="--plugin")
+    return Tools(plugin=plugin.resolve())
 
 
 def _run(scenario: Scenario, tools: Tools, *, keep: bool, verbose: bool) -> list[FlowResult]:

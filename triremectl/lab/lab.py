@@ -28,7 +28,14 @@ from triremectl.lab.capture import Capture
 from triremectl.lab.errors import LabError
 from triremectl.lab.manifests import ObjectRef, namespace_manifest, pod_manifest, pod_ref
 from triremectl.lab.netns import delete_all, exec_prefix, ip_batch, open_socket, run, write_sysctls
-from triremectl.lab.network import ROUTER_SYSCTLS, fabric_lines, node_rules, uplink_lines
+from triremectl.lab.network import (
+    ROUTED_BRIDGE_SYSCTLS,
+    ROUTER_SYSCTLS,
+    fabric_lines,
+    node_rules,
+    routed_bridge_lines,
+    uplink_lines,
+)
 from triremectl.lab.node import Node, NodeDirectories
 from triremectl.lab.probe import Probe, ProbeResult, run_probe
 from triremectl.lab.process import NetnsProcess
@@ -116,6 +123,11 @@ class Lab:
         for place in places:
             ip_batch(uplink_lines(place.addresses), place.netns)
             self._places[place.name] = place
+        for node in self.world.nodes:
+            if node.is_routed:
+                netns = self.place(f"node:{node.name}").netns
+                ip_batch(routed_bridge_lines(node), netns)
+                write_sysctls(netns, ROUTED_BRIDGE_SYSCTLS)
         for host in outside:
             self._serve(self.place(f"host:{host.name}"), host.ports)
 
@@ -332,9 +344,10 @@ class Lab:
         """Return a new socket that lives at the place. The caller owns it; an open socket keeps its namespace alive."""
         return open_socket(self.place(place).netns, family, kind)
 
-    def listen(self, place: str, port: PortSpec) -> None:
-        """Let a place answer on one more port, on all its addresses."""
-        self._serve(self.place(place), [port])
+    def listen(self, place: str, port: PortSpec, address: IPAddress | None = None) -> None:
+        """Let a place answer on one more port: on all its addresses, or on the given one alone (as the loopback's)."""
+        there = self.place(place)
+        self._serve(there if address is None else replace(there, addresses=(address,)), [port])
 
     def _serve(self, place: Place, ports: Iterable[PortSpec]) -> None:
         for port in ports:

@@ -16,6 +16,16 @@ from triremectl.lab.world import NodeSpec, ServicePort, ServiceSpec
 UPLINK = "eth0"
 _GATEWAY_V4 = "169.254.0.1"
 _GATEWAY_V6 = "fe80::1"
+POD_BRIDGE = "trireme0"
+"""The bridge of conf/10-trireme.conflist."""
+ROUTED_GATEWAY_V6 = "fe80::2"
+"""The node's address on the bridge of pods that have routes of their own. They have none for IPv4: the reference
+plugins cannot give a pod a gateway outside its network, so the node answers ARP for all it has routes to."""
+ROUTED_BRIDGE_SYSCTLS = {
+    f"net/ipv4/conf/{POD_BRIDGE}/proxy_arp": "1",
+    f"net/ipv4/neigh/{POD_BRIDGE}/proxy_delay": "0",
+}
+"""To be set once the bridge is there."""
 MASQUERADE_MARK = "0x4000"
 """kube-proxy's mark for packets whose source must be rewritten."""
 
@@ -59,6 +69,19 @@ def uplink_lines(addresses: Sequence[IPAddress]) -> list[str]:
         lines.append(f"route add default via {_GATEWAY_V4} dev {UPLINK}")
     if any(address.version == 6 for address in addresses):
         lines.append(f"route add default via {_GATEWAY_V6} dev {UPLINK}")
+    return lines
+
+
+def routed_bridge_lines(node: NodeSpec) -> list[str]:
+    """Make the bridge of a node whose pods have routes of their own; to be run in the node's namespace."""
+    lines = [
+        f"link add {POD_BRIDGE} type bridge",
+        f"address add {ROUTED_GATEWAY_V6}/64 dev {POD_BRIDGE} nodad",
+        f"link set {POD_BRIDGE} up",
+    ]
+    for network in node.pod_networks:
+        source = next((f" src {a}" for a in node.addresses if a.version == network.version), "")
+        lines.append(f"route add {network} dev {POD_BRIDGE}{source}")
     return lines
 
 

@@ -18,6 +18,8 @@ from triremectl.lab.netns import open_socket
 
 MAX_BANNER_BYTES = 256
 _UDP_RESEND_S = 1.0
+_IP_BIND_ADDRESS_NO_PORT = 24
+"""linux/in.h: the port is chosen at connect(), where it need not differ from those of other connections."""
 
 
 class Outcome(Enum):
@@ -50,6 +52,8 @@ class Probe:
     port: int
     protocol: Protocol = Protocol.TCP
     timeout_s: float = 3.0
+    source: IPAddress | None = None
+    """Dial from this address of the place; None: the kernel chooses."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,6 +81,9 @@ def run_probe(probe: Probe) -> ProbeResult:
 def _dial_tcp(sock: socket.socket, probe: Probe) -> tuple[Outcome, str]:
     sock.settimeout(probe.timeout_s)
     try:
+        if probe.source is not None:
+            sock.setsockopt(socket.IPPROTO_IP, _IP_BIND_ADDRESS_NO_PORT, 1)
+            sock.bind((str(probe.source), 0))
         sock.connect((str(probe.address), probe.port))
     except TimeoutError:
         return Outcome.TIMED_OUT, ""

@@ -68,6 +68,7 @@ class Runtime:
             directories.cni / "networks",
             directories.run,
             is_enforced=is_enforced,
+            is_routed=node.spec.is_routed,
         )
         plugin_dirs: list[Path] = [*tools.reference_plugins, tools.plugin.parent]
         self._runtime = CniRuntime(conflist, plugin_dirs, directories.cni / "cache", exec_prefix(node.netns))

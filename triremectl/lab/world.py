@@ -37,6 +37,9 @@ class NodeSpec:
     name: str
     addresses: tuple[IPAddress, ...]
     pod_networks: tuple[IPNetwork, ...]
+    is_routed: bool = False
+    """Pods have addresses of any range, each with a route of its own: pod_networks are then single addresses, one for
+    each pod, and no IPAM chooses."""
 
     @classmethod
     def numbered(cls, name: str, number: int) -> NodeSpec:

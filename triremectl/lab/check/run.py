@@ -1,0 +1,123 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Runs cases in a lab: puts each in force, dials its probes all at once, and compares what came of them."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+
+from enforcer_daemon.model import IPAddress, Protocol
+from triremectl.cases import Case, Probe
+from triremectl.lab.check.dial import Dial, Unprobed, dial_of
+from triremectl.lab.check.objects import case_file, put_in_force
+from triremectl.lab.check.plan import Layout, SharedWorld, world_of
+from triremectl.lab.lab import Lab
+from triremectl.lab.probe import Probe as LabProbe
+from triremectl.lab.probe import ProbeResult
+from triremectl.lab.scenario import Flow
+from triremectl.lab.tools import Tools
+from triremectl.lab.why import Denial, find_denial
+from triremectl.lab.world import PortSpec
+
+PATIENT_TIMEOUT_S = 3.0
+"""Of the second try of a connection that must be allowed: what the Kubernetes end-to-end suite allows."""
+
+
+@dataclass(frozen=True, slots=True)
+class Attempt:
+    """A probe of a case, and what came of it on the wire."""
+
+    probe: Probe
+    dial: Dial
+    result: ProbeResult
+    tries: int = 1
+    denial: Denial | None = None
+    """What an enforcer said of a connection that should have been allowed."""
+
+    @property
+    def is_as_expected(self) -> bool:
+        outcome = self.result.outcome
+        return outcome.is_allowed if self.probe.expected == "allow" else outcome.is_denied
+
+
+@dataclass(frozen=True, slots=True)
+class CaseResult:
+    """What came of a case."""
+
+    case: Case
+    attempts: tuple[Attempt, ...]
+    unprobed: Counter[str]
+    """How many probes were not tried, by the reason."""
+
+
+def run_world(world: SharedWorld, tools: Tools, deny_with: str) -> Iterator[CaseResult]:
+    """Start a lab for the cases of one world and run them in order; yield each result as soon as it is known."""
+    with Lab(world_of(world.layout, deny_with), tools) as lab:
+        runner = _CaseRunner(lab, world.layout)
+        for case in world.cases:
+            yield runner.run(case)
+
+
+class _CaseRunner:
+    def __init__(self, lab: Lab, layout: Layout) -> None:
+        self._lab = lab
+        self._layout = layout
+        self._listening: set[tuple[str, IPAddress, int]] = set()
+        self._turn = 0
+        self._pods = {name: frozenset(spec.pod for spec in lab.world.pods if spec.node == name) for name in lab.nodes}
+
+    def run(self, case: Case) -> CaseResult:
+        dials, unprobed = self._dials(case)
+        self._turn += 1
+        files = {name: case_file(case, pods, self._turn) for name, pods in self._pods.items()}
+        put_in_force(files, self._lab.nodes)
+        for _, dial in dials:
+            self._listen(dial)
+        return CaseResult(case, tuple(self._try_all(dials)), unprobed)
+
+    def _dials(self, case: Case) -> tuple[list[tuple[Probe, Dial]], Counter[str]]:
+        dials: list[tuple[Probe, Dial]] = []
+        unprobed: Counter[str] = Counter()
+        for probe in case.probes:
+            if probe.expected is None:
+                continue
+            if probe.protocol is not Protocol.TCP:
+                unprobed[probe.protocol.name] += 1
+                continue
+            dial = dial_of(self._layout, case, probe)
+            if isinstance(dial, Unprobed):
+                unprobed[dial.value] += 1
+            else:
+                dials.append((probe, dial))
+        return dials, unprobed
+
+    def _listen(self, dial: Dial) -> None:
+        end = dial.target, dial.address, dial.port
+        if end not in self._listening:
+            self._lab.listen(dial.target, PortSpec(dial.port), dial.address)
+            self._listening.add(end)
+
+    def _try_all(self, dials: Sequence[tuple[Probe, Dial]]) -> list[Attempt]:
+        probes = [self._lab_probe(dial) for _, dial in dials]
+        attempts = [
+            Attempt(probe, dial, result)
+            for (probe, dial), result in zip(dials, self._lab.probe_all(probes), strict=True)
+        ]
+        # A denial is final at once. An allowed connection may have lost a packet to a short timeout.
+        again = [i for i, a in enumerate(attempts) if a.probe.expected == "allow" and not a.is_as_expected]
+        patient = [replace(probes[i], timeout_s=max(PATIENT_TIMEOUT_S, probes[i].timeout_s)) for i in again]
+        for i, probe, result in zip(again, patient, self._lab.probe_all(patient), strict=True):
+            denial = find_denial(self._lab, _flow(attempts[i].dial), probe, result)
+            attempts[i] = replace(attempts[i], result=result, tries=2, denial=denial)
+        return attempts
+
+    def _lab_probe(self, dial: Dial) -> LabProbe:
+        netns = self._lab.place(dial.source).netns
+        return LabProbe(
+            netns, dial.address, dial.port, timeout_s=self._lab.tools.probe_timeout_s, source=dial.source_address
+        )
+
+
+def _flow(dial: Dial) -> Flow:
+    return Flow(dial.source, dial.target, dial.port, is_allowed=True, version=dial.address.version)
