@@ -95,7 +95,7 @@ class Daemon:
             if not directory.is_dir():
                 # Without policies every pod would be open: not what somebody meant who configured some.
                 raise SettingsError(f"policyDir: {directory} is not a directory")
-            async for world in DirectorySource(directory).watch():
+            async for world in DirectorySource(directory, self._settings.state_dir / "last-good").watch():
                 yield world
         yield World()
         await asyncio.Event().wait()

@@ -2,8 +2,8 @@
 """Policies, namespaces and pods from a directory of manifests, watched for change.
 
 An object that Kubernetes would refuse is refused as a whole, and its last good version stays in force; so do all
-objects of a file that cannot be read or parsed. Removing an object, or its file, removes it. What is kept is kept in
-memory only: after a restart a bad object has no good version.
+objects of a file that cannot be read or parsed. Removing an object, or its file, removes it. What is in force is kept
+on disk too where a place for it is given, so that a restart does not open what a bad object closed before.
 """
 
 from __future__ import annotations
@@ -13,12 +13,11 @@ import os
 import time
 from collections.abc import AsyncGenerator, AsyncIterator
 from contextlib import aclosing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
-from watchfiles import awatch
-from watchfiles._rust_notify import WatchfilesRustInternalError
-
+from enforcer_daemon.sources.inotify import DirectoryWatch
+from enforcer_daemon.sources.lastgood import LastGood
 from enforcer_daemon.sources.manifests import (
     KubernetesObject,
     ManifestFile,
@@ -33,17 +32,17 @@ from enforcer_daemon.sources.manifests import (
     unreadable,
 )
 
-DEBOUNCE_MS = 20
-"""How long changes are gathered after the first, milliseconds."""
-STEP_MS = 5
-"""After how long without a further change the gathered ones count, milliseconds."""
-RECHECK_MS = 1_000
-"""How often the files' times are compared although nothing was reported: a link's target may lie elsewhere."""
-POLL_MS = 200
-"""How often files are compared where the kernel reports no changes (no inotify left, or a foreign file system)."""
+RECHECK_S = 1.0
+"""How often it is seen to that the directory is the same one, and that no link leads to a changed file, seconds. Also
+how often all files are compared where the kernel reports no changes (no inotify left)."""
+COMPARE_EVERY = 10
+"""At how many of these times all files are compared none the less: a network file system reports only own changes."""
 
 SETTLED_NS = 1_000_000_000
 """A file whose times are this much older than its last reading cannot have changed since within the clock's grain."""
+
+_NAMED = 3
+"""Objects that are named in a problem of their file."""
 
 _Stamp = tuple[int, int, int, int]
 
@@ -64,11 +63,20 @@ class _Decoded:
 class DirectorySource:
     """A directory of *.yaml, *.yml and *.json, not below it; ConfigMap volumes too."""
 
-    def __init__(self, directory: Path) -> None:
+    def __init__(self, directory: Path, last_good: Path | None = None) -> None:
+        """Keep the last good versions in `last_good`, a directory of the source's own, where it is given."""
         self._directory = directory
+        self._last_good = None if last_good is None else LastGood(last_good, directory)
         self._decoded: dict[str, _Decoded] = {}
-        self._good: dict[ObjectKey, tuple[str, KubernetesObject]] = {}
         self._seen: dict[str, _Stamp | None] | None = None
+        self._links: list[Path] = []
+        self._unkept: list[Problem] = []
+        """What is wrong with the last good versions on disk."""
+        self._good: dict[ObjectKey, tuple[str, KubernetesObject]] = {}
+        if self._last_good is not None:
+            self._good, self._unkept = self._last_good.load()
+        self._restored = self._good
+        """What is in force because an earlier daemon kept it."""
 
     def read(self) -> World:
         """Read all files; those that did not change are not decoded again. Not for two threads at once."""
@@ -81,14 +89,37 @@ class DirectorySource:
         files = [self._read_file(name, stamp) for name, stamp in stamps.items()]
         self._decoded = {file.name: self._decoded[file.name] for file in files if file.name in self._decoded}
         found, problems = unique_objects(files)
-        for key, (file_name, kept) in self._good.items():
-            if key not in found and _is_kept(key, file_name, files):
-                found[key] = (file_name, kept)
+        for key, kept in self._good.items():
+            if key not in found and _is_kept(key, kept[0], files):
+                found[key] = kept
         self._good = dict(sorted(found.items(), key=lambda pair: pair[0]))
+        self._restored = {key: kept for key, kept in self._restored.items() if self._good.get(key) is kept}
         return self._world(problems)
 
+    def keep(self) -> bool:
+        """Keep on disk what is in force; tell whether the world's problems are other ones now."""
+        if self._last_good is None:
+            return False
+        contents = {name: decoded.content for name, decoded in self._decoded.items()}
+        before, self._unkept = self._unkept, self._last_good.keep(self._good, contents)
+        return self._unkept != before
+
     def _world(self, problems: list[Problem]) -> World:
-        return assemble((found for _, found in self._good.values()), problems)
+        told = [*(self._told(problem) for problem in problems), *self._unkept]
+        return assemble((found for _, found in self._good.values()), told)
+
+    def _told(self, problem: Problem) -> Problem:
+        """Say which objects are in force, instead of what is wrong, only because an earlier daemon kept them."""
+        names = [
+            str(key)
+            for key, (file_name, _) in self._restored.items()
+            if problem.object == str(key) or (not problem.object and problem.file in (file_name, str(self._directory)))
+        ]
+        if not names:
+            return problem
+        rest = f" and {len(names) - _NAMED} more" if len(names) > _NAMED else ""
+        message = f"{problem.message}; in force as before the restart: {', '.join(names[:_NAMED])}{rest}"
+        return replace(problem, message=message)
 
     def _read_file(self, name: str, stamp: _Stamp | None) -> ManifestFile:
         before = self._decoded.get(name)
@@ -109,45 +140,43 @@ class DirectorySource:
         world = await asyncio.to_thread(self.read)
         yield world
         async with aclosing(self._changes()) as changes:
+            # What is in force is kept after it is in force: policy does not wait for the disk.
+            is_told = await asyncio.to_thread(self.keep)
             async for _ in changes:
                 newer = await asyncio.to_thread(self.read)
-                if newer != world:
+                if newer != world or is_told:
                     world = newer
                     yield world
+                    is_told = await asyncio.to_thread(self.keep)
 
     async def _changes(self) -> AsyncGenerator[None, None]:
-        is_polled = False
+        """Stop at each moment at which the files may have changed, and once at the beginning."""
         while True:
             place = self._place()
             try:
-                async with aclosing(self._events(is_polled=is_polled)) as events:
-                    async for changes in events:
-                        if changes or self._is_stale():
-                            yield
-                        if self._place() != place:
-                            break  # the directory was replaced: what is watched is the old one
-            except FileNotFoundError:
-                await asyncio.sleep(RECHECK_MS / 1_000)
-                yield
-            except (OSError, WatchfilesRustInternalError):
-                # No more inotify instances or watches, or a file system without them.
-                if is_polled:
-                    await asyncio.sleep(RECHECK_MS / 1_000)
-                is_polled = True
-                yield
+                watch = DirectoryWatch(self._directory)
+            except OSError:
+                # Not there, or not to be watched: no inotify instance or watch is left.
+                if await asyncio.to_thread(self._is_stale):
+                    yield
+                await asyncio.sleep(RECHECK_S)
+                continue
+            with watch:
+                yield  # What changed before the watch was in place.
+                async with aclosing(self._rounds(watch, place)) as rounds:
+                    async for _ in rounds:
+                        yield
 
-    def _events(self, *, is_polled: bool) -> AsyncGenerator[set[object], None]:
-        return awatch(  # type: ignore[return-value]
-            self._directory,
-            watch_filter=None,
-            debounce=DEBOUNCE_MS,
-            step=STEP_MS,
-            rust_timeout=RECHECK_MS,
-            yield_on_timeout=True,
-            recursive=False,
-            force_polling=is_polled,
-            poll_delay_ms=POLL_MS,
-        )
+    async def _rounds(self, watch: DirectoryWatch, place: tuple[int, int] | None) -> AsyncGenerator[None, None]:
+        """Stop at each change until the directory is replaced: what is watched is then the old one."""
+        count = 0
+        while self._place() == place:
+            count += 1
+            is_changed = await watch.wait(RECHECK_S) or self._is_link_stale()
+            if not is_changed and count % COMPARE_EVERY == 0:
+                is_changed = await asyncio.to_thread(self._is_stale)
+            if is_changed:
+                yield
 
     def _place(self) -> tuple[int, int] | None:
         try:
@@ -162,11 +191,17 @@ class DirectorySource:
         except OSError:
             return self._seen is not None
 
+    def _is_link_stale(self) -> bool:
+        """Tell whether a link leads to something else: its target may lie where nothing is watched."""
+        return any(self._seen is not None and _stamp(path) != self._seen.get(str(path)) for path in self._links)
+
     def _stamps(self) -> dict[str, _Stamp | None]:
-        return {entry.path: _stamp(entry) for entry in manifest_entries(self._directory)}
+        entries = manifest_entries(self._directory)
+        self._links = [Path(entry.path) for entry in entries if entry.is_symlink()]
+        return {entry.path: _stamp(entry) for entry in entries}
 
 
-def _stamp(entry: os.DirEntry[str]) -> _Stamp | None:
+def _stamp(entry: os.DirEntry[str] | Path) -> _Stamp | None:
     try:
         status = entry.stat()
     except OSError:

@@ -161,6 +161,20 @@ def decode_file(name: str, content: bytes) -> ManifestFile:
     return ManifestFile(name, tuple(_decode_entry(name, document) for document in objects))
 
 
+def good_manifests(name: str, content: bytes) -> dict[ObjectKey, object]:
+    """Give the manifests of the objects in a file's content that are without fault."""
+    try:
+        documents = read_documents(content.decode("utf-8-sig"), is_json=name.endswith(".json"))
+    except (UnicodeDecodeError, DocumentError):
+        return {}
+    found: dict[ObjectKey, object] = {}
+    for item in (item for document in documents for item in _expand(document)):
+        entry = _decode_entry(name, item)
+        if entry.key is not None and entry.object is not None:
+            found.setdefault(entry.key, item.manifest)
+    return found
+
+
 def _expand(document: Document) -> Iterator[Document]:
     manifest = document.manifest
     kind = manifest.get("kind") if isinstance(manifest, Mapping) else None

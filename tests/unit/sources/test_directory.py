@@ -5,13 +5,14 @@ from __future__ import annotations
 
 import asyncio
 import json
+import stat
+import time
 from collections.abc import AsyncIterator
 from contextlib import aclosing
 from pathlib import Path
 from typing import Any
 
 import pytest
-from watchfiles._rust_notify import WatchfilesRustInternalError
 
 from enforcer_daemon.model import PodRef
 from enforcer_daemon.sources import directory as directory_module
@@ -197,20 +198,18 @@ def _watched(source: DirectorySource) -> Any:
     return aclosing(source.watch())  # type: ignore[type-var]
 
 
-NO_INOTIFY = [OSError(24, "inotify watch limit reached"), WatchfilesRustInternalError("no inotify instance left")]
+def _without_inotify(monkeypatch: pytest.MonkeyPatch) -> None:
+    def none_left(directory: Path) -> object:
+        raise OSError(24, "no inotify instance left")
+
+    monkeypatch.setattr(directory_module, "DirectoryWatch", none_left)
+    monkeypatch.setattr(directory_module, "RECHECK_S", 0.02)
 
 
-@pytest.mark.parametrize("failure", [None, *NO_INOTIFY], ids=["inotify", "polling", "polling too"])
-def test_changes_arrive(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, failure: Exception | None):
-    if failure is not None:
-        real = directory_module.awatch
-
-        def without_inotify(*paths: Path, force_polling: bool, **options: Any) -> Any:
-            if not force_polling:
-                raise failure
-            return real(*paths, force_polling=True, **options)
-
-        monkeypatch.setattr(directory_module, "awatch", without_inotify)
+@pytest.mark.parametrize("has_inotify", [True, False], ids=["inotify", "compared"])
+def test_changes_arrive(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, has_inotify: bool):
+    if not has_inotify:
+        _without_inotify(monkeypatch)
 
     async def story() -> None:
         write(tmp_path / "a.yaml", policy("a"))
@@ -235,18 +234,38 @@ def _publish(volume: Path, version: str, *manifests: dict[str, Any]) -> None:
     (volume / "..data_tmp").replace(volume / "..data")
 
 
-def test_where_nothing_can_be_watched_the_files_are_compared(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    def broken(*paths: Path, **options: object) -> object:
-        raise WatchfilesRustInternalError("neither inotify nor polling")
-
-    monkeypatch.setattr(directory_module, "awatch", broken)
-    monkeypatch.setattr(directory_module, "RECHECK_MS", 50)
-
+def test_a_change_is_known_at_once(tmp_path: Path):
     async def story() -> None:
         async with _watched(DirectorySource(tmp_path)) as worlds:
-            assert names(await _next(worlds)) == []
+            await _next(worlds)
+            waiting = asyncio.ensure_future(_next(worlds))
+            await asyncio.sleep(0.1)  # until the watch is in place
+            began = time.monotonic()
             write(tmp_path / "a.yaml", policy("a"))
+            await waiting
+            assert time.monotonic() - began < 0.5
+
+    asyncio.run(story())
+
+
+def test_what_the_kernel_does_not_report_is_found_later(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """A network file system reports what this machine changes alone; a link's target may lie anywhere."""
+    place, elsewhere = tmp_path / "policies", tmp_path / "elsewhere"
+    place.mkdir()
+    elsewhere.mkdir()
+    write(elsewhere / "a.yaml", policy("a"))
+    (place / "a.yaml").symlink_to(elsewhere / "a.yaml")
+    (place / "b.yaml").hardlink_to(elsewhere / "a.yaml")
+    monkeypatch.setattr(directory_module, "RECHECK_S", 0.02)
+
+    async def story() -> None:
+        async with _watched(DirectorySource(place)) as worlds:
             assert names(await _next(worlds)) == ["farm/a"]
+            write(elsewhere / "a.yaml", policy("c"))
+            assert names(await _next(worlds)) == ["farm/a", "farm/c"]  # by the link, and by what the other name has
+            (elsewhere / "again").hardlink_to(place / "b.yaml")
+            (elsewhere / "again").write_text(json.dumps(policy("d")))
+            assert names(await _next(worlds)) == ["farm/c", "farm/d"]
 
     asyncio.run(story())
 
@@ -266,7 +285,7 @@ def test_a_config_map_is_followed(tmp_path: Path):
 
 
 def test_a_directory_may_come_later_and_be_replaced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(directory_module, "RECHECK_MS", 50)
+    monkeypatch.setattr(directory_module, "RECHECK_S", 0.05)
     place = tmp_path / "policies"
 
     async def story() -> None:
@@ -284,5 +303,113 @@ def test_a_directory_may_come_later_and_be_replaced(tmp_path: Path, monkeypatch:
             write(place / "b.yaml", policy("b"))
             while names(world) != ["farm/b"]:
                 world = await _next(worlds)
+
+    asyncio.run(story())
+
+
+def restarted(tmp_path: Path, *manifests: dict[str, Any]) -> tuple[Path, Path]:
+    """Give a source directory with one file, and what a daemon that read it has kept."""
+    place, kept = tmp_path / "policies", tmp_path / "state" / "last-good"
+    place.mkdir()
+    write(place / "a.yaml", *manifests)
+    source = DirectorySource(place, kept)
+    source.read()
+    assert not source.keep()
+    return place, kept
+
+
+@pytest.mark.parametrize("damage", [json.dumps(policy("a", **BAD)).encode(), b"a: ["], ids=["object", "file"])
+def test_after_a_restart_what_is_bad_now_is_in_force_as_it_was(tmp_path: Path, damage: bytes):
+    place, kept = restarted(tmp_path, policy("a", policyTypes=["Egress"]))
+    (place / "a.yaml").write_bytes(damage)
+
+    source = DirectorySource(place, kept)
+    world = source.read()
+    assert world.policies[0].egress == ()
+    assert "in force as before the restart: NetworkPolicy farm/a" in world.problems[0].message
+    assert not source.keep()
+    assert DirectorySource(place, kept).read() == world  # and after the next one
+
+    write(place / "a.yaml", policy("a"))
+    mended = source.read()
+    assert (mended.policies[0].egress, mended.problems) == (None, ())
+    write(place / "a.yaml", policy("a", **BAD))
+    assert "before the restart" not in source.read().problems[0].message
+
+
+def test_after_a_restart_what_is_absent_is_gone(tmp_path: Path):
+    place, kept = restarted(tmp_path, policy("a"), policy("b"))
+    write(place / "a.yaml", policy("a"))
+    assert names(DirectorySource(place, kept).read()) == ["farm/a"]
+    (place / "a.yaml").unlink()
+    source = DirectorySource(place, kept)
+    assert names(source.read()) == []
+    source.keep()
+    assert list(kept.iterdir()) == []
+
+
+def test_the_good_objects_of_a_file_are_those_of_now_and_the_bad_ones_of_before(tmp_path: Path):
+    place, kept = restarted(tmp_path, policy("a", policyTypes=["Egress"]), policy("b"))
+    write(place / "a.yaml", policy("a", **BAD), policy("b", policyTypes=["Egress"]))
+    running = DirectorySource(place, kept)
+    running.read()
+    running.keep()
+    (place / "a.yaml").write_bytes(b"\xff")
+    world = DirectorySource(place, kept).read()
+    assert [(p.name, p.egress) for p in world.policies] == [("a", ()), ("b", ())]
+    assert "NetworkPolicy farm/a, NetworkPolicy farm/b" in world.problems[0].message
+
+
+def test_all_kinds_and_many_objects_are_kept(tmp_path: Path):
+    namespace = {"apiVersion": "v1", "kind": "Namespace", "metadata": {"name": "farm", "labels": {"green": "yes"}}}
+    pod = {"metadata": {"name": "cow", "namespace": "farm", "labels": {"a": "b"}}}
+    pods = {"apiVersion": "v1", "kind": "PodList", "items": [pod]}
+    place, kept = restarted(tmp_path, namespace, pods, *(policy(name) for name in "abcde"))
+    before = DirectorySource(place).read()
+    (place / "a.yaml").write_bytes(b"- 1\n- [")
+    after = DirectorySource(place, kept).read()
+    assert (after.policies, after.namespaces, after.pods) == (before.policies, before.namespaces, before.pods)
+    assert after.problems[0].message.endswith(" and 4 more")
+
+
+def test_what_is_kept_is_for_the_daemon_alone_and_written_only_when_it_changes(tmp_path: Path):
+    place, kept = restarted(tmp_path, policy("a"))
+    (file,) = kept.iterdir()
+    assert [stat.S_IMODE(path.stat().st_mode) for path in (file, kept)] == [0o600, 0o700]
+    source = DirectorySource(place, kept)
+    source.read()
+    source.keep()
+    before = file.stat()
+    write(place / "b.yaml", policy("b"))
+    source.read()
+    source.keep()
+    assert file.stat() == before
+    assert len(list(kept.iterdir())) == 2
+
+
+@pytest.mark.parametrize("damage", [b"", b"[]", b'{"file": "../../etc/passwd"}', b"\xff", b"{"])
+def test_a_damaged_keepsake_is_said_so_and_replaced(tmp_path: Path, damage: bytes):
+    place, kept = restarted(tmp_path, policy("a"))
+    (file,) = kept.iterdir()
+    file.write_bytes(damage)
+    source = DirectorySource(place, kept)
+    world = source.read()
+    assert names(world) == ["farm/a"]
+    assert [problem.file for problem in world.problems] == [str(file)]
+    assert source.keep()
+    assert source.read().problems == ()
+    assert names(DirectorySource(place, kept).read()) == ["farm/a"]
+
+
+def test_what_cannot_be_kept_is_said_so(tmp_path: Path):
+    (tmp_path / "state").write_text("in the way")
+    place = tmp_path / "policies"
+    place.mkdir()
+    write(place / "a.yaml", policy("a"))
+
+    async def story() -> None:
+        async with _watched(DirectorySource(place, tmp_path / "state" / "last-good")) as worlds:
+            assert (await _next(worlds)).problems == ()
+            assert "cannot be kept" in (await _next(worlds)).problems[0].message
 
     asyncio.run(story())
