@@ -27,6 +27,7 @@ from enforcer_daemon.telemetry.metrics import Metrics
 ROOT = Path(__file__).parents[2]
 DOCS = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")])
 OWN_PACKAGES = ("cni_plugin", "enforcer_daemon", "triremectl")
+FOLDERS = (*OWN_PACKAGES, "benchmarks", "conf", "docs", "install", "tests")
 
 
 def read(name: str) -> str:
@@ -219,6 +220,12 @@ def test_links_lead_somewhere(path: Path) -> None:
     targets = re.findall(r"\]\(([^)#\s]+)(?:#[^)]*)?\)", path.read_text(encoding="utf-8"))
     local = [target for target in targets if "://" not in target]
     assert [target for target in local if not (path.parent / target).exists()] == []
+
+
+@pytest.mark.parametrize("path", DOCS, ids=lambda path: str(path.relative_to(ROOT)))
+def test_named_files_exist(path: Path) -> None:
+    named = re.findall(rf"`((?:{'|'.join(FOLDERS)})/[\w/.*-]+)`", path.read_text(encoding="utf-8"))
+    assert [name for name in named if not any(ROOT.glob(name.rstrip("/")))] == []
 
 
 def test_architecture_lists_every_package() -> None:
