@@ -40,6 +40,10 @@ _NUMBERS = 0xFFFF_FFFF
 _RELEASE_NODE = Verdict(Action.RELEASE, mark=RELEASED | NODE)
 _REPEAT_S = 0.02
 """The least time between two repetitions of a SYN-ACK for unproven data, seconds."""
+_MAX_UNKNOWN = 1_024
+"""SYN-ACKs of unknown flows that are told apart; the oldest makes room."""
+_TOLERATED_TIMES = 1
+"""Of one such SYN-ACK: kernels repeat SYN and SYN-ACK at the same pace, so by the next one the SYN has come."""
 _MAX_OPTIONS = TCP_MAX_HEADER - TCP_MIN_HEADER
 
 
@@ -49,6 +53,7 @@ class Responder:
     def __init__(self, context: EndpointContext) -> None:
         self._context = context
         self.flows: FlowTable[ResponderFlow] = FlowTable(context.node.settings.max_half_open_flows)
+        self._unknown_syn_acks: dict[tuple[bytes, int], int] = {}
 
     def syn_in(self, segment: Segment, key: bytes, mark: int, now: float) -> Verdict:
         """Let a SYN in: verified and judged by its frame, or by its address where it has none."""
@@ -130,7 +135,7 @@ class Responder:
         if flow is None:
             if mark & (RELEASED | NODE):
                 return ACCEPT
-            raise PeerError(Reason.UNKNOWN_FLOW, "SYN-ACK")  # The peer's SYN, once more, makes it known.
+            return self._unknown_syn_ack(segment, key)
         if segment.ack != (flow.offer.isn + 1) & _NUMBERS:
             raise PeerError(Reason.UNKNOWN_FLOW, "SYN-ACK acknowledges another SYN")
         if flow.state is State.RELEASED and segment.seq != flow.isn_r:
@@ -142,6 +147,24 @@ class Responder:
         if len(packet) > self._context.mtu:
             raise PeerError(Reason.IDENTITY_TOO_LARGE, f"{len(packet)} bytes, MTU {self._context.mtu}")
         return Verdict(Action.ACCEPT, packet)
+
+    def _unknown_syn_ack(self, segment: Segment, key: bytes) -> Verdict:
+        """A flow that an earlier daemon judged: its peer's SYN, repeated, makes it known again.
+
+        A peer that does not repeat its SYN has had our SYN-ACK, and waits for nothing that will come: when the pod's
+        kernel repeats it once more, both ends are told.
+        """
+        seen = (key, segment.seq)
+        times = self._unknown_syn_acks.pop(seen, 0) + 1
+        if times <= _TOLERATED_TIMES:
+            if len(self._unknown_syn_acks) >= _MAX_UNKNOWN:
+                del self._unknown_syn_acks[next(iter(self._unknown_syn_acks))]
+            self._unknown_syn_acks[seen] = times
+            raise PeerError(Reason.UNKNOWN_FLOW, "SYN-ACK")
+        decision = Decision(False, Reason.UNKNOWN_FLOW, Direction.INGRESS)
+        self._context.report(Direction.INGRESS, segment.dst, segment.sport, decision, detail="ended at both sides")
+        own, remote = ((segment.seq + 1) & _NUMBERS, segment.ack), (segment.ack, (segment.seq + 1) & _NUMBERS)
+        return DROP._replace(effects=self._context.reset_both(key, own, remote))
 
     def abort(self, flow: ResponderFlow) -> tuple[Settle | Inject, ...]:
         """Give a flow up because a change of policy no longer allows it."""

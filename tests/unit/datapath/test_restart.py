@@ -50,3 +50,15 @@ def test_a_responder_takes_the_reset_of_an_initiators_new_daemon_for_its_flow() 
     outward, _ = client.injected
     assert first.server.receive(outward) == [outward]
     assert first.server.datapath.half_open_flows == 0
+
+
+def test_a_syn_ack_repeated_without_its_syn_ends_both_sides() -> None:
+    connection = Connection(*make_pair())
+    server = connection.server
+    assert server.send(connection.syn_ack()) == []
+    assert server.injected == []
+    assert server.send(connection.syn_ack()) == []
+    outward, inward = map(segment, server.injected)
+    assert (outward.seq, outward.ack) == (connection.isn_r + 1, connection.isn_i + 1)
+    assert (inward.seq, inward.ack) == (connection.isn_i + 1, connection.isn_r + 1)
+    assert server.flush_injected() == [outward.packet]
