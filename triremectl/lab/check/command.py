@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
+from contextlib import closing
 from pathlib import Path
 
 import click
@@ -39,9 +40,10 @@ def check(cases: Sequence[Case], tools: Tools, deny_with: str, *, is_verbose: bo
         if is_verbose:
             places = f"{len(world.layout.pods)} pods, {len(world.cases)} cases"
             click.echo(f"world {number} ({places}) after {time.monotonic() - started:.1f} s", err=True)
-        for result in run_world(world, tools, deny_with):
-            for line in score.add(result):
-                click.echo(line)
+        with closing(run_world(world, tools, deny_with)) as results:  # the lab ends here, whatever happens
+            for result in results:
+                for line in score.add(result):
+                    click.echo(line)
     for line in score.summary():
         click.echo(line)
     return score

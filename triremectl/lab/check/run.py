@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 from dataclasses import dataclass, replace
 
 from enforcer_daemon.model import IPAddress, Protocol
@@ -51,7 +51,7 @@ class CaseResult:
     """How many probes were not tried, by the reason."""
 
 
-def run_world(world: SharedWorld, tools: Tools, deny_with: str) -> Iterator[CaseResult]:
+def run_world(world: SharedWorld, tools: Tools, deny_with: str) -> Generator[CaseResult, None, None]:
     """Start a lab for the cases of one world and run them in order; yield each result as soon as it is known."""
     with Lab(world_of(world.layout, deny_with), tools) as lab:
         runner = _CaseRunner(lab, world.layout)
