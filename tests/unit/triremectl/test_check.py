@@ -14,12 +14,14 @@ import pytest
 from enforcer_daemon.model import PodRef
 from enforcer_daemon.sources.directory import DirectorySource
 from triremectl.cases import Case, decode_case
+from triremectl.lab.chain import SHIPPED_CONFLIST, load_conflist, node_conflist
 from triremectl.lab.check.dial import Dial, Unprobed, dial_of
 from triremectl.lab.check.objects import TURN_NAMESPACE, case_file
 from triremectl.lab.check.plan import SharedWorld, layout_of, sample, share_worlds, world_of
 from triremectl.lab.check.run import Attempt, CaseResult
 from triremectl.lab.check.score import Score
 from triremectl.lab.errors import ScenarioError
+from triremectl.lab.network import POD_BRIDGE, routed_bridge_lines
 from triremectl.lab.probe import Outcome, ProbeResult
 from triremectl.lab.why import Denial
 
@@ -242,3 +244,18 @@ def test_an_address_of_a_pod_with_two_is_judged_as_the_one_that_is_dialled() -> 
         probes=[_probe("fd00::9", "x/web", expected="allow"), _probe("172.20.0.9", "x/web", expected="deny")],
     )
     assert [case.world.judge(probe).verdict for probe in case.probes] == ["allow", "deny"]
+
+
+def test_a_routed_node_leaves_addresses_to_the_runtime() -> None:
+    (node,) = world_of(layout_of(_case(pods=[{**DB, "node": "n1"}], nodes=NODES[:1])), "reset").nodes
+    shipped = load_conflist(SHIPPED_CONFLIST)
+    chain = node_conflist(shipped, node.pod_networks, Path("/i"), Path("/r"), is_enforced=True, is_routed=True)
+    bridge = chain["plugins"][0]
+    assert bridge["capabilities"] == {"ips": True}
+    assert not bridge["isGateway"]
+    assert bridge["ipam"] == {"type": "static", "routes": [{"dst": "0.0.0.0/0"}, {"dst": "::/0", "gw": "fe80::2"}]}
+    assert bridge["bridge"] == POD_BRIDGE
+    assert routed_bridge_lines(node)[3:] == [
+        f"route add 172.20.0.9/32 dev {POD_BRIDGE} src 192.168.60.11",
+        f"route add fd00::9/128 dev {POD_BRIDGE} src {node.addresses[1]}",
+    ]
