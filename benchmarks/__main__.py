@@ -3,9 +3,11 @@
 
 from __future__ import annotations
 
-from benchmarks import connections, decisions
+from benchmarks import changes, connections, decisions
 
 if __name__ == "__main__":
     connections.main()
     print()
     decisions.main()
+    print()
+    changes.main()

@@ -42,10 +42,12 @@ class Change(NamedTuple):
 
     is_identity_new: bool
     is_policy_new: bool
+    are_addresses_new: bool
+    """Whether what is allowed by address alone is another."""
 
     def also(self, other: Change) -> Change:
         """Give both changes as one."""
-        return Change(self.is_identity_new or other.is_identity_new, self.is_policy_new or other.is_policy_new)
+        return Change(*(one or another for one, another in zip(self, other, strict=True)))
 
 
 class Endpoint:
@@ -113,15 +115,19 @@ class Endpoint:
         before, self.policy = self.policy, snapshot.pod_policy(self.identity)
         self._context.judge.replace_rules(self.policy)
         is_same = self.policy.ingress.is_same(before.ingress) and self.policy.egress.is_same(before.egress)
-        return Change(is_identity_new, not is_same)
+        are_addresses_new = not is_same and _by_address(before) != _by_address(self.policy)
+        return Change(is_identity_new, not is_same, are_addresses_new)
 
     async def reconsider(self, world: CompiledWorld, change: Change) -> list[ReleasedFlow]:
         """End the established flows that are no longer allowed, in a thread; raise DataplaneError or NetnsError."""
         question = Reconsideration(self.identity, self.policy, self.flows, world, change.is_identity_new)
+        indexes = tuple(index for index, _ in self.flows)  # The thread must not walk what the loop adds to.
         netns_fd = os.dup(self.sandbox.netns_fd)  # The endpoint may be closed meanwhile, and its number used again.
 
         def end() -> list[ReleasedFlow]:
             try:
+                if not change.are_addresses_new and question.is_moot(indexes):
+                    return []  # Without a look at the kernel's table, which takes long: most changes end nothing.
                 return end_flows(netns_fd, question)
             finally:
                 os.close(netns_fd)
@@ -177,6 +183,12 @@ class Endpoint:
         if self._context.reports:
             self.flow_log.take(self.datapath.take_reports())
         return verdict
+
+
+def _by_address(policy: PodPolicy) -> tuple[object, ...]:
+    """Give all that flows without an identity are judged by."""
+    sides = policy.ingress, policy.egress
+    return tuple((side.is_isolated, side.address_rules()) for side in sides)
 
 
 def _says_the_same(one: Identity, other: Identity) -> bool:

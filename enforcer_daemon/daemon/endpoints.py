@@ -29,6 +29,9 @@ from enforcer_daemon.telemetry.metrics import Metrics
 _REFRESH_AT = 0.5
 """Part of a token's life after which a new one is signed."""
 
+_JUDGED_AT_ONCE = 2
+"""Endpoints whose established flows are judged at one moment; the kernel's part of it does not wait for Python's."""
+
 
 class Endpoints:
     """The registrar behind the plugin's socket, and what the daemon's other tasks act on."""
@@ -53,6 +56,7 @@ class Endpoints:
             os.close(own)
         self._unjudged: dict[NetnsId, Change] = {}
         """Endpoints whose established flows the kernel did not show or end; tried again until it does."""
+        self._judging = asyncio.Semaphore(_JUDGED_AT_ONCE)
         self._changing = asyncio.Lock()
         """Registrations take turns; a change of the world does not wait for them."""
         self.cut_off: dict[AttachmentId, PodRef] = {}
@@ -272,7 +276,7 @@ class Endpoints:
         else:
             self._log.info("endpoint adopted", pod=str(pod))
             # Policies and labels may have changed while no daemon ran.
-            await self._reconsider(endpoint, self._require_world(), Change(is_identity_new=True, is_policy_new=True))
+            await self._reconsider(endpoint, self._require_world(), Change(True, True, True))
 
     def _drop_record(self, record: Record) -> None:
         self._registry.remove(record.attachment)
@@ -292,8 +296,9 @@ class Endpoints:
             if change.is_identity_new or change.is_policy_new or are_namespaces_new:
                 endpoint.forget_unfinished(world, change)
                 changed.append((endpoint, change))
-        for endpoint, change in changed:
-            await self._reconsider(endpoint, world, change)
+        async with asyncio.TaskGroup() as tasks:
+            for endpoint, change in changed:
+                tasks.create_task(self._reconsider(endpoint, world, change))
         for endpoint in reguarded:
             try:
                 await self._kernel.guard(endpoint)
@@ -301,16 +306,17 @@ class Endpoints:
                 self._leave_unsettled(endpoint, err)
 
     async def _reconsider(self, endpoint: Endpoint, world: CompiledWorld, change: Change) -> None:
-        if not endpoint.is_open:
-            return
-        netns, pod = endpoint.sandbox.netns, str(endpoint.identity.pod)
-        change = change.also(self._unjudged.pop(netns, change))
-        try:
-            ended = await endpoint.reconsider(world, change)
-        except (DataplaneError, NetnsError) as err:
-            self._unjudged[netns] = change.also(self._unjudged.get(netns, change))
-            self._log.error("established flows not judged again, will try again", pod=pod, error=str(err))
-            return
+        async with self._judging:
+            if not endpoint.is_open:
+                return
+            netns, pod = endpoint.sandbox.netns, str(endpoint.identity.pod)
+            change = change.also(self._unjudged.pop(netns, change))
+            try:
+                ended = await endpoint.reconsider(world, change)
+            except (DataplaneError, NetnsError) as err:
+                self._unjudged[netns] = change.also(self._unjudged.get(netns, change))
+                self._log.error("established flows not judged again, will try again", pod=pod, error=str(err))
+                return
         if ended:
             self._metrics.ended_flows.inc(len(ended))
             self._log.info("established flows ended", pod=pod, flows=len(ended))

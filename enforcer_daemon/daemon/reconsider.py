@@ -7,6 +7,7 @@ the peer's node knows the old labels until the next handshake; every node has al
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 
 from enforcer_daemon.daemon.world import CompiledWorld
@@ -29,6 +30,10 @@ class Reconsideration:
     is_identity_new: bool
     _known: dict[int, bool] = field(default_factory=dict)
     """Indexes, and whether their flows are allowed as a whole."""
+
+    def is_moot(self, indexes: Iterable[int]) -> bool:
+        """Tell whether every flow judged by an identity may go on; `indexes` are all those of the flow index."""
+        return self.flows.is_complete and all(self.is_index_allowed(index) for index in indexes)
 
     def is_index_allowed(self, index: int) -> bool:
         """Tell whether all flows of an index may go on; by address or unknown, each is looked at."""

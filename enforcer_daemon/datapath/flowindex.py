@@ -48,6 +48,8 @@ class FlowIndex:
         self._flows: dict[int, JudgedFlow] = dict(known)
         self._numbers = {_content(flow): number for number, flow in self._flows.items()}
         self._next = max(self._flows | {highest_in_use: None, FIRST - 1: None}) + 1
+        self.is_complete = len(self._flows) == self._next - FIRST
+        """Whether all flows judged by an identity have an entry: not after a loss, nor when the table was full."""
         self._fresh: list[tuple[int, JudgedFlow]] = []
 
     def __len__(self) -> int:
@@ -67,6 +69,7 @@ class FlowIndex:
         number = self._numbers.get(content)
         if number is None:
             if self._next > MAX_INDEX:
+                self.is_complete = False
                 return UNKNOWN
             number, self._next = self._next, self._next + 1
             self._numbers[content] = number

@@ -174,3 +174,14 @@ def test_an_unknown_flow_ends_where_its_own_direction_is_isolated(index: int):
     assert question.is_index_denied(index)
     assert not is_ended(reconsideration(), released(index))
     assert not reconsideration().is_index_denied(index)
+
+
+def test_where_all_peers_may_go_on_the_kernel_is_not_asked():
+    flows = {2: judged(), 3: judged(EGRESS)}
+    assert reconsideration(flows=flows).is_moot((2, 3))
+    assert not reconsideration(policy("db", ingress=[]), flows=flows).is_moot((2, 3))
+    assert reconsideration().is_moot(())
+    assert not reconsideration(flows={3: judged()}).is_moot((3,))  # flows of index 2 may be anyone's
+    full = reconsideration(flows=flows)
+    full.flows.is_complete = False
+    assert not full.is_moot((2, 3))

@@ -70,19 +70,24 @@ def test_an_index_goes_on_where_an_earlier_one_stopped():
     earlier = FlowIndex()
     old = number(earlier)
     later = FlowIndex(earlier)
+    assert later.is_complete
     assert number(later) == old
     assert not later.has_fresh
     assert number(later, port=81) == old + 1
 
 
 def test_a_number_that_the_kernel_still_bears_is_not_given_to_another_peer():
-    assert number(FlowIndex(highest_in_use=41)) == 42
+    index = FlowIndex(highest_in_use=41)
+    assert not index.is_complete
+    assert number(index) == 42
 
 
 def test_a_full_table_gives_unknown_and_still_finds_what_it_has(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(flowindex, "MAX_INDEX", FIRST)
     index = FlowIndex()
     assert number(index) == FIRST
+    assert index.is_complete
     assert number(index, port=81) == UNKNOWN
+    assert not index.is_complete
     assert number(index) == FIRST
     assert index.get(UNKNOWN) is None
