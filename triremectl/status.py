@@ -14,21 +14,26 @@ from rich.text import Text
 
 from triremectl.output import as_list, as_mapping, as_text, ask, daemon_options, make_console, print_json
 
-_LATER = ("snapshot", "drops")
+_LATER = ("snapshot", "drops", "bundle", "key_problems")
 """Keys that get rows or tables of their own."""
 
 
 @click.command("status")
 @daemon_options
 def command(run_dir: Path, output: str) -> None:
-    """Show the daemon's state. Exit status 1 when it is not ready or refuses a policy."""
+    """Show the daemon's state. Exit status 1 when it is not ready, or refuses a policy or a key."""
     status = as_mapping(ask(run_dir, "status"))
     if output == "json":
         print_json(status)
     else:
         print_status(make_console(), status)
-    is_well = status.get("ready") is True and not as_list(as_mapping(status.get("snapshot")).get("problems"))
+    is_well = status.get("ready") is True and not _problems(status)
     sys.exit(0 if is_well else 1)
+
+
+def _problems(status: Mapping[str, object]) -> list[object]:
+    """Return what an operator should mend: refused objects, and keys."""
+    return [*as_list(as_mapping(status.get("snapshot")).get("problems")), *as_list(status.get("key_problems"))]
 
 
 def print_status(console: Console, status: Mapping[str, object]) -> None:
@@ -43,11 +48,17 @@ def print_status(console: Console, status: Mapping[str, object]) -> None:
             text.stylize("green" if value is True else "bold red")
         facts.add_row(Text(key, style="bold"), text)
     console.print(facts)
+    authorities = [as_mapping(authority) for authority in as_list(status.get("bundle"))]
+    if authorities:
+        table = Table("trusted authority", "trust domain", "not after")
+        for authority in authorities:
+            table.add_row(*(Text(as_text(authority.get(key))) for key in ("subject", "trust_domain", "not_after")))
+        console.print(table)
     drops = {reason: count for reason, count in as_mapping(status.get("drops")).items() if count}
     if drops:
         table = Table("dropped because of", "packets")
         for reason, count in sorted(drops.items()):
             table.add_row(reason, as_text(count))
         console.print(table)
-    for problem in as_list(snapshot.get("problems")):
+    for problem in _problems(status):
         console.print(Text(f"problem: {as_text(problem)}", style="bold red"))

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from ipaddress import ip_address
 
 from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
@@ -16,7 +16,8 @@ from enforcer_daemon.dataplane.conntrack import Conntrack
 from enforcer_daemon.errors import DataplaneError
 from enforcer_daemon.handshake.local import LocalToken, sign_local_token
 from enforcer_daemon.handshake.peers import PeerVerifier
-from enforcer_daemon.identity.keystore import NodeIdentity, open_node_identity
+from enforcer_daemon.identity.keystore import NodeIdentity
+from enforcer_daemon.identity.renewal import NodeKeys
 from enforcer_daemon.model import Identity, IPAddress
 from enforcer_daemon.settings import Settings
 from enforcer_daemon.telemetry.logs import Logger
@@ -24,6 +25,8 @@ from enforcer_daemon.telemetry.logs import Logger
 _TOKEN_NONCE_BYTES = 9
 _RANDOM_POOL_BYTES = 4_096
 """Random bytes are taken from the OS in pieces of this size: one system call for 256 nonces."""
+_CLOCK_STEP_S = 1.0
+"""A change of the wall clock by more than this in a second is a step: NTP's slewing stays far below."""
 
 
 class RandomPool:
@@ -46,11 +49,12 @@ class RandomPool:
 class Node:
     """The node's own side: signs for its pods, and traces what its NAT rewrote."""
 
-    def __init__(self, settings: Settings, log: Logger) -> None:
+    def __init__(self, settings: Settings, log: Logger, wall_clock: Callable[[], float] = time.time) -> None:
         """Open the node's keys (creating files in the state directory) and its conntrack table."""
         self._settings = settings
         self._log = log
-        self.keys: NodeIdentity = open_node_identity(settings, time.time())
+        self._wall_clock = wall_clock
+        self._keys = NodeKeys(settings, wall_clock())
         self.conntrack = Conntrack()
         self.verifier = PeerVerifier(self.keys.bundle, settings.handshake)
         self.addresses: frozenset[IPAddress] = frozenset()
@@ -62,11 +66,21 @@ class Node:
             RandomPool().take,
             self._true_source,
         )
-        self.follow_clock()
+        self.context.wall_offset_s = wall_clock() - time.monotonic()
+
+    @property
+    def keys(self) -> NodeIdentity:
+        """The keys, certificate and bundle in force."""
+        return self._keys.identity
 
     def follow_clock(self) -> None:
         """Take over a step of the wall clock; call it about once a second."""
-        self.context.wall_offset_s = time.time() - time.monotonic()
+        offset = self._wall_clock() - time.monotonic()
+        step, self.context.wall_offset_s = offset - self.context.wall_offset_s, offset
+        if abs(step) > _CLOCK_STEP_S:
+            # What was found expired, or valid, was so by another clock.
+            self.verifier.replace_bundle(self.keys.bundle)
+            self._log.warning("the wall clock was set; peers are verified anew", step_s=round(step, 1))
 
     def set_addresses(self, addresses: Iterable[IPAddress]) -> None:
         """Take over the addresses of the node's own interfaces."""
@@ -74,25 +88,38 @@ class Node:
         self.context.addresses = frozenset(address.packed for address in self.addresses)
 
     def renew_keys(self) -> bool:
-        """Issue the certificate anew where its time has come; tell whether tokens must be signed again."""
-        if time.time() < self.keys.renew_at:
-            return False
-        self.keys = open_node_identity(self._settings, time.time())
-        self.verifier.replace_bundle(self.keys.bundle)
-        self._log.info("certificate renewed", not_after=self.keys.credential.not_after)
-        return True
+        """Take over changed files and renew what is due; tell whether tokens must be signed again."""
+        renewal = self._keys.look(self._wall_clock())
+        if renewal.is_problem_new:
+            if self._keys.problem:
+                self._log.error("keys refused, the last good ones stay in force", problem=self._keys.problem)
+            else:
+                self._log.info("keys are in order again")
+        if renewal.is_bundle_new:
+            self.verifier.replace_bundle(self.keys.bundle)
+            authorities = [authority.subject.rfc4514_string() for authority in self.keys.bundle.authorities]
+            self._log.info("trust bundle in force", authorities=authorities)
+        if renewal.is_credential_new:
+            credential = self.keys.credential
+            issuer = credential.certificate.issuer.rfc4514_string()
+            self._log.info("certificate renewed", issuer=issuer, not_after=credential.not_after)
+        return renewal.is_credential_new
+
+    def key_problems(self) -> list[str]:
+        """Say what an operator should mend about keys, certificate and bundle."""
+        return self._keys.problems(self._wall_clock())
 
     def sign(self, identity: Identity) -> LocalToken:
-        """Sign a fresh token with a fresh ephemeral key."""
-        now = time.time()
-        validity = (now, now + self._settings.handshake.token_lifetime_s)
+        """Sign a fresh token with a fresh ephemeral key; it ends no later than the node's certificate."""
+        now = self._wall_clock()
+        expiry = min(now + self._settings.handshake.token_lifetime_s, self.keys.credential.not_after)
         return sign_local_token(
             identity,
             self.keys.credential,
             self.keys.key,
             X25519PrivateKey.generate(),
             os.urandom(_TOKEN_NONCE_BYTES),
-            validity,
+            (now, expiry),
         )
 
     def close(self) -> None:

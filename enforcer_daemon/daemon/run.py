@@ -70,6 +70,7 @@ class Daemon:
             loop, work = asyncio.get_running_loop(), asyncio.ensure_future(self._work())
             for number in (signal.SIGTERM, signal.SIGINT):
                 loop.add_signal_handler(number, work.cancel)
+            loop.add_signal_handler(signal.SIGHUP, self._renew_keys)
             with suppress(asyncio.CancelledError):
                 await work
         self._log.info("stopped")
@@ -132,10 +133,14 @@ class Daemon:
         while True:
             await asyncio.sleep(_UPKEEP_S)
             self._node.follow_clock()
-            self._endpoints.refresh_tokens(is_forced=self._node.renew_keys())
+            self._renew_keys()
             await drain(self._deletions, self._endpoints.delete)
             await self._endpoints.forget_gone()
             await self._endpoints.settle()
             seen = sum(endpoint.overruns for endpoint in self._endpoints)
             self._metrics.overruns.inc(max(0, seen - overruns))
             overruns = seen
+
+    def _renew_keys(self) -> None:
+        """Take over changed key files; operators who do not want to wait a second send SIGHUP."""
+        self._endpoints.refresh_tokens(is_forced=self._node.renew_keys())

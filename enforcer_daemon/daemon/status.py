@@ -9,10 +9,13 @@ from datetime import UTC, datetime
 from importlib.metadata import version
 from typing import Any
 
+from cryptography import x509
+
 from enforcer_daemon.daemon.endpoint import Endpoint
 from enforcer_daemon.daemon.endpoints import Endpoints
 from enforcer_daemon.daemon.node import Node
 from enforcer_daemon.daemon.world import CompiledWorld
+from enforcer_daemon.identity.credential import vouched_domain
 from enforcer_daemon.model import Direction
 from enforcer_daemon.registration.admin import AdminError, Command
 from enforcer_daemon.registration.server import Availability
@@ -56,6 +59,8 @@ class Status:
                 "not_after": _time(credential.not_after),
                 "renewed_at": _time(self._node.keys.renew_at),
             },
+            "bundle": [_describe_authority(authority) for authority in self._node.keys.bundle.authorities],
+            "key_problems": self._node.key_problems(),
             "networks": {
                 "enforced": [str(network) for network in self._settings.networks.enforced],
                 "virtual": [str(network) for network in self._settings.networks.virtual],
@@ -118,6 +123,14 @@ def _describe(endpoint: Endpoint) -> dict[str, object]:
         "queue_overruns": endpoint.overruns,
         "counters": endpoint.flow_log.counts(),
         "recent_denials": [denial.as_json() for denial in endpoint.flow_log.recent],
+    }
+
+
+def _describe_authority(authority: x509.Certificate) -> dict[str, object]:
+    return {
+        "subject": authority.subject.rfc4514_string(),
+        "trust_domain": vouched_domain(authority),
+        "not_after": _time(authority.not_valid_after_utc.timestamp()),
     }
 
 

@@ -15,7 +15,7 @@ from cryptography.hazmat.primitives import hashes
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import NameOID
 
-_BACKDATING = timedelta(minutes=5)
+BACKDATING = timedelta(minutes=5)
 """So that a node whose clock is a little behind accepts a fresh certificate."""
 
 
@@ -40,7 +40,7 @@ def make_authority(trust_domain: str, now: datetime, lifetime: timedelta = timed
         .issuer_name(name)
         .public_key(key.public_key())
         .serial_number(x509.random_serial_number())
-        .not_valid_before(now - _BACKDATING)
+        .not_valid_before(now - BACKDATING)
         .not_valid_after(now + lifetime)
         .add_extension(x509.BasicConstraints(ca=True, path_length=0), critical=True)
         .add_extension(_key_usage(certificates=True), critical=True)
@@ -67,7 +67,7 @@ def issue_credential(
         .issuer_name(authority.certificate.subject)
         .public_key(public_key)
         .serial_number(x509.random_serial_number())
-        .not_valid_before(now - _BACKDATING)
+        .not_valid_before(now - BACKDATING)
         .not_valid_after(min(now + lifetime, authority.certificate.not_valid_after_utc))
         .add_extension(x509.SubjectAlternativeName([x509.UniformResourceIdentifier(spiffe_id)]), critical=True)
         .add_extension(_key_usage(certificates=False), critical=True)

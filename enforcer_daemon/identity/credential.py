@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 
 from cryptography import x509
-from cryptography.exceptions import UnsupportedAlgorithm
+from cryptography.exceptions import InvalidSignature, UnsupportedAlgorithm
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.verification import Criticality, ExtensionPolicy, PolicyBuilder, Store, VerificationError
 
@@ -20,6 +20,7 @@ from enforcer_daemon.reasons import Reason
 
 _NODE_ID = re.compile(r"spiffe://([a-z0-9._-]+)/node/([A-Za-z0-9._-]+)", re.ASCII)
 """The characters that SPIFFE-ID (section 2) allows in a trust domain and in a path segment."""
+_TRUST_DOMAIN_ID = re.compile(r"spiffe://([a-z0-9._-]+)/?", re.ASCII)
 _UNREADABLE = (
     ValueError,
     UnsupportedAlgorithm,
@@ -82,22 +83,32 @@ class TrustBundle:
     """The authorities whose credentials are believed. Immutable; a rotation makes a new bundle."""
 
     def __init__(self, authorities: Iterable[x509.Certificate]) -> None:
-        """Raise ValueError for an empty bundle: it would mean nobody, which no operator can want."""
-        self.authorities = tuple(authorities)
+        """Raise ValueError for an empty bundle, which would mean nobody, and for what is no authority."""
+        self.authorities = tuple(dict.fromkeys(authorities))
         if not self.authorities:
             raise ValueError("a trust bundle needs at least one authority")
+        self._domains = {authority: vouched_domain(authority) for authority in self.authorities}
         self._store = Store(list(self.authorities))
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, TrustBundle) and self._domains == other._domains
+
+    __hash__ = None  # type: ignore[assignment]  # nothing looks a bundle up
 
     def verify(self, credential: Credential, wall_now: float, leeway_s: float) -> None:
         """Raise CredentialError unless an authority of this bundle signed the credential and it is valid now."""
-        if wall_now > credential.not_after + leeway_s or wall_now < credential.not_before - leeway_s:
-            raise CredentialError(Reason.CREDENTIAL_EXPIRED, f"node {credential.node}")
+        if wall_now > credential.not_after + leeway_s:
+            late = wall_now - credential.not_after
+            raise CredentialError(Reason.CREDENTIAL_EXPIRED, f"node {credential.node}, {late:.0f} s ago")
+        if wall_now < credential.not_before - leeway_s:
+            early = credential.not_before - wall_now
+            raise CredentialError(Reason.CREDENTIAL_EXPIRED, f"node {credential.node}, begins in {early:.0f} s")
         # Within the leeway the chain is judged at the nearest moment at which the credential itself is valid.
-        moment = min(max(wall_now, credential.not_before), credential.not_after)
+        moment = datetime.fromtimestamp(min(max(wall_now, credential.not_before), credential.not_after), UTC)
         verifier = (
             PolicyBuilder()
             .store(self._store)
-            .time(datetime.fromtimestamp(moment, UTC))
+            .time(moment)
             .max_chain_depth(0)
             .extension_policies(ca_policy=ExtensionPolicy.webpki_defaults_ca(), ee_policy=_node_policy())
             .build_client_verifier()
@@ -105,22 +116,54 @@ class TrustBundle:
         try:
             *_, authority = verifier.verify(credential.certificate, []).chain
         except VerificationError as err:
+            self._blame_outdated_authority(credential, moment)
             raise CredentialError(Reason.CREDENTIAL_UNTRUSTED, f"node {credential.node}: {str(err)!r:.120}") from err
-        vouched = _vouched_domain(authority)
-        if vouched not in (None, credential.trust_domain):
+        vouched = self._domains[authority]
+        if vouched != credential.trust_domain:
             raise CredentialError(
                 Reason.CREDENTIAL_UNTRUSTED, f"an authority of {vouched} signed {credential.trust_domain}"
             )
 
+    def _blame_outdated_authority(self, credential: Credential, moment: datetime) -> None:
+        """Raise CredentialError if the one fault is that the signer is outside its own validity: time heals that."""
+        for authority in self.authorities:
+            is_current = authority.not_valid_before_utc <= moment <= authority.not_valid_after_utc
+            if not is_current and is_issued_by(credential.certificate, authority):
+                name = authority.subject.rfc4514_string()
+                raise CredentialError(Reason.CREDENTIAL_EXPIRED, f"node {credential.node}: its authority {name!r:.80}")
 
-def _vouched_domain(authority: x509.Certificate) -> str | None:
-    """Give the one trust domain whose nodes an authority may name (SPIFFE: its own SPIFFE ID); None: it states none."""
+
+def is_issued_by(certificate: x509.Certificate, authority: x509.Certificate) -> bool:
+    """Tell whether the authority's key signed the certificate under the authority's name."""
+    try:
+        certificate.verify_directly_issued_by(authority)
+    except (ValueError, TypeError, InvalidSignature):  # another name; a key of another kind; another key
+        return False
+    return True
+
+
+def vouched_domain(authority: x509.Certificate) -> str:
+    """Give the one trust domain whose nodes an authority may name, which its own SPIFFE ID states.
+
+    Raise ValueError where it states none: it could then name the nodes of every domain, and one cluster's authority
+    would sign for another's pods.
+    """
+    subject = f"{authority.subject.rfc4514_string()!r:.120}"
     try:
         names = authority.extensions.get_extension_for_class(x509.SubjectAlternativeName).value
-    except x509.ExtensionNotFound:
-        return None
-    uris = names.get_values_for_type(x509.UniformResourceIdentifier)
-    return next((uri.removeprefix("spiffe://") for uri in uris if uri.startswith("spiffe://")), None)
+        is_authority = authority.extensions.get_extension_for_class(x509.BasicConstraints).value.ca
+    except _UNREADABLE as err:
+        raise ValueError(
+            f"{subject}: an authority needs basic constraints and a SPIFFE ID spiffe://<trust domain> as its subject "
+            f"alternative name: {err}"
+        ) from err
+    if not is_authority:
+        raise ValueError(f"{subject}: is no authority's certificate (basic constraints say CA:FALSE)")
+    uris = [uri for uri in names.get_values_for_type(x509.UniformResourceIdentifier) if uri.startswith("spiffe:")]
+    found = _TRUST_DOMAIN_ID.fullmatch(uris[0]) if len(uris) == 1 else None
+    if found is None:
+        raise ValueError(f"{subject}: an authority must state exactly one SPIFFE ID spiffe://<trust domain>")
+    return found[1]
 
 
 def _node_policy() -> ExtensionPolicy:

@@ -2,7 +2,7 @@
 """The node's own key and certificate on disk, and where they come from in standalone mode: a local authority.
 
 Files in the state directory (0700), each 0600: node.key and node.pem; ca.key and ca.pem where no operator's authority
-is configured. All are PEM.
+is configured. All are PEM. Each certificate has a key of its own: with a new one, a new key is made.
 """
 
 from __future__ import annotations
@@ -18,10 +18,17 @@ from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 
 from enforcer_daemon.errors import CredentialError, SettingsError
-from enforcer_daemon.identity.authority import Authority, issue_credential, make_authority, node_spiffe_id
-from enforcer_daemon.identity.credential import Credential, TrustBundle, decode_credential
+from enforcer_daemon.identity.authority import (
+    BACKDATING,
+    Authority,
+    issue_credential,
+    make_authority,
+    node_spiffe_id,
+)
+from enforcer_daemon.identity.credential import Credential, TrustBundle, decode_credential, is_issued_by
 from enforcer_daemon.settings import Settings
 
+_KEY, _CERTIFICATE = "node.key", "node.pem"
 _RENEW_AT = 2 / 3
 """Part of a certificate's life after which it is issued anew."""
 
@@ -33,40 +40,53 @@ class NodeIdentity:
     key: ec.EllipticCurvePrivateKey
     credential: Credential
     bundle: TrustBundle
+    renew_at: float
+    """Unix seconds at which the certificate should be issued anew: at two thirds of its life, or at its end where the
+    authority ends then and a new one would last no longer."""
 
     def __repr__(self) -> str:
         return f"NodeIdentity({self.credential.node}, key redacted)"
-
-    @property
-    def renew_at(self) -> float:
-        """Give the Unix time at which the certificate should be issued anew."""
-        credential = self.credential
-        return credential.not_before + (credential.not_after - credential.not_before) * _RENEW_AT
 
 
 def open_node_identity(settings: Settings, wall_now: float) -> NodeIdentity:
     """Read the node's key and certificate, or make what is missing, outdated or of another authority.
 
-    Creates the state directory and writes files in it; raises SettingsError where an operator's file cannot be used.
+    Creates the state directory and writes files in it; raises SettingsError where an operator's file cannot be used,
+    and OSError where the state directory cannot. After an error all files are as they were.
     """
     state = settings.state_dir
     state.mkdir(mode=0o700, parents=True, exist_ok=True)
     state.chmod(0o700)
     now = datetime.fromtimestamp(wall_now, UTC)
     authority = _open_authority(settings, now)
-    bundle = TrustBundle(_read_bundle(settings, authority))
-    key = _open_key(state / "node.key")
-    certificate_path = state / "node.pem"
-    identity = _read_identity(certificate_path, key, bundle, settings, wall_now)
-    if identity is None:
-        lifetime = timedelta(seconds=settings.credentials.certificate_lifetime_s)
-        name = node_spiffe_id(settings.trust_domain, settings.node)
-        certificate = issue_credential(authority, key.public_key(), name, now, lifetime)
-        credential = decode_credential(certificate.public_bytes(serialization.Encoding.DER))
-        _require_trusted(bundle, credential, settings, wall_now)
-        _write(certificate_path, certificate.public_bytes(serialization.Encoding.PEM))
-        identity = NodeIdentity(key, credential, bundle)
-    return identity
+    bundle = _read_bundle(settings, authority)
+    stored = _read_identity(settings, authority, bundle, wall_now)
+    return stored if stored is not None else _issue_identity(settings, authority, bundle, now)
+
+
+def _issue_identity(settings: Settings, authority: Authority, bundle: TrustBundle, now: datetime) -> NodeIdentity:
+    """Make a key and have it certified; both are kept on disk."""
+    end = authority.certificate.not_valid_after_utc
+    if end <= now:
+        path = settings.credentials.ca_certificate or settings.state_dir / "ca.pem"
+        raise SettingsError(f"credentials.caCertificate: {path}: the authority has expired ({end:%Y-%m-%d %H:%M:%SZ})")
+    key = ec.generate_private_key(ec.SECP256R1())
+    lifetime = timedelta(seconds=settings.credentials.certificate_lifetime_s)
+    name = node_spiffe_id(settings.trust_domain, settings.node)
+    certificate = issue_credential(authority, key.public_key(), name, now, lifetime)
+    credential = decode_credential(certificate.public_bytes(serialization.Encoding.DER))
+    _require_trusted(bundle, credential, settings, now.timestamp())
+    # A crash between the two leaves a certificate of another key, which the next start replaces.
+    _write(settings.state_dir / _KEY, _pem(key))
+    _write(settings.state_dir / _CERTIFICATE, certificate.public_bytes(serialization.Encoding.PEM))
+    return NodeIdentity(key, credential, bundle, _renew_at(credential, authority))
+
+
+def _renew_at(credential: Credential, authority: Authority) -> float:
+    if credential.not_after >= authority.certificate.not_valid_after_utc.timestamp():
+        return credential.not_after
+    issued_at = credential.not_before + BACKDATING.total_seconds()
+    return issued_at + (credential.not_after - issued_at) * _RENEW_AT
 
 
 def _require_trusted(bundle: TrustBundle, credential: Credential, settings: Settings, wall_now: float) -> None:
@@ -81,11 +101,14 @@ def _require_trusted(bundle: TrustBundle, credential: Credential, settings: Sett
 
 
 def _read_identity(
-    path: Path, key: ec.EllipticCurvePrivateKey, bundle: TrustBundle, settings: Settings, wall_now: float
+    settings: Settings, authority: Authority, bundle: TrustBundle, wall_now: float
 ) -> NodeIdentity | None:
     """Give the stored certificate where it can still be used, None where a new one must be issued."""
+    key = _read_key(settings.state_dir / _KEY)
+    if key is None:
+        return None
     try:
-        certificate = x509.load_pem_x509_certificate(path.read_bytes())
+        certificate = x509.load_pem_x509_certificate((settings.state_dir / _CERTIFICATE).read_bytes())
         credential = decode_credential(certificate.public_bytes(serialization.Encoding.DER))
         bundle.verify(credential, wall_now, 0.0)
     except (FileNotFoundError, ValueError, CredentialError):
@@ -94,8 +117,9 @@ def _read_identity(
         credential.public_key.public_numbers() == key.public_key().public_numbers()
         and (credential.trust_domain, credential.node) == (settings.trust_domain, settings.node)
         and credential.not_after - credential.not_before <= settings.credentials.certificate_lifetime_s + 600
+        and is_issued_by(certificate, authority.certificate)
     )
-    identity = NodeIdentity(key, credential, bundle)
+    identity = NodeIdentity(key, credential, bundle, _renew_at(credential, authority))
     return identity if is_ours and wall_now < identity.renew_at else None
 
 
@@ -124,28 +148,29 @@ def _read_authority(certificate_path: Path, key_path: Path) -> Authority:
     return Authority(certificate, key)
 
 
-def _read_bundle(settings: Settings, authority: Authority) -> list[x509.Certificate]:
+def _read_bundle(settings: Settings, authority: Authority) -> TrustBundle:
     path = settings.credentials.trust_bundle
     if path is None:
-        return [authority.certificate]
+        try:
+            return TrustBundle([authority.certificate])
+        except ValueError as err:
+            raise SettingsError(f"credentials.caCertificate: {err}") from err
     try:
-        return x509.load_pem_x509_certificates(path.read_bytes())
+        return TrustBundle(x509.load_pem_x509_certificates(path.read_bytes()))
     except (OSError, ValueError) as err:
         raise SettingsError(f"credentials.trustBundle: {path}: {err}") from err
 
 
-def _open_key(path: Path) -> ec.EllipticCurvePrivateKey:
-    if path.exists():
-        try:
-            key = serialization.load_pem_private_key(path.read_bytes(), None)
-        except (ValueError, TypeError, UnsupportedAlgorithm):
-            key = None
-        if isinstance(key, ec.EllipticCurvePrivateKey) and isinstance(key.curve, ec.SECP256R1):
-            return key
-        raise SettingsError(f"{path} is not a P-256 key; move it away to have a new one made")
-    fresh = ec.generate_private_key(ec.SECP256R1())
-    _write(path, _pem(fresh))
-    return fresh
+def _read_key(path: Path) -> ec.EllipticCurvePrivateKey | None:
+    try:
+        key = serialization.load_pem_private_key(path.read_bytes(), None)
+    except FileNotFoundError:
+        return None
+    except (ValueError, TypeError, UnsupportedAlgorithm):
+        key = None
+    if isinstance(key, ec.EllipticCurvePrivateKey) and isinstance(key.curve, ec.SECP256R1):
+        return key
+    raise SettingsError(f"{path} is not a P-256 key; move it away to have a new one made")
 
 
 def _pem(key: ec.EllipticCurvePrivateKey) -> bytes:

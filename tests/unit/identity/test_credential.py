@@ -146,11 +146,30 @@ def test_two_trust_domains_are_trusted_at_once_and_each_authority_vouches_for_it
     assert caught.value.reason is Reason.CREDENTIAL_UNTRUSTED
 
 
-def test_an_authority_that_states_no_trust_domain_vouches_for_any() -> None:
-    signer = Authority(_plain_authority(key := new_key()), key)
-    bundle = TrustBundle([signer.certificate])
-    for trust_domain in ("one.example", "two.example"):
-        bundle.verify(credential(signer, new_key(), trust_domain=trust_domain), WALL, 0.0)
+def test_an_authority_that_states_no_trust_domain_could_name_any_node_and_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"CN=operator.*spiffe://<trust domain>"):
+        TrustBundle([authority().certificate, _plain_authority(new_key())])
+
+
+def test_a_nodes_certificate_is_no_authority() -> None:
+    with pytest.raises(ValueError, match="basic constraints"):
+        TrustBundle([credential(authority(), new_key()).certificate])
+    with pytest.raises(ValueError, match="CA:FALSE"):
+        TrustBundle([x509.load_der_x509_certificate(der("spiffe://cluster.local", is_authority=False))])
+
+
+@pytest.mark.parametrize(
+    "names",
+    [
+        ("spiffe://one.example", "spiffe://two.example"),
+        ("spiffe://one.example/node/a",),
+        ("spiffe://One.Example",),
+        ("https://one.example",),
+    ],
+)
+def test_an_authority_states_exactly_one_trust_domain(names: tuple[str, ...]) -> None:
+    with pytest.raises(ValueError, match="exactly one SPIFFE ID"):
+        TrustBundle([x509.load_der_x509_certificate(der(*names, is_authority=True))])
 
 
 def _plain_authority(key: ec.EllipticCurvePrivateKey) -> x509.Certificate:

@@ -39,13 +39,13 @@ def test_what_was_made_is_found_again(tmp_path: Path) -> None:
     assert (first.credential.node, first.credential.trust_domain) == ("node-1", "cluster.local")
 
 
-def test_a_certificate_is_renewed_at_two_thirds_with_the_same_key(tmp_path: Path) -> None:
+def test_a_certificate_is_renewed_at_two_thirds_with_a_key_of_its_own(tmp_path: Path) -> None:
     settings = settings_in(tmp_path)
     first = open_node_identity(settings, WALL)
     same = open_node_identity(settings, first.renew_at - 1)
     renewed = open_node_identity(settings, first.renew_at + 1)
     assert same.credential.der == first.credential.der != renewed.credential.der
-    assert renewed.key.private_numbers() == first.key.private_numbers()
+    assert renewed.key.private_numbers() != first.key.private_numbers()
     renewed.bundle.verify(first.credential, WALL, 0.0)
 
 

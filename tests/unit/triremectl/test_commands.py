@@ -82,6 +82,15 @@ def test_status_shows_what_the_daemon_says_and_fails_on_problems(daemon: Daemon)
     assert "policy " not in result.stdout  # nothing was dropped for it
 
 
+def test_status_shows_whom_the_node_trusts_and_fails_on_problems_with_keys(daemon: Daemon) -> None:
+    authority = {"subject": "CN=trireme one", "trust_domain": "one.example", "not_after": "2036-11-19T00:00:00+00:00"}
+    answer = {"ready": True, "bundle": [authority], "key_problems": ["credentials.trustBundle: /x: no start line"]}
+    result = _run("status", "--run-dir", str(daemon({"status": answer})))
+    assert result.exit_code == 1
+    for text in (*authority.values(), "problem: credentials.trustBundle: /x: no start line"):
+        assert text in result.stdout
+
+
 def test_status_of_a_daemon_that_is_well_exits_0(daemon: Daemon) -> None:
     assert _run("status", "--run-dir", str(daemon({"status": {"ready": True}}))).exit_code == 0
 
