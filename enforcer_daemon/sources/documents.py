@@ -18,6 +18,14 @@ from enforcer_daemon.errors import EnforcerError
 
 _MAX_DEPTH = 100
 """Nesting of a document; Kubernetes objects stay below 20."""
+_CERTAINLY_SHALLOW = 1_000
+"""Nesting that the C parser, which recurses, bears on every stack; text that could be deeper is counted first."""
+_MAX_REPEATED = 100_000
+"""Values that aliases may repeat in one document; kubectl refuses excessive aliasing too. A few lines could otherwise
+stand for more than memory holds."""
+_MAX_INTEGER_BITS = 1_024
+"""Beyond it no float64 holds the number, so that Kubernetes reads none either."""
+_HALF_SURROGATE = re.compile("[\ud800-\udfff]")
 _TAG = "tag:yaml.org,2002:"
 _PATH_STEP = re.compile(r"\[(\d+)\]\.?")
 
@@ -89,18 +97,36 @@ def read_documents(text: str, *, is_json: bool) -> list[Document]:
 
 def _json_documents(text: str) -> Iterator[Document]:
     decoder = json.JSONDecoder(object_pairs_hook=_unique_pairs, parse_constant=_refuse_constant)
+    line, counted = 1, 0
     position = _skip_space(text, 0)
     while position < len(text):
-        line = text.count("\n", 0, position) + 1
+        line, counted = line + text.count("\n", counted, position), position
         try:
             manifest, end = decoder.raw_decode(text, position)
         except json.JSONDecodeError as err:
             raise DocumentError(err.lineno, f"not JSON: {err.msg}") from err
         except ValueError as err:
             raise DocumentError(line, str(err)) from err
+        _require_plain(manifest, line)
         if manifest is not None:
             yield Document(line, manifest)
         position = _skip_space(text, end)
+
+
+def _require_plain(value: object, line: int, depth: int = 0) -> None:
+    """Refuse what JSON can spell and nobody can use: values deeper than YAML's may be, and halves of characters."""
+    if depth > _MAX_DEPTH:
+        raise DocumentError(line, f"nested more than {_MAX_DEPTH} deep")
+    if isinstance(value, str):
+        if not value.isascii() and _HALF_SURROGATE.search(value):
+            raise DocumentError(line, f"not JSON: {value[:40]!a} has half of a surrogate pair")
+    elif isinstance(value, dict):
+        for key, entry in value.items():
+            _require_plain(key, line, depth)
+            _require_plain(entry, line, depth + 1)
+    elif isinstance(value, list):
+        for entry in value:
+            _require_plain(entry, line, depth + 1)
 
 
 def _skip_space(text: str, position: int) -> int:
@@ -126,6 +152,7 @@ def _refuse_constant(name: str) -> object:
 
 def _yaml_documents(text: str) -> Iterator[Document]:
     try:
+        _require_shallow(text)
         # Composing builds nodes only; no object is made of them by yaml.
         nodes = list(yaml.compose_all(text, Loader=yaml.CSafeLoader))
     except yaml.MarkedYAMLError as err:
@@ -144,18 +171,48 @@ def _yaml_documents(text: str) -> Iterator[Document]:
             yield Document(line, manifest, node=node)
 
 
+def _require_shallow(text: str) -> None:
+    """Raise DocumentError for nesting that would overflow the C stack; read as events, which need none."""
+    # A collection within another opens with a bracket, or begins on a later column (a list in a mapping on the same).
+    longest_line = max(map(len, text.split("\n")))
+    if text.count("[") + text.count("{") + 2 * longest_line < _CERTAINLY_SHALLOW:
+        return
+    depth = 0
+    for event in yaml.parse(text, Loader=yaml.CSafeLoader):
+        if isinstance(event, yaml.CollectionStartEvent):
+            depth += 1
+            if depth > _MAX_DEPTH + 1:
+                line = 1 if event.start_mark is None else event.start_mark.line + 1
+                raise DocumentError(line, f"nested more than {_MAX_DEPTH} deep")
+        elif isinstance(event, yaml.CollectionEndEvent):
+            depth -= 1
+
+
 class _Constructor:
     """Makes plain values of one document's nodes; an aliased node becomes one shared value."""
 
     def __init__(self) -> None:
-        self._made: dict[int, object] = {}
+        self._made: dict[int, tuple[object, int]] = {}
+        """Each node's value, and of how many values it consists."""
+        self._size = 0
+        """Values so far, each as often as it occurs."""
+        self._repeated = 0
 
     def construct(self, node: yaml.Node, depth: int = 0) -> object:
         if depth > _MAX_DEPTH:
             raise _error(node, f"nested more than {_MAX_DEPTH} deep")
-        if id(node) not in self._made:
-            self._made[id(node)] = self._make(node, depth)
-        return self._made[id(node)]
+        if id(node) in self._made:
+            value, size = self._made[id(node)]
+            self._repeated += size
+            self._size += size
+            if self._repeated > _MAX_REPEATED:
+                raise _error(node, f"aliases repeat more than {_MAX_REPEATED} values")
+            return value
+        before = self._size
+        self._size += 1
+        value = self._make(node, depth)
+        self._made[id(node)] = value, self._size - before
+        return value
 
     def _make(self, node: yaml.Node, depth: int) -> object:
         if isinstance(node, yaml.ScalarNode):
@@ -208,9 +265,10 @@ def _integer(text: str) -> int | str:
     if ":" in text:
         return text
     digits = text.replace("_", "")
-    if re.fullmatch("[-+]?0[0-7]+", digits):
-        return int(digits, 8)
-    return int(digits, 0)
+    number = int(digits, 8 if re.fullmatch("[-+]?0[0-7]+", digits) else 0)
+    if number.bit_length() > _MAX_INTEGER_BITS:
+        raise ValueError(text)
+    return number
 
 
 def _number(text: str) -> float | str:

@@ -29,6 +29,8 @@ from enforcer_daemon.sources.documents import Document, DocumentError, read_docu
 SUFFIXES = (".yaml", ".yml", ".json")
 MAX_FILE_BYTES = 32 * 1024 * 1024
 """Larger files are refused; ten thousand policies take about a quarter of it."""
+_MAX_PROBLEMS = 100
+"""Problems of one object that are told, each with its line."""
 
 KubernetesObject = NetworkPolicy | Namespace | Pod
 _LIST_KINDS = {
@@ -201,7 +203,9 @@ def _decode_entry(name: str, document: Document) -> Entry:
     try:
         found = _decode(document.manifest)
     except InvalidObjectError as err:
-        problems = tuple(Problem(name, document.line_of(p.field), label, p.field, p.message) for p in err.problems)
+        problems = tuple(
+            Problem(name, document.line_of(p.field), label, p.field, p.message) for p in err.problems[:_MAX_PROBLEMS]
+        )
         is_unsure = any(problem.field in _IDENTITY_FIELDS for problem in err.problems)
         return Entry(document.line, None if is_unsure else key, None, problems)
     return Entry(document.line, key, found)
