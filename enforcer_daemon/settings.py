@@ -24,6 +24,9 @@ from enforcer_daemon.errors import SettingsError
 from enforcer_daemon.model import IPAddress, IPNetwork
 
 _NAME = re.compile(r"[a-z0-9]([a-z0-9.-]*[a-z0-9])?", re.ASCII)
+_UNREADABLE = (OSError, yaml.YAMLError, ValueError, ArithmeticError, LookupError, AttributeError, RecursionError)
+"""What reading and parsing raise: of text that is not UTF-8, dates that do not exist, tags with nonsense (`!!int ""`),
+nesting without end."""
 _MAX_NUMBER = 1e9
 """Seconds of thirty years, and more of anything than is sensible."""
 
@@ -155,12 +158,11 @@ def load_settings(path: Path) -> Settings:
     """Read the file; raise SettingsError that names the file and the key at fault."""
     try:
         tree = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, yaml.YAMLError) as err:  # ValueError: not UTF-8, or a date that does not exist
-        raise SettingsError(f"{path}: {err}") from err
-    try:
         return decode_settings(tree if tree is not None else {})
     except SettingsError as err:
         raise SettingsError(f"{path}: {err}") from err
+    except _UNREADABLE as err:
+        raise SettingsError(f"{path}: cannot be read: {err}") from err
 
 
 def decode_settings(tree: object) -> Settings:
@@ -261,7 +263,7 @@ def _parsed(parse: Any, value: object, name: str) -> Any:
 
 def _decode_scalar(hint: Any, value: object, name: str) -> Any:
     if hint is Path:
-        if not isinstance(value, str) or not value.startswith("/"):
+        if not isinstance(value, str) or not value.startswith("/") or not value.isprintable():
             raise SettingsError(f"{name}: must be an absolute path")
         return Path(value)
     if isinstance(hint, type) and issubclass(hint, Enum):
@@ -273,6 +275,8 @@ def _decode_scalar(hint: Any, value: object, name: str) -> Any:
         if not -_MAX_NUMBER <= value <= _MAX_NUMBER:  # NaN is not, either: it compares with nothing.
             raise SettingsError(f"{name}: must be a finite number")
         return float(value)
-    if hint in (int, str) and type(value) is hint:
+    if hint is int and type(value) is int:
+        return value
+    if hint is str and isinstance(value, str) and value.isprintable():
         return value
     raise SettingsError(f"{name}: must be {'a number' if hint in (int, float) else 'a string'}")
