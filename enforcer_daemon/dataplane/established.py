@@ -200,8 +200,8 @@ def _decode_tuple(data: bytes) -> tuple[int, _End, _End]:
     if len(source) not in (4, 16) or len(destination) != len(source):
         raise DataplaneError("conntrack: the entry states no addresses")
     protocol, source_port, destination_port = (
-        int.from_bytes(transport.get(kind, b""), "big")
-        for kind in (_CTA_PROTO_NUM, _CTA_PROTO_SRC_PORT, _CTA_PROTO_DST_PORT)
+        int.from_bytes(transport.get(kind, b"")[:size], "big")
+        for kind, size in ((_CTA_PROTO_NUM, 1), (_CTA_PROTO_SRC_PORT, 2), (_CTA_PROTO_DST_PORT, 2))
     )
     return protocol, (ip_address(source), source_port), (ip_address(destination), destination_port)
 
