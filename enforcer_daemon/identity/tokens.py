@@ -29,6 +29,8 @@ MAX_CLAIMS_BYTES = 8_192
 _SIGNATURE_BYTES = 64
 _MAX_NUMBER = 1 << 40
 """Largest integer of a claim: as Unix seconds tens of thousands of years away, and exact as a float."""
+_MAX_DETAIL = 160
+"""Characters of an error's message."""
 _LENGTHS = Struct("!HH")
 _ALGORITHM = "ES256"
 _JWS = jwt.PyJWS(algorithms=[_ALGORITHM])
@@ -109,8 +111,9 @@ def _claims_to_json(claims: Claims, nonce: bytes) -> dict[str, Any]:
 
 def _claims_from_json(tree: dict[str, Any], credential: Credential) -> Claims:
     try:
-        if (tree["iss"], tree["node"]) != (credential.trust_domain, credential.node):
-            raise TokenError(Reason.CREDENTIAL_MISMATCH, f"token is for node {tree['node']!r:.80}")
+        trust_domain, node = _text(tree["iss"]), _text(tree["node"])
+        if (trust_domain, node) != (credential.trust_domain, credential.node):
+            raise TokenError(Reason.CREDENTIAL_MISMATCH, f"token is for node {node!r:.80}")
         _, namespace, _, service_account = _subject(tree["sub"])
         ephemeral_key = _unbase64(_text(tree["epk"]).encode())
         if len(ephemeral_key) != 32:
@@ -127,7 +130,8 @@ def _claims_from_json(tree: dict[str, Any], credential: Credential) -> Claims:
         )
         return Claims(identity, ephemeral_key, _number(tree["iat"]), _number(tree["exp"]))
     except (KeyError, ValueError, TypeError) as err:
-        raise TokenError(Reason.TOKEN_MALFORMED, f"{type(err).__name__}: {err}") from err
+        # Cut: the message may quote the peer, and goes to a log.
+        raise TokenError(Reason.TOKEN_MALFORMED, f"{type(err).__name__}: {err}"[:_MAX_DETAIL]) from err
 
 
 def _split(wire: bytes) -> tuple[bytes, bytes, bytes]:
@@ -176,6 +180,7 @@ def _subject(value: object) -> list[str]:
 def _text(value: object) -> str:
     if not isinstance(value, str):
         raise TypeError("not a string")
+    value.encode()  # ValueError for half of a surrogate pair, which JSON can spell
     return value
 
 
@@ -194,14 +199,20 @@ def _number(value: object) -> float:
 
 
 def _labels(value: object) -> dict[str, str]:
-    if not isinstance(value, dict) or not all(isinstance(item, str) for item in value.values()):
+    if not isinstance(value, dict):
         raise TypeError("labels must map strings to strings")
-    return value
+    return {_text(key): _text(item) for key, item in value.items()}
 
 
 def _address(value: object) -> IPAddress:
-    return ipaddress.ip_address(_text(value))
+    text = _text(value)
+    if "%" in text:
+        raise ValueError("an address with a zone is known on one node only")
+    return ipaddress.ip_address(text)
 
 
 def _named_port(name: object, number: object, protocol: object) -> NamedPort:
-    return NamedPort(_text(name), int(_number(number)), Protocol(int(_number(protocol))))
+    port = int(_number(number))
+    if not 1 <= port <= 65_535:
+        raise ValueError("port out of range")
+    return NamedPort(_text(name), port, Protocol(int(_number(protocol))))

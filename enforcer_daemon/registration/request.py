@@ -80,6 +80,8 @@ def encode_add(request: AddRequest) -> messages.Add:
 
 
 def _decode_ip(text: str, path: str) -> IPAddress:
+    if "%" in text:
+        raise messages.MessageError(f"{path}: an address with a zone is known on one node only")
     try:
         return ipaddress.ip_address(text)
     except ValueError as err:

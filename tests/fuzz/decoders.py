@@ -140,7 +140,9 @@ def token(content: bytes) -> None:
 
 def _check_claims(claims: Claims) -> None:
     """A peer's words end in logs and messages, which are UTF-8."""
-    str(claims).encode()
+    for text in (*claims.identity.labels, *claims.identity.labels.values(), str(claims.identity.pod)):
+        text.encode()
+    assert all(1 <= port.number <= 65_535 for port in claims.identity.named_ports)
     again = decode_token(encode_token(claims, b"n", CREDENTIAL, KEY), CREDENTIAL, WALL, _LEEWAY_S)
     for field in ("pod", "ips", "labels", "namespace_labels", "service_account", "named_ports"):
         assert getattr(again.identity, field) == getattr(claims.identity, field)

@@ -56,7 +56,7 @@ def test_any_claims_are_read_or_a_token_error(claims: dict[str, object]) -> None
     labels,
     labels,
     st.lists(st.ip_addresses(), max_size=4),
-    st.lists(st.builds(NamedPort, names, st.integers(0, 65_535), st.sampled_from(Protocol)), max_size=3),
+    st.lists(st.builds(NamedPort, names, st.integers(1, 65_535), st.sampled_from(Protocol)), max_size=3),
 )
 def test_what_was_signed_is_read(
     pod: PodRef, own: dict[str, str], namespace: dict[str, str], ips: list[object], ports: list[NamedPort]

@@ -154,12 +154,19 @@ def test_headers_that_ask_for_more_are_malformed(header: dict[str, Any]) -> None
         {"ips": ["10.1.0.256"]}, {"ips": [7]}, {"iat": "now"}, {"iat": True}, {"exp": 1.5}, {"exp": -1},
         {"exp": 10**400}, {"epk": "AA"}, {"epk": 7}, {"epk": "é"}, {"labels": []}, {"labels": {"a": 1}},
         {"nsl": {"a": None}}, {"ports": [["http", 80]]}, {"ports": [7]}, {"ports": [["http", 80, 1]]},
-        {"ports": [[7, 80, 6]]},
+        {"ports": [[7, 80, 6]]}, {"ports": [["http", 0, 6]]}, {"ports": [["http", 65_536, 6]]}, {"node": ["node-1"]},
+        {"iss": None}, {"labels": {"a": "\ud800"}}, {"nsl": {"\udc00": "a"}}, {"pod": "\ud800"}, {"ips": ["fe80::1%a"]},
     ],
     ids=str,
 )  # fmt: skip
 def test_a_claim_of_another_type_or_range_is_malformed(claims: dict[str, Any]) -> None:
     assert reason_of(wire_of(tree_with(**claims))) is Reason.TOKEN_MALFORMED
+
+
+def test_a_message_quotes_little_of_the_peer() -> None:
+    with pytest.raises(TokenError) as caught:
+        decode_token(wire_of(tree_with(ips=["1" * 5_000])), CREDENTIAL, WALL, 30.0)
+    assert len(caught.value.detail) <= 160
 
 
 @pytest.mark.parametrize("missing", sorted(set(TREE) - {"nonce"}))
