@@ -21,6 +21,9 @@ from enforcer_daemon.reasons import Reason
 _NODE_ID = re.compile(r"spiffe://([a-z0-9._-]+)/node/([A-Za-z0-9._-]+)", re.ASCII)
 """The characters that SPIFFE-ID (section 2) allows in a trust domain and in a path segment."""
 _TRUST_DOMAIN_ID = re.compile(r"spiffe://([a-z0-9._-]+)/?", re.ASCII)
+_MAX_BYTES = 2_048
+"""Of a certificate: one of a common authority has below 500, under RSA-4096 and a long name 1,100, and with the token
+it must fit a packet. One that is full of names takes a millisecond for each two KiB, and anyone may send it."""
 _UNREADABLE = (
     ValueError,
     UnsupportedAlgorithm,
@@ -51,6 +54,8 @@ class Credential:
 
 def decode_credential(der: bytes) -> Credential:
     """Read a certificate; raise CredentialError where it is not a P-256 certificate of exactly one node."""
+    if len(der) > _MAX_BYTES:
+        raise CredentialError(Reason.CREDENTIAL_INVALID, f"{len(der)} bytes, at most {_MAX_BYTES} are read")
     try:
         certificate = x509.load_der_x509_certificate(der)
         public_key = certificate.public_key()

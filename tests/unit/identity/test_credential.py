@@ -95,6 +95,11 @@ def test_an_unsupported_curve_or_version_is_invalid_and_no_crash() -> None:
     assert reason_of(version_9) is Reason.CREDENTIAL_INVALID
 
 
+def test_a_certificate_full_of_names_is_not_even_parsed() -> None:
+    with pytest.raises(CredentialError, match="bytes, at most 2048 are read"):
+        decode_credential(der(NODE, *("a:" for _ in range(600))))
+
+
 def test_no_basic_constraints_and_an_explicit_leaf_are_both_leaves() -> None:
     assert decode_credential(der(NODE, is_authority=False)).node == "node-1"
 
