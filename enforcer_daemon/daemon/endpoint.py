@@ -137,6 +137,8 @@ class Endpoint:
     def forget_unfinished(self, world: CompiledWorld, change: Change) -> None:
         """Give up the handshakes that are no longer allowed; call it before `reconsider`, on the loop."""
         question = Reconsideration(self.identity, self.policy, self.flows, world, change.is_identity_new)
+        if change.is_identity_new:
+            self.datapath.forget_opening()
         effects = self.datapath.forget_unfinished(question.is_index_denied)
         if effects and self._queue is not None:
             self._queue.carry_out(effects)

@@ -10,7 +10,7 @@ from enforcer_daemon.datapath.initiator import Initiator
 from enforcer_daemon.datapath.responder import Responder
 from enforcer_daemon.errors import PacketError, PeerError
 from enforcer_daemon.handshake.flows import Flow, InitiatorFlow
-from enforcer_daemon.handshake.machine import Event
+from enforcer_daemon.handshake.machine import Event, State
 from enforcer_daemon.marks import INDEX_MASK, INDEX_SHIFT, NODE, RELEASED
 from enforcer_daemon.model import Decision, Direction
 from enforcer_daemon.packet.ip import IPHeader, decode_ip
@@ -89,6 +89,15 @@ class EndpointDatapath:
                 if flow.release.mark and is_denied((flow.release.mark & INDEX_MASK) >> INDEX_SHIFT):
                     effects += side.abort(flow)  # type: ignore[arg-type]
         return tuple(effects)
+
+    def forget_opening(self) -> None:
+        """Give up the connections whose SYN shows an identity that the pod no longer has.
+
+        No answer has been judged yet: the pod's kernel repeats its SYN, which then shows the new identity.
+        """
+        for flow in self._initiator.flows.known():
+            if flow.state is State.OPENING:
+                self._initiator.flows.discard(flow)
 
     def take_reports(self) -> list[FlowReport]:
         """Give the decisions since the last call."""

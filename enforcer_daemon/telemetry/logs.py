@@ -29,8 +29,8 @@ def open_log(settings: LogSettings, **context: Any) -> Logger:
             renderer,
         ],
         wrapper_class=structlog.make_filtering_bound_logger(logging.getLevelNamesMapping()[settings.level.upper()]),
-        logger_factory=structlog.PrintLoggerFactory(sys.stderr),
-        cache_logger_on_first_use=True,
+        # Standard error is looked up at each line: loggers of modules outlive a redirection of it.
+        logger_factory=lambda *_: structlog.PrintLogger(sys.stderr),
     )
     logger: Logger = structlog.get_logger(**context)
     return logger

@@ -110,6 +110,7 @@ class Endpoint:
     """A pod with its datapath; the packets that are held for it."""
 
     def __init__(self, node: Node, identity: Identity, policy: FakePolicy) -> None:
+        self.node = node
         self.identity = identity
         self.address = identity.ips[0].packed
         judge = Judge(identity.pod, identity.trust_domain, policy, FlowIndex())

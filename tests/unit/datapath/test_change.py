@@ -144,3 +144,15 @@ def test_a_rst_of_the_server_after_its_answer_reaches_the_clients_kernel() -> No
     reset = build(connection.server.address, connection.client.address, back, (5_001, 0), RST, 0)
     assert connection.client.receive(reset) == [reset]
     assert connection.client.datapath.half_open_flows == 1  # The kernel judges its numbers, and says so by a RST.
+
+
+def test_a_syn_under_way_with_the_old_identity_is_sent_anew_with_the_new_one() -> None:
+    connection = Connection(*make_pair())
+    client, server = connection.client, connection.server
+    (old,) = client.send(connection.syn())
+    client.context.local = client.node.token(client.identity)
+    client.datapath.forget_opening()
+    (new,) = client.send(connection.syn())
+    assert segment(new).payload != segment(old).payload
+    assert server.receive(new) == [connection.syn()]
+    assert len(server.send(connection.syn_ack())) == 1
