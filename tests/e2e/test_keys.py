@@ -182,7 +182,7 @@ def test_an_issuer_that_is_half_replaced_waits_for_its_other_half(rotating: tupl
         files.await_bundle(1)
 
 
-def test_a_hangup_reads_the_files_at_once_and_ends_nothing(rotating: tuple[Lab, KeyFiles]) -> None:
+def test_a_hangup_ends_nothing(rotating: tuple[Lab, KeyFiles]) -> None:
     lab, files = rotating
     node = lab.node("b")
     os.kill(node.daemon.pid, signal.SIGHUP)
@@ -347,6 +347,15 @@ def test_no_key_and_no_token_shows_in_logs_and_answers(plugin: Path) -> None:
     for text in ("flow allowed", "credential-untrusted", "ingress-denied", "certificate renewed", "keys refused"):
         assert text in told
     assert [secret for secret in secrets if _shows(secret, told)] == []
+
+
+def test_the_search_finds_what_shows() -> None:
+    secret = os.urandom(32)
+    for before in range(3):
+        text = os.urandom(before) + secret[5:]
+        forms = (text.hex(), b64encode(text).decode(), urlsafe_b64encode(text).decode(), repr(text))
+        assert all(_shows(secret, f"key={form}") for form in forms)
+    assert not _shows(secret, b64encode(os.urandom(4_096)).decode())
 
 
 def _told(lab: Lab) -> str:
