@@ -232,7 +232,8 @@ class _Constructor:
                 for source in value if isinstance(value, list) else [value]:
                     if not isinstance(source, Mapping):
                         raise _error(value_node, "<< merges mappings only")
-                    merged = {**source, **merged}
+                    for key, entry in source.items():
+                        merged.setdefault(key, entry)
                 continue
             key = _key(key_node)
             if key in own:

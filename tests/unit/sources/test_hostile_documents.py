@@ -70,3 +70,11 @@ def test_a_thousand_problems_of_one_object_are_told_in_part() -> None:
 def test_the_lines_of_many_json_documents_are_counted() -> None:
     file = decode_file("a.json", b"{}\n{\n}\n\n[]")
     assert [entry.line for entry in file.entries] == [1, 2, 5]
+
+
+def test_many_merges_take_no_longer_than_they_are() -> None:
+    begin = time.thread_time()
+    (document,) = read_documents("b: {" + ", ".join(f"<<: {{k{n}: {n}}}" for n in range(20_000)) + "}", is_json=False)
+    assert isinstance(document.manifest, dict)
+    assert len(document.manifest["b"]) == 20_000
+    assert time.thread_time() - begin < 5.0
