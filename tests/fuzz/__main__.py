@@ -56,6 +56,7 @@ def fuzz(name: str, seconds: int) -> int:
             f"-max_total_time={seconds}",
             f"-max_len={target.max_bytes}",
             f"-artifact_prefix={broken}/",
+            f"-dict={targets.FOLDER / 'words.dict'}",
             "-timeout=10",
             "-rss_limit_mb=1024",
             "-print_final_stats=1",
