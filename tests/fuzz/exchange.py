@@ -15,7 +15,7 @@ from datetime import UTC, datetime
 from enforcer_daemon.datapath.context import NodeContext
 from enforcer_daemon.errors import PacketError
 from enforcer_daemon.handshake.flows import InitiatorFlow, ResponderFlow
-from enforcer_daemon.handshake.frames import find_proof
+from enforcer_daemon.handshake.frames import find_proof, proof_option
 from enforcer_daemon.handshake.machine import State
 from enforcer_daemon.handshake.peers import PeerVerifier
 from enforcer_daemon.identity.authority import make_authority
@@ -110,6 +110,7 @@ class Exchange:
             self.send_own,
             self.wait,
             self.change_policy,
+            self.forge,
         )
         for _ in range(MAX_STEPS):
             if self.script.is_over:
@@ -176,6 +177,12 @@ class Exchange:
         options = source.options if choice & 1 else onto.options
         payload = source.payload if choice & 2 else onto.payload
         self.arrive(self.receiver(), with_options_and_payload(onto, options, payload))
+
+    def forge(self) -> None:
+        """Send the server an ACK with a proof that is made up."""
+        connection, kind = self.connection(), self.script.number(4)
+        option = proof_option(self.script.take(16), is_lone=bool(kind & 1))
+        self.arrive(self.server, _later(connection, ACK, b"data" if kind & 2 else b"", option))
 
     def raw(self) -> None:
         receiver = self.receiver()

@@ -137,10 +137,12 @@ EXCHANGES = {
     "full-options": bytes((0, 0, 3, 5, 8, 3, 0, 1, 0, 1, 4, 0, 0, 0, 0)),
     "data-first": bytes((0, 0, 0, 3, 3, 0, 1, 1, 2, 8, 9, 1)),
     "changed-syn": bytes((0, 0, 0, 0, 4, 0, 0, 1, 0, 50, 7, 0)),
-    "changed-answer": bytes((0, 0, 0, 2, 4, 0, 1, 1, 0, 120, 9, 0)),
+    "changed-answer": bytes((0, 0, 0, 2, 4, 0, 1, 1, 0, 110, 9, 0)),
     "replayed": bytes((0, 0, 0, 5, 4, 2, 0, 0, 0, 4, 1, 1, 0, 3)),
     "spliced": bytes((0, 0, 1, 5, 0, 1, 1, 5, 6, 0, 3, 1, 0)),
     "policy-change": bytes((0, 0, 3, 3, 10, 0, 10, 1, 8, 9, 3)),
+    "forged": bytes((0, 0, 0, 2, 11, 0, 0)) + b"not the proof :)",
+    "forged-lone": bytes((0, 0, 0, 2, 11, 0, 3)) + b"not the proof :)",
     "raw": bytes((7, 0, 30)) + build(*V4, (40_000, 80), (1, 0), SYN, 9)[:30],
 }
 
@@ -171,12 +173,13 @@ def corpus() -> dict[str, dict[str, bytes]]:
 
 
 def main() -> None:
-    """Write the files."""
+    """Write the files that are not there; each run would sign others."""
     for target, files in corpus().items():
         folder = FOLDER / target
         folder.mkdir(parents=True, exist_ok=True)
         for name, content in files.items():
-            (folder / name).write_bytes(content)
+            if not (folder / name).exists():
+                (folder / name).write_bytes(content)
 
 
 if __name__ == "__main__":

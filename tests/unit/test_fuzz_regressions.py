@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from enforcer_daemon.handshake import flows
+from tests.fuzz.exchange import exchange
 from tests.fuzz.targets import TARGETS, Target, cost_s, regressions, seeds
 
 CASES = [
@@ -25,3 +27,20 @@ def test_every_target_has_seeds_and_every_folder_a_target() -> None:
     assert {path.name for path in (fuzz / "corpus").iterdir()} == set(TARGETS)
     assert {path.name for path in (fuzz / "regressions").iterdir()} <= set(TARGETS)
     assert all(set(seeds(name)) > set(regressions(name)) for name in TARGETS)
+
+
+@pytest.mark.parametrize(
+    ("seed", "finding"),
+    [
+        ("forged", "without the initiator's proof"),
+        ("changed-answer", "an answer that the server's enforcer never gave"),
+    ],
+)
+def test_an_exchange_notices_an_enforcer_that_believes_any_proof(
+    seed: str, finding: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (path,) = (path for path in seeds("exchange") if path.name == seed)
+    exchange(path.read_bytes())
+    monkeypatch.setattr(flows, "require_equal", lambda one, other: None)
+    with pytest.raises(AssertionError, match=finding):
+        exchange(path.read_bytes())
