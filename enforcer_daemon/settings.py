@@ -154,10 +154,22 @@ class Settings:
     log: LogSettings = field(default_factory=LogSettings)
 
 
+class _Loader(yaml.SafeLoader):
+    """Refuses a key that occurs twice: of two values the operator means one, and nobody knows which."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen = set()
+        for key, _ in node.value:
+            if isinstance(key, yaml.ScalarNode) and key.value in seen:
+                raise yaml.constructor.ConstructorError(None, None, f"{key.value}: occurs twice", key.start_mark)
+            seen.add(key.value if isinstance(key, yaml.ScalarNode) else None)
+        return super().construct_mapping(node, deep)
+
+
 def load_settings(path: Path) -> Settings:
     """Read the file; raise SettingsError that names the file and the key at fault."""
     try:
-        tree = yaml.safe_load(path.read_text(encoding="utf-8"))
+        tree = yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader)  # noqa: S506 - it is a SafeLoader
         return decode_settings(tree if tree is not None else {})
     except SettingsError as err:
         raise SettingsError(f"{path}: {err}") from err

@@ -167,7 +167,7 @@ def corpus() -> dict[str, dict[str, bytes]]:
             "pods": PODS.encode(),
             "list": json.dumps({"apiVersion": "v1", "kind": "List", "items": objects}).encode(),
         },
-        "settings": {"every-key": SETTINGS.encode(), "least": b"node: n\n"},
+        "settings": {"every-key": SETTINGS.encode(), "least": b"node: n\n", "twice": b"node: n\nnode: m\n"},
         "exchange": EXCHANGES,
     }
 

@@ -100,6 +100,28 @@ def test_an_error_of_a_file_names_the_file(tmp_path: Path, content: bytes) -> No
         load_settings(path)
 
 
+@pytest.mark.parametrize("content", ["node: a\nnode: b\n", "node: a\nlog: {level: info, level: debug}\n"])
+def test_a_setting_that_occurs_twice_is_an_error(tmp_path: Path, content: str) -> None:
+    path = tmp_path / "enforcer.yaml"
+    path.write_text(content)
+    with pytest.raises(SettingsError, match="occurs twice"):
+        load_settings(path)
+
+
+@pytest.mark.parametrize("content", ["node: !!int ''", "node: !!timestamp x", "node: !!bool x", "[" * 600])
+def test_nonsense_for_the_parser_is_a_settings_error(tmp_path: Path, content: str) -> None:
+    path = tmp_path / "enforcer.yaml"
+    path.write_text(content)
+    with pytest.raises(SettingsError, match=r"enforcer\.yaml: cannot be read"):
+        load_settings(path)
+
+
+@pytest.mark.parametrize("value", ["/a\0b", "/a\ud800", "/a\nb"])
+def test_a_path_that_cannot_be_opened_is_refused(value: str) -> None:
+    with pytest.raises(SettingsError, match="policyDir: must be an absolute path"):
+        decode_settings({"node": "n", "policyDir": value})
+
+
 def test_a_missing_file_is_named(tmp_path: Path) -> None:
     with pytest.raises(SettingsError, match=r"absent\.yaml"):
         load_settings(tmp_path / "absent.yaml")
