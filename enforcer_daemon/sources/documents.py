@@ -21,7 +21,7 @@ _MAX_DEPTH = 100
 _CERTAINLY_SHALLOW = 1_000
 """Nesting that the C parser, which recurses, bears on every stack; text that could be deeper is counted first."""
 _MAX_REPEATED = 100_000
-"""Values that aliases may repeat in one document; kubectl refuses excessive aliasing too. A few lines could otherwise
+"""Values that aliases may repeat in one file; kubectl refuses excessive aliasing too. A few lines could otherwise
 stand for more than memory holds."""
 _MAX_INTEGER_BITS = 1_024
 """Beyond it no float64 holds the number, so that Kubernetes reads none either."""
@@ -160,10 +160,11 @@ def _yaml_documents(text: str) -> Iterator[Document]:
         raise DocumentError(line, f"not YAML: {err.problem or err.context}") from err
     except yaml.YAMLError as err:
         raise DocumentError(1, f"not YAML: {err}") from err
+    constructor = _Constructor()
     for node in nodes:
         line = node.start_mark.line + 1
         try:
-            manifest = _Constructor().construct(node)
+            manifest = constructor.construct(node)
         except DocumentError as err:
             yield Document(err.line, error=str(err), node=node)
             continue
@@ -189,7 +190,7 @@ def _require_shallow(text: str) -> None:
 
 
 class _Constructor:
-    """Makes plain values of one document's nodes; an aliased node becomes one shared value."""
+    """Makes plain values of a file's nodes; an aliased node becomes one shared value."""
 
     def __init__(self) -> None:
         self._made: dict[int, tuple[object, int]] = {}

@@ -48,6 +48,14 @@ def test_a_hostile_file_is_a_problem(name: str, text: str, message: str) -> None
     assert time.thread_time() - begin < 5.0
 
 
+def test_a_file_of_many_bombs_is_read_as_soon_as_one() -> None:
+    bomb = "- &a [" + "1, " * 1_000 + "]\n" + "- *a\n" * 90
+    begin = time.thread_time()
+    documents = read_documents("---\n".join([bomb] * 30), is_json=False)
+    assert [bool(document.error) for document in documents] == [False] + [True] * 29
+    assert time.thread_time() - begin < 5.0
+
+
 def test_as_many_levels_as_are_allowed_can_be_read() -> None:
     for name, text in (("yaml", "[" * 101 + "]" * 101), ("json", "[" * 101 + "]" * 101)):
         assert len(read_documents(" " * 600 + text, is_json=name == "json")) == 1
