@@ -4,7 +4,7 @@ BIN := $(VENV)/bin
 PYTHON ?= python3
 PYTEST := $(BIN)/python -m pytest
 
-.PHONY: help setup demo test check lint plugin bench lock format clean
+.PHONY: help setup demo test check lint plugin bench fuzz lock format clean
 .DEFAULT_GOAL := help
 
 help: ## list the targets
@@ -43,6 +43,10 @@ format: setup ## format and mend what ruff can
 
 bench: setup ## cost against no agent, alternating in one run (as root)
 	$(BIN)/python -m benchmarks
+
+fuzz: setup ## look for inputs that break a decoder: make fuzz TARGET=exchange SECONDS=600
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check atheris
+	$(BIN)/python -m tests.fuzz $(or $(TARGET),exchange) --seconds $(or $(SECONDS),60)
 
 lock: ## resolve requirements.lock anew from pyproject.toml
 	$(BIN)/python -m pip install --quiet uv
