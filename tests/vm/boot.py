@@ -44,7 +44,6 @@ busybox mkdir -p /root/dev/pts /root/dev/shm
 busybox mount -t devpts devpts /root/dev/pts
 busybox mount -t tmpfs tmpfs /root/dev/shm
 busybox mount -t tmpfs tmpfs /root/run
-busybox mount -t tmpfs -o mode=1777 tmpfs /root/tmp
 busybox mkdir -p /root{results}
 busybox mount -t 9p -o trans=virtio,version=9p2000.L,msize=524288 results /root{results}
 busybox mkdir -p /root/lib/modules
