@@ -3,8 +3,9 @@ VENV := .venv
 BIN := $(VENV)/bin
 PYTHON ?= python3
 PYTEST := $(BIN)/python -m pytest
+VM_TESTS ?= tests/netns/test_rules_nft.py tests/netns/test_rules.py tests/netns/test_queue.py tests/netns/test_netns.py
 
-.PHONY: help setup demo test check lint plugin bench fuzz lock format clean
+.PHONY: help setup demo test test-vm check lint plugin bench fuzz lock format clean
 .DEFAULT_GOAL := help
 
 help: ## list the targets
@@ -27,6 +28,11 @@ demo: plugin ## two nodes, real pods, a policy change: who may reach whom (as ro
 
 test: plugin lint ## all tests that this kernel can run (as root)
 	$(PYTEST) tests
+
+test-vm: setup ## kernel tests on Debian's own kernel, booted under qemu (as root, minutes)
+	install/vm-packages.sh
+	$(BIN)/python tests/vm/boot.py --timeout 840 .venv/bin/python -m pytest -q -p no:cacheprovider --color no \
+	    --timeout 300 $(VM_TESTS)
 
 check: lint ## format, lint, types, import rules, unit tests: seconds, no root
 	$(PYTEST) -q tests/unit tests/property
