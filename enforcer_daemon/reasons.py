@@ -19,6 +19,11 @@ class Reason(Enum):
     EGRESS_DENIED = "egress-denied"
     UNIDENTIFIED_PEER = "unidentified-peer"
     PROTOCOL_NOT_AUTHENTICATED = "protocol-not-authenticated"
+    IDENTITY_REQUIRED = "identity-required"
+    # Dropped by the guard on the host.
+    SPOOFED_SOURCE = "spoofed-source"
+    SPOOFED_NEIGHBOUR = "spoofed-neighbour"
+    NOT_IP = "not-ip"
     # The peer's bytes do not hold.
     MALFORMED_PACKET = "malformed-packet"
     MALFORMED_FRAME = "malformed-frame"
@@ -67,6 +72,12 @@ _TEXTS: dict[Reason, str] = {
     "it, and none does. Is the peer a pod without an enforcer, or outside the enforced networks?",
     Reason.PROTOCOL_NOT_AUTHENTICATED: "The pod is isolated and the protocol carries no identity; no rule by address "
     "allows it.",
+    Reason.IDENTITY_REQUIRED: "The peer's address is inside the enforced networks, it showed no identity, and "
+    "networks.requireIdentity is set.",
+    Reason.SPOOFED_SOURCE: "A pod sent a packet under an address that is not its own.",
+    Reason.SPOOFED_NEIGHBOUR: "A pod spoke for an address that is not its own (ARP, neighbour discovery), or as a "
+    "router.",
+    Reason.NOT_IP: "A pod sent a frame that is neither IP nor ARP, or is tagged for a VLAN.",
     Reason.MALFORMED_PACKET: "The packet's headers contradict its length or each other.",
     Reason.MALFORMED_FRAME: "The handshake packet carries a frame that cannot be read.",
     Reason.FRAME_VERSION: "The peer's enforcer speaks another version of the protocol.",

@@ -72,6 +72,9 @@ class NetworkSettings:
     masquerade: tuple[IPAddress, ...] = ()
     """Foreign addresses that pods' connections may be masqueraded to; their tokens' addresses are then not compared
     with the source. Weakens the binding of tokens to addresses for exactly these sources."""
+    require_identity: bool = False
+    """Whether connections from inside the enforced networks must show an identity also where no policy isolates the pod
+    that they go to. Off: pods without an enforcer (excluded namespaces, nodes not yet set up) reach such pods."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -287,8 +290,9 @@ def _decode_scalar(hint: Any, value: object, name: str) -> Any:
         if not -_MAX_NUMBER <= value <= _MAX_NUMBER:  # NaN is not, either: it compares with nothing.
             raise SettingsError(f"{name}: must be a finite number")
         return float(value)
-    if hint is int and type(value) is int:
+    if hint in (int, bool) and type(value) is hint:
         return value
     if hint is str and isinstance(value, str) and value.isprintable():
         return value
-    raise SettingsError(f"{name}: must be {'a number' if hint in (int, float) else 'a string'}")
+    wanted = {int: "a number", float: "a number", bool: "true or false"}
+    raise SettingsError(f"{name}: must be {wanted.get(hint, 'a string')}")

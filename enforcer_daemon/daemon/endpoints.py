@@ -100,7 +100,7 @@ class Endpoints:
         if known is None:
             await self._open(Sandbox(os.dup(netns_fd), netns, {request.attachment: request}))
         else:
-            await self._resize(known, known.sandbox.with_request(request))
+            await self._resize(known, known.sandbox.with_request(request).with_links())
         self._registry.put(Record(request, netns))
         self._log.info("endpoint enforced", pod=str(request.pod), attachment=str(request.attachment))
 
@@ -108,6 +108,7 @@ class Endpoints:
         """Make an endpoint: queue first, then rules, then the guard; the sandbox's descriptor goes with it."""
         world = self._require_world()
         try:
+            sandbox = sandbox if sandbox.links.names else sandbox.with_links()
             identity = world.identity_of(sandbox.requests)
             flow_log = FlowLog(identity.pod, self._log, self._metrics, time.time)
             policy = world.snapshot.pod_policy(identity)
@@ -168,7 +169,7 @@ class Endpoints:
     async def _forget(self, endpoint: Endpoint, attachment: AttachmentId) -> None:
         left = endpoint.sandbox.without(attachment)
         if left.requests:
-            await self._resize(endpoint, left)
+            await self._resize(endpoint, self._with_links(left))
             return
         del self._by_netns[endpoint.sandbox.netns]
         self._metrics.endpoints.set(len(self._by_netns))
@@ -264,7 +265,14 @@ class Endpoints:
                 self._drop_record(record)
             else:
                 found[record.netns] = Sandbox(descriptor, record.netns, {record.attachment: record.request})
-        return list(found.values())
+        return [self._with_links(sandbox) for sandbox in found.values()]
+
+    def _with_links(self, sandbox: Sandbox) -> Sandbox:
+        try:
+            return sandbox.with_links()
+        except (DataplaneError, NetnsError) as err:
+            self._log.error("ends of a pod on the node not found", namespace=str(sandbox.netns), error=str(err))
+            return sandbox
 
     async def _adopt(self, sandbox: Sandbox) -> None:
         pod = next(iter(sandbox.requests.values())).pod
@@ -299,10 +307,10 @@ class Endpoints:
         async with asyncio.TaskGroup() as tasks:
             for endpoint, change in changed:
                 tasks.create_task(self._reconsider(endpoint, world, change))
-        for endpoint in reguarded:
-            try:
-                await self._kernel.guard(endpoint)
-            except DataplaneError as err:
+        try:
+            await self._kernel.guard(*reguarded)
+        except DataplaneError as err:
+            for endpoint in reguarded:
                 self._leave_unsettled(endpoint, err)
 
     async def _reconsider(self, endpoint: Endpoint, world: CompiledWorld, change: Change) -> None:

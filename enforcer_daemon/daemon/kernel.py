@@ -9,7 +9,8 @@ from collections.abc import Iterable
 from enforcer_daemon.daemon.endpoint import Endpoint
 from enforcer_daemon.daemon.sandbox import Sandbox
 from enforcer_daemon.dataplane.backends import RulesBackend
-from enforcer_daemon.dataplane.guard import Guard, GuardedEndpoint
+from enforcer_daemon.dataplane.guard import Guard
+from enforcer_daemon.dataplane.guard_rules import GuardedEndpoint
 from enforcer_daemon.model import AttachmentId
 from enforcer_daemon.policy.evaluate import PodPolicy
 
@@ -22,11 +23,21 @@ class Kernel:
         self._guard = guard
         self._guarding = asyncio.Lock()
 
-    async def guard(self, endpoint: Endpoint) -> None:
-        """Guard an endpoint by its present policy, unless it is closed; raise DataplaneError."""
+    @property
+    def guard_problem(self) -> str:
+        """What the guard cannot do on this node."""
+        return self._guard.problem
+
+    async def guard_drops(self) -> dict[str, int]:
+        """Count what the guard dropped, by reason; raise DataplaneError."""
+        async with self._guarding:
+            return await asyncio.to_thread(self._guard.drops)
+
+    async def guard(self, *endpoints: Endpoint) -> None:
+        """Guard endpoints by their present policies, unless they are closed, all at once; raise DataplaneError."""
         async with self._guarding:  # What waited last is made by the last policy.
-            if endpoint.is_open:
-                await asyncio.to_thread(self._guard.apply, guarded(endpoint.sandbox, endpoint.policy))
+            present = [guarded(e.sandbox, e.policy) for e in endpoints if e.is_open]
+            await asyncio.to_thread(self._guard.apply, *present)
 
     async def unguard(self, name: AttachmentId) -> None:
         """Forget a sandbox by its name on the host."""
@@ -41,7 +52,8 @@ class Kernel:
 
 def guarded(sandbox: Sandbox, policy: PodPolicy) -> GuardedEndpoint:
     """Give what the guard must know of a pod."""
-    return GuardedEndpoint(guard_name(sandbox), sandbox.ips, policy.ingress.address_rules())
+    ingress, egress = policy.ingress.address_rules(), policy.egress.address_rules()
+    return GuardedEndpoint(guard_name(sandbox), sandbox.ips, ingress, egress, sandbox.links)
 
 
 def guard_name(sandbox: Sandbox) -> AttachmentId:

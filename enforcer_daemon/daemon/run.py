@@ -50,10 +50,10 @@ class Daemon:
         backend = choose_backend(settings.dataplane.rules_backend)
         run_dir = settings.registration.run_dir
         self._deletions = settings.registration.delete_queue_dir or run_dir / "deletions"
-        kernel = Kernel(backend, Guard())
+        kernel = Kernel(backend, Guard((*settings.networks.enforced, *settings.networks.virtual)))
         registry = Registry(run_dir / "endpoints")
         self._endpoints = Endpoints(settings, self._node, kernel, registry, log, self._metrics)
-        self._status = Status(settings, self._node, self._endpoints, self._metrics, backend.name)
+        self._status = Status(settings, self._node, self._endpoints, self._metrics, kernel)
         self._admin = AdminServer(run_dir / "admin.sock", self._status.commands())
         self._registration = RegistrationServer(run_dir / "registration.sock", self._endpoints)
         self._world: CompiledWorld | None = None

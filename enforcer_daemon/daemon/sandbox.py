@@ -5,8 +5,10 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
+from enforcer_daemon.dataplane.guard_links import find_links
+from enforcer_daemon.dataplane.guard_rules import Links
 from enforcer_daemon.dataplane.netns import netns_id
 from enforcer_daemon.errors import NetnsError
 from enforcer_daemon.model import AttachmentId, IPAddress, NetnsId
@@ -20,6 +22,8 @@ class Sandbox:
     netns_fd: int
     netns: NetnsId
     requests: Mapping[AttachmentId, AddRequest]
+    links: Links = field(default_factory=Links)
+    """The attachments' ends on the node, as they were found last."""
 
     @property
     def ifnames(self) -> tuple[str, ...]:
@@ -39,6 +43,11 @@ class Sandbox:
         """Take one attachment away."""
         left = {known: request for known, request in self.requests.items() if known != attachment}
         return replace(self, requests=left)
+
+    def with_links(self) -> Sandbox:
+        """Find the attachments' ends on the node; raise DataplaneError or NetnsError where the kernel does not say."""
+        ends = {request.attachment.ifname: request.host_interfaces for request in self.requests.values()}
+        return replace(self, links=find_links(self.netns_fd, ends))
 
     def is_mounted(self) -> bool:
         """Tell whether any path of an attachment still leads to this namespace."""

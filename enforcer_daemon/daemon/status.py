@@ -13,8 +13,11 @@ from cryptography import x509
 
 from enforcer_daemon.daemon.endpoint import Endpoint
 from enforcer_daemon.daemon.endpoints import Endpoints
+from enforcer_daemon.daemon.kernel import Kernel
 from enforcer_daemon.daemon.node import Node
 from enforcer_daemon.daemon.world import CompiledWorld
+from enforcer_daemon.dataplane.guard_links import passed_by_tc
+from enforcer_daemon.errors import DataplaneError
 from enforcer_daemon.identity.credential import vouched_domain
 from enforcer_daemon.model import Direction
 from enforcer_daemon.registration.admin import AdminError, Command
@@ -26,12 +29,12 @@ from enforcer_daemon.telemetry.metrics import Metrics
 class Status:
     """Answers the commands of the admin socket."""
 
-    def __init__(self, settings: Settings, node: Node, endpoints: Endpoints, metrics: Metrics, backend: str) -> None:
+    def __init__(self, settings: Settings, node: Node, endpoints: Endpoints, metrics: Metrics, kernel: Kernel) -> None:
         self._settings = settings
         self._node = node
         self._endpoints = endpoints
         self._metrics = metrics
-        self._backend = backend
+        self._kernel = kernel
         self._since = time.time()
         self.world: CompiledWorld | None = None
 
@@ -51,7 +54,8 @@ class Status:
             "ready": readiness.availability is Availability.READY,
             "detail": readiness.detail,
             "snapshot": self._snapshot(),
-            "rules_backend": self._backend,
+            "rules_backend": self._kernel.backend.name,
+            "guard": await self._guard(),
             "deny_with": self._settings.deny_with.value,
             "credential": {
                 "subject": f"spiffe://{credential.trust_domain}/node/{credential.node}",
@@ -70,6 +74,12 @@ class Status:
             "drops": self._metrics.denials(),
         }
 
+    async def _guard(self) -> object:
+        try:
+            return {"problem": self._kernel.guard_problem, "drops": await self._kernel.guard_drops()}
+        except DataplaneError as err:
+            return {"problem": f"the guard is not as it was put in place: {err}", "drops": {}}
+
     def _snapshot(self) -> object:
         if self.world is None:
             return None
@@ -84,8 +94,9 @@ class Status:
     async def _list_endpoints(self, arguments: dict[str, Any]) -> object:
         wanted = arguments.pop("pod", None)
         _require_no_arguments(arguments)
+        passed_by = passed_by_tc()
         return [
-            _describe(endpoint)
+            _describe(endpoint) | {"guard": self._kernel.guard_problem or _guard_problem(endpoint, passed_by)}
             for endpoint in sorted(self._endpoints, key=lambda endpoint: endpoint.identity.pod)
             if wanted in (None, str(endpoint.identity.pod))
         ]
@@ -124,6 +135,16 @@ def _describe(endpoint: Endpoint) -> dict[str, object]:
         "counters": endpoint.flow_log.counts(),
         "recent_denials": [denial.as_json() for denial in endpoint.flow_log.recent],
     }
+
+
+def _guard_problem(endpoint: Endpoint, passed_by: frozenset[str]) -> str:
+    """Say what the guard on the node cannot see of the pod; empty where it sees all."""
+    links = endpoint.sandbox.links
+    named = ", ".join(name for name in links.names if name in passed_by)
+    if not named:
+        return links.problem
+    problem = f"tc filters at the ingress of {named} see packets first, and may send them past the guard"
+    return f"{links.problem}; {problem}" if links.problem else problem
 
 
 def _describe_authority(authority: x509.Certificate) -> dict[str, object]:

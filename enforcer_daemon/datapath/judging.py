@@ -64,6 +64,7 @@ class Networks:
         self._virtual = settings.virtual
         self._known: dict[bytes, Destination] = {}
         self.masquerade = frozenset(address.packed for address in settings.masquerade)
+        self.require_identity = settings.require_identity
 
     def destination(self, packed: bytes) -> Destination:
         """Give the class of an address; a virtual network may lie inside an enforced one."""
@@ -73,6 +74,10 @@ class Networks:
                 self._known.clear()
             known = self._known[packed] = self._classify(ip_address(packed))
         return known
+
+    def must_show_identity(self, packed: bytes) -> bool:
+        """Tell whether a connection from there needs an identity, whatever policy says."""
+        return self.require_identity and self.destination(packed) is Destination.ENFORCED
 
     def _classify(self, address: IPAddress) -> Destination:
         if _is_in(address, self._virtual):

@@ -115,6 +115,8 @@ class Responder:
         address, is_node = context.node.trace(TCP, source, destination)
         if is_node:
             decision, release = Decision(True, Reason.NODE, Direction.INGRESS), _RELEASE_NODE
+        elif context.node.networks.must_show_identity(address):
+            decision, release = Decision(False, Reason.IDENTITY_REQUIRED, Direction.INGRESS), DROP
         else:
             decision, release = context.judge.ingress(None, address, segment.dport)
         context.report(Direction.INGRESS, address, segment.dport, decision)

@@ -12,10 +12,11 @@ import errno
 import ipaddress
 import socket
 import struct
+import sys
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
 
-from enforcer_daemon.dataplane.netlink import NETLINK_ROUTE, decode_attributes, dump, open_netlink
+from enforcer_daemon.dataplane.netlink import NETLINK_ROUTE, ask, decode_attributes, dump, open_netlink
 from enforcer_daemon.dataplane.netns import open_in
 from enforcer_daemon.errors import NetnsError
 from enforcer_daemon.model import IPAddress
@@ -25,7 +26,8 @@ _RTMGRP_IPV4_IFADDR, _RTMGRP_IPV6_IFADDR = 0x10, 0x100
 _IFADDRMSG = struct.Struct("=BBBBI")  # family, prefix length, flags, scope, index
 _IFINFOMSG = struct.Struct("=BxHiII")  # family, type, index, flags, change
 _IFA_ADDRESS, _IFA_LOCAL = 1, 2
-_IFLA_IFNAME, _IFLA_MTU = 3, 4
+_IFLA_ADDRESS, _IFLA_IFNAME, _IFLA_MTU, _IFLA_LINK, _IFLA_MASTER, _IFLA_LINKINFO = 1, 3, 4, 5, 10, 18
+_IFLA_INFO_KIND = 1
 _SETTLE_S = 0.05  # changes come in bursts, as when an interface goes up
 
 NOT_THE_NODES = ("kube-ipvs0", "nodelocaldns")
@@ -42,6 +44,13 @@ class Interface:
     mtu: int
     """Largest IP packet, bytes."""
     addresses: tuple[IPAddress, ...]
+    mac: bytes = b""
+    kind: str = ""
+    """The driver's name, as veth; empty for physical ones."""
+    peer: int = 0
+    """Index of the other end in its own namespace (or of what this one stands on); 0: it stands alone."""
+    master: int = 0
+    """Index of the bridge that this is a port of; 0: none."""
 
 
 def interfaces(netns_fd: int) -> tuple[Interface, ...]:
@@ -119,6 +128,17 @@ def _read_interfaces() -> tuple[Interface, ...]:
     return tuple(_interface(body, addresses) for body in dump(NETLINK_ROUTE, _RTM_GETLINK, bytes(16)))
 
 
+def own_interface(index: int) -> Interface | None:
+    """Return the interface of the current namespace with that index, without its addresses; None: there is none."""
+    try:
+        socket.if_indextoname(index)
+    except OSError:
+        return None
+    with open_netlink(NETLINK_ROUTE) as sock:
+        body = ask(sock, _RTM_GETLINK, _IFINFOMSG.pack(socket.AF_UNSPEC, 0, index, 0, 0), sequence=1)
+    return None if body is None else _interface(body, {})
+
+
 def _interface(body: bytes, addresses: dict[int, list[IPAddress]]) -> Interface:
     _, _, index, _, _ = _IFINFOMSG.unpack_from(body)
     attributes = decode_attributes(body[_IFINFOMSG.size :])
@@ -127,4 +147,12 @@ def _interface(body: bytes, addresses: dict[int, list[IPAddress]]) -> Interface:
         index=index,
         mtu=struct.unpack("=I", attributes[_IFLA_MTU])[0],
         addresses=tuple(addresses.get(index, ())),
+        mac=attributes.get(_IFLA_ADDRESS, b""),
+        kind=_kind(attributes.get(_IFLA_LINKINFO, b"")),
+        peer=int.from_bytes(attributes.get(_IFLA_LINK, b""), sys.byteorder),
+        master=int.from_bytes(attributes.get(_IFLA_MASTER, b""), sys.byteorder),
     )
+
+
+def _kind(link_info: bytes) -> str:
+    return decode_attributes(link_info).get(_IFLA_INFO_KIND, b"").rstrip(b"\0").decode()

@@ -1,177 +1,188 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The guard on the host: judges by its true source what reaches an enforced pod under the node's address.
+"""The guard on the host: what it holds of each endpoint, brought to the kernel one transaction at a time.
 
-Inside the pod the node's own address is let through, for kubelet's probes. But a client outside that comes through a
-node port, or a pod that comes through a load balancer's address, is masqueraded to that same address. Here, after
-source NAT, the flow's first packet still shows the address it came with: a frame-sized SYN passes, since the pod's
-enforcer judges its token; the rest needs an address rule of the pod's policies. What the node itself sends was not
-forwarded, and passes.
+A pod with CAP_NET_RAW passes by the rules of its own namespace, and a masqueraded client passes them under the node's
+address. The guard stands where neither can: on the pod's interface in the node's namespace (guard_spoofing), before the
+node routes what the pod sent (guard_egress), and after its source NAT (guard_masquerade).
 
-The table stays in the kernel while the daemon is down, and is replaced as a whole when it starts.
-Needs Linux 5.7 (the input interface is known in postrouting from there on). Source: nft(8).
+The tables stay in the kernel while the daemon is down, and are replaced as a whole when it starts.
 """
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Iterable
-from dataclasses import dataclass, replace
-from ipaddress import IPv4Network, IPv6Network, collapse_addresses
+import json
+import shutil
+import socket
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import replace
+from itertools import chain
 
+from enforcer_daemon.dataplane import guard_egress, guard_masquerade, guard_spoofing
+from enforcer_daemon.dataplane.guard_rules import GuardedEndpoint
 from enforcer_daemon.dataplane.tools import run
-from enforcer_daemon.model import AttachmentId, IPAddress, IPNetwork
-from enforcer_daemon.policy.evaluate import AddressRule
+from enforcer_daemon.errors import DataplaneError
+from enforcer_daemon.model import AttachmentId, IPNetwork
 
-TABLE = "inet trireme_guard"
-MIN_FRAMED_SYN_BYTES = 201
-"""Longer than any SYN without data (100 bytes), shorter than any frame (500)."""
-_HOOK = "type filter hook postrouting priority 101; policy accept;"  # source NAT is at 100
-
-
-@dataclass(frozen=True, slots=True)
-class GuardedEndpoint:
-    """One endpoint and what policy lets an address alone do to it."""
-
-    attachment: AttachmentId
-    addresses: tuple[IPAddress, ...]
-    rules: tuple[AddressRule, ...]
-    """Empty: nothing. For a pod whose ingress no policy isolates: one rule that allows all."""
+_TABLES = (guard_spoofing.TABLE, guard_masquerade.TABLE)
+_PARTS = (guard_masquerade, guard_egress)
+_PROBE = "add table netdev {0}\nadd chain netdev {0} probe {{ type filter hook ingress device lo priority 0; }}\n"
 
 
-def render_replace(endpoints: Iterable[GuardedEndpoint]) -> str:
+def render_replace(endpoints: Iterable[GuardedEndpoint], networks: Iterable[IPNetwork], *, on_links: bool) -> str:
     """Return the transaction that replaces whatever is there by exactly these endpoints."""
-    lines = [
-        f"add table {TABLE}",
-        f"delete table {TABLE}",
-        f"add table {TABLE}",
-        f"add map {TABLE} endpoints4 {{ type ipv4_addr : verdict; }}",
-        f"add map {TABLE} endpoints6 {{ type ipv6_addr : verdict; }}",
-        f"add chain {TABLE} masqueraded {{ {_HOOK} }}",
-        f"add chain {TABLE} judge",
-        # Without an input interface (`iif 0`) a process of the node sent it.
-        f"add rule {TABLE} masqueraded ct state new ct direction original ct status snat iif != 0 goto judge",
-        f"add rule {TABLE} judge ip daddr vmap @endpoints4",
-        f"add rule {TABLE} judge ip6 daddr vmap @endpoints6",
-    ]
-    return "\n".join(lines) + "\n" + "".join(render_apply(None, endpoint) for endpoint in endpoints)
-
-
-def render_apply(before: GuardedEndpoint | None, after: GuardedEndpoint) -> str:
-    """Return the transaction that brings an endpoint from what was applied before (None: nothing) to `after`."""
-    chain = _chain(after.attachment)
-    lines = [f"add chain {TABLE} {chain}", f"flush chain {TABLE} {chain}"]
-    lines += [f"add rule {TABLE} {chain} {rule}" for rule in _endpoint_rules(after)]
-    known = () if before is None else before.addresses
-    lines += [_delete_element(address) for address in known if address not in after.addresses]
-    lines += [
-        f"add element {TABLE} endpoints{address.version} {{ {address} : goto {chain} }}"
-        for address in after.addresses
-        if address not in known
-    ]
-    return "\n".join(lines) + "\n"
-
-
-def render_remove(before: GuardedEndpoint) -> str:
-    """Return the transaction that takes an endpoint away."""
-    chain = _chain(before.attachment)
-    lines = [_delete_element(address) for address in before.addresses]
-    lines += [f"flush chain {TABLE} {chain}", f"delete chain {TABLE} {chain}"]
-    return "\n".join(lines) + "\n"
-
-
-def _endpoint_rules(endpoint: GuardedEndpoint) -> list[str]:
-    framed_syn = "tcp flags & (fin | syn | rst | ack) == syn"
-    own = [f"{_original_source(address.version)} {address} accept" for address in endpoint.addresses]
-    return [
-        f"meta length >= {MIN_FRAMED_SYN_BYTES} {framed_syn} accept",
-        *own,  # a pod may always reach itself, also through a Service
-        *(_address_rule(rule) for rule in endpoint.rules),
-        "counter drop",
-    ]
-
-
-def _address_rule(rule: AddressRule) -> str:
-    words: list[str] = []
-    if rule.network is not None:
-        words.append(f"{_original_source(rule.network.version)} {rule.network}")
-        if rule.excepts:
-            excepted = ", ".join(map(str, _collapsed(rule.excepts)))
-            words.append(f"{_original_source(rule.network.version)} != {{ {excepted} }}")
-    if rule.protocol is not None:
-        words.append(f"meta l4proto {rule.protocol.value}")
-        if rule.ports is not None:
-            words.append("th dport {}-{}".format(*rule.ports))
-    return " ".join([*words, "accept"])
-
-
-def _original_source(version: int) -> str:
-    return "ct original ip saddr" if version == 4 else "ct original ip6 saddr"
-
-
-def _collapsed(networks: Iterable[IPNetwork]) -> list[IPNetwork]:
-    """Networks that overlap are an error in one set of nft."""
     known = tuple(networks)
-    four = collapse_addresses(network for network in known if isinstance(network, IPv4Network))
-    six = collapse_addresses(network for network in known if isinstance(network, IPv6Network))
-    return [*four, *six]
+    lines = [f"{verb} table {table}" for table in _tables(on_links) for verb in ("add", "delete", "add")]
+    lines += guard_masquerade.skeleton() + guard_egress.skeleton(known)
+    lines += guard_spoofing.skeleton(known) if on_links else []
+    return _text(lines) + "".join(render_apply(None, endpoint, on_links=on_links) for endpoint in endpoints)
 
 
-def _delete_element(address: IPAddress) -> str:
-    return f"delete element {TABLE} endpoints{address.version} {{ {address} }}"
+def render_apply(before: GuardedEndpoint | None, after: GuardedEndpoint, *, on_links: bool) -> str:
+    """Return the transaction that brings an endpoint from what was applied before (None: nothing) to `after`."""
+    parts = (*_PARTS, guard_spoofing) if on_links else _PARTS
+    return _text(chain.from_iterable(part.apply_lines(before, after) for part in parts))
 
 
-def _chain(attachment: AttachmentId) -> str:
-    """Name an endpoint's chain; container ids are longer than older kernels allow a name to be."""
-    return "endpoint_" + hashlib.sha256(str(attachment).encode()).hexdigest()[:20]
+def render_remove(before: GuardedEndpoint, *, on_links: bool) -> str:
+    """Return the transaction that takes an endpoint away."""
+    parts = (*_PARTS, guard_spoofing) if on_links else _PARTS
+    return _text(chain.from_iterable(part.remove_lines(before) for part in parts))
+
+
+def _tables(on_links: bool) -> tuple[str, ...]:
+    return _TABLES if on_links else _TABLES[1:]
+
+
+def _text(lines: Iterable[str]) -> str:
+    return "".join(f"{line}\n" for line in lines)
 
 
 class Guard:
-    """The guard's table in the host's network namespace, and what was last applied to it.
+    """The guard's tables in the host's network namespace, and what was last applied to them.
 
     Each method blocks for some milliseconds while nft runs, and raises DataplaneError where the kernel refuses; then
     nothing has changed, neither there nor here.
     """
 
-    __slots__ = ("_applied",)
+    __slots__ = ("_applied", "_has_nft", "_networks", "_on_links", "problem")
 
-    def __init__(self) -> None:
+    def __init__(self, networks: Iterable[IPNetwork] = ()) -> None:
+        """Guard pods that may send a SYN with a frame to these networks."""
+        self._networks = tuple(networks)
         self._applied: dict[AttachmentId, GuardedEndpoint] = {}
+        self._has_nft = True
+        self._on_links = True
+        self.problem = ""
+        """What the guard cannot do on this node; empty where it can do all."""
 
     def replace(self, endpoints: Iterable[GuardedEndpoint]) -> None:
         """Put exactly these endpoints in place, whatever an earlier daemon left; call it once before the others."""
+        self._look_at_kernel()
         wanted = {endpoint.attachment: endpoint for endpoint in endpoints}
-        _nft(render_replace(wanted.values()))
+        if not self._has_nft:
+            return
+
+        def text() -> str:
+            present = (_with_present_links(endpoint) for endpoint in wanted.values())
+            return render_replace(present, self._networks, on_links=self._on_links)
+
+        _transact(text)
         self._applied = wanted
 
-    def apply(self, endpoint: GuardedEndpoint) -> None:
-        """Bring one endpoint to its present addresses and rules; what is already so is not touched.
-
-        An address that another endpoint still has goes to this one: a runtime gives an address to a new pod before the
-        old pod's deletion is known everywhere.
-        """
-        before = self._applied.get(endpoint.attachment)
-        if before == endpoint:
+    def _look_at_kernel(self) -> None:
+        if shutil.which("nft") is None:
+            self._has_nft, self.problem = False, "nft is missing on the node: nothing is guarded there"
             return
-        losers = [
-            replace(other, addresses=tuple(a for a in other.addresses if a not in endpoint.addresses))
+        self._has_nft, self._on_links, self.problem = True, True, ""
+        try:
+            run(("nft", "-c", "-f", "-"), _PROBE.format("trireme_probe"))
+        except DataplaneError as err:
+            self._on_links = False
+            self.problem = f"the kernel has no nft chains on interfaces: pods can send under any address ({err})"
+
+    def apply(self, *endpoints: GuardedEndpoint) -> None:
+        """Bring endpoints to their present addresses, rules and links, all at once; what is so already is not touched.
+
+        An address or link that another endpoint still has goes to the one that is given: a runtime gives it to a new
+        pod before the old pod's deletion is known everywhere.
+        """
+        changed = {e.attachment: e for e in endpoints if self._applied.get(e.attachment) != e}
+        if not changed or not self._has_nft:
+            return
+        losers = self._losers(changed)
+
+        def text() -> str:
+            return "".join(
+                render_apply(self._applied.get(e.attachment), _with_present_links(e), on_links=self._on_links)
+                for e in (*losers, *changed.values())
+            )
+
+        _transact(text)
+        self._applied |= {loser.attachment: loser for loser in losers} | changed
+
+    def _losers(self, changed: Mapping[AttachmentId, GuardedEndpoint]) -> list[GuardedEndpoint]:
+        """Give the endpoints that others take something from, as they are without it."""
+        addresses = {address for endpoint in changed.values() for address in endpoint.addresses}
+        links = {name for endpoint in changed.values() for name in endpoint.links.names}
+        return [
+            replace(
+                other,
+                addresses=tuple(a for a in other.addresses if a not in addresses),
+                links=replace(other.links, names=tuple(n for n in other.links.names if n not in links)),
+            )
             for other in self._applied.values()
-            if other.attachment != endpoint.attachment and not set(endpoint.addresses).isdisjoint(other.addresses)
+            if other.attachment not in changed
+            and not (addresses.isdisjoint(other.addresses) and links.isdisjoint(other.links.names))
         ]
-        text = "".join(render_apply(self._applied[loser.attachment], loser) for loser in losers)
-        _nft(text + render_apply(before, endpoint))
-        self._applied |= {changed.attachment: changed for changed in (*losers, endpoint)}
 
     def remove(self, attachment: AttachmentId) -> None:
         """Take one endpoint away; one that is not there is no error."""
         before = self._applied.get(attachment)
         if before is not None:
-            _nft(render_remove(before))
+            _nft(render_remove(before, on_links=self._on_links))
             del self._applied[attachment]
 
-    def remove_table(self) -> None:
+    def remove_tables(self) -> None:
         """Take the guard away as a whole, as when the product is removed from the node; not when the daemon stops."""
-        _nft(f"add table {TABLE}\ndelete table {TABLE}\n")
+        _nft(_text(f"{verb} table {table}" for table in _tables(self._on_links) for verb in ("add", "delete")))
         self._applied = {}
+
+    def drops(self) -> dict[str, int]:
+        """Count the packets that were dropped since the guard was put in place, by reason."""
+        found: dict[str, int] = {}
+        for table in _tables(self._on_links) if self._has_nft else ():
+            listing = json.loads(run(("nft", "-j", "list", "counters", "table", *table.split())))
+            for entry in listing["nftables"]:
+                if counter := entry.get("counter"):
+                    reason = counter["name"].replace("_", "-")
+                    found[reason] = found.get(reason, 0) + counter["packets"]
+        return found
+
+
+def _with_present_links(endpoint: GuardedEndpoint) -> GuardedEndpoint:
+    """Leave out interfaces that have vanished with their pod: kernels before 6.16 refuse chains on them."""
+    present = tuple(name for name in endpoint.links.names if _is_present(name))
+    return replace(endpoint, links=replace(endpoint.links, names=present))
+
+
+def _is_present(name: str) -> bool:
+    try:
+        socket.if_nametoindex(name)
+    except OSError:
+        return False
+    return True
+
+
+def _transact(text: Callable[[], str]) -> None:
+    """Apply a text that depends on which interfaces there are; once more, since one may vanish meanwhile."""
+    first = text()
+    try:
+        _nft(first)
+    except DataplaneError:
+        second = text()
+        if second == first:
+            raise
+        _nft(second)
 
 
 def _nft(text: str) -> None:

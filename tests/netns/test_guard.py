@@ -10,7 +10,8 @@ from ipaddress import ip_address, ip_network
 import pytest
 
 from enforcer_daemon.dataplane.conntrack import Conntrack
-from enforcer_daemon.dataplane.guard import Guard, GuardedEndpoint
+from enforcer_daemon.dataplane.guard import Guard
+from enforcer_daemon.dataplane.guard_rules import GuardedEndpoint
 from enforcer_daemon.dataplane.inject import Injector
 from enforcer_daemon.dataplane.netns import open_in
 from enforcer_daemon.dataplane.tools import run_in
@@ -172,6 +173,6 @@ def test_a_new_daemon_replaces_what_the_old_one_left(lab: Lab) -> None:
     act(lab, lambda: guard.replace([guarded(AddressRule())]))
     listing = run_in(lab.node, ("nft", "list", "table", "inet", "trireme_guard"))
     assert listing.count("chain endpoint_") == 1
-    act(lab, guard.remove_table)
+    act(lab, guard.remove_tables)
     with pytest.raises(DataplaneError, match="No such file"):
         run_in(lab.node, ("nft", "list", "table", "inet", "trireme_guard"))

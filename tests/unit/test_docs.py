@@ -88,6 +88,8 @@ def as_written(value: object) -> str:
         return "null"
     if value == ():
         return "`[]`"
+    if isinstance(value, bool):
+        return str(value).lower()
     if isinstance(value, float):
         return f"{value:g}"
     return str(getattr(value, "value", value))

@@ -3,9 +3,12 @@
 
 from __future__ import annotations
 
-from ipaddress import ip_address, ip_network
+from dataclasses import replace
+from ipaddress import IPv6Address, ip_address, ip_network
 
-from enforcer_daemon.dataplane.guard import GuardedEndpoint, render_apply, render_remove, render_replace
+from enforcer_daemon.dataplane import guard_egress, guard_masquerade, guard_spoofing
+from enforcer_daemon.dataplane.guard import render_apply, render_remove, render_replace
+from enforcer_daemon.dataplane.guard_rules import GuardedEndpoint, Links
 from enforcer_daemon.model import AttachmentId, Protocol
 from enforcer_daemon.policy.evaluate import AddressRule
 
@@ -22,36 +25,80 @@ WEB = GuardedEndpoint(
 )
 
 
-def contents(text: str) -> list[str]:
-    """Give what follows the name of the endpoint's chain."""
-    return [line.split(" ", 5)[5] for line in text.splitlines() if line.startswith("add rule")]
+CAGED = replace(WEB, egress=(AddressRule(ip_network("10.9.0.0/16"), (), Protocol.TCP, (443, 443)),))
+LINKED = replace(CAGED, links=Links(("veth0",), (IPv6Address("fe80::5"),)))
 
 
-def test_an_endpoint_ends_with_a_counted_drop() -> None:
-    assert contents(render_apply(None, WEB)) == [
+def contents(lines: list[str]) -> list[str]:
+    """Give what follows the names of the endpoint's chains."""
+    return [line.split(" ", 5)[5] for line in lines if line.startswith("add rule")]
+
+
+def test_who_comes_masqueraded_ends_at_a_counted_drop() -> None:
+    assert contents(guard_masquerade.apply_lines(None, WEB)) == [
         "meta length >= 201 tcp flags & (fin | syn | rst | ack) == syn accept",
         "ct original ip saddr 10.0.0.5 accept",
         "ct original ip6 saddr fd00::5 accept",
         "ct original ip saddr 10.0.0.0/8 ct original ip saddr != { 10.1.0.0/16 } meta l4proto 6 th dport 80-90 accept",
         "ct original ip6 saddr fd00::/8 accept",
         "meta l4proto 17 accept",
-        "counter drop",
+        "counter goto drop_unidentified_peer",
     ]
+
+
+def test_what_an_isolated_pod_sends_needs_a_frame_or_a_rule_by_address() -> None:
+    assert contents(guard_egress.apply_lines(None, CAGED)) == [
+        "meta l4proto { icmp, ipv6-icmp, igmp } accept",
+        "meta l4proto != { tcp, udp, sctp } counter goto drop_egress_denied",
+        "ip daddr @enforced4 tcp flags & (fin | syn | rst | ack) == syn jump framed",
+        "ip6 daddr @enforced6 tcp flags & (fin | syn | rst | ack) == syn jump framed",
+        "ip daddr 10.0.0.5 accept",
+        "ip6 daddr fd00::5 accept",
+        "ip daddr 10.9.0.0/16 meta l4proto 6 th dport 443-443 accept",
+        "counter goto drop_egress_denied",
+    ]
+
+
+def test_what_no_policy_isolates_may_send_anything() -> None:
+    assert contents(guard_egress.apply_lines(None, WEB)) == ["accept"]
+
+
+def test_a_link_that_stays_is_not_touched() -> None:
+    moved = replace(LINKED, links=Links(("veth1",)))
+    assert [line for line in guard_spoofing.apply_lines(LINKED, LINKED) if "link_" in line] == []
+    verbs = [line.split()[0] for line in guard_spoofing.apply_lines(LINKED, moved) if "link_" in line]
+    assert verbs == ["add", "flush", "delete", "add", "add"]
+
+
+def test_a_pod_speaks_under_its_own_addresses_alone() -> None:
+    rules = contents(guard_spoofing.apply_lines(None, LINKED))
+    assert "ip saddr != { 10.0.0.5 } counter goto drop_spoofed_source" in rules
+    assert "ip6 saddr != { fd00::5 } counter goto drop_spoofed_source" in rules
+    assert "ip6 saddr { fe80::5 } meta l4proto ipv6-icmp accept" in rules
+
+
+def test_a_family_in_which_the_pod_has_no_address_is_closed() -> None:
+    rules = contents(guard_spoofing.apply_lines(None, replace(WEB, addresses=(ip_address("10.0.0.5"),))))
+    assert "meta protocol ip6 counter goto drop_spoofed_source" in rules
+    assert "icmpv6 type nd-neighbor-advert counter goto drop_spoofed_neighbour" in rules
 
 
 def test_only_addresses_that_changed_are_touched() -> None:
     moved = GuardedEndpoint(WEB.attachment, (ip_address("fd00::5"), ip_address("10.0.0.6")), ())
-    elements = [line for line in render_apply(WEB, moved).splitlines() if "element" in line]
-    assert elements[0] == "delete element inet trireme_guard endpoints4 { 10.0.0.5 }"
+    elements = [line for line in render_apply(WEB, moved, on_links=False).splitlines() if "element" in line]
+    assert len(elements) == 4
+    for first, kind in zip(elements[::2], ("endpoints4", "sources4"), strict=True):
+        assert first == f"delete element inet trireme_guard {kind} {{ 10.0.0.5 }}"
     assert elements[1].startswith("add element inet trireme_guard endpoints4 { 10.0.0.6 : goto endpoint_")
-    assert len(elements) == 2
 
 
-def test_remove_takes_the_addresses_before_the_chain_they_lead_to() -> None:
-    lines = [line.split()[:2] for line in render_remove(WEB).splitlines()]
-    assert lines == [["delete", "element"]] * 2 + [["flush", "chain"], ["delete", "chain"]]
+def test_remove_takes_the_addresses_before_the_chains_they_lead_to() -> None:
+    verbs = [" ".join(line.split()[:2]) for line in render_remove(LINKED, on_links=True).splitlines()]
+    chain = ["add chain", "flush chain", "delete chain"]
+    assert verbs == (["delete element"] * 2 + chain) * 2 + chain * 3
 
 
 def test_replace_begins_with_nothing() -> None:
-    lines = render_replace(()).splitlines()
-    assert lines[:3] == [f"{verb} table inet trireme_guard" for verb in ("add", "delete", "add")]
+    lines = render_replace((), (), on_links=True).splitlines()
+    assert lines[:3] == [f"{verb} table netdev trireme_guard" for verb in ("add", "delete", "add")]
+    assert lines[3:6] == [f"{verb} table inet trireme_guard" for verb in ("add", "delete", "add")]

@@ -1,0 +1,84 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The guard's judgement of masqueraded flows: who reaches a pod under the node's address is judged by his own.
+
+Inside the pod the node's own address is let through, for kubelet's probes. But a client outside that comes through a
+node port, or a pod that comes through a load balancer's address, is masqueraded to that same address. Here, after
+source NAT, the flow's first packet still shows the address it came with: a frame-sized SYN passes, since the pod's
+enforcer judges its token; the rest needs an address rule of the pod's policies. What the node itself sends was not
+forwarded, and passes.
+
+Needs Linux 5.7 (the input interface is known in postrouting from there on).
+"""
+
+from __future__ import annotations
+
+from enforcer_daemon.dataplane.guard_rules import (
+    FIRST_SYN,
+    NAME,
+    GuardedEndpoint,
+    address_rule,
+    chain_name,
+    counted_drops,
+    discard,
+    drop,
+    refill,
+)
+from enforcer_daemon.model import IPAddress
+from enforcer_daemon.reasons import Reason
+
+TABLE = f"inet {NAME}"
+MIN_FRAMED_SYN_BYTES = 201
+"""Longer than any SYN without data (100 bytes), shorter than any frame (500)."""
+_HOOK = "type filter hook postrouting priority 101; policy accept;"  # source NAT is at 100
+_PREFIX = "endpoint"
+_SOURCES = ("ct original ip saddr", "ct original ip6 saddr")
+
+
+def skeleton() -> list[str]:
+    """Give what the endpoints' rules hang on."""
+    return [
+        f"add map {TABLE} endpoints4 {{ type ipv4_addr : verdict; }}",
+        f"add map {TABLE} endpoints6 {{ type ipv6_addr : verdict; }}",
+        *counted_drops(TABLE, (Reason.UNIDENTIFIED_PEER,)),
+        f"add chain {TABLE} masqueraded {{ {_HOOK} }}",
+        f"add chain {TABLE} judge",
+        # Without an input interface (`iif 0`) a process of the node sent it.
+        f"add rule {TABLE} masqueraded ct state new ct direction original ct status snat iif != 0 goto judge",
+        f"add rule {TABLE} judge ip daddr vmap @endpoints4",
+        f"add rule {TABLE} judge ip6 daddr vmap @endpoints6",
+    ]
+
+
+def apply_lines(before: GuardedEndpoint | None, after: GuardedEndpoint) -> list[str]:
+    """Bring an endpoint from what was applied before (None: nothing) to `after`."""
+    chain = chain_name(_PREFIX, after.attachment)
+    known = () if before is None else before.addresses
+    return [
+        *refill(TABLE, chain, _rules(after)),
+        *(_delete_element(address) for address in known if address not in after.addresses),
+        *(
+            f"add element {TABLE} endpoints{address.version} {{ {address} : goto {chain} }}"
+            for address in after.addresses
+            if address not in known
+        ),
+    ]
+
+
+def remove_lines(before: GuardedEndpoint) -> list[str]:
+    """Take an endpoint away."""
+    elements = [_delete_element(address) for address in before.addresses]
+    return elements + discard(TABLE, chain_name(_PREFIX, before.attachment))
+
+
+def _rules(endpoint: GuardedEndpoint) -> list[str]:
+    own = [f"{_SOURCES[address.version == 6]} {address} accept" for address in endpoint.addresses]
+    return [
+        f"meta length >= {MIN_FRAMED_SYN_BYTES} {FIRST_SYN} accept",
+        *own,  # a pod may always reach itself, also through a Service
+        *(address_rule(rule, *_SOURCES) for rule in endpoint.rules),
+        drop(Reason.UNIDENTIFIED_PEER),
+    ]
+
+
+def _delete_element(address: IPAddress) -> str:
+    return f"delete element {TABLE} endpoints{address.version} {{ {address} }}"

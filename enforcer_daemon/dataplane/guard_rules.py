@@ -1,0 +1,141 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the parts of the guard have in common: what is guarded, and how its rules are written for nft.
+
+A text for `nft -f` is one transaction: all of it comes into force, or nothing. Source: nft(8).
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from ipaddress import IPv4Network, IPv6Address, IPv6Network, collapse_addresses
+
+from enforcer_daemon.handshake.frames import MAGIC
+from enforcer_daemon.model import AttachmentId, IPAddress, IPNetwork
+from enforcer_daemon.packet.tcp import TCP_MAX_HEADER, TCP_MIN_HEADER
+from enforcer_daemon.policy.evaluate import AddressRule
+from enforcer_daemon.reasons import Reason
+
+NAME = "trireme_guard"
+"""Of the guard's tables; there is one in each family that it works in."""
+ALLOWS_ALL = (AddressRule(),)
+FIRST_SYN = "tcp flags & (fin | syn | rst | ack) == syn"
+
+
+@dataclass(frozen=True, slots=True)
+class Links:
+    """Where a pod's interfaces end in the node's namespace."""
+
+    names: tuple[str, ...] = ()
+    link_locals: tuple[IPv6Address, ...] = ()
+    """Link-local addresses of the pod's own interfaces."""
+    problem: str = ""
+    """Why not everything that the pod sends is checked there; empty where it is."""
+
+
+@dataclass(frozen=True, slots=True)
+class GuardedEndpoint:
+    """One endpoint, and what policy lets an address alone do to it and for it."""
+
+    attachment: AttachmentId
+    addresses: tuple[IPAddress, ...]
+    rules: tuple[AddressRule, ...]
+    """For ingress. Empty: nothing. For a pod whose ingress no policy isolates: one rule that allows all."""
+    egress: tuple[AddressRule, ...] = ALLOWS_ALL
+    """The same for what the pod sends."""
+    links: Links = field(default_factory=Links)
+
+    def addresses_of(self, version: int) -> tuple[IPAddress, ...]:
+        """Give the addresses of one family."""
+        return tuple(address for address in self.addresses if address.version == version)
+
+
+def chain_name(prefix: str, attachment: AttachmentId, ifname: str = "") -> str:
+    """Name an endpoint's chain; container ids are longer than older kernels allow a name to be."""
+    return f"{prefix}_" + hashlib.sha256(f"{attachment}\0{ifname}".encode()).hexdigest()[:20]
+
+
+def listed(items: Iterable[object]) -> str:
+    """Write an anonymous set."""
+    return "{ " + ", ".join(map(str, items)) + " }"
+
+
+def refill(table: str, chain: str, rules: Sequence[str]) -> list[str]:
+    """Give a chain exactly these rules, whether it was there or not."""
+    lines = [f"add chain {table} {chain}", f"flush chain {table} {chain}"]
+    return lines + [f"add rule {table} {chain} {rule}" for rule in rules]
+
+
+def discard(table: str, chain: str) -> list[str]:
+    """Take a chain away, also one that the kernel took away before, with its device."""
+    return [f"{verb} chain {table} {chain}" for verb in ("add", "flush", "delete")]
+
+
+def address_rule(rule: AddressRule, four: str, six: str) -> str:
+    """Write a rule that accepts; `four` and `six` are what is compared with its network."""
+    words: list[str] = []
+    if rule.network is not None:
+        match = four if rule.network.version == 4 else six
+        words.append(f"{match} {rule.network}")
+        if rule.excepts:
+            words.append(f"{match} != {listed(_collapsed(rule.excepts))}")
+    if rule.protocol is not None:
+        words.append(f"meta l4proto {rule.protocol.value}")
+        if rule.ports is not None:
+            words.append("th dport {}-{}".format(*rule.ports))
+    return " ".join([*words, "accept"])
+
+
+def _collapsed(networks: Iterable[IPNetwork]) -> list[IPNetwork]:
+    """Networks that overlap are an error in one set of nft."""
+    known = tuple(networks)
+    four = collapse_addresses(network for network in known if isinstance(network, IPv4Network))
+    six = collapse_addresses(network for network in known if isinstance(network, IPv6Network))
+    return [*four, *six]
+
+
+def counted_drops(table: str, reasons: Iterable[Reason]) -> list[str]:
+    """Make, for each reason, a counter that outlives the rules of an endpoint, and a chain that counts and drops."""
+    lines = []
+    for reason in reasons:
+        name = counter_name(reason)
+        lines += [
+            f"add counter {table} {name}",
+            f"add chain {table} drop_{name}",
+            f"add rule {table} drop_{name} counter name {name} drop",
+        ]
+    return lines
+
+
+def counter_name(reason: Reason) -> str:
+    """Give the counter of a reason; nft's names have no hyphens."""
+    return reason.value.replace("-", "_")
+
+
+def drop(reason: Reason) -> str:
+    """Write the end of a rule that drops: counted for the endpoint by itself, and for the reason."""
+    return f"counter goto drop_{counter_name(reason)}"
+
+
+def framed_networks(table: str, networks: Iterable[IPNetwork]) -> list[str]:
+    """Make the sets of networks that a SYN with a frame may go to, and the chain that accepts such a SYN.
+
+    The frame's magic stands right after the TCP header, whose length is looked at first: older kernels cannot address
+    the payload. Whether the frame holds is judged in the pod that it goes to.
+    """
+    known = tuple(networks)
+    lines = []
+    for version, kind in ((4, "ipv4_addr"), (6, "ipv6_addr")):
+        lines.append(f"add set {table} enforced{version} {{ type {kind}; flags interval; }}")
+        if found := [network for network in _collapsed(known) if network.version == version]:
+            lines.append(f"add element {table} enforced{version} {listed(found)}")
+    lines.append(f"add chain {table} framed")
+    for length in range(TCP_MIN_HEADER, TCP_MAX_HEADER + 1, 4):
+        lines.append(f"add rule {table} framed tcp doff {length // 4} @th,{length * 8},32 0x{MAGIC.hex()} accept")
+    return lines
+
+
+def framed_syns() -> list[str]:
+    """Write the rules that let SYNs with a frame pass, where frames belong."""
+    return [f"{match} {FIRST_SYN} jump framed" for match in ("ip daddr @enforced4", "ip6 daddr @enforced6")]
