@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """The guard's judgement of what a pod sends: it obeys the pod's egress policy also where it went past the pod's rules.
 
-A packet socket passes every hook of the pod's own namespace, but not the node's. There conntrack knows whether a packet
-belongs to a flow; the first packet of one that the pod opens shows the address that the pod dialled, before any NAT,
-which is the address that its enforcer judges by. A SYN with a frame passes into the enforced networks: the other pod's
-enforcer judges it, and goes no further without a proof that only this node's enforcer can make. All else needs a rule
-by address. Replies pass, and flows that are established.
+A packet socket passes every hook of the pod's own namespace, but not the node's. There conntrack knows replies, which
+pass. What the pod sends in a flow of its own shows the address that it dialled, before any NAT, which is the address
+that its enforcer judges by. A SYN with a frame passes into the enforced networks, and the connection after it: the
+other pod's enforcer judges it, and lets no data through without a proof that only this node's enforcer can make. All
+else needs a rule by address, each packet anew: a policy that changes ends such flows without a look at conntrack.
 
 Endpoints are told apart by source address, which the check on the pod's interface has made sure of: a packet that comes
 over a bridge shows the bridge as its interface.
@@ -17,6 +17,7 @@ from collections.abc import Iterable
 
 from enforcer_daemon.dataplane.guard_rules import (
     ALLOWS_ALL,
+    INTO_ENFORCED,
     NAME,
     GuardedEndpoint,
     address_rule,
@@ -45,8 +46,9 @@ def skeleton(networks: Iterable[IPNetwork]) -> list[str]:
         *counted_drops(TABLE, (Reason.EGRESS_DENIED,)),
         *framed_networks(TABLE, networks),
         f"add chain {TABLE} sent {{ {_HOOK} }}",
-        # What conntrack calls invalid (a wrong checksum is enough) is still a packet that somebody may read.
-        f"add rule {TABLE} sent ct state != {{ new, invalid }} accept",
+        # What conntrack calls invalid (a wrong checksum is enough) has no direction, and somebody may read it.
+        f"add rule {TABLE} sent ct direction reply accept",
+        f"add rule {TABLE} sent ct state untracked accept",
         f"add rule {TABLE} sent ip saddr vmap @sources4",
         f"add rule {TABLE} sent ip6 saddr vmap @sources6",
     ]
@@ -80,6 +82,7 @@ def _rules(endpoint: GuardedEndpoint) -> list[str]:
         "meta l4proto { icmp, ipv6-icmp, igmp } accept",  # No policy can name them, so none is enforced.
         f"meta l4proto != {{ tcp, udp, sctp }} {drop(Reason.EGRESS_DENIED)}",
         *framed_syns(),
+        *(f"{match} meta l4proto tcp ct state established accept" for match in INTO_ENFORCED),
         *own_addresses(endpoint),
         *(address_rule(rule, *DESTINATIONS) for rule in endpoint.egress),
         drop(Reason.EGRESS_DENIED),

@@ -20,6 +20,7 @@ from enforcer_daemon.reasons import Reason
 NAME = "trireme_guard"
 """Of the guard's tables; there is one in each family that it works in."""
 ALLOWS_ALL = (AddressRule(),)
+INTO_ENFORCED = ("ip daddr @enforced4", "ip6 daddr @enforced6")
 FIRST_SYN = "tcp flags & (fin | syn | rst | ack) == syn"
 
 
@@ -138,4 +139,4 @@ def framed_networks(table: str, networks: Iterable[IPNetwork]) -> list[str]:
 
 def framed_syns() -> list[str]:
     """Write the rules that let SYNs with a frame pass, where frames belong."""
-    return [f"{match} {FIRST_SYN} jump framed" for match in ("ip daddr @enforced4", "ip6 daddr @enforced6")]
+    return [f"{match} {FIRST_SYN} jump framed" for match in INTO_ENFORCED]

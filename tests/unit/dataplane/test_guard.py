@@ -52,6 +52,8 @@ def test_what_an_isolated_pod_sends_needs_a_frame_or_a_rule_by_address() -> None
         "meta l4proto != { tcp, udp, sctp } counter goto drop_egress_denied",
         "ip daddr @enforced4 tcp flags & (fin | syn | rst | ack) == syn jump framed",
         "ip6 daddr @enforced6 tcp flags & (fin | syn | rst | ack) == syn jump framed",
+        "ip daddr @enforced4 meta l4proto tcp ct state established accept",
+        "ip6 daddr @enforced6 meta l4proto tcp ct state established accept",
         "ip daddr 10.0.0.5 accept",
         "ip6 daddr fd00::5 accept",
         "ip daddr 10.9.0.0/16 meta l4proto 6 th dport 443-443 accept",
