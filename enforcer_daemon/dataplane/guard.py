@@ -13,9 +13,8 @@ from __future__ import annotations
 import json
 import shutil
 import socket
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Container, Iterable, Mapping
 from dataclasses import replace
-from itertools import chain
 
 from enforcer_daemon.dataplane import guard_egress, guard_masquerade, guard_spoofing
 from enforcer_daemon.dataplane.guard_rules import GuardedEndpoint
@@ -24,29 +23,37 @@ from enforcer_daemon.errors import DataplaneError
 from enforcer_daemon.model import AttachmentId, IPNetwork
 
 _TABLES = (guard_spoofing.TABLE, guard_masquerade.TABLE)
-_PARTS = (guard_masquerade, guard_egress)
 _PROBE = "add table netdev {0}\nadd chain netdev {0} probe {{ type filter hook ingress device lo priority 0; }}\n"
 
 
-def render_replace(endpoints: Iterable[GuardedEndpoint], networks: Iterable[IPNetwork], *, on_links: bool) -> str:
+def render_replace(
+    endpoints: Iterable[GuardedEndpoint],
+    networks: Iterable[IPNetwork],
+    *,
+    on_links: bool,
+    absent: Container[str] = (),
+) -> str:
     """Return the transaction that replaces whatever is there by exactly these endpoints."""
     known = tuple(networks)
     lines = [f"{verb} table {table}" for table in _tables(on_links) for verb in ("add", "delete", "add")]
     lines += guard_masquerade.skeleton() + guard_egress.skeleton(known)
     lines += guard_spoofing.skeleton(known) if on_links else []
-    return _text(lines) + "".join(render_apply(None, endpoint, on_links=on_links) for endpoint in endpoints)
+    parts = (render_apply(None, endpoint, on_links=on_links, absent=absent) for endpoint in endpoints)
+    return _text(lines) + "".join(parts)
 
 
-def render_apply(before: GuardedEndpoint | None, after: GuardedEndpoint, *, on_links: bool) -> str:
+def render_apply(
+    before: GuardedEndpoint | None, after: GuardedEndpoint, *, on_links: bool, absent: Container[str] = ()
+) -> str:
     """Return the transaction that brings an endpoint from what was applied before (None: nothing) to `after`."""
-    parts = (*_PARTS, guard_spoofing) if on_links else _PARTS
-    return _text(chain.from_iterable(part.apply_lines(before, after) for part in parts))
+    lines = guard_masquerade.apply_lines(before, after) + guard_egress.apply_lines(before, after)
+    return _text(lines + (guard_spoofing.apply_lines(before, after, absent) if on_links else []))
 
 
 def render_remove(before: GuardedEndpoint, *, on_links: bool) -> str:
     """Return the transaction that takes an endpoint away."""
-    parts = (*_PARTS, guard_spoofing) if on_links else _PARTS
-    return _text(chain.from_iterable(part.remove_lines(before) for part in parts))
+    lines = guard_masquerade.remove_lines(before) + guard_egress.remove_lines(before)
+    return _text(lines + (guard_spoofing.remove_lines(before) if on_links else []))
 
 
 def _tables(on_links: bool) -> tuple[str, ...]:
@@ -83,8 +90,8 @@ class Guard:
             return
 
         def text() -> str:
-            present = (_with_present_links(endpoint) for endpoint in wanted.values())
-            return render_replace(present, self._networks, on_links=self._on_links)
+            absent = _absent(wanted.values())
+            return render_replace(wanted.values(), self._networks, on_links=self._on_links, absent=absent)
 
         _transact(text)
         self._applied = wanted
@@ -112,8 +119,9 @@ class Guard:
         losers = self._losers(changed)
 
         def text() -> str:
+            absent = _absent(changed.values())
             return "".join(
-                render_apply(self._applied.get(e.attachment), _with_present_links(e), on_links=self._on_links)
+                render_apply(self._applied.get(e.attachment), e, on_links=self._on_links, absent=absent)
                 for e in (*losers, *changed.values())
             )
 
@@ -159,10 +167,8 @@ class Guard:
         return found
 
 
-def _with_present_links(endpoint: GuardedEndpoint) -> GuardedEndpoint:
-    """Leave out interfaces that have vanished with their pod: kernels before 6.16 refuse chains on them."""
-    present = tuple(name for name in endpoint.links.names if _is_present(name))
-    return replace(endpoint, links=replace(endpoint.links, names=present))
+def _absent(endpoints: Iterable[GuardedEndpoint]) -> frozenset[str]:
+    return frozenset(name for endpoint in endpoints for name in endpoint.links.names if not _is_present(name))
 
 
 def _is_present(name: str) -> bool:

@@ -23,76 +23,74 @@ from enforcer_daemon.dataplane.guard_rules import (
     address_rule,
     chain_name,
     counted_drops,
+    difference,
     discard,
     drop,
     framed_networks,
     framed_syns,
     refill,
 )
-from enforcer_daemon.model import IPAddress, IPNetwork
+from enforcer_daemon.model import IPNetwork
 from enforcer_daemon.reasons import Reason
 
 TABLE = f"inet {NAME}"
-DESTINATIONS = ("ip daddr", "ip6 daddr")
+_DESTINATIONS = ("ip daddr", "ip6 daddr")
 _HOOK = "type filter hook prerouting priority -149; policy accept;"  # conntrack is at -200, destination NAT at -100
 _PREFIX = "egress"
 
 
 def skeleton(networks: Iterable[IPNetwork]) -> list[str]:
     """Give what the endpoints' rules hang on; `networks` are those that frames are sent to."""
-    return [
-        f"add map {TABLE} sources4 {{ type ipv4_addr : verdict; }}",
-        f"add map {TABLE} sources6 {{ type ipv6_addr : verdict; }}",
-        *counted_drops(TABLE, (Reason.EGRESS_DENIED,)),
-        *framed_networks(TABLE, networks),
-        f"add chain {TABLE} sent {{ {_HOOK} }}",
+    lines = [*counted_drops(TABLE, (Reason.EGRESS_DENIED,)), *framed_networks(TABLE, networks)]
+    for version, kind in ((4, "ipv4_addr"), (6, "ipv6_addr")):
+        lines.append(f"add map {TABLE} sources{version} {{ type {kind} : verdict; }}")
+        lines.append(f"add set {TABLE} isolated{version} {{ type {kind}; }}")
+    refusal = drop(Reason.EGRESS_DENIED)
+    rules = (
         # What conntrack calls invalid (a wrong checksum is enough) has no direction, and somebody may read it.
-        f"add rule {TABLE} sent ct direction reply accept",
-        f"add rule {TABLE} sent ct state untracked accept",
-        f"add rule {TABLE} sent ip saddr vmap @sources4",
-        f"add rule {TABLE} sent ip6 saddr vmap @sources6",
-    ]
+        "ct direction reply accept",
+        "ct state untracked accept",
+        "meta l4proto { icmp, ipv6-icmp, igmp } accept",  # No policy can name them, so none is enforced.
+        f"meta l4proto != {{ tcp, udp, sctp }} ip saddr @isolated4 {refusal}",
+        f"meta l4proto != {{ tcp, udp, sctp }} ip6 saddr @isolated6 {refusal}",
+        *framed_syns(),
+        *(f"{match} meta l4proto tcp ct state established accept" for match in INTO_ENFORCED),
+        "ip saddr vmap @sources4",
+        "ip6 saddr vmap @sources6",
+    )
+    lines.append(f"add chain {TABLE} sent {{ {_HOOK} }}")
+    return lines + [f"add rule {TABLE} sent {rule}" for rule in rules]
 
 
 def apply_lines(before: GuardedEndpoint | None, after: GuardedEndpoint) -> list[str]:
     """Bring an endpoint from what was applied before (None: nothing) to `after`."""
     chain = chain_name(_PREFIX, after.attachment)
-    known = () if before is None else before.addresses
-    return [
-        *refill(TABLE, chain, _rules(after)),
-        *(_delete_element(address) for address in known if address not in after.addresses),
-        *(
-            f"add element {TABLE} sources{address.version} {{ {address} : goto {chain} }}"
-            for address in after.addresses
-            if address not in known
-        ),
-    ]
+    lines = []
+    if after.egress != ALLOWS_ALL:
+        lines += refill(TABLE, chain, [*address_rules(after), drop(Reason.EGRESS_DENIED)])
+    lines += difference(TABLE, _elements(before), _elements(after))
+    if before is not None and before.egress != ALLOWS_ALL and after.egress == ALLOWS_ALL:
+        lines += discard(TABLE, chain)
+    return lines
 
 
 def remove_lines(before: GuardedEndpoint) -> list[str]:
     """Take an endpoint away."""
-    elements = [_delete_element(address) for address in before.addresses]
-    return elements + discard(TABLE, chain_name(_PREFIX, before.attachment))
+    lines = difference(TABLE, _elements(before), _elements(None))
+    return lines if before.egress == ALLOWS_ALL else lines + discard(TABLE, chain_name(_PREFIX, before.attachment))
 
 
-def _rules(endpoint: GuardedEndpoint) -> list[str]:
-    if endpoint.egress == ALLOWS_ALL:
-        return ["accept"]
-    return [
-        "meta l4proto { icmp, ipv6-icmp, igmp } accept",  # No policy can name them, so none is enforced.
-        f"meta l4proto != {{ tcp, udp, sctp }} {drop(Reason.EGRESS_DENIED)}",
-        *framed_syns(),
-        *(f"{match} meta l4proto tcp ct state established accept" for match in INTO_ENFORCED),
-        *own_addresses(endpoint),
-        *(address_rule(rule, *DESTINATIONS) for rule in endpoint.egress),
-        drop(Reason.EGRESS_DENIED),
-    ]
+def _elements(endpoint: GuardedEndpoint | None) -> dict[str, str]:
+    """Give the endpoint's elements, none where no policy isolates it."""
+    found: dict[str, str] = {}
+    if endpoint is not None and endpoint.egress != ALLOWS_ALL:
+        chain = chain_name(_PREFIX, endpoint.attachment)
+        found |= {f"sources{address.version} {address}": f"goto {chain}" for address in endpoint.addresses}
+        found |= {f"isolated{address.version} {address}": "" for address in endpoint.addresses}
+    return found
 
 
-def own_addresses(endpoint: GuardedEndpoint) -> list[str]:
-    """Let a pod reach itself."""
-    return [f"{DESTINATIONS[address.version == 6]} {address} accept" for address in endpoint.addresses]
-
-
-def _delete_element(address: IPAddress) -> str:
-    return f"delete element {TABLE} sources{address.version} {{ {address} }}"
+def address_rules(endpoint: GuardedEndpoint) -> list[str]:
+    """Let a pod reach itself, and what its policies allow by address."""
+    own = [f"{_DESTINATIONS[address.version == 6]} {address} accept" for address in endpoint.addresses]
+    return own + [address_rule(rule, *_DESTINATIONS) for rule in endpoint.egress]

@@ -13,17 +13,18 @@ Needs Linux 5.7 (the input interface is known in postrouting from there on).
 from __future__ import annotations
 
 from enforcer_daemon.dataplane.guard_rules import (
+    ALLOWS_ALL,
     FIRST_SYN,
     NAME,
     GuardedEndpoint,
     address_rule,
     chain_name,
     counted_drops,
+    difference,
     discard,
     drop,
     refill,
 )
-from enforcer_daemon.model import IPAddress
 from enforcer_daemon.reasons import Reason
 
 TABLE = f"inet {NAME}"
@@ -52,22 +53,27 @@ def skeleton() -> list[str]:
 def apply_lines(before: GuardedEndpoint | None, after: GuardedEndpoint) -> list[str]:
     """Bring an endpoint from what was applied before (None: nothing) to `after`."""
     chain = chain_name(_PREFIX, after.attachment)
-    known = () if before is None else before.addresses
-    return [
-        *refill(TABLE, chain, _rules(after)),
-        *(_delete_element(address) for address in known if address not in after.addresses),
-        *(
-            f"add element {TABLE} endpoints{address.version} {{ {address} : goto {chain} }}"
-            for address in after.addresses
-            if address not in known
-        ),
-    ]
+    lines = []
+    if after.rules != ALLOWS_ALL:
+        lines += refill(TABLE, chain, _rules(after))
+    lines += difference(TABLE, _elements(before), _elements(after))
+    if before is not None and before.rules != ALLOWS_ALL and after.rules == ALLOWS_ALL:
+        lines += discard(TABLE, chain)
+    return lines
 
 
 def remove_lines(before: GuardedEndpoint) -> list[str]:
     """Take an endpoint away."""
-    elements = [_delete_element(address) for address in before.addresses]
-    return elements + discard(TABLE, chain_name(_PREFIX, before.attachment))
+    lines = difference(TABLE, _elements(before), _elements(None))
+    return lines if before.rules == ALLOWS_ALL else lines + discard(TABLE, chain_name(_PREFIX, before.attachment))
+
+
+def _elements(endpoint: GuardedEndpoint | None) -> dict[str, str]:
+    """Give the endpoint's elements, none where no policy isolates it."""
+    if endpoint is None or endpoint.rules == ALLOWS_ALL:
+        return {}
+    chain = chain_name(_PREFIX, endpoint.attachment)
+    return {f"endpoints{address.version} {address}": f"goto {chain}" for address in endpoint.addresses}
 
 
 def _rules(endpoint: GuardedEndpoint) -> list[str]:
@@ -78,7 +84,3 @@ def _rules(endpoint: GuardedEndpoint) -> list[str]:
         *(address_rule(rule, *_SOURCES) for rule in endpoint.rules),
         drop(Reason.UNIDENTIFIED_PEER),
     ]
-
-
-def _delete_element(address: IPAddress) -> str:
-    return f"delete element {TABLE} endpoints{address.version} {{ {address} }}"

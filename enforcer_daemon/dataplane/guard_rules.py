@@ -7,7 +7,7 @@ A text for `nft -f` is one transaction: all of it comes into force, or nothing. 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from ipaddress import IPv4Network, IPv6Address, IPv6Network, collapse_addresses
 
@@ -73,6 +73,19 @@ def discard(table: str, chain: str) -> list[str]:
     return [f"{verb} chain {table} {chain}" for verb in ("add", "flush", "delete")]
 
 
+def difference(table: str, before: Mapping[str, str], after: Mapping[str, str]) -> list[str]:
+    """Take elements away and add others; each is a set and a key, and for a map a verdict."""
+    gone = [name for name, verdict in before.items() if after.get(name) != verdict]
+    new = [name for name, verdict in after.items() if before.get(name) != verdict]
+    lines = [f"delete element {table} {_element(name)}" for name in gone]
+    return lines + [f"add element {table} {_element(name, after[name])}" for name in new]
+
+
+def _element(name: str, verdict: str = "") -> str:
+    kind, _, key = name.partition(" ")
+    return f"{kind} {{ {key} : {verdict} }}" if verdict else f"{kind} {{ {key} }}"
+
+
 def address_rule(rule: AddressRule, four: str, six: str) -> str:
     """Write a rule that accepts; `four` and `six` are what is compared with its network."""
     words: list[str] = []
@@ -96,7 +109,7 @@ def _collapsed(networks: Iterable[IPNetwork]) -> list[IPNetwork]:
     return [*four, *six]
 
 
-def counted_drops(table: str, reasons: Iterable[Reason]) -> list[str]:
+def counted_drops(table: str, reasons: Iterable[Reason], also: str = "") -> list[str]:
     """Make, for each reason, a counter that outlives the rules of an endpoint, and a chain that counts and drops."""
     lines = []
     for reason in reasons:
@@ -104,7 +117,7 @@ def counted_drops(table: str, reasons: Iterable[Reason]) -> list[str]:
         lines += [
             f"add counter {table} {name}",
             f"add chain {table} drop_{name}",
-            f"add rule {table} drop_{name} counter name {name} drop",
+            f"add rule {table} drop_{name} {also} counter name {name} drop",
         ]
     return lines
 
@@ -115,7 +128,7 @@ def counter_name(reason: Reason) -> str:
 
 
 def drop(reason: Reason) -> str:
-    """Write the end of a rule that drops: counted for the endpoint by itself, and for the reason."""
+    """Write the end of a rule that drops: counted for the rule by itself, and for the reason."""
     return f"counter goto drop_{counter_name(reason)}"
 
 

@@ -12,115 +12,143 @@ two pods of a node, without the node's prerouting.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Container, Iterable
 
-from enforcer_daemon.dataplane.guard_egress import DESTINATIONS, own_addresses
+from enforcer_daemon.dataplane.guard_egress import address_rules
 from enforcer_daemon.dataplane.guard_rules import (
     ALLOWS_ALL,
     FIRST_SYN,
     NAME,
     GuardedEndpoint,
-    address_rule,
     chain_name,
     counted_drops,
+    difference,
     discard,
     drop,
     framed_networks,
     framed_syns,
-    listed,
     refill,
 )
-from enforcer_daemon.model import IPAddress, IPNetwork
+from enforcer_daemon.model import IPNetwork
 from enforcer_daemon.reasons import Reason
 
 TABLE = f"netdev {NAME}"
+OFFENDERS = "offenders"
+_MAX_OFFENDERS = 4_096
 _PRIORITY = -200  # before what a CNI may hang there
-_LINK, _SENDER, _SYN = "link", "from", "syn"
+_LINK, _STATED, _SYN = "link", "stated", "syn"
 _REASONS = (Reason.SPOOFED_SOURCE, Reason.SPOOFED_NEIGHBOUR, Reason.NOT_IP, Reason.EGRESS_DENIED)
-_UNNAMED = "{ nd-neighbor-solicit, mld-listener-report, mld-listener-done, mld2-listener-report }"
-"""What a host sends before it has an address."""
-_STATED = "@th,64,128"
-"""Target of a neighbour solicitation or advertisement (RFC 4861, section 4.3): nft has no name for it before 1.0.9."""
+_SETS = {
+    "senders4": "type ifname . ipv4_addr",
+    "senders6": "type ifname . ipv6_addr",
+    "locals6": "type ifname . ipv6_addr",
+    "isolated": "type ifname",
+}
+_MAPS = {"stated": "type ifname : verdict", "opened": "type ifname : verdict"}
+_UNNAMED = "{ mld-listener-report, mld-listener-done, mld2-listener-report }"
+"""What a host sends before it has an address, beside its solicitations."""
 
 
 def skeleton(networks: Iterable[IPNetwork]) -> list[str]:
-    """Give what the endpoints' rules hang on; `networks` are those that frames are sent to."""
-    return [*counted_drops(TABLE, _REASONS), *framed_networks(TABLE, networks)]
+    """Give what the endpoints hang on; `networks` are those that frames are sent to."""
+    lines = [f"add set {TABLE} {name} {{ {kind}; }}" for name, kind in _SETS.items()]
+    lines += [f"add map {TABLE} {name} {{ {kind}; }}" for name, kind in _MAPS.items()]
+    lines += [
+        f"add set {TABLE} {OFFENDERS} {{ type ifname; size {_MAX_OFFENDERS}; flags dynamic; }}",
+        *counted_drops(TABLE, _REASONS, f"update @{OFFENDERS} {{ iifname counter }}"),
+        *framed_networks(TABLE, networks),
+    ]
+    for chain, rules in (("from_link_local", _LINK_LOCAL_RULES), ("sent", (*_SENDER_RULES, *_opening_rules()))):
+        lines += refill(TABLE, chain, rules)
+    return lines
 
 
-def apply_lines(before: GuardedEndpoint | None, after: GuardedEndpoint) -> list[str]:
-    """Bring an endpoint from what was applied before (None: nothing) to `after`."""
-    sender, syn = (chain_name(prefix, after.attachment) for prefix in (_SENDER, _SYN))
+_LINK_LOCAL_RULES = ("icmpv6 type nd-neighbor-advert iifname vmap @stated", "accept")
+_SENDER_RULES = (
+    f"ether type != {{ ip, ip6, arp }} {drop(Reason.NOT_IP)}",
+    "ether type arp arp saddr ip 0.0.0.0 accept",  # a probe for a duplicate address (RFC 5227)
+    "ether type arp iifname . arp saddr ip @senders4 accept",
+    f"ether type arp {drop(Reason.SPOOFED_NEIGHBOUR)}",
+    f"icmpv6 type {{ nd-router-advert, nd-redirect }} {drop(Reason.SPOOFED_NEIGHBOUR)}",
+    # A solicitation from :: is that of duplicate address detection: about an address that the sender wants.
+    "ip6 saddr :: icmpv6 type nd-neighbor-solicit iifname vmap @stated",
+    f"ip6 saddr :: icmpv6 type {_UNNAMED} accept",
+    "meta l4proto ipv6-icmp iifname . ip6 saddr @locals6 goto from_link_local",
+    f"meta protocol ip iifname . ip saddr != @senders4 {drop(Reason.SPOOFED_SOURCE)}",
+    f"meta protocol ip6 iifname . ip6 saddr != @senders6 {drop(Reason.SPOOFED_SOURCE)}",
+    "icmpv6 type nd-neighbor-advert iifname vmap @stated",
+)
+
+
+def _opening_rules() -> tuple[str, ...]:
+    refusal = drop(Reason.EGRESS_DENIED)
+    return (
+        # A port that is not in the first fragment can be judged by nobody; TCP is not fragmented by its sender.
+        f"ip protocol tcp ip frag-off & 0x3fff != 0 iifname @isolated {refusal}",
+        f"exthdr frag exists meta l4proto tcp iifname @isolated {refusal}",
+        *framed_syns(),
+        f"{FIRST_SYN} iifname vmap @opened",
+        "accept",
+    )
+
+
+def apply_lines(before: GuardedEndpoint | None, after: GuardedEndpoint, absent: Container[str] = ()) -> list[str]:
+    """Bring an endpoint from what was applied before (None: nothing) to `after`.
+
+    `absent` interfaces have vanished, with their pod: kernels before 6.16 refuse chains on them.
+    """
+    stated, syn = (chain_name(prefix, after.attachment) for prefix in (_STATED, _SYN))
     known = () if before is None else before.links.names
-    lines = refill(TABLE, syn, _syn_rules(after)) + refill(TABLE, sender, _sender_rules(after, syn))
+    lines = refill(TABLE, stated, _stated_rules(after))
+    if after.egress != ALLOWS_ALL:
+        lines += refill(TABLE, syn, [*address_rules(after), drop(Reason.EGRESS_DENIED)])
+    lines += difference(TABLE, _elements(before), _elements(after))
+    if before is not None and before.egress != ALLOWS_ALL and after.egress == ALLOWS_ALL:
+        lines += discard(TABLE, syn)
     for name in known:
         if name not in after.links.names:
             lines += discard(TABLE, chain_name(_LINK, after.attachment, name))
     for name in after.links.names:
-        if name not in known:
+        if name not in known and name not in absent:
             link = chain_name(_LINK, after.attachment, name)
             hook = f'type filter hook ingress device "{name}" priority {_PRIORITY}; policy accept;'
-            lines += [f"add chain {TABLE} {link} {{ {hook} }}", f"add rule {TABLE} {link} goto {sender}"]
+            lines += [f"add chain {TABLE} {link} {{ {hook} }}", f"add rule {TABLE} {link} goto sent"]
     return lines
 
 
 def remove_lines(before: GuardedEndpoint) -> list[str]:
     """Take an endpoint away; its interface may be gone already."""
-    links = [chain_name(_LINK, before.attachment, name) for name in before.links.names]
-    chains = [*links, chain_name(_SENDER, before.attachment), chain_name(_SYN, before.attachment)]
-    return [line for chain in chains for line in discard(TABLE, chain)]
+    chains = [chain_name(_LINK, before.attachment, name) for name in before.links.names]
+    lines = [line for chain in chains for line in discard(TABLE, chain)]
+    lines += difference(TABLE, _elements(before), _elements(None))
+    for prefix in (_STATED, _SYN):
+        lines += discard(TABLE, chain_name(prefix, before.attachment))
+    return lines
 
 
-def _sender_rules(endpoint: GuardedEndpoint, syn: str) -> list[str]:
-    link_locals = endpoint.links.link_locals
-    own4, own6 = endpoint.addresses_of(4), (*endpoint.addresses_of(6), *link_locals)
-    neighbour, source = drop(Reason.SPOOFED_NEIGHBOUR), drop(Reason.SPOOFED_SOURCE)
+def _elements(endpoint: GuardedEndpoint | None) -> dict[str, str]:
+    """Give the endpoint's elements: their sets and keys, and for maps what they lead to."""
+    found: dict[str, str] = {}
+    if endpoint is None:
+        return found
+    stated, syn = (chain_name(prefix, endpoint.attachment) for prefix in (_STATED, _SYN))
+    for name in endpoint.links.names:
+        found |= {f'senders{address.version} "{name}" . {address}': "" for address in endpoint.addresses}
+        found |= {f'locals6 "{name}" . {address}': "" for address in endpoint.links.link_locals}
+        found[f'stated "{name}"'] = f"jump {stated}"
+        if endpoint.egress != ALLOWS_ALL:
+            found |= {f'isolated "{name}"': "", f'opened "{name}"': f"goto {syn}"}
+    return found
+
+
+def _stated_rules(endpoint: GuardedEndpoint) -> list[str]:
+    """Compare the target that is spoken for (RFC 4861, section 4.3); nft has no name for it before 1.0.9.
+
+    What is the pod's own returns to the rules that follow; a solicitation from :: ends here.
+    """
+    own = (*endpoint.addresses_of(6), *endpoint.links.link_locals)
     return [
-        f"ether type != {{ ip, ip6, arp }} {drop(Reason.NOT_IP)}",
-        *_arp_rules(own4),
-        # Solicitations from :: are those of duplicate address detection: about an address that the sender wants.
-        f"icmpv6 type {{ nd-router-advert, nd-redirect }} {neighbour}",
-        f"icmpv6 type nd-neighbor-advert {_unless_stated(own6)}{neighbour}",
-        f"ip6 saddr :: icmpv6 type nd-neighbor-solicit {_unless_stated(own6)}{neighbour}",
-        f"ip6 saddr :: icmpv6 type {_UNNAMED} accept",
-        *([f"ip6 saddr {listed(link_locals)} meta l4proto ipv6-icmp accept"] if link_locals else []),
-        *_source_rules("ip", own4, source),
-        *_source_rules("ip6", endpoint.addresses_of(6), source),
-        # A port that is not in the first fragment can be judged by nobody; TCP is not fragmented by its sender.
-        *([] if endpoint.egress == ALLOWS_ALL else _fragment_rules()),
-        f"{FIRST_SYN} goto {syn}",
-        "accept",
-    ]
-
-
-def _arp_rules(own: Sequence[IPAddress]) -> list[str]:
-    allowed = listed([*own, "0.0.0.0"])  # noqa: S104 - a probe for a duplicate address (RFC 5227)
-    return [f"ether type arp arp saddr ip {allowed} accept", f"ether type arp {drop(Reason.SPOOFED_NEIGHBOUR)}"]
-
-
-def _unless_stated(own: Sequence[IPAddress]) -> str:
-    return f"{_STATED} != {listed(f'0x{address.packed.hex()}' for address in own)} " if own else ""
-
-
-def _source_rules(family: str, own: Sequence[IPAddress], refusal: str) -> list[str]:
-    match = f"{family} saddr != {listed(own)}" if own else f"meta protocol {family}"
-    return [f"{match} {refusal}"]
-
-
-def _fragment_rules() -> list[str]:
-    refusal = drop(Reason.EGRESS_DENIED)
-    return [
-        f"ip protocol tcp ip frag-off & 0x3fff != 0 {refusal}",
-        f"exthdr frag exists meta l4proto tcp {refusal}",
-    ]
-
-
-def _syn_rules(endpoint: GuardedEndpoint) -> list[str]:
-    if endpoint.egress == ALLOWS_ALL:
-        return ["accept"]
-    return [
-        *framed_syns(),
-        *own_addresses(endpoint),
-        *(address_rule(rule, *DESTINATIONS) for rule in endpoint.egress),
-        drop(Reason.EGRESS_DENIED),
+        *(f"icmpv6 type nd-neighbor-solicit @th,64,128 0x{address.packed.hex()} accept" for address in own),
+        *(f"@th,64,128 0x{address.packed.hex()} return" for address in own),
+        drop(Reason.SPOOFED_NEIGHBOUR),
     ]

@@ -62,8 +62,13 @@ Attack = Callable[[Scene, bytes], Sequence[Any]]
 
 def _tcp(scene: Scene, marker: bytes, flags: str, payload: bytes = b"") -> Any:
     seq, ack = struct.unpack("!II", marker)
-    segment = TCP(sport=23_456, dport=8080, seq=seq, ack=ack, flags=flags)
+    segment = TCP(sport=_port(marker), dport=8080, seq=seq, ack=ack, flags=flags)
     return scene.packet(scene.attacker, scene.target) / segment / payload
+
+
+def _port(marker: bytes) -> int:
+    """Give each attempt a connection of its own, also for conntrack."""
+    return 20_000 + int.from_bytes(marker[-2:], "big") % 10_000
 
 
 def plain_syn(scene: Scene, marker: bytes) -> Sequence[Any]:
@@ -112,7 +117,7 @@ def under_the_nodes_address(scene: Scene, marker: bytes) -> Sequence[Any]:
 
 def syn_under_the_nodes_address(scene: Scene, marker: bytes) -> Sequence[Any]:
     seq, ack = struct.unpack("!II", marker)
-    return [scene.packet(scene.node, scene.target) / TCP(sport=23_456, dport=8080, seq=seq, ack=ack, flags="S")]
+    return [scene.packet(scene.node, scene.target) / TCP(sport=_port(marker), dport=8080, seq=seq, ack=ack, flags="S")]
 
 
 def tagged(scene: Scene, marker: bytes) -> Sequence[Any]:

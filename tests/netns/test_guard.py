@@ -170,7 +170,7 @@ def test_an_address_goes_to_the_endpoint_that_states_it_last(lab: Lab) -> None:
 def test_a_new_daemon_replaces_what_the_old_one_left(lab: Lab) -> None:
     act(lab, lambda: Guard().replace([guarded()]))
     guard = Guard()
-    act(lab, lambda: guard.replace([guarded(AddressRule())]))
+    act(lab, lambda: guard.replace([guarded(AddressRule(protocol=Protocol.TCP))]))
     listing = run_in(lab.node, ("nft", "list", "table", "inet", "trireme_guard"))
     assert listing.count("chain endpoint_") == 1
     act(lab, guard.remove_tables)

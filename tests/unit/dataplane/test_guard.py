@@ -8,7 +8,7 @@ from ipaddress import IPv6Address, ip_address, ip_network
 
 from enforcer_daemon.dataplane import guard_egress, guard_masquerade, guard_spoofing
 from enforcer_daemon.dataplane.guard import render_apply, render_remove, render_replace
-from enforcer_daemon.dataplane.guard_rules import GuardedEndpoint, Links
+from enforcer_daemon.dataplane.guard_rules import ALLOWS_ALL, GuardedEndpoint, Links
 from enforcer_daemon.model import AttachmentId, Protocol
 from enforcer_daemon.policy.evaluate import AddressRule
 
@@ -46,14 +46,8 @@ def test_who_comes_masqueraded_ends_at_a_counted_drop() -> None:
     ]
 
 
-def test_what_an_isolated_pod_sends_needs_a_frame_or_a_rule_by_address() -> None:
+def test_what_an_isolated_pod_sends_needs_a_rule_by_address() -> None:
     assert contents(guard_egress.apply_lines(None, CAGED)) == [
-        "meta l4proto { icmp, ipv6-icmp, igmp } accept",
-        "meta l4proto != { tcp, udp, sctp } counter goto drop_egress_denied",
-        "ip daddr @enforced4 tcp flags & (fin | syn | rst | ack) == syn jump framed",
-        "ip6 daddr @enforced6 tcp flags & (fin | syn | rst | ack) == syn jump framed",
-        "ip daddr @enforced4 meta l4proto tcp ct state established accept",
-        "ip6 daddr @enforced6 meta l4proto tcp ct state established accept",
         "ip daddr 10.0.0.5 accept",
         "ip6 daddr fd00::5 accept",
         "ip daddr 10.9.0.0/16 meta l4proto 6 th dport 443-443 accept",
@@ -61,43 +55,57 @@ def test_what_an_isolated_pod_sends_needs_a_frame_or_a_rule_by_address() -> None
     ]
 
 
-def test_what_no_policy_isolates_may_send_anything() -> None:
-    assert contents(guard_egress.apply_lines(None, WEB)) == ["accept"]
+def test_what_no_policy_isolates_is_not_looked_up() -> None:
+    assert guard_egress.apply_lines(None, WEB) == []
+    assert guard_masquerade.apply_lines(None, replace(WEB, rules=ALLOWS_ALL)) == []
 
 
 def test_a_link_that_stays_is_not_touched() -> None:
     moved = replace(LINKED, links=Links(("veth1",)))
-    assert [line for line in guard_spoofing.apply_lines(LINKED, LINKED) if "link_" in line] == []
+    assert [line for line in guard_spoofing.apply_lines(LINKED, LINKED) if "veth" in line] == []
     verbs = [line.split()[0] for line in guard_spoofing.apply_lines(LINKED, moved) if "link_" in line]
     assert verbs == ["add", "flush", "delete", "add", "add"]
 
 
+def test_no_chain_is_made_on_a_link_that_vanished() -> None:
+    assert [line for line in guard_spoofing.apply_lines(None, LINKED, {"veth0"}) if "link_" in line] == []
+
+
 def test_a_pod_speaks_under_its_own_addresses_alone() -> None:
-    rules = contents(guard_spoofing.apply_lines(None, LINKED))
-    assert "ip saddr != { 10.0.0.5 } counter goto drop_spoofed_source" in rules
-    assert "ip6 saddr != { fd00::5 } counter goto drop_spoofed_source" in rules
-    assert "ip6 saddr { fe80::5 } meta l4proto ipv6-icmp accept" in rules
+    lines = guard_spoofing.apply_lines(None, replace(LINKED, egress=ALLOWS_ALL))
+    elements = [line.removeprefix("add element netdev trireme_guard ") for line in lines if "element" in line]
+    assert elements[:3] == [
+        'senders4 { "veth0" . 10.0.0.5 }',
+        'senders6 { "veth0" . fd00::5 }',
+        'locals6 { "veth0" . fe80::5 }',
+    ]
+    assert len(elements) == 4
+    assert elements[3].startswith('stated { "veth0" : jump stated_')
 
 
-def test_a_family_in_which_the_pod_has_no_address_is_closed() -> None:
-    rules = contents(guard_spoofing.apply_lines(None, replace(WEB, addresses=(ip_address("10.0.0.5"),))))
-    assert "meta protocol ip6 counter goto drop_spoofed_source" in rules
-    assert "icmpv6 type nd-neighbor-advert counter goto drop_spoofed_neighbour" in rules
+def test_an_endpoint_that_is_no_longer_isolated_keeps_nothing_of_it() -> None:
+    lines = render_apply(CAGED, replace(CAGED, egress=ALLOWS_ALL, rules=ALLOWS_ALL), on_links=True).splitlines()
+    assert [line for line in lines if line.startswith("add element")] == []
+    assert len([line for line in lines if line.startswith("delete element")]) == 6
+    assert len([line for line in lines if line.startswith("delete chain")]) == 3
 
 
 def test_only_addresses_that_changed_are_touched() -> None:
-    moved = GuardedEndpoint(WEB.attachment, (ip_address("fd00::5"), ip_address("10.0.0.6")), ())
+    moved = replace(WEB, addresses=(ip_address("fd00::5"), ip_address("10.0.0.6")))
     elements = [line for line in render_apply(WEB, moved, on_links=False).splitlines() if "element" in line]
-    assert len(elements) == 4
-    for first, kind in zip(elements[::2], ("endpoints4", "sources4"), strict=True):
-        assert first == f"delete element inet trireme_guard {kind} {{ 10.0.0.5 }}"
+    assert elements[0] == "delete element inet trireme_guard endpoints4 { 10.0.0.5 }"
     assert elements[1].startswith("add element inet trireme_guard endpoints4 { 10.0.0.6 : goto endpoint_")
+    assert len(elements) == 2
 
 
-def test_remove_takes_the_addresses_before_the_chains_they_lead_to() -> None:
-    verbs = [" ".join(line.split()[:2]) for line in render_remove(LINKED, on_links=True).splitlines()]
-    chain = ["add chain", "flush chain", "delete chain"]
-    assert verbs == (["delete element"] * 2 + chain) * 2 + chain * 3
+def test_remove_takes_elements_before_the_chains_they_lead_to() -> None:
+    lines = render_remove(LINKED, on_links=True).splitlines()
+    for prefix in ("endpoint_", "egress_", "stated_", "syn_"):
+        (deleted,) = [at for at, line in enumerate(lines) if line.startswith("delete chain") and prefix in line]
+        family = lines[deleted].split()[2]
+        assert max(at for at, line in enumerate(lines) if line.startswith(f"delete element {family}")) > 0
+        chains = {"endpoint_": "endpoints", "egress_": "sources", "stated_": "stated", "syn_": "opened"}
+        assert all(at < deleted for at, line in enumerate(lines) if f" {chains[prefix]}" in line and "element" in line)
 
 
 def test_replace_begins_with_nothing() -> None:

@@ -1,0 +1,177 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The guard on interfaces, without a daemon: which end is whose, and interfaces that come, go and change hands."""
+
+from __future__ import annotations
+
+import os
+import socket
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from ipaddress import ip_address
+from typing import TypeVar
+
+import pytest
+
+from enforcer_daemon.dataplane.addresses import interface
+from enforcer_daemon.dataplane.guard import Guard
+from enforcer_daemon.dataplane.guard_links import find_links, passed_by_tc
+from enforcer_daemon.dataplane.guard_rules import ALLOWS_ALL, GuardedEndpoint, Links
+from enforcer_daemon.dataplane.netns import open_in
+from enforcer_daemon.dataplane.tools import run_in
+from enforcer_daemon.errors import DataplaneError
+from enforcer_daemon.model import AttachmentId
+from tests.netns.lab import NODE, POD, REMOTE, Lab, ip, open_lab
+
+pytestmark = pytest.mark.kernel
+
+T = TypeVar("T")
+IP_TRANSPARENT = 19  # linux/in.h
+SPOOFED = "10.77.0.99"
+
+
+@pytest.fixture
+def lab() -> Iterator[Lab]:
+    with open_lab() as lab:
+        yield lab
+
+
+def act(lab: Lab, change: Callable[[], T]) -> T:
+    """Do what the daemon does in its own namespace, the host's."""
+    return open_in(lab.node, change)
+
+
+def guarded(lab: Lab, container: str = "c1") -> GuardedEndpoint:
+    links = act(lab, lambda: find_links(lab.pod, {"eth0": ("pod0",)}))
+    addresses = ip_address(POD[4]), ip_address(POD[6])
+    return GuardedEndpoint(AttachmentId(container, "eth0"), addresses, ALLOWS_ALL, ALLOWS_ALL, links)
+
+
+def gets_through(lab: Lab, source: str) -> bool:
+    """Send a datagram from the pod under an address; tell whether the remote host hears it."""
+    with lab.socket(lab.remote, 4, socket.SOCK_DGRAM) as remote, lab.socket(lab.pod, 4, socket.SOCK_DGRAM) as pod:
+        remote.bind((REMOTE[4], 5000))
+        remote.settimeout(0.3)
+        pod.setsockopt(socket.SOL_IP, IP_TRANSPARENT, 1)
+        pod.bind((source, 0))
+        pod.sendto(b"hello", (REMOTE[4], 5000))
+        try:
+            return remote.recv(8) == b"hello"
+        except TimeoutError:
+            return False
+
+
+def test_the_other_end_is_found_and_guarded(lab: Lab) -> None:
+    endpoint = guarded(lab)
+    assert endpoint.links.names == ("pod0",)
+    assert endpoint.links.problem == ""
+    assert all(address.is_link_local for address in endpoint.links.link_locals)
+    guard = Guard()
+    act(lab, lambda: guard.replace([]))
+    assert gets_through(lab, SPOOFED)
+    act(lab, lambda: guard.apply(endpoint))
+    assert not gets_through(lab, SPOOFED)
+    assert gets_through(lab, POD[4])
+    assert act(lab, guard.drops)["spoofed-source"] == 1
+    offenders = run_in(lab.node, ("nft", "list", "set", "netdev", "trireme_guard", "offenders"))
+    assert '"pod0" counter packets 1' in offenders
+    act(lab, lambda: guard.remove(endpoint.attachment))
+    assert gets_through(lab, SPOOFED)
+
+
+def test_without_names_the_kernel_is_asked(lab: Lab) -> None:
+    assert act(lab, lambda: find_links(lab.pod, {"eth0": ()})).names == ("pod0",)
+
+
+@pytest.mark.parametrize(("ifname", "named"), [("eth0", ("out0",)), ("eth0", ("nosuch",)), ("eth1", ("pod0",))])
+def test_an_interface_that_is_not_the_pods_is_never_taken(lab: Lab, ifname: str, named: tuple[str, ...]) -> None:
+    links = act(lab, lambda: find_links(lab.pod, {ifname: named}))
+    assert links.names == ()
+    assert links.problem == f"{ifname} has no end of its own on the node: raw packets from it are not checked"
+
+
+def test_a_macvlan_has_no_end_on_the_node(lab: Lab) -> None:
+    ip(lab.node, "link add mv0 link out0 type macvlan mode bridge")
+    ip(lab.node, f"link set mv0 netns /proc/{os.getpid()}/fd/{lab.pod}")
+    assert act(lab, lambda: find_links(lab.pod, {"mv0": ("out0",)})).names == ()
+
+
+def test_a_bridge_that_hides_packets_is_reported(lab: Lab) -> None:
+    ip(lab.node, "link add br0 type bridge")
+    ip(lab.node, "link set pod0 master br0")
+    on = act(lab, lambda: find_links(lab.pod, {"eth0": ("pod0",)}))
+    run_in(lab.node, ("sysctl", "-qw", "net.bridge.bridge-nf-call-iptables=0"))
+    off = act(lab, lambda: find_links(lab.pod, {"eth0": ("pod0",)}))
+    assert on.problem == ""
+    assert off.problem.startswith("net.bridge.bridge-nf-call-iptables is not 1")
+
+
+@pytest.mark.parametrize("kind", ["ingress", "clsact"])
+def test_tc_that_sees_packets_first_is_reported(lab: Lab, kind: str) -> None:
+    assert act(lab, passed_by_tc) == frozenset()
+    run_in(lab.node, ("tc", "qdisc", "add", "dev", "pod0", kind))
+    assert act(lab, passed_by_tc) == {"pod0"}
+
+
+def test_an_interface_that_vanished_stands_in_nobodys_way(lab: Lab) -> None:
+    guard, endpoint = Guard(), guarded(lab)
+    act(lab, lambda: guard.replace([endpoint]))
+    ip(lab.node, "link del pod0")
+    other = replace(
+        endpoint, attachment=AttachmentId("c2", "eth0"), addresses=(ip_address("10.77.0.3"),), links=Links()
+    )
+    act(lab, lambda: guard.apply(other))
+    act(lab, lambda: guard.apply(replace(endpoint, egress=())))
+    act(lab, lambda: guard.remove(endpoint.attachment))
+    listing = run_in(lab.node, ("nft", "list", "table", "netdev", "trireme_guard"))
+    assert "link_" not in listing.replace("from_link_local", "")
+
+
+def test_a_record_of_a_vanished_interface_does_not_keep_the_guard_from_starting(lab: Lab) -> None:
+    guard = Guard()
+    gone = GuardedEndpoint(AttachmentId("c2", "eth0"), (ip_address("10.77.0.3"),), (), (), Links(("gone0",)))
+    act(lab, lambda: guard.replace([gone, guarded(lab)]))
+    assert not gets_through(lab, SPOOFED)
+    act(lab, lambda: guard.remove(gone.attachment))
+
+
+def test_an_interface_goes_to_the_endpoint_that_states_it_last(lab: Lab) -> None:
+    """A name that comes again for a new pod, before the old pod's deletion."""
+    guard, old, new = Guard(), guarded(lab), guarded(lab, "c2")
+    old = replace(old, addresses=(ip_address(SPOOFED),))
+    act(lab, lambda: guard.replace([old]))
+    assert not gets_through(lab, POD[4])
+    act(lab, lambda: guard.apply(new))
+    ip(lab.pod, "neigh flush all nud failed")  # its ARP was spoofed, too
+    ip(lab.pod, "neigh flush all")
+    assert gets_through(lab, POD[4])
+    assert not gets_through(lab, SPOOFED)
+    act(lab, lambda: guard.remove(old.attachment))
+    assert not gets_through(lab, SPOOFED)
+
+
+def test_what_the_kernel_refuses_changes_nothing(lab: Lab) -> None:
+    guard, endpoint = Guard(), guarded(lab)
+    act(lab, lambda: guard.replace([endpoint]))
+    run_in(lab.node, ("nft", "delete", "table", "inet", "trireme_guard"))
+    with pytest.raises(DataplaneError):
+        act(lab, lambda: guard.apply(replace(endpoint, addresses=(ip_address(SPOOFED),), egress=())))
+    assert not gets_through(lab, SPOOFED)
+    act(lab, lambda: guard.replace([endpoint]))
+    assert gets_through(lab, POD[4])
+
+
+def test_without_nft_the_guard_says_so(lab: Lab, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", "/nowhere")
+    guard = Guard()
+    guard.replace([])
+    guard.apply(GuardedEndpoint(AttachmentId("c1", "eth0"), (ip_address(POD[4]),), ()))
+    guard.remove(AttachmentId("c1", "eth0"))
+    assert guard.problem == "nft is missing on the node: nothing is guarded there"
+    assert guard.drops() == {}
+
+
+def test_an_interface_knows_its_driver_and_its_other_end(lab: Lab) -> None:
+    inner, outer = interface(lab.pod, "eth0"), interface(lab.node, "pod0")
+    assert (inner.kind, inner.peer, outer.peer) == ("veth", outer.index, inner.index)
+    assert interface(lab.pod, "lo").peer == 0
+    assert ip_address(NODE[4]) in outer.addresses
