@@ -50,13 +50,19 @@ def print_endpoints(console: Console, endpoints: Iterable[Mapping[str, object]])
             pod_name(endpoint),
             as_text(endpoint.get("ifname")),
             "\n".join(map(as_text, as_list(endpoint.get("ips")))) or "-",
-            Text(f"{state}: {problem}" if problem else state, style="" if state in ("-", "enforced") else "bold red"),
+            _state(state, problem, endpoint.get("guard")),
             _isolated(as_mapping(endpoint.get("isolated"))),
             "\n".join(map(as_text, as_list(endpoint.get("policies")))) or "-",
             _identity_size(endpoint),
             as_text(endpoint.get("labels")),
         )
     console.print(table)
+
+
+def _state(state: str, problem: object, guard: object) -> Text:
+    """Say how the pod is enforced, and what the guard on the node cannot see of it."""
+    text = Text(f"{state}: {problem}" if problem else state, style="" if state in ("-", "enforced") else "bold red")
+    return text.append(f"\nguard: {guard}", style="yellow") if guard else text
 
 
 def _isolated(isolated: Mapping[str, object]) -> str:

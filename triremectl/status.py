@@ -32,8 +32,10 @@ def command(run_dir: Path, output: str) -> None:
 
 
 def _problems(status: Mapping[str, object]) -> list[object]:
-    """Return what an operator should mend: refused objects, and keys."""
-    return [*as_list(as_mapping(status.get("snapshot")).get("problems")), *as_list(status.get("key_problems"))]
+    """Return what an operator should mend: refused objects, keys, and what the guard on the node cannot do."""
+    objects = as_list(as_mapping(status.get("snapshot")).get("problems"))
+    guard = as_mapping(status.get("guard")).get("problem")
+    return [*objects, *as_list(status.get("key_problems")), *([guard] if guard else [])]
 
 
 def print_status(console: Console, status: Mapping[str, object]) -> None:

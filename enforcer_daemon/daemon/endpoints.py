@@ -247,6 +247,8 @@ class Endpoints:
                     for sandbox in sandboxes
                 ]
             )
+            if self._kernel.guard_problem:
+                self._log.error("guard incomplete", problem=self._kernel.guard_problem)
             for sandbox in sandboxes:
                 await self._adopt(sandbox)
 

@@ -13,7 +13,7 @@ from __future__ import annotations
 import json
 import shutil
 import socket
-from collections.abc import Callable, Container, Iterable, Mapping
+from collections.abc import Container, Iterable, Mapping
 from dataclasses import replace
 
 from enforcer_daemon.dataplane import guard_egress, guard_masquerade, guard_spoofing
@@ -23,6 +23,8 @@ from enforcer_daemon.errors import DataplaneError
 from enforcer_daemon.model import AttachmentId, IPNetwork
 
 _TABLES = (guard_spoofing.TABLE, guard_masquerade.TABLE)
+_UNSUPPORTED = "not supported"
+"""What the kernel says of a family or hook that it was built without; any other failure is no reason to do less."""
 _PROBE = "add table netdev {0}\nadd chain netdev {0} probe {{ type filter hook ingress device lo priority 0; }}\n"
 
 
@@ -88,13 +90,19 @@ class Guard:
         wanted = {endpoint.attachment: endpoint for endpoint in endpoints}
         if not self._has_nft:
             return
-
-        def text() -> str:
-            absent = _absent(wanted.values())
-            return render_replace(wanted.values(), self._networks, on_links=self._on_links, absent=absent)
-
-        _transact(text)
+        first = self._replacement(wanted)
+        try:
+            _nft(first)
+        except DataplaneError:
+            second = self._replacement(wanted)
+            if second == first:  # Else an interface vanished meanwhile.
+                raise
+            _nft(second)
         self._applied = wanted
+
+    def _replacement(self, wanted: Mapping[AttachmentId, GuardedEndpoint]) -> str:
+        absent = _absent(wanted.values())
+        return render_replace(wanted.values(), self._networks, on_links=self._on_links, absent=absent)
 
     def _look_at_kernel(self) -> None:
         if shutil.which("nft") is None:
@@ -104,6 +112,8 @@ class Guard:
         try:
             run(("nft", "-c", "-f", "-"), _PROBE.format("trireme_probe"))
         except DataplaneError as err:
+            if _UNSUPPORTED not in str(err):
+                raise
             self._on_links = False
             self.problem = f"the kernel has no nft chains on interfaces: pods can send under any address ({err})"
 
@@ -117,16 +127,20 @@ class Guard:
         if not changed or not self._has_nft:
             return
         losers = self._losers(changed)
+        absent = _absent(changed.values())
+        text = "".join(
+            render_apply(self._applied.get(e.attachment), e, on_links=self._on_links, absent=absent)
+            for e in (*losers, *changed.values())
+        )
+        self._bring(text, self._applied | {loser.attachment: loser for loser in losers} | changed)
 
-        def text() -> str:
-            absent = _absent(changed.values())
-            return "".join(
-                render_apply(self._applied.get(e.attachment), e, on_links=self._on_links, absent=absent)
-                for e in (*losers, *changed.values())
-            )
-
-        _transact(text)
-        self._applied |= {loser.attachment: loser for loser in losers} | changed
+    def _bring(self, text: str, wanted: dict[AttachmentId, GuardedEndpoint]) -> None:
+        """Apply a change; where the tables are not as they were left, as after `nft flush ruleset`, make them anew."""
+        try:
+            _nft(text)
+        except DataplaneError:
+            self.replace(wanted.values())
+        self._applied = wanted
 
     def _losers(self, changed: Mapping[AttachmentId, GuardedEndpoint]) -> list[GuardedEndpoint]:
         """Give the endpoints that others take something from, as they are without it."""
@@ -147,8 +161,8 @@ class Guard:
         """Take one endpoint away; one that is not there is no error."""
         before = self._applied.get(attachment)
         if before is not None:
-            _nft(render_remove(before, on_links=self._on_links))
-            del self._applied[attachment]
+            left = {name: endpoint for name, endpoint in self._applied.items() if name != attachment}
+            self._bring(render_remove(before, on_links=self._on_links), left)
 
     def remove_tables(self) -> None:
         """Take the guard away as a whole, as when the product is removed from the node; not when the daemon stops."""
@@ -177,18 +191,6 @@ def _is_present(name: str) -> bool:
     except OSError:
         return False
     return True
-
-
-def _transact(text: Callable[[], str]) -> None:
-    """Apply a text that depends on which interfaces there are; once more, since one may vanish meanwhile."""
-    first = text()
-    try:
-        _nft(first)
-    except DataplaneError:
-        second = text()
-        if second == first:
-            raise
-        _nft(second)
 
 
 def _nft(text: str) -> None:

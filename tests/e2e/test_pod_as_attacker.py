@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import json
 import socket
 import threading
 from collections.abc import Iterator
@@ -316,6 +317,19 @@ def test_operators_see_it(lab: Lab) -> None:
     assert guard["problem"] == ""
     assert guard["drops"]["spoofed-source"] > 0
     assert endpoint(lab, "x/free")["guard"] == ""
+
+
+def test_what_comes_before_the_guard_is_reported(lab: Lab) -> None:
+    peer = json.loads(lab.run("x/free", "ip", "-j", "link", "show", "eth0"))[0]["link_index"]
+    links = json.loads(lab.run("node:a", "ip", "-j", "link"))
+    (end,) = [link["ifname"] for link in links if link["ifindex"] == peer]
+    lab.run("node:a", "tc", "qdisc", "add", "dev", end, "clsact")
+    try:
+        reported = f"tc filters at the ingress of {end} see packets first, and may send them past the guard"
+        assert endpoint(lab, "x/free")["guard"] == reported
+        assert endpoint(lab, "x/caged")["guard"] == ""
+    finally:
+        lab.run("node:a", "tc", "qdisc", "del", "dev", end, "clsact")
 
 
 def test_without_the_guard_they_come_through(lab: Lab) -> None:

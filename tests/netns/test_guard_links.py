@@ -8,6 +8,8 @@ import socket
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from ipaddress import ip_address
+from pathlib import Path
+from shutil import which
 from typing import TypeVar
 
 import pytest
@@ -19,7 +21,8 @@ from enforcer_daemon.dataplane.guard_rules import ALLOWS_ALL, GuardedEndpoint, L
 from enforcer_daemon.dataplane.netns import open_in
 from enforcer_daemon.dataplane.tools import run_in
 from enforcer_daemon.errors import DataplaneError
-from enforcer_daemon.model import AttachmentId
+from enforcer_daemon.model import AttachmentId, Protocol
+from enforcer_daemon.policy.evaluate import AddressRule
 from tests.netns.lab import NODE, POD, REMOTE, Lab, ip, open_lab
 
 pytestmark = pytest.mark.kernel
@@ -152,12 +155,24 @@ def test_an_interface_goes_to_the_endpoint_that_states_it_last(lab: Lab) -> None
 def test_what_the_kernel_refuses_changes_nothing(lab: Lab) -> None:
     guard, endpoint = Guard(), guarded(lab)
     act(lab, lambda: guard.replace([endpoint]))
-    run_in(lab.node, ("nft", "delete", "table", "inet", "trireme_guard"))
+    unfit = replace(endpoint, egress=(AddressRule(protocol=Protocol.TCP, ports=(80, 70)),))
     with pytest.raises(DataplaneError):
-        act(lab, lambda: guard.apply(replace(endpoint, addresses=(ip_address(SPOOFED),), egress=())))
+        act(lab, lambda: guard.apply(unfit))
     assert not gets_through(lab, SPOOFED)
-    act(lab, lambda: guard.replace([endpoint]))
     assert gets_through(lab, POD[4])
+
+
+@pytest.mark.parametrize("family", ["inet", "netdev"])
+def test_tables_that_somebody_removed_are_made_anew_by_the_next_change(lab: Lab, family: str) -> None:
+    guard, endpoint = Guard(), guarded(lab)
+    act(lab, lambda: guard.replace([endpoint]))
+    run_in(lab.node, ("nft", "delete", "table", family, "trireme_guard"))
+    other = GuardedEndpoint(AttachmentId("c2", "eth0"), (ip_address("10.77.0.3"),), (), ())
+    act(lab, lambda: guard.apply(other))
+    assert not gets_through(lab, SPOOFED)
+    run_in(lab.node, ("nft", "delete", "table", family, "trireme_guard"))
+    act(lab, lambda: guard.remove(other.attachment))
+    assert not gets_through(lab, SPOOFED)
 
 
 def test_without_nft_the_guard_says_so(lab: Lab, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -168,6 +183,28 @@ def test_without_nft_the_guard_says_so(lab: Lab, monkeypatch: pytest.MonkeyPatch
     guard.remove(AttachmentId("c1", "eth0"))
     assert guard.problem == "nft is missing on the node: nothing is guarded there"
     assert guard.drops() == {}
+
+
+@pytest.mark.parametrize("message", ["Operation not supported", "Cannot allocate memory"])
+def test_only_a_kernel_without_such_chains_is_guarded_without_them(
+    lab: Lab, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, message: str
+) -> None:
+    old_kernel = tmp_path / "nft"
+    old_kernel.write_text(
+        f'#!/bin/sh\n[ "$1" = -c ] && {{ echo "{message}" >&2; exit 1; }}\nexec {which("nft")} "$@"\n'
+    )
+    old_kernel.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    guard, endpoint = Guard(), guarded(lab)
+    if message != "Operation not supported":
+        with pytest.raises(DataplaneError, match=message):
+            act(lab, lambda: guard.replace([endpoint]))
+        return
+    act(lab, lambda: guard.replace([endpoint]))
+    act(lab, lambda: guard.apply(replace(endpoint, egress=())))
+    assert guard.problem.startswith("the kernel has no nft chains on interfaces")
+    assert not gets_through(lab, POD[4])  # The rest works.
+    act(lab, lambda: guard.remove(endpoint.attachment))
 
 
 def test_an_interface_knows_its_driver_and_its_other_end(lab: Lab) -> None:
