@@ -103,6 +103,8 @@ class Endpoints:
             await self._resize(known, known.sandbox.with_request(request).with_links())
         self._registry.put(Record(request, netns))
         self._log.info("endpoint enforced", pod=str(request.pod), attachment=str(request.attachment))
+        if not self._require_world().identity_of({request.attachment: request}).labels:
+            self._log.warning("no labels known, policies that select by label do not reach it", pod=str(request.pod))
 
     async def _open(self, sandbox: Sandbox) -> Endpoint:
         """Make an endpoint: queue first, then rules, then the guard; the sandbox's descriptor goes with it."""
