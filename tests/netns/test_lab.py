@@ -261,10 +261,12 @@ with Lab(WorldSpec(nodes=(NodeSpec.numbered("a", 1),), enforcer=False)) as lab:
 """
 
 
-def test_programs_die_with_a_lab_that_is_killed() -> None:
+@pytest.mark.parametrize("delay_s", [0.0, 0.1], ids=["at once", "later"])
+def test_programs_die_with_a_lab_that_is_killed(delay_s: float) -> None:
     with subprocess.Popen([sys.executable, "-c", ORPHAN], stdout=subprocess.PIPE, text=True) as killed:
         assert killed.stdout is not None
         pid = int(killed.stdout.readline())
+        time.sleep(delay_s)
         killed.kill()
     deadline = time.monotonic() + 5
     while _runs(pid) and time.monotonic() < deadline:

@@ -16,8 +16,9 @@ from triremectl.lab.netns import exec_prefix
 
 _STOP_TIMEOUT_S = 5.0
 _POLL_S = 0.01
-# The kernel kills the process when the thread that started it ends, also when the lab itself was killed.
-_DIE_WITH_PARENT = ["setpriv", "--pdeathsig", "KILL", "--"]
+# The kernel kills the process when the thread that started it ends, also when the lab itself was killed. It does so
+# only from the moment it is asked to: a program whose lab ended before that finds another parent, and does not start.
+_DIE_WITH_PARENT = ["setpriv", "--pdeathsig", "KILL", "--", "sh", "-c", '[ "$PPID" = "$0" ] && exec "$@"']
 _TAIL_LINES = 30
 
 
@@ -30,7 +31,7 @@ class NetnsProcess:
         with output.open("ab") as sink:
             try:
                 self._process = subprocess.Popen(
-                    [*_DIE_WITH_PARENT, *exec_prefix(netns), *argv],
+                    [*_DIE_WITH_PARENT, str(os.getpid()), *exec_prefix(netns), *argv],
                     stdin=subprocess.DEVNULL,
                     stdout=sink,
                     stderr=subprocess.STDOUT,
