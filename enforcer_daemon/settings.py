@@ -46,10 +46,27 @@ class RulesBackend(Enum):
     IPTABLES = "iptables"
 
 
+class CredentialSource(Enum):
+    """Who certifies the node's key."""
+
+    AUTHORITY = "authority"
+    FILES = "files"
+    KUBERNETES = "kubernetes"
+
+
 @dataclass(frozen=True, slots=True)
 class CredentialSettings:
     """Where the node's key comes from, and whom it trusts."""
 
+    source: CredentialSource = CredentialSource.AUTHORITY
+    """authority: the daemon signs with the authority below; files: others bring key and certificate; kubernetes: the
+    daemon asks the cluster by CertificateSigningRequest."""
+    certificate: Path | None = None
+    """PEM of this node's certificate, with source files; followed."""
+    key: Path | None = None
+    """PEM of its key, with source files; may be the same file."""
+    signer_name: str = "trireme.io/node"
+    """Who is asked to sign, with source kubernetes."""
     ca_certificate: Path | None = None
     """PEM of the authority that signs this node's certificate; unset: the daemon makes one in its state directory."""
     ca_key: Path | None = None
@@ -191,6 +208,7 @@ def _check(settings: Settings) -> None:
     credentials = settings.credentials
     if (credentials.ca_certificate is None) != (credentials.ca_key is None):
         raise SettingsError("credentials.caCertificate and credentials.caKey: set both or none")
+    _check_source(credentials)
     for key, name in (("node", settings.node), ("trustDomain", settings.trust_domain)):
         if not _NAME.fullmatch(name):
             raise SettingsError(f"{key}: must be a DNS name in lower case: it is part of the certificate")
@@ -218,6 +236,22 @@ def _check(settings: Settings) -> None:
             raise SettingsError(f"{name}: must be more than 0")
     if handshake.clock_leeway_s < 0:
         raise SettingsError("handshake.clockLeewayS: must not be negative")
+
+
+def _check_source(credentials: CredentialSettings) -> None:
+    """Refuse keys that another source would need: somebody believes that they count."""
+    given = {"certificate": credentials.certificate, "key": credentials.key}
+    authority = {"caCertificate": credentials.ca_certificate, "caKey": credentials.ca_key}
+    wanted = {**given, "trustBundle": credentials.trust_bundle} if credentials.source is CredentialSource.FILES else {}
+    unwanted = authority if credentials.source is not CredentialSource.AUTHORITY else {}
+    for name, path in {**unwanted, **(given if credentials.source is not CredentialSource.FILES else {})}.items():
+        if path is not None:
+            raise SettingsError(
+                f"credentials.{name}: has no meaning with credentials.source {credentials.source.value}"
+            )
+    for name, path in wanted.items():
+        if path is None:
+            raise SettingsError(f"credentials.{name}: is required with credentials.source files")
 
 
 _Group = TypeVar("_Group")

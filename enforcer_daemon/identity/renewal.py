@@ -14,8 +14,9 @@ from pathlib import Path
 from typing import NamedTuple
 
 from enforcer_daemon.errors import SettingsError
+from enforcer_daemon.identity.given import given_files, open_given_identity
 from enforcer_daemon.identity.keystore import NodeIdentity, open_node_identity
-from enforcer_daemon.settings import Settings
+from enforcer_daemon.settings import CredentialSource, Settings
 
 
 class Renewal(NamedTuple):
@@ -38,7 +39,7 @@ class NodeKeys:
         """Open or make the node's keys; raise SettingsError or OSError where that cannot be done."""
         self._settings = settings
         self._seen = _operators_files(settings)  # Before they are read: a change in between is seen at the next look.
-        self.identity: NodeIdentity = open_node_identity(settings, wall_now)
+        self.identity: NodeIdentity = open_identity(settings, wall_now)
         self.problem = ""
         """Why the present files, or a renewal that is due, could not be taken over; empty where all is well."""
 
@@ -51,7 +52,7 @@ class NodeKeys:
             return Renewal()
         before, problem = self.identity, ""
         try:
-            self.identity = open_node_identity(self._settings, wall_now)
+            self.identity = open_identity(self._settings, wall_now)
             self._seen = seen
         except (SettingsError, OSError) as err:
             problem = str(err)
@@ -75,8 +76,17 @@ class NodeKeys:
         return found
 
 
+def open_identity(settings: Settings, wall_now: float) -> NodeIdentity:
+    """Open the node's identity, wherever the settings say that it comes from."""
+    if settings.credentials.source is CredentialSource.AUTHORITY:
+        return open_node_identity(settings, wall_now)
+    return open_given_identity(settings, wall_now)
+
+
 def _operators_files(settings: Settings) -> tuple[bytes, ...]:
     credentials = settings.credentials
+    if credentials.source is not CredentialSource.AUTHORITY:
+        return tuple(_digest(path) for path in given_files(settings))
     paths = (credentials.ca_certificate, credentials.ca_key, credentials.trust_bundle)
     return tuple(_digest(path) for path in paths if path is not None)
 
