@@ -62,10 +62,13 @@ def decode_credential(der: bytes) -> Credential:
         names = certificate.extensions.get_extension_for_class(x509.SubjectAlternativeName).value
         constraints = [ext for ext in certificate.extensions if isinstance(ext.value, x509.BasicConstraints)]
         validity = certificate.not_valid_before_utc.timestamp(), certificate.not_valid_after_utc.timestamp()
+        is_numbered = certificate.serial_number > 0
     except _UNREADABLE as err:
         raise CredentialError(Reason.CREDENTIAL_INVALID, f"{str(err)!r:.120}") from err
     if not isinstance(public_key, ec.EllipticCurvePublicKey) or not isinstance(public_key.curve, ec.SECP256R1):
         raise CredentialError(Reason.CREDENTIAL_INVALID, "the key is not on P-256")
+    if not is_numbered:
+        raise CredentialError(Reason.CREDENTIAL_INVALID, "the serial number is not positive (RFC 5280, 4.1.2.2)")
     if any(isinstance(ext.value, x509.BasicConstraints) and ext.value.ca for ext in constraints):
         raise CredentialError(Reason.CREDENTIAL_INVALID, "an authority's certificate is no node's credential")
     trust_domain, node = _node_of(names)

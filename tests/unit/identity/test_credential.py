@@ -197,3 +197,10 @@ def test_a_credential_ends_no_later_than_its_authority() -> None:
 def test_an_empty_bundle_is_refused() -> None:
     with pytest.raises(ValueError, match="at least one authority"):
         TrustBundle([])
+
+
+def test_a_serial_number_must_be_positive() -> None:
+    good = der("spiffe://cluster.local/node/a")
+    at = good.index(b"\x02\x01\x01\x30")  # INTEGER 1, and the sequence after it
+    with pytest.raises(CredentialError, match="serial number"):
+        decode_credential(good[: at + 2] + b"\x00" + good[at + 3 :])

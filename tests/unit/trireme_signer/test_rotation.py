@@ -71,7 +71,7 @@ def test_keys_show_in_no_representation() -> None:
     assert "EllipticCurve" not in text
 
 
-@given(waits=st.lists(st.integers(1, 400), min_size=1, max_size=60), forced=st.none() | st.integers(0, 1_000))
+@given(waits=st.lists(st.integers(1, 400), min_size=1, max_size=30), forced=st.none() | st.integers(0, 1_000))
 def test_whoever_signed_what_is_in_use_is_believed(waits: list[int], forced: int | None) -> None:
     """However rarely the signer looks, as long as it looks before it signs."""
     now, state, issued = START, step(None, START), []
