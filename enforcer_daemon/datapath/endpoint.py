@@ -122,7 +122,8 @@ class EndpointDatapath:
         if direction is Direction.EGRESS:
             opened = self._initiator.flows.get(key)
             if opened is not None:
-                return self._initiator.segment_out(opened, segment, now)
+                verdict = self._initiator.segment_out(opened, segment, now)
+                return self._released(verdict, key, self._responder)
             if self._context.is_injected(key, segment):
                 return ACCEPT
             answered = self._responder.flows.get(key)
@@ -131,11 +132,21 @@ class EndpointDatapath:
         else:
             answered = self._responder.flows.get(key)
             if answered is not None:
-                return self._responder.segment_in(answered, segment, now)
+                verdict = self._responder.segment_in(answered, segment, now)
+                return self._released(verdict, key, self._initiator)
             opened = self._initiator.flows.get(key)
             if opened is not None:
                 return self._initiator.segment_in(opened, segment)
         return self._unknown(segment, direction, key)
+
+    def _released(self, verdict: Verdict, key: bytes, other: Initiator | Responder) -> Verdict:
+        """Both ends may have opened the connection at once: what one side's handshake released, the other's will not.
+
+        Both ends have shown who they are by then, each by its SYN's frame and by its SYN-ACK's.
+        """
+        if verdict.action is Action.RELEASE:
+            other.forget(key)
+        return verdict
 
     def _unknown(self, segment: Segment, direction: Direction, key: bytes) -> Verdict:
         """End at both sides a connection that nobody judged; stray segments without data are only dropped."""

@@ -197,6 +197,12 @@ class Initiator:
         self.flows.settle(flow)
         return flow.release._replace(effects=self._context.settle_held(flow, flow.release))
 
+    def forget(self, key: bytes) -> None:
+        """Forget a handshake that needs no end of its own any more."""
+        flow = self.flows.get(key)
+        if flow is not None:
+            self.flows.discard(flow)
+
     def segment_in(self, flow: InitiatorFlow, segment: Segment) -> Verdict:
         """Let in what the peer may send before our proof has reached it."""
         if flow.state is State.RELEASED:

@@ -177,6 +177,12 @@ class Responder:
         next_i, next_r = (flow.offer.isn + 1) & _NUMBERS, (flow.isn_r + 1) & _NUMBERS
         return dropped + self._context.reset_both(flow.key, (next_r, next_i), (next_i, next_r))
 
+    def forget(self, key: bytes) -> None:
+        """Forget a handshake that needs no end of its own any more."""
+        flow = self.flows.get(key)
+        if flow is not None:
+            self.flows.discard(flow)
+
     def segment_in(self, flow: ResponderFlow, segment: Segment, now: float) -> Verdict:
         """Let nothing through to the pod before the initiator's proof."""
         if segment.flags & RST:

@@ -363,6 +363,7 @@ def test_simultaneous_open_is_proven_both_ways() -> None:
     assert one.receive(answer_two) == [connection.syn_ack()]
     (ack,) = one.send(connection.ack())
     assert two.receive(ack) == [connection.ack()]
+    assert (one.datapath.half_open_flows, two.datapath.half_open_flows) == (0, 0)  # And none will time out.
 
 
 def test_packets_of_released_flows_that_come_to_the_queue_are_released_again() -> None:
