@@ -98,9 +98,10 @@ _TEXTS: dict[Reason, str] = {
     Reason.PROOF_MISSING: "The connection went on without the proof that its peer holds the keys of its token.",
     Reason.PROOF_INVALID: "The proof was made under other keys, or for another handshake.",
     Reason.UNKNOWN_FLOW: "The packet belongs to no connection that was judged, as after a flush of conntrack.",
-    Reason.FLOW_TABLE_FULL: "Too many handshakes of this pod are unfinished.",
-    Reason.HOLD_QUEUE_FULL: "Too many packets wait for the proof of one connection.",
-    Reason.VERIFY_RATE: "Too many new tokens from one source in a short time.",
+    Reason.FLOW_TABLE_FULL: "Too many handshakes of this pod are unfinished, in all or with this peer: its oldest one "
+    "was given up.",
+    Reason.HOLD_QUEUE_FULL: "Too many packets wait for proofs, of one connection, of one peer, or of the whole pod.",
+    Reason.VERIFY_RATE: "Too many new tokens in a short time, from one source or from all that are as little known.",
     Reason.HANDSHAKE_TIMEOUT: "The handshake was not finished in time.",
     Reason.IDENTITY_TOO_LARGE: "The pod's identity does not fit a handshake packet; see its labels.",
     Reason.NO_SNAPSHOT: "The policies have not been read yet.",

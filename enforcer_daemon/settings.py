@@ -27,6 +27,8 @@ _NAME = re.compile(r"[a-z0-9]([a-z0-9.-]*[a-z0-9])?", re.ASCII)
 _UNREADABLE = (OSError, yaml.YAMLError, ValueError, ArithmeticError, LookupError, AttributeError, RecursionError)
 """What reading and parsing raise: of text that is not UTF-8, dates that do not exist, tags with nonsense (`!!int ""`),
 nesting without end."""
+MAX_TOKEN_LIFETIME_S = 86_400.0
+"""The longest validity of a token that is accepted as a setting: that of a node's certificate by default."""
 _MAX_NUMBER = 1e9
 """Seconds of thirty years, and more of anything than is sensible."""
 
@@ -99,19 +101,32 @@ class HandshakeSettings:
     """Bounds and lifetimes of the handshake."""
 
     token_lifetime_s: float = 600.0
-    """Validity of an identity token, seconds; a new one is signed at half of it."""
+    """Validity of an identity token, seconds; a new one is signed at half of it. At most a day: until it ends, a token
+    states labels that its pod may have lost."""
     clock_leeway_s: float = 30.0
     """How far the clocks of two nodes may differ, seconds."""
     timeout_s: float = 75.0
     """How long a handshake may stay unfinished; longer than a kernel retries its SYN-ACK (63 s)."""
     max_half_open_flows: int = 16_384
-    """Unfinished handshakes of one endpoint; beyond it new ones are dropped."""
+    """Unfinished handshakes of one endpoint and direction; beyond it the oldest one of the peer with most is given
+    up."""
+    max_half_open_flows_per_source: int = 2_048
+    """Unfinished handshakes of one endpoint with one peer's address; beyond it the oldest of them is given up. At
+    2,048 connections a second each has still a second."""
     max_held_packets: int = 64
     """Packets of one flow that wait for its proof."""
+    max_held_packets_per_source: int = 256
+    """Packets of one peer that wait for proofs; beyond it the oldest is dropped."""
+    max_held_packets_per_pod: int = 1_024
+    """Packets of one endpoint that wait for proofs; beyond it the oldest one of the peer with most is dropped. A
+    quarter of the kernel queue's length."""
     max_cached_peers: int = 16_384
     """Verified tokens that a node remembers."""
     max_verifications_per_s: float = 200.0
     """Signature checks that one source address can cause in a second (burst: the same number)."""
+    max_total_verifications_per_s: float = 1_000.0
+    """Signature checks that the node makes in a second (burst: the same number), about a third of a core. Half is kept
+    for peers of known nodes or from known addresses, half of that for peers of both."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -223,9 +238,13 @@ def _check(settings: Settings) -> None:
         "handshake.tokenLifetimeS": handshake.token_lifetime_s,
         "handshake.timeoutS": handshake.timeout_s,
         "handshake.maxHalfOpenFlows": handshake.max_half_open_flows,
+        "handshake.maxHalfOpenFlowsPerSource": handshake.max_half_open_flows_per_source,
         "handshake.maxHeldPackets": handshake.max_held_packets,
+        "handshake.maxHeldPacketsPerSource": handshake.max_held_packets_per_source,
+        "handshake.maxHeldPacketsPerPod": handshake.max_held_packets_per_pod,
         "handshake.maxCachedPeers": handshake.max_cached_peers,
         "handshake.maxVerificationsPerS": handshake.max_verifications_per_s,
+        "handshake.maxTotalVerificationsPerS": handshake.max_total_verifications_per_s,
         "credentials.certificateLifetimeS": credentials.certificate_lifetime_s,
         "dataplane.queueLength": settings.dataplane.queue_length,
         "dataplane.packetsPerTurn": settings.dataplane.packets_per_turn,
@@ -234,6 +253,15 @@ def _check(settings: Settings) -> None:
     for name, value in positive.items():
         if not value > 0:
             raise SettingsError(f"{name}: must be more than 0")
+    _check_times(handshake)
+
+
+def _check_times(handshake: HandshakeSettings) -> None:
+    if handshake.token_lifetime_s > MAX_TOKEN_LIFETIME_S:
+        raise SettingsError(
+            f"handshake.tokenLifetimeS: must be at most {MAX_TOKEN_LIFETIME_S:g} (a day): until a token ends, it "
+            "states labels that its pod may have lost, and whoever took its key can use it"
+        )
     if handshake.clock_leeway_s < 0:
         raise SettingsError("handshake.clockLeewayS: must not be negative")
 

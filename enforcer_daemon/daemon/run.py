@@ -45,8 +45,8 @@ class Daemon:
     def __init__(self, settings: Settings, log: Logger) -> None:
         self._settings = settings
         self._log = log
-        self._metrics = Metrics()
         self._node = Node(settings, log)
+        self._metrics = Metrics(self._node.context.bound_hits)
         backend = choose_backend(settings.dataplane.rules_backend)
         run_dir = settings.registration.run_dir
         self._deletions = settings.registration.delete_queue_dir or run_dir / "deletions"
@@ -140,6 +140,8 @@ class Daemon:
             seen = sum(endpoint.overruns for endpoint in self._endpoints)
             self._metrics.overruns.inc(max(0, seen - overruns))
             overruns = seen
+            self._metrics.half_open_flows.set(sum(endpoint.datapath.half_open_flows for endpoint in self._endpoints))
+            self._metrics.held_packets.set(sum(endpoint.datapath.held_packets for endpoint in self._endpoints))
 
     def _renew_keys(self) -> None:
         """Take over changed key files; operators who do not want to wait a second send SIGHUP."""

@@ -72,6 +72,7 @@ class Status:
             "endpoints": len(self._endpoints),
             "verifications": self._node.verifier.verifications,
             "drops": self._metrics.denials(),
+            "bound_hits": {bound.value: count for bound, count in self._metrics.bound_hits.items() if count},
         }
 
     async def _guard(self) -> object:
@@ -131,6 +132,7 @@ def _describe(endpoint: Endpoint) -> dict[str, object]:
         "isolated": {"ingress": policy.ingress.is_isolated, "egress": policy.egress.is_isolated},
         "policies": sorted(policies),
         "half_open_flows": endpoint.datapath.half_open_flows,
+        "held_packets": endpoint.datapath.held_packets,
         "queue_overruns": endpoint.overruns,
         "counters": endpoint.flow_log.counts(),
         "recent_denials": [denial.as_json() for denial in endpoint.flow_log.recent],

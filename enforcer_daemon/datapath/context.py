@@ -7,11 +7,12 @@ from collections.abc import Callable
 from struct import Struct
 from typing import NamedTuple
 
-from enforcer_daemon.datapath.judging import Judge, Networks
+from enforcer_daemon.datapath.judging import Destination, Judge, Networks
 from enforcer_daemon.errors import PeerError
-from enforcer_daemon.handshake.flows import Flow
+from enforcer_daemon.handshake.bounds import Bound, FairTable
+from enforcer_daemon.handshake.flows import Flow, InitiatorFlow
 from enforcer_daemon.handshake.local import LocalToken
-from enforcer_daemon.handshake.peers import PeerVerifier
+from enforcer_daemon.handshake.peers import Peer, PeerVerifier
 from enforcer_daemon.model import Decision, Direction, Identity, PodRef, RuleRef
 from enforcer_daemon.packet.tcp import ACK, RST, SYN, Segment, build, with_payload
 from enforcer_daemon.reasons import Reason
@@ -24,12 +25,10 @@ TrueSource = Callable[[int, bytes, int, bytes, int], bytes | None]
 
 HOLD_S = 1.0
 """How long a packet waits for its flow's proof, seconds."""
-_MAX_HELD = 1_024
-"""Packets of one endpoint that wait for proofs: a quarter of the kernel queue's default length."""
 _MAX_INJECTED = 256
 """Own packets on their way to the queue that are still recognised."""
 _MAX_NONCES = 65_536
-"""Nonces that a node remembers, to tell a replay."""
+"""Nonces that a node remembers, to tell a replay; whoever used most is forgotten first."""
 _MAX_REPORTS = 1_024
 """Reports that wait to be taken; beyond it new ones are only counted."""
 _NUMBERS = 0xFFFF_FFFF
@@ -52,12 +51,21 @@ class FlowReport(NamedTuple):
     detail: str
 
 
+class _Held(NamedTuple):
+    """A packet that waits in the kernel's queue."""
+
+    hold_id: int
+    deadline: float
+    flow: Flow
+
+
 class NodeContext:
     """What the endpoints of a node share."""
 
     __slots__ = (
         "_nonces",
         "addresses",
+        "bound_hits",
         "deny_with",
         "networks",
         "random",
@@ -87,7 +95,8 @@ class NodeContext:
         """Packed addresses of the node's own interfaces."""
         self.wall_offset_s = 0.0
         """Unix time less monotonic time."""
-        self._nonces: dict[bytes, bytes] = {}
+        self.bound_hits = verifier.bound_hits
+        self._nonces: FairTable[bytes, bytes] = FairTable(_MAX_NONCES, _MAX_NONCES)
 
     def trace(self, protocol: int, source: tuple[bytes, int], destination: tuple[bytes, int]) -> tuple[bytes, bool]:
         """Give the address that a packet really came from, and whether the node itself sent it."""
@@ -97,18 +106,22 @@ class NodeContext:
         true_source = self.true_source(protocol, *source, *destination)
         return true_source or address, true_source == address
 
-    def use_nonce(self, nonce: bytes, connection: bytes) -> None:
+    def verify(self, block: bytes, source: bytes, now: float) -> Peer:
+        """Give the peer of an identity block that came from an address; raise PeerError where it does not hold."""
+        is_pod = self.networks.destination(source) is Destination.ENFORCED
+        return self.verifier.verify(block, source, now, now + self.wall_offset_s, is_pod=is_pod)
+
+    def use_nonce(self, nonce: bytes, connection: bytes, source: bytes) -> None:
         """Remember an initiator's nonce; raise PeerError where it was used before.
 
         `connection` names the flow and its ISN. One that ended before its SYN is retransmitted (a lost RST) is offered
-        again; empty where another handshake of these ports is under way, which no old SYN may replace.
+        again; empty where another handshake of these ports is under way, which no old SYN may replace. `source` is the
+        pod's address, verified.
         """
         used = self._nonces.get(nonce)
         if used is not None and used != connection:
             raise PeerError(Reason.REPLAYED_NONCE)
-        if len(self._nonces) >= _MAX_NONCES:
-            del self._nonces[next(iter(self._nonces))]
-        self._nonces[nonce] = connection
+        self._nonces.put(nonce, connection, source)
 
 
 class EndpointContext:
@@ -126,7 +139,10 @@ class EndpointContext:
         self.reports: list[FlowReport] = []
         self.lost_reports = 0
         self._hold_ids = 0
-        self._held: dict[int, tuple[float, Flow]] = {}
+        settings = node.settings
+        self._held: FairTable[int, _Held] = FairTable(
+            settings.max_held_packets_per_pod, settings.max_held_packets_per_source
+        )
         self._injected: dict[tuple[bytes, int, int, int], None] = {}
 
     def report(
@@ -143,6 +159,7 @@ class EndpointContext:
         """Leave a decision for the shell to log and count."""
         if len(self.reports) >= _MAX_REPORTS:
             self.lost_reports += 1
+            self.node.bound_hits[Bound.REPORTS] += 1
             return
         self.reports.append(
             FlowReport(
@@ -199,32 +216,61 @@ class EndpointContext:
         inward = build(segment.src, segment.dst, (segment.sport, segment.dport), (remote, 0), RST, 0)
         return DROP._replace(effects=(self.inject(key, outward, RST, (own, 0)), Inject(inward)))
 
+    def report_flow(self, flow: Flow, reason: Reason, detail: str = "") -> None:
+        """Report what became of an unfinished flow, by its names alone."""
+        direction = Direction.EGRESS if isinstance(flow, InitiatorFlow) else Direction.INGRESS
+        address_length = (len(flow.key) - 4) // 2
+        far_port, near_port = _PORTS.unpack(flow.key[-4:])
+        port = far_port if direction is Direction.EGRESS else near_port
+        self.report(direction, flow.key[:address_length], port, Decision(False, reason, direction), detail=detail)
+
+    def give_up(self, flow: Flow, is_own: bool) -> tuple[Settle, ...]:
+        """Account for a flow that made room for one of its source's own or of another, and drop what waits for it."""
+        bound = Bound.HALF_OPEN_FLOWS_PER_SOURCE if is_own else Bound.HALF_OPEN_FLOWS
+        self.node.bound_hits[bound] += 1
+        self.report_flow(flow, Reason.FLOW_TABLE_FULL, bound.value)
+        return self.settle_held(flow, DROP)
+
     def hold(self, flow: Flow, now: float, effects: tuple[Settle | Inject, ...] = ()) -> Verdict:
-        """Keep the packet in the kernel's queue until the flow's proof; raise PeerError where too many wait."""
-        if len(self._held) >= _MAX_HELD or len(flow.held) >= self.node.settings.max_held_packets:
-            raise PeerError(Reason.HOLD_QUEUE_FULL)
+        """Keep the packet in the kernel's queue until the flow's proof; raise PeerError where too many wait for it.
+
+        Where too many wait for others, the oldest one is dropped: of the same source, or of the one with most.
+        """
+        hits = self.node.bound_hits
+        if len(flow.held) >= self.node.settings.max_held_packets:
+            hits[Bound.HELD_PACKETS_PER_FLOW] += 1
+            raise PeerError(Reason.HOLD_QUEUE_FULL, Bound.HELD_PACKETS_PER_FLOW.value)
         self._hold_ids += 1
         flow.held.append(self._hold_ids)
-        self._held[self._hold_ids] = (now + HOLD_S, flow)
+        evicted = self._held.put(self._hold_ids, _Held(self._hold_ids, now + HOLD_S, flow), flow.source)
+        if evicted is not None:
+            bound = Bound.HELD_PACKETS_PER_SOURCE if evicted.is_own else Bound.HELD_PACKETS
+            hits[bound] += 1
+            dropped = evicted.value
+            dropped.flow.held.remove(dropped.hold_id)
+            self.report_flow(dropped.flow, Reason.HOLD_QUEUE_FULL, bound.value)
+            effects = (*effects, Settle(dropped.hold_id, DROP))
         return Verdict(Action.HOLD, hold_id=self._hold_ids, effects=effects)
+
+    @property
+    def held_packets(self) -> int:
+        """How many packets wait for proofs."""
+        return len(self._held)
 
     def settle_held(self, flow: Flow, verdict: Verdict) -> tuple[Settle, ...]:
         """Give every packet that waits for a flow the same verdict, oldest first."""
         held, flow.held = flow.held, []
         for hold_id in held:
-            del self._held[hold_id]
+            self._held.pop(hold_id)
         return tuple(Settle(hold_id, verdict) for hold_id in held)
 
     def expire_held(self, now: float) -> list[tuple[Flow, Settle]]:
         """Drop what has waited too long; give each with the flow whose proof did not come."""
         effects = []
-        while self._held:
-            hold_id, (deadline, flow) = next(iter(self._held.items()))
-            if deadline > now:
-                break
-            del self._held[hold_id]
-            flow.held.remove(hold_id)
-            effects.append((flow, Settle(hold_id, DROP)))
+        while (held := next(iter(self._held), None)) is not None and held.deadline <= now:
+            self._held.pop(held.hold_id)
+            held.flow.held.remove(held.hold_id)
+            effects.append((held.flow, Settle(held.hold_id, DROP)))
         return effects
 
 

@@ -9,7 +9,6 @@ from enforcer_daemon.datapath.context import EndpointContext, FlowReport, reset_
 from enforcer_daemon.datapath.initiator import Initiator
 from enforcer_daemon.datapath.responder import Responder
 from enforcer_daemon.errors import PacketError, PeerError
-from enforcer_daemon.handshake.flows import Flow, InitiatorFlow
 from enforcer_daemon.handshake.machine import Event, State
 from enforcer_daemon.marks import INDEX_MASK, INDEX_SHIFT, NODE, RELEASED
 from enforcer_daemon.model import Decision, Direction
@@ -40,6 +39,11 @@ class EndpointDatapath:
         """Unfinished handshakes, both ways."""
         return len(self._initiator.flows) + len(self._responder.flows)
 
+    @property
+    def held_packets(self) -> int:
+        """Packets that wait for proofs."""
+        return self._context.held_packets
+
     def process(self, packet: bytes, direction: Direction, mark: int, now: float) -> Verdict:
         """Judge one packet; `mark` is the connection's earlier release as the rules restored it, `now` monotonic.
 
@@ -63,19 +67,12 @@ class EndpointDatapath:
         effects: list[Settle | Inject] = []
         for flow, settle in self._context.expire_held(now):
             effects.append(settle)
-            self._report_flow(flow, Reason.PROOF_MISSING)
+            self._context.report_flow(flow, Reason.PROOF_MISSING)
         for table in (self._initiator.flows, self._responder.flows):
             for flow in table.expire(now):
                 flow.advance(Event.EXPIRED)
-                self._report_flow(flow, Reason.HANDSHAKE_TIMEOUT)
+                self._context.report_flow(flow, Reason.HANDSHAKE_TIMEOUT)
         return tuple(effects)
-
-    def _report_flow(self, flow: Flow, reason: Reason) -> None:
-        direction = Direction.EGRESS if isinstance(flow, InitiatorFlow) else Direction.INGRESS
-        address_length = (len(flow.key) - 4) // 2
-        ports = flow.key[-4:]
-        port = int.from_bytes(ports[:2] if direction is Direction.EGRESS else ports[2:], "big")
-        self._context.report(direction, flow.key[:address_length], port, Decision(False, reason, direction))
 
     def forget_unfinished(self, is_denied: Callable[[int], bool]) -> tuple[Settle | Inject, ...]:
         """Give up the flows that were judged by a policy which no longer allows them, by their flows' index.

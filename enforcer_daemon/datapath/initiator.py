@@ -34,7 +34,9 @@ class Initiator:
 
     def __init__(self, context: EndpointContext) -> None:
         self._context = context
-        self.flows: FlowTable[InitiatorFlow] = FlowTable(context.node.settings.max_half_open_flows)
+        self.flows: FlowTable[InitiatorFlow] = FlowTable(
+            context.node.settings.max_half_open_flows, context.node.settings.max_half_open_flows_per_source
+        )
 
     def syn_out(self, segment: Segment, key: bytes, mark: int, now: float) -> Verdict:
         """Let a SYN out: with our frame into the enforced networks, judged by address elsewhere."""
@@ -55,8 +57,9 @@ class Initiator:
         flow = InitiatorFlow(
             key, context.local, context.node.random(16), segment.seq, now + context.node.settings.timeout_s
         )
-        self.flows.add(flow)
-        return self._attach_frame(segment, flow, mark)
+        verdict = self._attach_frame(segment, flow, mark)
+        evicted = self.flows.add(flow)
+        return verdict if evicted is None else verdict._replace(effects=context.give_up(*evicted))
 
     def may_reach(self, segment: Segment) -> bool:
         """Tell whether the pod could be allowed to send anything at all to where a segment goes."""
@@ -102,7 +105,7 @@ class Initiator:
             return _prove_again(segment, flow)
         context = self._context
         frame = decode_syn_ack(payload)
-        peer = context.node.verifier.verify(frame.block, segment.src, now, now + context.node.wall_offset_s)
+        peer = context.node.verify(frame.block, segment.src, now)
         self._require_dialled(segment, frame, peer)
         flow.verify(payload, frame, segment.seq, peer)
         decision, flow.release = context.judge.egress(peer, frame.address, frame.port)

@@ -52,7 +52,9 @@ class Responder:
 
     def __init__(self, context: EndpointContext) -> None:
         self._context = context
-        self.flows: FlowTable[ResponderFlow] = FlowTable(context.node.settings.max_half_open_flows)
+        self.flows: FlowTable[ResponderFlow] = FlowTable(
+            context.node.settings.max_half_open_flows, context.node.settings.max_half_open_flows_per_source
+        )
         self._unknown_syn_acks: dict[tuple[bytes, int], int] = {}
 
     def syn_in(self, segment: Segment, key: bytes, mark: int, now: float) -> Verdict:
@@ -66,7 +68,7 @@ class Responder:
             return _deliver_again(segment, flow)
         context = self._context
         frame = decode_syn(payload)
-        peer = context.node.verifier.verify(frame.block, segment.src, now, now + context.node.wall_offset_s)
+        peer = context.node.verify(frame.block, segment.src, now)
         address = self._require_source(segment, peer)
         decision, release = context.judge.ingress(peer, address, segment.dport)
         if not decision.is_allowed:
@@ -75,13 +77,16 @@ class Responder:
         self._require_room(segment)
         if now + context.node.wall_offset_s > context.local.expires_at:
             raise TokenError(Reason.TOKEN_EXPIRED, "our own; is the identity too large, or the daemon overloaded?")
-        context.node.use_nonce(frame.nonce, b"" if flow is not None else key + segment.seq.to_bytes(4, "big"))
+        connection = b"" if flow is not None else key + segment.seq.to_bytes(4, "big")
+        context.node.use_nonce(frame.nonce, connection, address)
         context.report(Direction.INGRESS, segment.src, segment.dport, decision, peer=peer.identity)
         offer = Offer(frame.nonce, segment.seq, syn_hash, segment.dst, segment.dport)
         flow = ResponderFlow(key, context.local, peer, offer, now + context.node.settings.timeout_s)
         flow.release = release
-        self.flows.add(flow)
-        return _deliver_syn(segment, mark)
+        flow.source = address  # Behind a masquerade several pods share the packet's.
+        evicted = self.flows.add(flow)
+        verdict = _deliver_syn(segment, mark)
+        return verdict if evicted is None else verdict._replace(effects=context.give_up(*evicted))
 
     def _require_source(self, segment: Segment, peer: Peer) -> bytes:
         """Give the address to judge: the source, where it is the token's pod or a known masquerade of it.

@@ -6,23 +6,25 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Generic, NamedTuple, TypeVar
 
-from enforcer_daemon.errors import PeerError
+from enforcer_daemon.handshake.bounds import Evicted, FairTable
 from enforcer_daemon.handshake.frames import PROOF_BYTES, SynAckFrame, SynFrame, encode_syn, encode_syn_ack
 from enforcer_daemon.handshake.local import LocalToken
 from enforcer_daemon.handshake.machine import Event, State, next_state
 from enforcer_daemon.handshake.peers import Peer
 from enforcer_daemon.handshake.proofs import Transcript, frame_hash, initiator_proof, require_equal, responder_proof
-from enforcer_daemon.reasons import Reason
 from enforcer_daemon.verdict import DROP, Inject
 
 MAX_SETTLED_FLOWS = 4_096
 """Released flows that are remembered a while, to answer for a lost proof."""
 
 
+_PORTS_BYTES = 4
+
+
 class Flow:
     """What both kinds have in common: a state that moves by the table alone, and packets that wait for it."""
 
-    __slots__ = ("deadline", "held", "key", "local", "release", "state")
+    __slots__ = ("deadline", "held", "key", "local", "release", "source", "state")
 
     def __init__(self, key: bytes, local: LocalToken, state: State, deadline: float) -> None:
         self.key = key
@@ -33,6 +35,8 @@ class Flow:
         """Hold ids of queued packets, oldest first."""
         self.release = DROP
         """How the flow is released, once policy has allowed it."""
+        self.source = key[: (len(key) - _PORTS_BYTES) // 2]
+        """What the flow is accounted to among its kind: the peer's address."""
 
     def advance(self, event: Event) -> None:
         """Move by the table; raise IllegalEventError and stay where it has no entry."""
@@ -115,11 +119,10 @@ _AnyFlow = TypeVar("_AnyFlow", bound=Flow)
 
 
 class FlowTable(Generic[_AnyFlow]):
-    """One endpoint's flows of a kind: unfinished up to a bound and a deadline, settled while there is room."""
+    """One endpoint's flows of a kind: unfinished up to bounds and a deadline, settled while there is room."""
 
-    def __init__(self, max_half_open: int) -> None:
-        self._max_half_open = max_half_open
-        self._open: dict[bytes, _AnyFlow] = {}
+    def __init__(self, max_half_open: int, max_per_source: int) -> None:
+        self._open: FairTable[bytes, _AnyFlow] = FairTable(max_half_open, max_per_source)
         self._settled: dict[bytes, _AnyFlow] = {}
 
     def __len__(self) -> int:
@@ -129,17 +132,17 @@ class FlowTable(Generic[_AnyFlow]):
         """Find a flow, unfinished or settled."""
         return self._open.get(key) or self._settled.get(key)
 
-    def add(self, flow: _AnyFlow) -> None:
-        """Keep an unfinished flow; raise PeerError where there are too many."""
+    def add(self, flow: _AnyFlow) -> Evicted[_AnyFlow] | None:
+        """Keep an unfinished flow; give the one that makes room for it: of its source, else of the greediest one."""
         self._settled.pop(flow.key, None)
-        if len(self._open) >= self._max_half_open and flow.key not in self._open:
-            raise PeerError(Reason.FLOW_TABLE_FULL, f"{self._max_half_open} unfinished handshakes")
-        self._open.pop(flow.key, None)  # So that insertion order stays the order of deadlines.
-        self._open[flow.key] = flow
+        evicted = self._open.put(flow.key, flow, flow.source)
+        if evicted is not None:
+            evicted.value.advance(Event.EXPIRED)
+        return evicted
 
     def settle(self, flow: _AnyFlow) -> None:
         """Count a released flow no longer as unfinished; the oldest settled flow makes room."""
-        if self._open.pop(flow.key, None) is not None:
+        if self._open.pop(flow.key) is not None:
             if len(self._settled) >= MAX_SETTLED_FLOWS:
                 del self._settled[next(iter(self._settled))]
             self._settled[flow.key] = flow
@@ -147,19 +150,16 @@ class FlowTable(Generic[_AnyFlow]):
     def discard(self, flow: _AnyFlow) -> None:
         """Forget a flow."""
         if self._open.get(flow.key) is flow:
-            del self._open[flow.key]
+            self._open.pop(flow.key)
         if self._settled.get(flow.key) is flow:
             del self._settled[flow.key]
 
     def expire(self, now: float) -> Iterator[_AnyFlow]:
         """Take out and give the unfinished flows whose deadline has passed, oldest first."""
-        while self._open:
-            flow = next(iter(self._open.values()))
-            if flow.deadline > now:
-                return
-            del self._open[flow.key]
+        while (flow := next(iter(self._open), None)) is not None and flow.deadline <= now:
+            self._open.pop(flow.key)
             yield flow
 
     def known(self) -> list[_AnyFlow]:
         """Give all flows, settled or not."""
-        return [*self._open.values(), *self._settled.values()]
+        return [*self._open, *self._settled.values()]

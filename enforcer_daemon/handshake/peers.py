@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Peers whose identity was verified: asymmetric cryptography once for each token, a look-up for each connection.
 
-The ladder of checks, cheapest first: the exact identity block is known; it is known to be bad; the source may still
-cause verifications; the credential is known; the signatures. Every table is bounded; the oldest entry makes room.
+The ladder of checks, cheapest first: the exact identity block is known; it, or its credential, is known to be bad; a
+verification may still be made for this source; the signatures. Every table is bounded; the oldest entry makes room.
 """
 
 from __future__ import annotations
@@ -10,6 +10,8 @@ from __future__ import annotations
 from typing import TypeVar
 
 from enforcer_daemon.errors import CredentialError, PeerError, TokenError
+from enforcer_daemon.handshake.allowance import Allowance
+from enforcer_daemon.handshake.bounds import no_hits
 from enforcer_daemon.handshake.frames import decode_block
 from enforcer_daemon.handshake.proofs import frame_hash
 from enforcer_daemon.identity.credential import Credential, TrustBundle, decode_credential
@@ -20,12 +22,9 @@ from enforcer_daemon.settings import HandshakeSettings
 
 _MAX_CREDENTIALS = 16_384
 _MAX_REFUSED = 4_096
-_MAX_SOURCES = 4_096
+_BAD_CREDENTIALS = frozenset({Reason.CREDENTIAL_INVALID, Reason.CREDENTIAL_UNTRUSTED})
 _REFUSALS_FOR_GOOD = frozenset(
     {
-        Reason.MALFORMED_FRAME,
-        Reason.CREDENTIAL_INVALID,
-        Reason.CREDENTIAL_UNTRUSTED,
         Reason.CREDENTIAL_MISMATCH,
         Reason.TOKEN_MALFORMED,
         Reason.TOKEN_SIGNATURE,
@@ -59,23 +58,26 @@ class PeerVerifier:
     def __init__(self, bundle: TrustBundle, settings: HandshakeSettings) -> None:
         self._bundle = bundle
         self._settings = settings
+        self.bound_hits = no_hits()
+        """How often each bound of the node's endpoints was reached."""
+        self._allowance = Allowance(settings, self.bound_hits)
         self._peers: dict[bytes, Peer] = {}
         self._refused: dict[bytes, PeerError] = {}
+        self._refused_credentials: dict[bytes, PeerError] = {}
         self._credentials: dict[bytes, Credential] = {}
-        self._allowance: dict[bytes, tuple[float, float]] = {}
         self.verifications = 0
         """Signature checks so far."""
 
     def replace_bundle(self, bundle: TrustBundle) -> None:
         """Trust another set of authorities from now on; what was verified under the old one is forgotten."""
         self._bundle = bundle
-        for table in (self._peers, self._refused, self._credentials):
+        for table in (self._peers, self._refused, self._refused_credentials, self._credentials):
             table.clear()
 
-    def verify(self, block: bytes, source: bytes, now: float, wall_now: float) -> Peer:
+    def verify(self, block: bytes, source: bytes, now: float, wall_now: float, *, is_pod: bool = True) -> Peer:
         """Give the peer of an identity block; raise PeerError with the reason where it does not hold.
 
-        `source` is the packed address that the work is charged to.
+        `source` is the packed address that the work is charged to, `is_pod` whether it lies in the pods' networks.
         """
         peer = self._peers.get(block)
         if peer is not None:
@@ -84,21 +86,25 @@ class PeerVerifier:
                 del self._peers[block]
                 raise TokenError(Reason.TOKEN_EXPIRED, str(peer.identity.pod))
             return peer
-        refusal = self._refused.get(block)
-        if refusal is not None:
-            raise type(refusal)(refusal.reason, refusal.detail)
-        self._charge(source, now)
+        der, token = decode_block(block)
+        block_hash, der_hash = frame_hash(block), frame_hash(der)
+        _refuse_again(self._refused.get(block_hash))
+        _refuse_again(self._refused_credentials.get(der_hash))
+        self._allowance.take(source, is_pod=is_pod, is_credential_known=der in self._credentials, now=now)
         try:
-            peer = self._verify_signatures(block, wall_now)
+            peer = self._verify_signatures(der, token, wall_now)
         except PeerError as err:
-            if err.reason in _REFUSALS_FOR_GOOD:
-                _remember(self._refused, block, PeerError(err.reason, err.detail), _MAX_REFUSED)
+            if err.reason in _BAD_CREDENTIALS:
+                _remember(self._refused_credentials, der_hash, PeerError(err.reason, err.detail), _MAX_REFUSED)
+            elif err.reason in _REFUSALS_FOR_GOOD:
+                _remember(self._refused, block_hash, PeerError(err.reason, err.detail), _MAX_REFUSED)
             raise
+        if source in peer.addresses:
+            self._allowance.trust(source)
         _remember(self._peers, block, peer, self._settings.max_cached_peers)
         return peer
 
-    def _verify_signatures(self, block: bytes, wall_now: float) -> Peer:
-        der, token = decode_block(block)
+    def _verify_signatures(self, der: bytes, token: bytes, wall_now: float) -> Peer:
         leeway_s = self._settings.clock_leeway_s
         self.verifications += 1
         credential = self._credentials.get(der)
@@ -110,16 +116,10 @@ class PeerVerifier:
             raise CredentialError(Reason.CREDENTIAL_EXPIRED, f"node {credential.node}")
         return Peer(decode_token(token, credential, wall_now, leeway_s), token, credential)
 
-    def _charge(self, source: bytes, now: float) -> None:
-        """Take one verification from the source's allowance, which refills at the configured rate."""
-        rate = self._settings.max_verifications_per_s
-        burst = max(1.0, rate)  # Else a rate below one a second would never allow any.
-        left, since = self._allowance.pop(source, (burst, now))
-        left = min(burst, left + (now - since) * rate)
-        if left < 1.0:
-            self._allowance[source] = (left, now)
-            raise PeerError(Reason.VERIFY_RATE, f"more than {rate:g} new tokens a second")
-        _remember(self._allowance, source, (left - 1.0, now), _MAX_SOURCES)
+
+def _refuse_again(refusal: PeerError | None) -> None:
+    if refusal is not None:
+        raise PeerError(refusal.reason, refusal.detail)
 
 
 def _remember(table: dict[bytes, _Value], key: bytes, value: _Value, bound: int) -> None:

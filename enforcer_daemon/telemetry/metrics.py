@@ -3,12 +3,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from types import MappingProxyType
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 from prometheus_client.metrics_core import CounterMetricFamily
 from prometheus_client.registry import Collector
 
+from enforcer_daemon.handshake.bounds import Bound
 from enforcer_daemon.model import Direction
 from enforcer_daemon.reasons import Reason
 
@@ -35,11 +37,31 @@ class _DecisionCollector(Collector):
         yield metric
 
 
+class _BoundCollector(Collector):
+    """Likewise for bounds that were reached."""
+
+    def __init__(self, hits: Mapping[Bound, int]) -> None:
+        self._hits = hits
+
+    def collect(self) -> Iterator[CounterMetricFamily]:
+        metric = CounterMetricFamily(
+            "enforcer_bound_hits",
+            "How often a bound cost somebody an entry, a packet or a verification.",
+            labels=("bound",),
+        )
+        for bound, count in self._hits.items():
+            metric.add_metric((bound.value,), count)
+        yield metric
+
+
 class Metrics:
     """Everything that is counted, with a registry of its own."""
 
-    def __init__(self) -> None:
+    def __init__(self, bound_hits: Mapping[Bound, int] = MappingProxyType({})) -> None:
+        """Expose, with the metrics that are kept here, what the datapath counts itself."""
         self.registry = CollectorRegistry()
+        self.bound_hits = bound_hits
+        self.registry.register(_BoundCollector(bound_hits))
         self.decisions: dict[DecisionKind, int] = {}
         """Decisions by direction, whether allowed, and reason. Plain numbers: two are counted in every connection."""
         self.registry.register(_DecisionCollector(self.decisions))
@@ -48,6 +70,12 @@ class Metrics:
         )
         self.ended_flows = Counter(
             "enforcer_ended_flows", "Established flows that a change no longer allowed.", registry=self.registry
+        )
+        self.half_open_flows = Gauge(
+            "enforcer_half_open_flows", "Unfinished handshakes of all pods.", registry=self.registry
+        )
+        self.held_packets = Gauge(
+            "enforcer_held_packets", "Packets of all pods that wait for proofs.", registry=self.registry
         )
         self.endpoints = Gauge("enforcer_endpoints", "Pods enforced on this node.", registry=self.registry)
         self.snapshot_generation = Gauge(

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from enforcer_daemon.handshake import frames, machine, peers
+from enforcer_daemon.handshake import allowance, frames, machine, peers
 from enforcer_daemon.handshake.flows import MAX_SETTLED_FLOWS
 from enforcer_daemon.handshake.machine import TRANSITIONS, Event, State
 from enforcer_daemon.identity.dictionary import TOKEN_DICTIONARY
@@ -154,7 +154,7 @@ def test_wire_constants() -> None:
         f"`{frames.LONE_PROOF_EXID.hex(' ')}` in an ACK",
         f"inflated claims | {MAX_CLAIMS_BYTES:,} bytes",
         f"for each pod and direction | {MAX_SETTLED_FLOWS:,} |",
-        f"| {peers._MAX_CREDENTIALS:,}; {peers._MAX_REFUSED:,}; {peers._MAX_SOURCES:,} |",
+        f"| {peers._MAX_CREDENTIALS:,}; {peers._MAX_REFUSED:,} each; {allowance._MAX_SOURCES:,} |",
     ):
         assert statement in text
 

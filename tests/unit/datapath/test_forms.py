@@ -11,6 +11,7 @@ from scapy.layers.inet6 import IPv6, IPv6ExtHdrDestOpt
 
 from enforcer_daemon.datapath.context import _MAX_INJECTED, _MAX_NONCES, _MAX_REPORTS
 from enforcer_daemon.errors import PeerError
+from enforcer_daemon.handshake.bounds import Bound
 from enforcer_daemon.handshake.frames import find_proof, is_frame
 from enforcer_daemon.identity.authority import make_authority
 from enforcer_daemon.marks import NODE, RELEASED
@@ -200,14 +201,14 @@ def test_memory_of_nonces_reports_and_own_packets_is_bounded() -> None:
     client, server = make_pair()
     node = server.context.node
     for n in range(_MAX_NONCES + 10):
-        node.use_nonce(n.to_bytes(16, "big"), b"x")
+        node.use_nonce(n.to_bytes(16, "big"), b"x", b"pod")
     assert len(node._nonces) == _MAX_NONCES
     with pytest.raises(PeerError):
-        node.use_nonce(_MAX_NONCES.to_bytes(16, "big"), b"y")
+        node.use_nonce(_MAX_NONCES.to_bytes(16, "big"), b"y", b"pod")
     data = Connection(client, server).ack(b"data")
     for port in range(_MAX_REPORTS + 10):
         server.receive(build(client.address, server.address, (port, 80), (1, 1), ACK, 0))
         server.receive(with_payload(segment(data[:20] + port.to_bytes(2, "big") + data[22:]), b"x"))
     assert len(server.context.reports) == _MAX_REPORTS
-    assert server.context.lost_reports > 0
+    assert server.context.lost_reports == node.bound_hits[Bound.REPORTS] > 0
     assert len(server.context._injected) == _MAX_INJECTED

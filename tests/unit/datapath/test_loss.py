@@ -5,8 +5,8 @@ from __future__ import annotations
 
 import pytest
 
-from enforcer_daemon.datapath import context
 from enforcer_daemon.datapath.context import HOLD_S
+from enforcer_daemon.handshake.bounds import Bound
 from enforcer_daemon.handshake.frames import find_proof, is_frame
 from enforcer_daemon.model import Direction
 from enforcer_daemon.packet.tcp import ACK, FIN, RST, build, with_payload
@@ -247,18 +247,32 @@ def test_held_data_is_dropped_after_a_while_and_the_bound_of_a_flow_holds() -> N
     assert len(server.datapath.expire(1.0 + HOLD_S)) == 3
 
 
-def test_the_bound_of_an_endpoint_counts_what_waits_and_nothing_else(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(context, "_MAX_HELD", 2)
-    client, server = make_pair()
+@pytest.mark.parametrize(
+    ("bounds", "bound"),
+    [
+        ({"max_held_packets_per_pod": 2}, Bound.HELD_PACKETS),
+        ({"max_held_packets_per_source": 2}, Bound.HELD_PACKETS_PER_SOURCE),
+    ],
+)
+def test_the_bounds_of_an_endpoint_count_what_waits_and_nothing_else(bounds: dict[str, int], bound: Bound) -> None:
+    client, server = make_pair(**bounds)
     for sport in range(40_000, 40_010):
         connection = Connection(client, server, sport=sport)
         connect(connection)
         assert client.send(connection.ack(b"data", CROWDED)) == []
         assert len(client.flush_injected()) == 2
     assert "hold-queue-full" not in client.reasons()
+    server.reasons()
     for sport in range(40_000, 40_003):
         server.receive(Connection(client, server, sport=sport).ack(b"x"))
-    assert server.reasons().count("hold-queue-full") == 1
+    assert server.reasons() == ["hold-queue-full"]
+    assert len(server.held) == server.context.held_packets == 2
+    assert server.context.node.bound_hits[bound] == 1
+    # What was dropped comes again, once its proof has.
+    first = Connection(client, server, sport=40_000)
+    (carrier,) = client.send(first.ack())
+    server.receive(carrier)
+    assert len(server.held) == 2
 
 
 @pytest.mark.parametrize("flags", [RST, RST | ACK])

@@ -6,7 +6,7 @@ from __future__ import annotations
 import pytest
 from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
 
-from enforcer_daemon.errors import FrameError, PeerError, ProofError
+from enforcer_daemon.errors import FrameError, ProofError
 from enforcer_daemon.handshake import flows, local
 from enforcer_daemon.handshake.flows import Flow, FlowTable
 from enforcer_daemon.handshake.frames import MAGIC, decode_block, decode_syn, decode_syn_ack, find_proof, is_frame
@@ -25,22 +25,32 @@ def flow(key: bytes = b"key", deadline: float = 1.0) -> Flow:
     return Flow(key, CLIENT.context.local, State.OPENING, deadline)
 
 
-def test_unfinished_flows_are_bounded_and_a_full_table_keeps_what_it_has() -> None:
-    table: FlowTable[Flow] = FlowTable(2)
-    table.add(flow(b"a"))
+def test_unfinished_flows_are_bounded_and_the_oldest_makes_room() -> None:
+    table: FlowTable[Flow] = FlowTable(2, 2)
+    table.add(oldest := flow(b"a"))
     table.add(flow(b"b"))
-    with pytest.raises(PeerError) as caught:
-        table.add(flow(b"c"))
-    assert caught.value.reason is Reason.FLOW_TABLE_FULL
-    newer = flow(b"a")
-    table.add(newer)  # Takes the place of the older one of its ports.
+    newer = flow(b"b")
+    assert table.add(newer) is None  # Takes the place of the older one of its ports.
+    assert table.get(b"b") is newer
+    assert table.add(flow(b"c")) == (oldest, True)
+    assert oldest.state is State.CLOSED
     assert len(table) == 2
-    assert table.get(b"a") is newer
+    assert table.get(b"a") is None
+
+
+def test_one_peer_cannot_have_the_flows_of_others_given_up() -> None:
+    table: FlowTable[Flow] = FlowTable(10, 3)
+    table.add(honest := flow(bytes((10, 0, 0, 1)) + bytes(8)))
+    evicted = [table.add(flow(bytes((10, 0, 0, 2)) + bytes(4) + n.to_bytes(4, "big"))) for n in range(20)]
+    assert [gone is not None for gone in evicted] == [False] * 3 + [True] * 17
+    assert all(gone is None or gone.is_own for gone in evicted)
+    assert table.get(honest.key) is honest
+    assert len(table) == 4
 
 
 def test_settled_flows_make_room_and_are_found(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(flows, "MAX_SETTLED_FLOWS", 2)
-    table: FlowTable[Flow] = FlowTable(10)
+    table: FlowTable[Flow] = FlowTable(10, 10)
     for key in (b"a", b"b", b"c"):
         table.add(one := flow(key))
         table.settle(one)
@@ -54,7 +64,7 @@ def test_settled_flows_make_room_and_are_found(monkeypatch: pytest.MonkeyPatch) 
 
 
 def test_a_flow_that_was_replaced_discards_nothing() -> None:
-    table: FlowTable[Flow] = FlowTable(10)
+    table: FlowTable[Flow] = FlowTable(10, 10)
     table.add(old := flow())
     table.add(new := flow())
     table.discard(old)
@@ -67,7 +77,7 @@ def test_a_flow_that_was_replaced_discards_nothing() -> None:
 
 
 def test_flows_expire_in_the_order_of_their_deadlines() -> None:
-    table: FlowTable[Flow] = FlowTable(10)
+    table: FlowTable[Flow] = FlowTable(10, 10)
     for n in range(3):
         table.add(flow(b"%d" % n, float(n)))
     assert [old.key for old in table.expire(1.0)] == [b"0", b"1"]

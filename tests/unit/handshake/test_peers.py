@@ -8,7 +8,7 @@ from ipaddress import ip_address
 import pytest
 
 from enforcer_daemon.errors import PeerError
-from enforcer_daemon.handshake import peers
+from enforcer_daemon.handshake import allowance, peers
 from enforcer_daemon.handshake.frames import encode_block
 from enforcer_daemon.handshake.peers import PeerVerifier
 from enforcer_daemon.identity.credential import TrustBundle
@@ -79,8 +79,15 @@ def test_a_token_from_the_future_may_become_valid() -> None:
     assert known.verify(wire, SOURCE, 1.0, WALL + 100).identity.pod.name == "web"
 
 
+def acquainted(**options: float) -> PeerVerifier:
+    """Make a verifier that has seen good tokens of the source's, and of the other one's, node long ago."""
+    known = verifier(**options)
+    known.verify(block("first"), SOURCE, 0.0, WALL)
+    return known
+
+
 def test_a_source_has_its_own_rate() -> None:
-    known = verifier(max_verifications_per_s=2.0)
+    known = acquainted(max_verifications_per_s=2.0)
     for name in "ab":
         known.verify(block(name), SOURCE, 1.0, WALL)
     assert reason_of(known, block("c")) is Reason.VERIFY_RATE
@@ -90,7 +97,7 @@ def test_a_source_has_its_own_rate() -> None:
 
 
 def test_a_rate_below_one_a_second_allows_one_now_and_then() -> None:
-    known = verifier(max_verifications_per_s=0.5)
+    known = acquainted(max_verifications_per_s=0.5)
     known.verify(block("a"), SOURCE, 1.0, WALL)
     assert reason_of(known, block("b"), now=2.0) is Reason.VERIFY_RATE
     known.verify(block("b"), SOURCE, 4.0, WALL)
@@ -105,14 +112,24 @@ def test_another_bundle_forgets_what_was_verified_under_the_old_one() -> None:
     known.verify(wire, SOURCE, 1.0, WALL)
 
 
+def test_a_credential_that_nobody_signed_costs_one_look_whatever_tokens_come_with_it() -> None:
+    known, stranger = verifier(), credential(authority(), KEY)
+    for n in range(5):
+        assert reason_of(known, encode_block(stranger.der, b"token %d" % n)) is Reason.CREDENTIAL_UNTRUSTED
+        assert reason_of(known, encode_block(b"no certificate", b"token %d" % n)) is Reason.CREDENTIAL_INVALID
+    assert known.verifications == 2
+
+
 def test_tables_stay_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(peers, "_MAX_REFUSED", 3)
-    monkeypatch.setattr(peers, "_MAX_SOURCES", 3)
+    monkeypatch.setattr(allowance, "_MAX_SOURCES", 3)
     known = verifier(max_cached_peers=3)
     for n in range(10):
         source = bytes((10, 0, 0, n))
         known.verify(block(f"web-{n}"), source, 1.0, WALL)
-        with pytest.raises(PeerError):
-            known.verify(b"garbage-%d" % n, source, 1.0, WALL)
-    assert len(known._peers) == len(known._refused) == len(known._allowance) == 3
+        for bad in (encode_block(b"garbage-%d" % n, b""), encode_block(CREDENTIAL.der, b"garbage-%d" % n)):
+            with pytest.raises(PeerError):
+                known.verify(bad, source, 1.0, WALL)
+    assert len(known._peers) == len(known._refused) == len(known._refused_credentials) == 3
     assert len(known._credentials) == 1
+    assert {len(sources) for sources in known._allowance._sources} <= {0, 1, 3}

@@ -70,6 +70,14 @@ def test_every_kind_of_value_is_read() -> None:
         ({"node": "n", "dataplane": {"queueNumber": 65_536}}, "dataplane.queueNumber: must be 0 to 65535"),
         ({"node": "n", "dataplane": {"queueNumber": True}}, "dataplane.queueNumber: must be a number"),
         ({"node": "n", "dataplane": {"packetsPerTurn": 0}}, "dataplane.packetsPerTurn: must be more than 0"),
+        (
+            {"node": "n", "handshake": {"tokenLifetimeS": 86_401}},
+            "handshake.tokenLifetimeS: must be at most 86400 (a day)",
+        ),
+        (
+            {"node": "n", "handshake": {"maxHeldPacketsPerPod": 0}},
+            "handshake.maxHeldPacketsPerPod: must be more than 0",
+        ),
         ({"node": "n", "handshake": {"timeoutS": "1"}}, "handshake.timeoutS: must be a number"),
         ({"node": "n", "handshake": {"timeoutS": True}}, "handshake.timeoutS: must be a number"),
         ({"node": "n", "handshake": {"timeoutS": float("nan")}}, "handshake.timeoutS: must be a finite number"),

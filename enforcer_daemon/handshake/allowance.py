@@ -1,0 +1,76 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Who may cause the next signature check: an allowance for each source, and one for the node, the known first.
+
+The node's allowance refills at a steady rate up to a burst. Who is unknown may only take from its upper half, who is
+half known from the upper three quarters: what a flood of strangers leaves is always enough for those who rank higher.
+A source address can be forged, and so can all that a stranger sends; a rank is earned by a token that was good.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+
+from enforcer_daemon.errors import PeerError
+from enforcer_daemon.handshake.bounds import Bound, BoundHits, source_of
+from enforcer_daemon.reasons import Reason
+from enforcer_daemon.settings import HandshakeSettings
+
+_MAX_SOURCES = 4_096
+"""Sources of each rank whose allowance is remembered; the one that was asked for longest ago makes room."""
+_RESERVES = (0.5, 0.25, 0.0)
+"""The part of the node's allowance that is kept for higher ranks, by rank."""
+_LEAST_BURST = 4.0
+"""So that the reserves leave something to every rank, whatever the rate."""
+
+
+class Allowance:
+    """The signature checks that a node will still make, for whom."""
+
+    __slots__ = ("_hits", "_level", "_rate", "_since", "_source_rate", "_sources", "_trusted", "_trusted_bound")
+
+    def __init__(self, settings: HandshakeSettings, hits: BoundHits) -> None:
+        self._source_rate = settings.max_verifications_per_s
+        self._rate = settings.max_total_verifications_per_s
+        self._trusted_bound = settings.max_cached_peers
+        self._hits = hits
+        self._level = max(_LEAST_BURST, self._rate)
+        self._since = 0.0
+        self._sources: tuple[OrderedDict[bytes, tuple[float, float]], ...] = tuple(OrderedDict() for _ in _RESERVES)
+        """By rank, so that forged packets of strangers do not use up what a source is granted for better ones."""
+        self._trusted: OrderedDict[bytes, None] = OrderedDict()
+
+    def trust(self, address: bytes) -> None:
+        """Remember an address that a good token named, and came from: its next token will rank higher."""
+        self._trusted[address] = None
+        self._trusted.move_to_end(address)
+        if len(self._trusted) > self._trusted_bound:
+            self._trusted.popitem(last=False)
+
+    def take(self, address: bytes, *, is_pod: bool, is_credential_known: bool, now: float) -> None:
+        """Count one verification; raise PeerError where the source, or all of its rank, had as many as they may.
+
+        A rank is 0 to 2: one for an address that is trusted, one for a node's credential that was verified before.
+        """
+        rank = (address in self._trusted) + is_credential_known
+        source = source_of(address, is_pod=is_pod)
+        of_rank = self._sources[rank]
+        burst = max(1.0, self._source_rate)  # Else a rate below one a second would never allow any.
+        left, since = of_rank.pop(source, (burst, now))
+        left = min(burst, left + (now - since) * self._source_rate)
+        if left < 1.0:
+            of_rank[source] = (left, now)
+            self._refuse(Bound.VERIFICATIONS_PER_SOURCE, f"more than {self._source_rate:g} new tokens a second")
+        capacity = max(_LEAST_BURST, self._rate)
+        level = min(capacity, self._level + (now - self._since) * self._rate)
+        self._since = now
+        is_spent = level - 1.0 < capacity * _RESERVES[rank]
+        self._level = level if is_spent else level - 1.0
+        of_rank[source] = (left if is_spent else left - 1.0, now)
+        if len(of_rank) > _MAX_SOURCES:
+            of_rank.popitem(last=False)
+        if is_spent:
+            self._refuse(Bound.VERIFICATIONS, f"the node makes {self._rate:g} a second; peers of rank {rank} wait")
+
+    def _refuse(self, bound: Bound, detail: str) -> None:
+        self._hits[bound] += 1
+        raise PeerError(Reason.VERIFY_RATE, detail)
