@@ -9,11 +9,13 @@ import time
 from collections.abc import Iterator
 
 from cni_plugin import messages
+from enforcer_daemon.daemon.adoption import Adoption, with_found_links
 from enforcer_daemon.daemon.endpoint import Change, Endpoint
 from enforcer_daemon.daemon.flowstore import FlowStore
 from enforcer_daemon.daemon.kernel import Kernel, guard_name, guarded
 from enforcer_daemon.daemon.node import Node
-from enforcer_daemon.daemon.sandbox import Sandbox, open_netns
+from enforcer_daemon.daemon.rejudging import Rejudging
+from enforcer_daemon.daemon.sandbox import Sandbox
 from enforcer_daemon.daemon.world import CompiledWorld
 from enforcer_daemon.dataplane.netns import current_netns, netns_id
 from enforcer_daemon.errors import DataplaneError, EnforcerError, IdentityTooLargeError, NetnsError, RegistrationError
@@ -28,9 +30,6 @@ from enforcer_daemon.telemetry.metrics import Metrics
 
 _REFRESH_AT = 0.5
 """Part of a token's life after which a new one is signed."""
-
-_JUDGED_AT_ONCE = 2
-"""Endpoints whose established flows are judged at one moment; the kernel's part of it does not wait for Python's."""
 
 
 class Endpoints:
@@ -54,13 +53,10 @@ class Endpoints:
             self._own_netns = netns_id(own)
         finally:
             os.close(own)
-        self._unjudged: dict[NetnsId, Change] = {}
-        """Endpoints whose established flows the kernel did not show or end; tried again until it does."""
-        self._judging = asyncio.Semaphore(_JUDGED_AT_ONCE)
+        self._rejudging = Rejudging(log, metrics)
+        self._adoption = Adoption(registry, log)
         self._changing = asyncio.Lock()
         """Registrations take turns; a change of the world does not wait for them."""
-        self.cut_off: dict[AttachmentId, PodRef] = {}
-        """Recorded pods that could not be adopted: their rules stand, and nobody serves their queues."""
 
     def __iter__(self) -> Iterator[Endpoint]:
         return iter(list(self._by_netns.values()))
@@ -160,7 +156,7 @@ class Endpoints:
         async with self._changing:
             await self._forget_elsewhere(attachment, None)
             self._registry.remove(attachment)
-            self.cut_off.pop(attachment, None)
+            self._adoption.forget(attachment)
 
     async def _forget_elsewhere(self, attachment: AttachmentId, netns: NetnsId | None) -> None:
         """Take an attachment out of every endpoint but the one of `netns`."""
@@ -171,7 +167,7 @@ class Endpoints:
     async def _forget(self, endpoint: Endpoint, attachment: AttachmentId) -> None:
         left = endpoint.sandbox.without(attachment)
         if left.requests:
-            await self._resize(endpoint, self._with_links(left))
+            await self._resize(endpoint, with_found_links(left, self._log))
             return
         del self._by_netns[endpoint.sandbox.netns]
         self._metrics.endpoints.set(len(self._by_netns))
@@ -211,15 +207,15 @@ class Endpoints:
 
     def readiness(self) -> Readiness:
         """Say whether a registration could be served now."""
-        if self.cut_off:
-            return Readiness(Availability.PODS_CUT_OFF, f"not adopted: {', '.join(map(str, self.cut_off.values()))}")
+        if self._adoption.cut_off:
+            return Readiness(Availability.PODS_CUT_OFF, f"not adopted: {', '.join(self._adoption.cut_off)}")
         if self._unsettled:
             return Readiness(
                 Availability.NOT_READY, f"kernel rules of {len(self._unsettled)} endpoints are not up to date"
             )
-        if self._unjudged:
+        if self._rejudging:
             return Readiness(
-                Availability.NOT_READY, f"established flows of {len(self._unjudged)} endpoints could not be judged"
+                Availability.NOT_READY, f"established flows of {len(self._rejudging)} endpoints could not be judged"
             )
         if self._world is None:
             return Readiness(Availability.NOT_READY, "the policies have not been read yet")
@@ -238,10 +234,9 @@ class Endpoints:
 
     async def adopt(self) -> None:
         """Take over the recorded endpoints whose namespaces still exist; call it once, after the first world."""
-        for unreadable in self._registry.load():
-            self._log.error("record set aside", path=str(unreadable.path), error=unreadable.problem)
+        self._adoption.load()
         async with self._changing:
-            sandboxes = self._recorded_sandboxes()
+            sandboxes = self._adoption.sandboxes(self._is_excluded, lambda netns: self._flow_store(netns).remove())
             world = self._require_world()
             await self._kernel.guard_exactly(
                 [
@@ -254,46 +249,15 @@ class Endpoints:
             for sandbox in sandboxes:
                 await self._adopt(sandbox)
 
-    def _recorded_sandboxes(self) -> list[Sandbox]:
-        """Give the recorded namespaces that still exist, opened; forget the records of the others."""
-        found: dict[NetnsId, Sandbox] = {}
-        for record in list(self._registry.records.values()):
-            known = found.get(record.netns)
-            if self._is_excluded(record.request):
-                continue
-            if known is not None:
-                found[record.netns] = known.with_request(record.request)
-                continue
-            descriptor = open_netns(record.request.netns_path, record.netns)
-            if descriptor is None:
-                self._drop_record(record)
-            else:
-                found[record.netns] = Sandbox(descriptor, record.netns, {record.attachment: record.request})
-        return [self._with_links(sandbox) for sandbox in found.values()]
-
-    def _with_links(self, sandbox: Sandbox) -> Sandbox:
-        try:
-            return sandbox.with_links()
-        except (DataplaneError, NetnsError) as err:
-            self._log.error("ends of a pod on the node not found", namespace=str(sandbox.netns), error=str(err))
-            return sandbox
-
     async def _adopt(self, sandbox: Sandbox) -> None:
-        pod = next(iter(sandbox.requests.values())).pod
         try:
             endpoint = await self._open(sandbox)
         except EnforcerError as err:
-            self.cut_off.update(dict.fromkeys(sandbox.requests, pod))
-            self._log.error("endpoint not adopted", pod=str(pod), error=str(err))
+            self._adoption.give_up(sandbox, err)
         else:
-            self._log.info("endpoint adopted", pod=str(pod))
+            self._log.info("endpoint adopted", pod=str(endpoint.identity.pod))
             # Policies and labels may have changed while no daemon ran.
-            await self._reconsider(endpoint, self._require_world(), Change(True, True, True))
-
-    def _drop_record(self, record: Record) -> None:
-        self._registry.remove(record.attachment)
-        self._flow_store(record.netns).remove()  # The number of a namespace is used again.
-        self._log.info("endpoint is gone", pod=str(record.request.pod), attachment=str(record.attachment))
+            await self._rejudging.judge(endpoint, self._require_world(), Change(True, True, True))
 
     async def follow(self, world: CompiledWorld) -> None:
         """Judge by another world from now on: new flows at once, established ones right after, then the guard."""
@@ -310,28 +274,12 @@ class Endpoints:
                 changed.append((endpoint, change))
         async with asyncio.TaskGroup() as tasks:
             for endpoint, change in changed:
-                tasks.create_task(self._reconsider(endpoint, world, change))
+                tasks.create_task(self._rejudging.judge(endpoint, world, change))
         try:
             await self._kernel.guard(*reguarded)
         except DataplaneError as err:
             for endpoint in reguarded:
                 self._leave_unsettled(endpoint, err)
-
-    async def _reconsider(self, endpoint: Endpoint, world: CompiledWorld, change: Change) -> None:
-        async with self._judging:
-            if not endpoint.is_open:
-                return
-            netns, pod = endpoint.sandbox.netns, str(endpoint.identity.pod)
-            change = change.also(self._unjudged.pop(netns, change))
-            try:
-                ended = await endpoint.reconsider(world, change)
-            except (DataplaneError, NetnsError) as err:
-                self._unjudged[netns] = change.also(self._unjudged.get(netns, change))
-                self._log.error("established flows not judged again, will try again", pod=pod, error=str(err))
-                return
-        if ended:
-            self._metrics.ended_flows.inc(len(ended))
-            self._log.info("established flows ended", pod=pod, flows=len(ended))
 
     async def follow_addresses(self) -> None:
         """Tell every endpoint's rules the node's present addresses."""
@@ -359,12 +307,8 @@ class Endpoints:
             except DataplaneError:
                 continue
             self._unsettled.discard(netns)
-        for netns, change in list(self._unjudged.items()):
-            endpoint = self._by_netns.get(netns)
-            if endpoint is None:
-                del self._unjudged[netns]
-            else:
-                await self._reconsider(endpoint, self._require_world(), change)
+        if self._rejudging:
+            await self._rejudging.retry(self._by_netns, self._require_world())
 
     def refresh_tokens(self, *, is_forced: bool) -> None:
         """Sign anew where half of a token's life is over, or everywhere after the node's key changed."""

@@ -1,0 +1,58 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Established flows after a change: judged again, a few endpoints at a time, and again where the kernel refused."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Mapping
+
+from enforcer_daemon.daemon.endpoint import Change, Endpoint
+from enforcer_daemon.daemon.world import CompiledWorld
+from enforcer_daemon.errors import DataplaneError, NetnsError
+from enforcer_daemon.model import NetnsId
+from enforcer_daemon.telemetry.logs import Logger
+from enforcer_daemon.telemetry.metrics import Metrics
+
+_JUDGED_AT_ONCE = 2
+"""Endpoints whose established flows are judged at one moment; the kernel's part of it does not wait for Python's."""
+
+
+class Rejudging:
+    """Ends the flows that a change no longer allows. For the event loop's thread alone."""
+
+    def __init__(self, log: Logger, metrics: Metrics) -> None:
+        self._log = log
+        self._metrics = metrics
+        self._left: dict[NetnsId, Change] = {}
+        """Endpoints whose established flows the kernel did not show or end; tried again until it does."""
+        self._turns = asyncio.Semaphore(_JUDGED_AT_ONCE)
+
+    def __len__(self) -> int:
+        """Count the endpoints that are still to be judged again."""
+        return len(self._left)
+
+    async def judge(self, endpoint: Endpoint, world: CompiledWorld, change: Change) -> None:
+        """End what the world no longer allows; what the kernel refuses is left for `retry`."""
+        async with self._turns:
+            if not endpoint.is_open:
+                return
+            netns, pod = endpoint.sandbox.netns, str(endpoint.identity.pod)
+            change = change.also(self._left.pop(netns, change))
+            try:
+                ended = await endpoint.reconsider(world, change)
+            except (DataplaneError, NetnsError) as err:
+                self._left[netns] = change.also(self._left.get(netns, change))
+                self._log.error("established flows not judged again, will try again", pod=pod, error=str(err))
+                return
+        if ended:
+            self._metrics.ended_flows.inc(len(ended))
+            self._log.info("established flows ended", pod=pod, flows=len(ended))
+
+    async def retry(self, endpoints: Mapping[NetnsId, Endpoint], world: CompiledWorld) -> None:
+        """Judge again where the kernel refused before."""
+        for netns, change in list(self._left.items()):
+            endpoint = endpoints.get(netns)
+            if endpoint is None:
+                del self._left[netns]
+            else:
+                await self.judge(endpoint, world, change)
