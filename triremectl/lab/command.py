@@ -17,7 +17,7 @@ import click
 from rich.console import Console
 
 from triremectl.admin_client import AdminError
-from triremectl.lab.check.command import check, load_cases
+from triremectl.lab.check.command import PROBED_PROTOCOLS, check, load_cases
 from triremectl.lab.errors import LabError
 from triremectl.lab.lab import Lab
 from triremectl.lab.report import print_step, summary
@@ -79,10 +79,17 @@ def run_command(scenario: str, plugin: Path | None, *, keep: bool, verbose: bool
     show_default=True,
     help="What denied connections see; with drop, each takes the whole timeout.",
 )
+@click.option(
+    "--protocol",
+    "protocols",
+    type=click.Choice([protocol.name for protocol in PROBED_PROTOCOLS]),
+    multiple=True,
+    help="Try probes of this protocol alone; may be repeated. Default: all of them.",
+)
 @_plugin_option
 @click.option("--verbose", is_flag=True, help="Say which world is up, and when.")
 def check_command(files: tuple[Path, ...], *, count: int | None, seed: int, timeout: float, deny_with: str,
-                  plugin: Path | None, verbose: bool) -> None:  # fmt: skip
+                  protocols: tuple[str, ...], plugin: Path | None, verbose: bool) -> None:  # fmt: skip
     """Try the probes of cases by real connections, and compare with what the cases expect.
 
     FILES hold one case a line, as for `simulate --check` (.gz is unpacked; - is standard input). Exit status 1 on any
@@ -92,7 +99,9 @@ def check_command(files: tuple[Path, ...], *, count: int | None, seed: int, time
     tools = replace(_tools(plugin), probe_timeout_s=timeout)
     with _ended_by_signals():
         try:
-            score = check(load_cases(files, count, seed), tools, deny_with, is_verbose=verbose)
+            cases = load_cases(files, count, seed)
+            chosen = [protocol for protocol in PROBED_PROTOCOLS if not protocols or protocol.name in protocols]
+            score = check(cases, tools, deny_with, chosen, is_verbose=verbose)
         except (LabError, AdminError) as err:
             raise click.ClickException(str(err)) from err
     sys.exit(0 if score.is_passed else 1)

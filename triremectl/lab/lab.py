@@ -11,6 +11,7 @@ sockets; start the lab in a thread that outlives it, because its daemons end wit
 
 from __future__ import annotations
 
+import secrets
 import socket
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -25,6 +26,7 @@ from enforcer_daemon.model import IPAddress, PodRef, Protocol
 from triremectl.admin_client import AdminError
 from triremectl.lab.authority import write_authority
 from triremectl.lab.capture import Capture
+from triremectl.lab.datagrams import ask_all
 from triremectl.lab.errors import LabError
 from triremectl.lab.manifests import ObjectRef, namespace_manifest, pod_manifest, pod_ref
 from triremectl.lab.netns import delete_all, exec_prefix, ip_batch, open_socket, run, write_sysctls
@@ -37,7 +39,7 @@ from triremectl.lab.network import (
     uplink_lines,
 )
 from triremectl.lab.node import Node, NodeDirectories
-from triremectl.lab.probe import Probe, ProbeResult, run_probe
+from triremectl.lab.probe import Outcome, Probe, ProbeResult, run_probe
 from triremectl.lab.process import NetnsProcess
 from triremectl.lab.rundir import RunDirectory, netns_names
 from triremectl.lab.sandbox import IFNAME, Place, Runtime, Sandbox, SandboxRequest
@@ -50,6 +52,7 @@ _CONCURRENT_ADDS = 4
 _SETTLE_TIMEOUT_S = 2.0
 _SETTLE_QUIET_S = 0.06
 _POLL_S = 0.01
+_PAYLOAD_BYTES = 16
 
 
 class Lab:
@@ -339,6 +342,19 @@ class Lab:
         """Try many connections at once; results in the order of the probes."""
         with ThreadPoolExecutor(self.tools.concurrent_probes) as executor:
             return list(executor.map(run_probe, probes))
+
+    def ask_all(self, probes: Sequence[Probe], quiet_s: float) -> list[ProbeResult]:
+        """Try many UDP probes at once, and stop waiting when nobody answered for `quiet_s`.
+
+        A datagram that a server got but whose answer never came is SILENT: no denial, since the application had it.
+        """
+        payloads = [secrets.token_bytes(_PAYLOAD_BYTES) for _ in probes]
+        results = ask_all(probes, payloads, quiet_s)
+        heard = self._servers.heard()
+        return [
+            replace(result, outcome=Outcome.SILENT) if result.outcome.is_denied and payload in heard else result
+            for payload, result in zip(payloads, results, strict=True)
+        ]
 
     def open_socket(self, place: str, family: int = socket.AF_INET, kind: int = socket.SOCK_STREAM) -> socket.socket:
         """Return a new socket that lives at the place. The caller owns it; an open socket keeps its namespace alive."""

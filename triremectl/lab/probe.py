@@ -17,7 +17,8 @@ from enforcer_daemon.model import IPAddress, Protocol
 from triremectl.lab.netns import open_socket
 
 MAX_BANNER_BYTES = 256
-_UDP_RESEND_S = 1.0
+UDP_RESEND_S = 1.0
+"""A datagram may be lost: it is sent again as long as nobody answers."""
 _IP_BIND_ADDRESS_NO_PORT = 24
 """linux/in.h: the port is chosen at connect(), where it need not differ from those of other connections."""
 
@@ -106,9 +107,11 @@ def _dial_tcp(sock: socket.socket, probe: Probe) -> tuple[Outcome, str]:
 def _ask_udp(sock: socket.socket, probe: Probe) -> tuple[Outcome, str]:
     deadline = time.monotonic() + probe.timeout_s
     try:
+        if probe.source is not None:
+            sock.bind((str(probe.source), 0))
         sock.connect((str(probe.address), probe.port))
         while (left := deadline - time.monotonic()) > 0:
-            sock.settimeout(min(left, _UDP_RESEND_S))
+            sock.settimeout(min(left, UDP_RESEND_S))
             with contextlib.suppress(PermissionError):  # a rule of the pod's own namespace dropped it
                 sock.send(b"?")
             with contextlib.suppress(TimeoutError):

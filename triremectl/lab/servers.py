@@ -11,15 +11,20 @@ import logging
 import selectors
 import socket
 import threading
+from collections import deque
 from collections.abc import Callable
 
 from enforcer_daemon.model import IPAddress, Protocol
+from triremectl.lab.errors import LabError
 from triremectl.lab.netns import in_netns
 
 _BACKLOG = 1024
 _CHUNK_BYTES = 65_536
 _MAX_PENDING_BYTES = 4 * _CHUNK_BYTES
 """Unsent echo of one connection; beyond it the server stops reading."""
+
+MAX_HEARD = 65_536
+"""Datagrams that are remembered, of all servers together."""
 
 _log = logging.getLogger(__name__)
 
@@ -35,6 +40,7 @@ class Servers:
         self._calls: list[Callable[[], None]] = []
         self._lock = threading.Lock()
         self._listeners: dict[str, list[socket.socket]] = {}
+        self._heard: deque[bytes] = deque(maxlen=MAX_HEARD)
         self._is_closing = False
         self._thread = threading.Thread(target=self._serve, name="lab-servers", daemon=True)
         self._thread.start()
@@ -48,12 +54,26 @@ class Servers:
             self._accept(sock, banner)
 
         def answer() -> None:
-            _answer(sock, banner)
+            self._answer(sock, banner)
 
         with self._lock:
             self._listeners.setdefault(owner, []).append(sock)
         ready = accept if protocol is Protocol.TCP else answer
         self._call(lambda: self._register(sock, ready))
+
+    def heard(self) -> frozenset[bytes]:
+        """Return what the last MAX_HEARD datagrams said that reached any server, answered or not."""
+        done = threading.Event()
+        heard: list[frozenset[bytes]] = []
+
+        def copy() -> None:
+            heard.append(frozenset(self._heard))
+            done.set()
+
+        self._call(copy)
+        if not done.wait(timeout=5.0):
+            raise LabError("the lab's servers do not answer")
+        return heard[0]
 
     def close_owner(self, owner: str) -> None:
         """Stop listening as `owner` (open connections go on until their peers close them)."""
@@ -105,6 +125,12 @@ class Servers:
         with contextlib.suppress(KeyError, ValueError):  # closed and unregistered before
             self._selector.unregister(sock)
         sock.close()
+
+    def _answer(self, sock: socket.socket, banner: bytes) -> None:
+        with contextlib.suppress(OSError):  # as for any datagram, nobody is told of a lost answer
+            question, peer = sock.recvfrom(_CHUNK_BYTES)
+            self._heard.append(question)
+            sock.sendto(banner, peer)
 
     def _accept(self, listener: socket.socket, banner: bytes) -> None:
         try:
@@ -163,9 +189,3 @@ def _bound_socket(address: IPAddress, port: int, protocol: Protocol) -> socket.s
         sock.close()
         raise
     return sock
-
-
-def _answer(sock: socket.socket, banner: bytes) -> None:
-    with contextlib.suppress(OSError):  # as for any datagram, nobody is told of a lost answer
-        _, peer = sock.recvfrom(_CHUNK_BYTES)
-        sock.sendto(banner, peer)

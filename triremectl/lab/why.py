@@ -43,6 +43,7 @@ def find_denial(lab: Lab, flow: Flow, probe: Probe, result: ProbeResult) -> Deni
                 record.get("direction") == direction
                 and str(record.get("address")) in peers
                 and record.get("port") in ports
+                and record.get("protocol") == flow.protocol.value
             ):
                 return Denial(pod, direction, str(record.get("reason")), _rules(record.get("rules")))
     return None

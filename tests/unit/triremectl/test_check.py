@@ -132,6 +132,7 @@ def test_nodes_have_the_addresses_of_the_case_and_others_do_not_take_them() -> N
         (_probe("x/web", "x/db"), ("x/web", "10.0.0.1", "x/db", "172.20.0.9", 80)),
         (_probe("x/db", "x/web"), ("x/db", "172.20.0.9", "x/web", "10.0.0.1", 80)),
         (_probe("x/web", "x/db", "sql"), ("x/web", "10.0.0.1", "x/db", "172.20.0.9", 5432)),
+        (_probe("x/web", "x/db", "sql", protocol="UDP"), ("x/web", "10.0.0.1", "x/db", "172.20.0.9", 53)),
         (_probe("fd01::5", "x/db"), ("host:fd01--5", "fd01::5", "x/db", "fd00::9", 80)),
         (_probe("fd01::5", "fd00::9", "sql"), ("host:fd01--5", "fd01::5", "x/db", "fd00::9", 5432)),
         (_probe("192.0.2.2", "x/web"), ("node:n2", "192.0.2.2", "x/web", "10.0.0.1", 80)),
@@ -204,7 +205,7 @@ def test_the_score_tells_differences_and_counts_the_rest() -> None:
     case = _case(probes=[_probe("x/web", "x/db")])
     score = Score()
     denial = Denial("x/db", "ingress", "ingress-denied", ("x/p",))
-    good = CaseResult(case, (_attempt(case, Outcome.CONNECTED, tries=2),), Counter({"UDP": 2, "a reason": 1}))
+    good = CaseResult(case, (_attempt(case, Outcome.CONNECTED, tries=2),), Counter({"SCTP": 1, "UDP": 2, "a reason": 1}))
     bad = CaseResult(case, (_attempt(case, Outcome.REFUSED, tries=2, denial=denial),), Counter())
     assert score.add(good) == []
     assert score.is_passed
@@ -216,9 +217,9 @@ def test_the_score_tells_differences_and_counts_the_rest() -> None:
     ]
     assert not score.is_passed
     assert score.summary() == [
-        "2 UDP and 0 SCTP probes not probed",
+        "2 UDP and 1 SCTP probes not probed",
         "1 probes not probed: a reason",
-        "1 allowed connections took a second try",
+        "1 allowed probes took a second try",
         "1 of 2 probes as expected (2 cases)",
     ]
 

@@ -110,8 +110,8 @@ def test_after_a_change_only_what_disagrees_is_tried_again() -> None:
     ]
 
 
-def _denial(direction: str, address: str, port: int, when: object = 101.0) -> dict[str, Any]:
-    facts = {"direction": direction, "address": address, "port": port, "when": when}
+def _denial(direction: str, address: str, port: int, when: object = 101.0, protocol: int = 6) -> dict[str, Any]:
+    facts = {"direction": direction, "address": address, "port": port, "when": when, "protocol": protocol}
     return facts | {"reason": f"{direction}-denied", "rules": ["x/p"]}
 
 
@@ -125,6 +125,7 @@ def _denial(direction: str, address: str, port: int, when: object = 101.0) -> di
         ("db", _denial("ingress", "10.0.0.1", 5432, 99.0), None),  # of an earlier attempt
         ("db", _denial("ingress", "10.0.0.1", 9090), None),  # of another port
         ("db", _denial("ingress", "10.0.0.9", 5432), None),  # of another peer
+        ("db", _denial("ingress", "10.0.0.1", 5432, protocol=17), None),  # of another protocol
         ("web", _denial("ingress", "10.0.0.2", 5432), None),  # of the other direction
     ],
 )

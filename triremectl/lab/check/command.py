@@ -4,12 +4,13 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from contextlib import closing
 from pathlib import Path
 
 import click
 
+from enforcer_daemon.model import Protocol
 from triremectl.cases import Case
 from triremectl.lab.check.plan import sample, share_worlds
 from triremectl.lab.check.run import run_world
@@ -17,6 +18,8 @@ from triremectl.lab.check.score import Score
 from triremectl.lab.errors import ScenarioError
 from triremectl.lab.tools import Tools
 from triremectl.simulate import read_cases
+
+PROBED_PROTOCOLS = (Protocol.TCP, Protocol.UDP)
 
 
 def load_cases(files: Sequence[Path], count: int | None, seed: int) -> list[Case]:
@@ -32,7 +35,14 @@ def load_cases(files: Sequence[Path], count: int | None, seed: int) -> list[Case
     return chosen
 
 
-def check(cases: Sequence[Case], tools: Tools, deny_with: str, *, is_verbose: bool = False) -> Score:
+def check(
+    cases: Sequence[Case],
+    tools: Tools,
+    deny_with: str,
+    protocols: Collection[Protocol] = PROBED_PROTOCOLS,
+    *,
+    is_verbose: bool = False,
+) -> Score:
     """Run the cases, printing each difference as soon as it is known, then the counts."""
     score = Score()
     started = time.monotonic()
@@ -40,7 +50,7 @@ def check(cases: Sequence[Case], tools: Tools, deny_with: str, *, is_verbose: bo
         if is_verbose:
             places = f"{len(world.layout.pods)} pods, {len(world.cases)} cases"
             click.echo(f"world {number} ({places}) after {time.monotonic() - started:.1f} s", err=True)
-        with closing(run_world(world, tools, deny_with)) as results:  # the lab ends here, whatever happens
+        with closing(run_world(world, tools, deny_with, protocols)) as results:  # the lab ends here, whatever happens
             for result in results:
                 for line in score.add(result):
                     click.echo(line)

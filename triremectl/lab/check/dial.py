@@ -23,7 +23,7 @@ class Unprobed(Enum):
 
 @dataclass(frozen=True, slots=True)
 class Dial:
-    """One connection, by places of the lab."""
+    """One connection or exchange of datagrams, by places of the lab."""
 
     source: str
     source_address: IPAddress | None
@@ -31,10 +31,11 @@ class Dial:
     target: str
     address: IPAddress
     port: int
+    protocol: Protocol = Protocol.TCP
 
 
 def dial_of(layout: Layout, case: Case, probe: Probe) -> Dial | Unprobed:
-    """Say how to dial a TCP probe; raise ScenarioError where its ends have no addresses of one family."""
+    """Say how to dial a TCP or UDP probe; raise ScenarioError where its ends have no addresses of one family."""
     pods = {str(pod.ref): pod for pod in case.objects.pods}
     source, target = pods.get(probe.source), pods.get(probe.destination)
     if any(pod is not None and pod.is_finished for pod in (source, target)):
@@ -43,7 +44,7 @@ def dial_of(layout: Layout, case: Case, probe: Probe) -> Dial | Unprobed:
     if target is None and targets[0].is_loopback:
         port = _port(probe, source)
         place = layout.owners[sources[0]]
-        return Dial(place, None, place, targets[0], port) if port else Unprobed.NO_SUCH_PORT
+        return Dial(place, None, place, targets[0], port, probe.protocol) if port else Unprobed.NO_SUCH_PORT
     pair = next(((s, t) for s in sources for t in targets if s.version == t.version), None)
     if pair is None:
         raise ScenarioError(f"{case.name}: {probe}: the two ends have no addresses of one family")
@@ -51,7 +52,7 @@ def dial_of(layout: Layout, case: Case, probe: Probe) -> Dial | Unprobed:
     port = _port(probe, target if target is not None else pods.get(owner))
     if port == 0:
         return Unprobed.NO_SUCH_PORT
-    return Dial(layout.owners[pair[0]], pair[0], owner, pair[1], port)
+    return Dial(layout.owners[pair[0]], pair[0], owner, pair[1], port, probe.protocol)
 
 
 def _addresses(case: Case, end: str, pod: Pod | None) -> tuple[IPAddress, ...]:
@@ -67,4 +68,4 @@ def _port(probe: Probe, pod: Pod | None) -> int:
     if isinstance(probe.port, int):
         return probe.port
     ports = () if pod is None else pod.named_ports
-    return next((p.number for p in ports if p.name == probe.port and p.protocol is Protocol.TCP), 0)
+    return next((p.number for p in ports if p.name == probe.port and p.protocol is probe.protocol), 0)

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Generator, Sequence
+from collections.abc import Collection, Generator, Sequence
 from dataclasses import dataclass, replace
 
 from enforcer_daemon.model import IPAddress, Protocol
@@ -22,6 +22,9 @@ from triremectl.lab.world import PortSpec
 
 PATIENT_TIMEOUT_S = 3.0
 """Of the second try of a connection that must be allowed: what the Kubernetes end-to-end suite allows."""
+
+QUIET_S = 0.3
+"""Of the first try of datagrams: what is let through is answered in milliseconds, at first contact in tens of them."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,19 +54,22 @@ class CaseResult:
     """How many probes were not tried, by the reason."""
 
 
-def run_world(world: SharedWorld, tools: Tools, deny_with: str) -> Generator[CaseResult, None, None]:
+def run_world(
+    world: SharedWorld, tools: Tools, deny_with: str, protocols: Collection[Protocol]
+) -> Generator[CaseResult, None, None]:
     """Start a lab for the cases of one world and run them in order; yield each result as soon as it is known."""
     with Lab(world_of(world.layout, deny_with), tools) as lab:
-        runner = _CaseRunner(lab, world.layout)
+        runner = _CaseRunner(lab, world.layout, protocols)
         for case in world.cases:
             yield runner.run(case)
 
 
 class _CaseRunner:
-    def __init__(self, lab: Lab, layout: Layout) -> None:
+    def __init__(self, lab: Lab, layout: Layout, protocols: Collection[Protocol]) -> None:
         self._lab = lab
         self._layout = layout
-        self._listening: set[tuple[str, IPAddress, int]] = set()
+        self._protocols = protocols
+        self._listening: set[tuple[str, IPAddress, int, Protocol]] = set()
         self._turn = 0
         self._pods = {name: frozenset(spec.pod for spec in lab.world.pods if spec.node == name) for name in lab.nodes}
 
@@ -82,7 +88,7 @@ class _CaseRunner:
         for probe in case.probes:
             if probe.expected is None:
                 continue
-            if probe.protocol is not Protocol.TCP:
+            if probe.protocol not in self._protocols:
                 unprobed[probe.protocol.name] += 1
                 continue
             dial = dial_of(self._layout, case, probe)
@@ -93,31 +99,37 @@ class _CaseRunner:
         return dials, unprobed
 
     def _listen(self, dial: Dial) -> None:
-        end = dial.target, dial.address, dial.port
+        end = dial.target, dial.address, dial.port, dial.protocol
         if end not in self._listening:
-            self._lab.listen(dial.target, PortSpec(dial.port), dial.address)
+            self._lab.listen(dial.target, PortSpec(dial.port, dial.protocol), dial.address)
             self._listening.add(end)
 
     def _try_all(self, dials: Sequence[tuple[Probe, Dial]]) -> list[Attempt]:
         probes = [self._lab_probe(dial) for _, dial in dials]
         attempts = [
             Attempt(probe, dial, result)
-            for (probe, dial), result in zip(dials, self._lab.probe_all(probes), strict=True)
+            for (probe, dial), result in zip(dials, self._dial_all(probes, QUIET_S), strict=True)
         ]
-        # A denial is final at once. An allowed connection may have lost a packet to a short timeout.
+        # A denial is final at once. What is allowed may have lost a packet to a short timeout.
         again = [i for i, a in enumerate(attempts) if a.probe.expected == "allow" and not a.is_as_expected]
         patient = [replace(probes[i], timeout_s=max(PATIENT_TIMEOUT_S, probes[i].timeout_s)) for i in again]
-        for i, probe, result in zip(again, patient, self._lab.probe_all(patient), strict=True):
+        for i, probe, result in zip(again, patient, self._dial_all(patient, PATIENT_TIMEOUT_S), strict=True):
             denial = find_denial(self._lab, _flow(attempts[i].dial), probe, result)
             attempts[i] = replace(attempts[i], result=result, tries=2, denial=denial)
         return attempts
 
+    def _dial_all(self, probes: Sequence[LabProbe], quiet_s: float) -> list[ProbeResult]:
+        """Try TCP and then UDP, so that the datagrams' short wait is not spent on connections."""
+        tcp = iter(self._lab.probe_all([probe for probe in probes if probe.protocol is Protocol.TCP]))
+        udp = iter(self._lab.ask_all([probe for probe in probes if probe.protocol is Protocol.UDP], quiet_s))
+        return [next(tcp if probe.protocol is Protocol.TCP else udp) for probe in probes]
+
     def _lab_probe(self, dial: Dial) -> LabProbe:
         netns = self._lab.place(dial.source).netns
-        return LabProbe(
-            netns, dial.address, dial.port, timeout_s=self._lab.tools.probe_timeout_s, source=dial.source_address
-        )
+        timeout_s = self._lab.tools.probe_timeout_s
+        return LabProbe(netns, dial.address, dial.port, dial.protocol, timeout_s, dial.source_address)
 
 
 def _flow(dial: Dial) -> Flow:
-    return Flow(dial.source, dial.target, dial.port, is_allowed=True, version=dial.address.version)
+    version = dial.address.version
+    return Flow(dial.source, dial.target, dial.port, is_allowed=True, protocol=dial.protocol, version=version)

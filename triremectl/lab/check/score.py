@@ -6,9 +6,12 @@ from __future__ import annotations
 from collections import Counter
 from dataclasses import dataclass, field
 
+from enforcer_daemon.model import Protocol
 from triremectl.cases import Case
 from triremectl.lab.check.run import Attempt, CaseResult
 from triremectl.simulate import in_words
+
+_PROTOCOLS = tuple(protocol.name for protocol in Protocol)
 
 
 @dataclass(slots=True)
@@ -42,10 +45,10 @@ class Score:
     def summary(self) -> list[str]:
         """Return the last lines of a check."""
         unprobed = Counter(self.unprobed)
-        udp, sctp = unprobed.pop("UDP", 0), unprobed.pop("SCTP", 0)
-        lines = [f"{udp} UDP and {sctp} SCTP probes not probed"] if udp or sctp else []
+        protocols = [f"{count} {name}" for name in _PROTOCOLS if (count := unprobed.pop(name, 0))]
+        lines = [f"{' and '.join(protocols)} probes not probed"] if protocols else []
         lines += [f"{count} probes not probed: {reason}" for reason, count in sorted(unprobed.items())]
-        lines += [f"{self.retried} allowed connections took a second try"] if self.retried else []
+        lines += [f"{self.retried} allowed probes took a second try"] if self.retried else []
         return [*lines, f"{self.right} of {self.probes} probes as expected ({self.cases} cases)"]
 
 
