@@ -205,7 +205,8 @@ def test_the_score_tells_differences_and_counts_the_rest() -> None:
     case = _case(probes=[_probe("x/web", "x/db")])
     score = Score()
     denial = Denial("x/db", "ingress", "ingress-denied", ("x/p",))
-    good = CaseResult(case, (_attempt(case, Outcome.CONNECTED, tries=2),), Counter({"SCTP": 1, "UDP": 2, "a reason": 1}))
+    unprobed = Counter({"SCTP": 1, "UDP": 2, "a reason": 1})
+    good = CaseResult(case, (_attempt(case, Outcome.CONNECTED, tries=2),), unprobed)
     bad = CaseResult(case, (_attempt(case, Outcome.REFUSED, tries=2, denial=denial),), Counter())
     assert score.add(good) == []
     assert score.is_passed
