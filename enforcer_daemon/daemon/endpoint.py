@@ -20,6 +20,7 @@ from enforcer_daemon.dataplane.addresses import interface
 from enforcer_daemon.dataplane.established import ReleasedFlow, end_flows, highest_index
 from enforcer_daemon.dataplane.netns import tune_conntrack
 from enforcer_daemon.dataplane.queue import PacketQueue
+from enforcer_daemon.dataplane.queuecounters import LostPackets
 from enforcer_daemon.dataplane.rules import EndpointRules
 from enforcer_daemon.errors import IdentityTooLargeError
 from enforcer_daemon.handshake.frames import SYN_ACK_OVERHEAD
@@ -93,9 +94,17 @@ class Endpoint:
         return EndpointRules(self.sandbox.ifnames, queue_number, self._node.addresses)
 
     @property
-    def overruns(self) -> int:
-        """How often the kernel dropped packets because the queue's buffer was full."""
-        return 0 if self._queue is None else self._queue.overruns
+    def lost(self) -> LostPackets:
+        """What the kernel dropped of the queue before it was judged, as of the last `count_lost`."""
+        return LostPackets() if self._queue is None else self._queue.lost
+
+    def count_lost(self) -> LostPackets:
+        """Ask the kernel what it dropped of the queue; give what is new since it was asked last."""
+        if self._queue is None:
+            return LostPackets()
+        before = self._queue.lost
+        lost = self._queue.count_lost()
+        return LostPackets(lost.queue - before.queue, lost.buffer - before.buffer)
 
     @property
     def is_open(self) -> bool:

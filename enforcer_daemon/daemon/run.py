@@ -129,7 +129,6 @@ class Daemon:
             self._endpoints.tend()
 
     async def _upkeep(self) -> None:
-        overruns = 0
         while True:
             await asyncio.sleep(_UPKEEP_S)
             self._node.follow_clock()
@@ -137,11 +136,16 @@ class Daemon:
             await drain(self._deletions, self._endpoints.delete)
             await self._endpoints.forget_gone()
             await self._endpoints.settle()
-            seen = sum(endpoint.overruns for endpoint in self._endpoints)
-            self._metrics.overruns.inc(max(0, seen - overruns))
-            overruns = seen
-            self._metrics.half_open_flows.set(sum(endpoint.datapath.half_open_flows for endpoint in self._endpoints))
-            self._metrics.held_packets.set(sum(endpoint.datapath.held_packets for endpoint in self._endpoints))
+            self._measure()
+
+    def _measure(self) -> None:
+        """Bring the metrics up to date that nobody pushes."""
+        for endpoint in self._endpoints:
+            for where, count in endpoint.count_lost()._asdict().items():
+                self._metrics.lost_packets.labels(where).inc(count)
+        datapaths = [endpoint.datapath for endpoint in self._endpoints]
+        self._metrics.half_open_flows.set(sum(datapath.half_open_flows for datapath in datapaths))
+        self._metrics.held_packets.set(sum(datapath.held_packets for datapath in datapaths))
 
     def _renew_keys(self) -> None:
         """Take over changed key files; operators who do not want to wait a second send SIGHUP."""

@@ -133,7 +133,7 @@ def _describe(endpoint: Endpoint) -> dict[str, object]:
         "policies": sorted(policies),
         "half_open_flows": endpoint.datapath.half_open_flows,
         "held_packets": endpoint.datapath.held_packets,
-        "queue_overruns": endpoint.overruns,
+        "lost_packets": endpoint.lost._asdict(),
         "counters": endpoint.flow_log.counts(),
         "recent_denials": [denial.as_json() for denial in endpoint.flow_log.recent],
     }

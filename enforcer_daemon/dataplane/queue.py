@@ -18,6 +18,7 @@ from netfilterqueue import NetfilterQueue, Packet
 
 from enforcer_daemon.dataplane.inject import Injector
 from enforcer_daemon.dataplane.netns import open_in
+from enforcer_daemon.dataplane.queuecounters import LostPackets, QueueCounters
 from enforcer_daemon.errors import DataplaneError
 from enforcer_daemon.marks import FORGET, OWN_MASK
 from enforcer_daemon.model import Direction
@@ -29,29 +30,25 @@ Judge = Callable[[bytes, Direction, int], Verdict]
 its mark: of a packet with SYN, what its connection was released with before, else 0."""
 
 _OTHERS_MASK = OWN_MASK ^ 0xFFFF_FFFF
+_SOL_NETLINK, _NETLINK_NO_ENOBUFS = 270, 5  # linux/netlink.h
+_BACKLOG_DIVISOR = 8
+"""How much shorter the turns of a queue are that had more waiting at the end of its last one."""
 _PREROUTING = 0  # linux/netfilter.h: NF_INET_PRE_ROUTING; the other hook is NF_INET_POST_ROUTING
 
 
 class _Turn:
-    """What NetfilterQueue.run_socket takes for a socket: it ends after so many packets, and sees overruns."""
+    """What NetfilterQueue.run_socket takes for a socket: it ends after so many packets."""
 
-    __slots__ = ("_sock", "left", "overruns")
+    __slots__ = ("_sock", "left")
 
     def __init__(self, sock: socket.socket) -> None:
         self._sock = sock
         self.left = 0
-        self.overruns = 0
 
     def recv(self, size: int) -> bytes:
         if self.left <= 0:
             raise BlockingIOError(errno.EAGAIN, "the turn is over")
-        try:
-            message = self._sock.recv(size, socket.MSG_DONTWAIT)
-        except OSError as err:
-            if err.errno == errno.ENOBUFS:
-                self.left -= 1
-                self.overruns += 1
-            raise
+        message = self._sock.recv(size, socket.MSG_DONTWAIT)
         self.left -= 1
         return message
 
@@ -59,8 +56,8 @@ class _Turn:
 class PacketQueue:
     """One endpoint's queue, bound inside its network namespace. For the event loop's thread alone."""
 
-    __slots__ = ("_held", "_injector", "_judge", "_on_error", "_packets_per_turn", "_queue", "_sock",
-                 "_turn", "errors")  # fmt: skip
+    __slots__ = ("_counters", "_held", "_injector", "_is_backlogged", "_judge", "_on_error", "_packets_per_turn",
+                 "_queue", "_sock", "_turn", "errors", "lost")  # fmt: skip
 
     def __init__(
         self,
@@ -78,7 +75,11 @@ class PacketQueue:
         self._judge = judge
         self._on_error = on_error
         self._packets_per_turn = packets_per_turn
+        self._is_backlogged = False
         self._held: dict[int, Packet] = {}
+        self._counters: QueueCounters | None = None
+        self.lost = LostPackets()
+        """What the kernel dropped before it could be judged, as of the last `count_lost`."""
         self.errors = 0
 
     @classmethod
@@ -108,6 +109,10 @@ class PacketQueue:
             injector.close()
             raise
         try:
+            # A full buffer is no error of the socket: it would end the event loop's interest in it, and with
+            # NETLINK_S_CONGESTED also lose all that comes before the buffer is empty again. The kernel counts.
+            self._sock.setsockopt(_SOL_NETLINK, _NETLINK_NO_ENOBUFS, 1)
+            self._counters = QueueCounters(netns_fd, settings.queue_number)
             queue.bind(
                 settings.queue_number,
                 self._on_packet,
@@ -118,12 +123,16 @@ class PacketQueue:
         except OSError as err:
             self.close()
             raise DataplaneError(f"queue {settings.queue_number}: {err}; does another enforcer run here?") from err
+        except BaseException:
+            self.close()
+            raise
         return self
 
-    @property
-    def overruns(self) -> int:
-        """How often the socket's buffer was too small, and the kernel dropped packets (ENOBUFS)."""
-        return self._turn.overruns
+    def count_lost(self) -> LostPackets:
+        """Ask the kernel what it dropped of this queue so far."""
+        if self._counters is not None:
+            self.lost = self._counters.read()
+        return self.lost
 
     @property
     def injection_errors(self) -> int:
@@ -140,16 +149,22 @@ class PacketQueue:
         return self._sock.fileno()
 
     def read_turn(self) -> int:
-        """Judge the packets that wait, up to the bound of a turn; return how many were read, overruns included.
+        """Judge the packets that wait, up to the bound of a turn; return how many were read.
 
-        Where that is the bound, more may wait: the loop calls again when the descriptor is readable.
+        Where that is the bound, more may wait: the loop calls again when the descriptor is readable. Such a queue has
+        short turns until it is empty, so that a flood of one pod costs the others little. If all have a backlog, they
+        are equal again.
         """
         if self._queue is None:
             return 0
         turn = self._turn
-        turn.left = self._packets_per_turn
+        bound = self._packets_per_turn
+        if self._is_backlogged:
+            bound = max(1, bound // _BACKLOG_DIVISOR)
+        turn.left = bound
         self._queue.run_socket(cast(socket.socket, turn))
-        return self._packets_per_turn - turn.left
+        self._is_backlogged = turn.left <= 0
+        return bound - turn.left
 
     def carry_out(self, effects: tuple[Settle | Inject, ...]) -> None:
         """Carry out effects that come from a deadline instead of a packet."""
@@ -169,6 +184,9 @@ class PacketQueue:
             queue.unbind()
         self._sock.close()
         self._injector.close()
+        counters, self._counters = self._counters, None
+        if counters is not None:
+            counters.close()
 
     def _on_packet(self, packet: Packet) -> None:
         try:

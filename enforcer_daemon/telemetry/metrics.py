@@ -65,8 +65,11 @@ class Metrics:
         self.decisions: dict[DecisionKind, int] = {}
         """Decisions by direction, whether allowed, and reason. Plain numbers: two are counted in every connection."""
         self.registry.register(_DecisionCollector(self.decisions))
-        self.overruns = Counter(
-            "enforcer_queue_overruns", "Times a queue's socket buffer was full (ENOBUFS).", registry=self.registry
+        self.lost_packets = Counter(
+            "enforcer_lost_packets",
+            "Packets that the kernel dropped before they were judged: the queue or its socket's buffer was full.",
+            labelnames=("where",),
+            registry=self.registry,
         )
         self.ended_flows = Counter(
             "enforcer_ended_flows", "Established flows that a change no longer allowed.", registry=self.registry

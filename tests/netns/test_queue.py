@@ -3,16 +3,19 @@
 
 from __future__ import annotations
 
+import asyncio
 import dataclasses
 import os
 import socket
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+import uvloop
 
 from enforcer_daemon.dataplane.netns import open_in
 from enforcer_daemon.dataplane.queue import PacketQueue
+from enforcer_daemon.dataplane.queuecounters import LostPackets
 from enforcer_daemon.dataplane.tools import run_in
 from enforcer_daemon.errors import DataplaneError
 from enforcer_daemon.model import Direction
@@ -128,21 +131,26 @@ def test_an_effect_that_fails_is_reported(lab: Lab) -> None:
         queue.close()
 
 
-def test_a_turn_is_bounded(lab: Lab) -> None:
-    settings = dataclasses.replace(SETTINGS, packets_per_turn=8)
+def test_a_turn_is_bounded_and_shorter_while_there_is_a_backlog(lab: Lab) -> None:
+    settings = dataclasses.replace(SETTINGS, packets_per_turn=16)
     judge = Recorder(lambda *_: DROP)
     queue = PacketQueue.open(lab.pod, settings, judge, on_error=silent)
     try:
         with lab.socket(lab.remote, 4, socket.SOCK_DGRAM) as client:
-            for _ in range(20):
+            for _ in range(21):
                 client.sendto(b"x", (POD[4], 53))
-        turns = []
-        while count := queue.read_turn():
-            turns.append(len(judge.seen))
-            assert count <= 8
-        assert turns == [8, 16, 20]
+            assert [queue.read_turn() for _ in range(5)] == [16, 2, 2, 1, 0]
+            for _ in range(3):
+                client.sendto(b"x", (POD[4], 53))
+            assert queue.read_turn() == 3
     finally:
         queue.close()
+
+
+def send_datagrams(lab: Lab, count: int, length: int = 1_000) -> None:
+    with lab.socket(lab.remote, 4, socket.SOCK_DGRAM) as client:
+        for _ in range(count):
+            client.sendto(bytes(length), (POD[4], 53))
 
 
 def test_packets_that_the_socket_has_no_room_for_are_counted(lab: Lab) -> None:
@@ -150,13 +158,59 @@ def test_packets_that_the_socket_has_no_room_for_are_counted(lab: Lab) -> None:
     judge = Recorder(lambda *_: DROP)
     queue = PacketQueue.open(lab.pod, settings, judge, on_error=silent)
     try:
-        with lab.socket(lab.remote, 4, socket.SOCK_DGRAM) as client:
-            for _ in range(200):
-                client.sendto(bytes(1000), (POD[4], 53))
+        send_datagrams(lab, 200)
         while queue.read_turn():
             pass
-        assert queue.overruns >= 1
         assert 0 < len(judge.seen) < 200
+        assert queue.count_lost() == queue.lost == LostPackets(buffer=200 - len(judge.seen))
+    finally:
+        queue.close()
+
+
+def test_packets_that_the_queue_has_no_room_for_are_counted(lab: Lab) -> None:
+    settings = dataclasses.replace(SETTINGS, queue_length=10)
+    judge = Recorder(lambda *_: DROP)
+    queue = PacketQueue.open(lab.pod, settings, judge, on_error=silent)
+    try:
+        send_datagrams(lab, 50)
+        assert wait_until(lambda: queue.read_turn() == 0 and len(judge.seen) == 10)
+        assert queue.count_lost() == LostPackets(queue=40)
+    finally:
+        queue.close()
+
+
+@pytest.mark.parametrize("loop_factory", [uvloop.new_event_loop, asyncio.new_event_loop], ids=["uvloop", "asyncio"])
+def test_a_queue_is_served_again_after_its_buffer_was_full(
+    lab: Lab, loop_factory: Callable[[], asyncio.AbstractEventLoop]
+) -> None:
+    """libuv gives up a descriptor that shows an error, as a netlink socket does after ENOBUFS."""
+    settings = dataclasses.replace(SETTINGS, receive_buffer_bytes=8192)
+    is_judged = asyncio.Event()
+
+    def judge(*_: object) -> Verdict:
+        is_judged.set()
+        return DROP
+
+    queue = PacketQueue.open(lab.pod, settings, judge, on_error=silent)
+
+    async def serve_floods() -> None:
+        loop = asyncio.get_running_loop()
+        loop.add_reader(queue.fileno(), queue.read_turn)
+        try:
+            for _ in range(3):
+                is_judged.clear()
+                send_datagrams(lab, 200)  # While the loop waits.
+                async with asyncio.timeout(20):
+                    await is_judged.wait()
+                while queue.read_turn():
+                    pass
+        finally:
+            loop.remove_reader(queue.fileno())
+
+    try:
+        with asyncio.Runner(loop_factory=loop_factory) as runner:
+            runner.run(serve_floods())
+        assert queue.count_lost().buffer > 0
     finally:
         queue.close()
 
