@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import asyncio
+import math
 import os
 import time
 from typing import NamedTuple
@@ -36,6 +37,8 @@ from enforcer_daemon.verdict import Verdict
 
 _LARGEST_LABELS = 3
 """Labels that are named when an identity is too large."""
+_REPEAT_SLACK_S = 0.005
+"""Answers that are due within so short a time are repeated together, seconds."""
 
 
 class Change(NamedTuple):
@@ -76,6 +79,8 @@ class Endpoint:
         self._context = EndpointContext(identity.pod, node.context, judge, token, self.mtu)
         self.datapath = EndpointDatapath(self._context)
         self.token_signed_at = time.time()
+        self._repeat_at = math.inf
+        self._repeating: asyncio.TimerHandle | None = None
 
     def open(self, settings: DataplaneSettings, log: Logger) -> None:
         """Bind the queue inside the namespace and serve it from the running loop; raise DataplaneError."""
@@ -185,6 +190,9 @@ class Endpoint:
             asyncio.get_running_loop().remove_reader(self._queue.fileno())
             self._queue.close()
             self._queue = None
+            if self._repeating is not None:
+                self._repeating.cancel()
+                self._repeating = None
             os.close(self.sandbox.netns_fd)
 
     def _judge(self, packet: bytes, direction: Direction, mark: int) -> Verdict:
@@ -193,7 +201,25 @@ class Endpoint:
             self.store.append(self.flows.take_fresh())
         if self._context.reports:
             self.flow_log.take(self.datapath.take_reports())
+        repeat_at = self.datapath.repeat_at
+        if repeat_at is not None and repeat_at < self._repeat_at:
+            self._await_repetition(repeat_at)
         return verdict
+
+    def _await_repetition(self, repeat_at: float) -> None:
+        if self._repeating is not None:
+            self._repeating.cancel()
+        self._repeat_at = repeat_at
+        wait_s = repeat_at - time.monotonic() + _REPEAT_SLACK_S
+        self._repeating = asyncio.get_running_loop().call_later(max(0.0, wait_s), self._repeat_answers)
+
+    def _repeat_answers(self) -> None:
+        self._repeating, self._repeat_at = None, math.inf
+        effects = self.datapath.repeat_answers(time.monotonic())
+        if effects and self._queue is not None:
+            self._queue.carry_out(effects)
+        if (repeat_at := self.datapath.repeat_at) is not None:
+            self._await_repetition(repeat_at)
 
 
 def _by_address(policy: PodPolicy) -> tuple[object, ...]:

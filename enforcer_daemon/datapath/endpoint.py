@@ -74,6 +74,15 @@ class EndpointDatapath:
                 self._context.report_flow(flow, Reason.HANDSHAKE_TIMEOUT)
         return tuple(effects)
 
+    @property
+    def repeat_at(self) -> float | None:
+        """When `repeat_answers` has something to do next, monotonic seconds; None: nothing as things stand."""
+        return self._responder.unproven.due_at
+
+    def repeat_answers(self, now: float) -> tuple[Inject, ...]:
+        """Repeat the SYN-ACKs whose proof should have come by now."""
+        return self._responder.repeat_answers(now)
+
     def forget_unfinished(self, is_denied: Callable[[int], bool]) -> tuple[Settle | Inject, ...]:
         """Give up the flows that were judged by a policy which no longer allows them, by their flows' index.
 
@@ -110,7 +119,7 @@ class EndpointDatapath:
         if kind == SYN_ACK:
             if direction is Direction.INGRESS:
                 return self._initiator.syn_ack_in(segment, key, mark, now)
-            return self._responder.syn_ack_out(segment, key, mark)
+            return self._responder.syn_ack_out(segment, key, mark, now)
         if kind & SYN:
             raise PacketError("SYN together with RST or FIN")
         return self._later_segment(segment, direction, key, now)

@@ -3,7 +3,10 @@
 
 from __future__ import annotations
 
+from struct import Struct
+
 from enforcer_daemon.datapath.context import EndpointContext, bare_reset
+from enforcer_daemon.datapath.unproven import Unproven
 from enforcer_daemon.errors import PeerError, TokenError
 from enforcer_daemon.handshake.flows import FlowTable, Offer, ResponderFlow
 from enforcer_daemon.handshake.frames import (
@@ -37,6 +40,7 @@ from enforcer_daemon.settings import DenyWith
 from enforcer_daemon.verdict import ACCEPT, DROP, Action, Inject, Settle, Verdict
 
 _NUMBERS = 0xFFFF_FFFF
+_PORTS = Struct("!HH")
 _RELEASE_NODE = Verdict(Action.RELEASE, mark=RELEASED | NODE)
 _REPEAT_S = 0.02
 """The least time between two repetitions of a SYN-ACK for unproven data, seconds."""
@@ -55,6 +59,7 @@ class Responder:
         self.flows: FlowTable[ResponderFlow] = FlowTable(
             context.node.settings.max_half_open_flows, context.node.settings.max_half_open_flows_per_source
         )
+        self.unproven = Unproven(context.node.settings.max_half_open_flows)
         self._unknown_syn_acks: dict[tuple[bytes, int], int] = {}
 
     def syn_in(self, segment: Segment, key: bytes, mark: int, now: float) -> Verdict:
@@ -136,7 +141,7 @@ class Responder:
             return DROP._replace(effects=(self._context.reset_remote(key, segment, Direction.INGRESS),))
         return DROP
 
-    def syn_ack_out(self, segment: Segment, key: bytes, mark: int) -> Verdict:
+    def syn_ack_out(self, segment: Segment, key: bytes, mark: int, now: float) -> Verdict:
         """Attach our frame and proof; a retransmission gets the same ones."""
         flow = self.flows.get(key)
         if flow is None:
@@ -147,13 +152,27 @@ class Responder:
             raise PeerError(Reason.UNKNOWN_FLOW, "SYN-ACK acknowledges another SYN")
         if flow.state is State.RELEASED and segment.seq != flow.isn_r:
             raise PeerError(Reason.UNKNOWN_FLOW, "SYN-ACK of another connection than the one that was proven")
-        frame = flow.frame if segment.seq == flow.isn_r else flow.answer(segment.seq, self._context.node.random(16))
+        if segment.seq != flow.isn_r:
+            self._answer(segment, flow, now)
         if flow.state in (State.OFFERED, State.ANSWERED):
             flow.advance(Event.SYN_ACK_SENT)
-        packet = with_options_and_payload(segment, without_fast_open(segment.options), frame)
+        packet = with_options_and_payload(segment, without_fast_open(segment.options), flow.frame)
         if len(packet) > self._context.mtu:
             raise PeerError(Reason.IDENTITY_TOO_LARGE, f"{len(packet)} bytes, MTU {self._context.mtu}")
         return Verdict(Action.ACCEPT, packet)
+
+    def _answer(self, segment: Segment, flow: ResponderFlow, now: float) -> None:
+        """Make the frame of a SYN-ACK, and keep what its repetition needs."""
+        flow.answer(segment.seq, self._context.node.random(16))
+        flow.options, flow.window, flow.answered_at = without_fast_open(segment.options), segment.window, now
+        self.unproven.add(flow, now)
+
+    def repeat_answers(self, now: float) -> tuple[Inject, ...]:
+        """Repeat once the SYN-ACKs whose proof should have come by now: they, or the proofs, were lost."""
+        due = [flow for flow in self.unproven.take(now) if self.flows.get(flow.key) is flow]
+        for flow in due:
+            flow.repeat_at = now + _REPEAT_S
+        return tuple(map(_repeat_syn_ack, due))
 
     def _unknown_syn_ack(self, segment: Segment, key: bytes) -> Verdict:
         """A flow that an earlier daemon judged: its peer's SYN, repeated, makes it known again.
@@ -197,7 +216,7 @@ class Responder:
             return bare_reset(segment)._replace(effects=self._context.settle_held(flow, DROP))
         found = find_proof(segment.options)
         if found is not None and flow.state is not State.OFFERED:
-            return self._accept_proof(segment, flow, found)
+            return self._accept_proof(segment, flow, found, now)
         match flow.state:
             case State.RELEASED:
                 return flow.release
@@ -210,8 +229,10 @@ class Responder:
             case _:
                 raise PeerError(Reason.UNKNOWN_FLOW, f"segment while {flow.state.name.lower()}")
 
-    def _accept_proof(self, segment: Segment, flow: ResponderFlow, found: FoundProof) -> Verdict:
+    def _accept_proof(self, segment: Segment, flow: ResponderFlow, found: FoundProof, now: float) -> Verdict:
         flow.verify(found.proof)
+        if flow.state is State.ANSWERED:
+            flow.peer.note_round_trip(now - flow.answered_at)
         if found.is_lone:
             return self._accept_lone_proof(flow)
         if flow.state is not State.RELEASED:
@@ -237,7 +258,7 @@ class Responder:
         effects: tuple[Inject, ...] = ()
         if now >= flow.repeat_at:
             flow.repeat_at = now + _REPEAT_S
-            effects = (_repeat_syn_ack(segment, flow),)
+            effects = (_repeat_syn_ack(flow),)
         if segment.data < segment.end or segment.flags & FIN:
             return self._context.hold(flow, now, effects)
         decision = Decision(False, Reason.PROOF_MISSING, Direction.INGRESS)
@@ -272,8 +293,10 @@ def _deliver_again(segment: Segment, flow: ResponderFlow) -> Verdict:
     return _deliver_syn(segment, 0)
 
 
-def _repeat_syn_ack(segment: Segment, flow: ResponderFlow) -> Inject:
-    """Send our stored SYN-ACK once more, as an answer to `segment`."""
+def _repeat_syn_ack(flow: ResponderFlow) -> Inject:
+    """Send our SYN-ACK once more, as the pod's kernel made it."""
+    half = (len(flow.key) - 4) // 2
+    remote, own, (sport, dport) = flow.key[:half], flow.key[half:-4], _PORTS.unpack(flow.key[-4:])
     numbers = flow.isn_r, (flow.offer.isn + 1) & _NUMBERS
-    bare = build(segment.dst, segment.src, (segment.dport, segment.sport), numbers, SYN_ACK, segment.window)
-    return Inject(with_options_and_payload(decode_tcp(bare), b"", flow.frame))
+    bare = build(own, remote, (dport, sport), numbers, SYN_ACK, flow.window, flow.options)
+    return Inject(with_options_and_payload(decode_tcp(bare), flow.options, flow.frame))

@@ -83,7 +83,8 @@ class Offer(NamedTuple):
 class ResponderFlow(Flow):
     """A connection that is opened to the pod."""
 
-    __slots__ = ("expected", "frame", "isn_r", "nonce_r", "offer", "peer", "repeat_at")
+    __slots__ = ("answered_at", "expected", "frame", "isn_r", "nonce_r", "offer", "options", "peer", "repeat_at",
+                 "window")  # fmt: skip
 
     def __init__(self, key: bytes, local: LocalToken, peer: Peer, offer: Offer, deadline: float) -> None:
         super().__init__(key, local, State.OFFERED, deadline)
@@ -93,6 +94,11 @@ class ResponderFlow(Flow):
         self.isn_r = -1
         self.frame = b""
         self.expected = b""
+        self.options = b""
+        """What the pod's kernel offered in its SYN-ACK; its repetition must offer the same."""
+        self.window = 0
+        self.answered_at = 0.0
+        """When the SYN-ACK left first, monotonic seconds."""
         self.repeat_at = 0.0
         """Earliest time at which the SYN-ACK may be repeated for unproven data, monotonic seconds."""
 

@@ -39,7 +39,7 @@ _Value = TypeVar("_Value")
 class Peer:
     """A pod at the other end, as its verified token states it. Compared by object: it keys caches."""
 
-    __slots__ = ("addresses", "ephemeral_key", "identity", "not_after", "token_hash")
+    __slots__ = ("addresses", "ephemeral_key", "identity", "not_after", "round_trip_s", "token_hash")
 
     def __init__(self, claims: Claims, token: bytes, credential: Credential) -> None:
         self.identity: Identity = claims.identity
@@ -47,6 +47,13 @@ class Peer:
         self.ephemeral_key = claims.ephemeral_key
         self.token_hash = frame_hash(token)
         self.not_after = min(claims.expires_at, credential.not_after)
+        self.round_trip_s = 0.0
+        """How long it takes from our SYN-ACK to its proof, smoothed; 0 where that is not known yet."""
+
+    def note_round_trip(self, took_s: float) -> None:
+        """Take another handshake into account: a shorter one at once, since a longer one may have been a loss."""
+        known = self.round_trip_s
+        self.round_trip_s = took_s if not known or took_s < known else known + (took_s - known) / 8
 
     def __repr__(self) -> str:
         return f"Peer({self.identity.pod} on {self.identity.node})"

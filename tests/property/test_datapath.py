@@ -14,6 +14,7 @@ from hypothesis import HealthCheck, event, given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
+from enforcer_daemon.datapath.unproven import MAX_WAIT_S
 from enforcer_daemon.errors import PacketError
 from enforcer_daemon.handshake.frames import find_proof, is_frame, proof_option
 from enforcer_daemon.handshake.machine import State
@@ -152,6 +153,12 @@ class Wire(RuleBasedStateMachine):
             if isinstance(effect, Settle):
                 assert effect.verdict.action is Action.DROP
                 endpoint.held.pop(effect.hold_id)
+
+    @rule()
+    def repeat_answers(self) -> None:
+        """Time passes until every awaited proof is overdue."""
+        self.now += MAX_WAIT_S
+        self.server.injected.extend(effect.packet for effect in self.server.datapath.repeat_answers(self.now))
 
     # What the attacker does, with everything that he ever saw.
 
