@@ -169,10 +169,8 @@ class Responder:
 
     def repeat_answers(self, now: float) -> tuple[Inject, ...]:
         """Repeat once the SYN-ACKs whose proof should have come by now: they, or the proofs, were lost."""
-        due = [flow for flow in self.unproven.take(now) if self.flows.get(flow.key) is flow]
-        for flow in due:
-            flow.repeat_at = now + _REPEAT_S
-        return tuple(map(_repeat_syn_ack, due))
+        due = self.unproven.take(now)
+        return tuple(_repeat_syn_ack(flow) for flow in due if self.flows.get(flow.key) is flow)
 
     def _unknown_syn_ack(self, segment: Segment, key: bytes) -> Verdict:
         """A flow that an earlier daemon judged: its peer's SYN, repeated, makes it known again.

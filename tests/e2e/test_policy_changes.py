@@ -43,6 +43,7 @@ BY_NAMESPACE = policy(
 ACCESS = object_ref(DENY)
 ROUNDS = 7
 WITHIN_S = 0.2
+HANGING_S = 2.5
 """How soon a change must be in force for new connections."""
 
 
@@ -255,4 +256,6 @@ def test_no_connection_that_a_change_finds_half_open_is_left_hanging(lab: Lab) -
         lab.node("b").put(DENY)
         while (result := run_probe(request)).outcome is Outcome.CONNECTED:
             pass
-        assert result.seconds < 1.0, result
+        # Where the change comes between the SYN and its answer, the client's SYN has to come again, after a second.
+        assert result.outcome is not Outcome.TIMED_OUT, result
+        assert result.seconds < HANGING_S, result

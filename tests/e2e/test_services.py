@@ -64,8 +64,8 @@ def lab(plugin: Path) -> Iterator[Lab]:
 def _also(lab: Lab, name: str, peers: Sequence[object]) -> Iterator[None]:
     """Let these peers, too, reach the web pods during the block."""
     manifest = policy(name, "web", ingress=[{"from": peers, "ports": [{"port": HTTP.number}]}])
-    assert lab.apply(manifest)
     try:
+        assert lab.apply(manifest)
         yield
     finally:
         lab.remove(object_ref(manifest))

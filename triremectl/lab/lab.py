@@ -49,7 +49,7 @@ from triremectl.lab.tools import Tools
 from triremectl.lab.world import HostSpec, Manifest, PodSpec, PortSpec, WorldSpec
 
 _CONCURRENT_ADDS = 4
-_SETTLE_TIMEOUT_S = 2.0
+_SETTLE_TIMEOUT_S = 15.0
 _SETTLE_QUIET_S = 0.06
 _POLL_S = 0.01
 _PAYLOAD_BYTES = 16

@@ -103,12 +103,14 @@ def test_so_is_one_that_ended(connection: Connection) -> None:
     assert repeated(connection, DUE) == []
 
 
-def test_data_that_asked_for_the_proof_already_is_not_followed_by_another_question(connection: Connection) -> None:
+def test_what_comes_unproven_right_after_it_asks_for_itself(connection: Connection) -> None:
+    """A bare ACK that overtakes its lone proof is dropped, and only an answer brings another."""
     connection.client.receive(offer(connection), NOW)
-    connection.client.send(connection.ack(), NOW)  # Lost on the wire.
     repeated(connection, DUE)
-    connection.server.receive(connection.ack(b"data"), DUE + 0.001)
-    assert connection.server.injected == []
+    assert connection.client.send(connection.ack(options=CROWDED), DUE) == []
+    _late, ack = connection.client.flush_injected(DUE)
+    assert connection.server.receive(ack, DUE + 0.001) == []
+    assert len(connection.server.injected) == 1
 
 
 @pytest.mark.parametrize(("round_trip_s", "wait_s"), [(0.001, MIN_WAIT_S), (0.1, 0.2), (MAX_WAIT_S, None)])

@@ -1,0 +1,132 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Nodes on a bad network: what the kernel's network emulator loses, delays, repeats and reorders, both ways.
+
+Without the emulator in the kernel (CONFIG_NET_SCH_NETEM) the tests are skipped; `make test-vm` boots one that has it.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import time
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+from tests.e2e.operation_world import FAMILIES, HTTP, NODES, app, connection, in_background, pod, policy, transfer
+from triremectl.lab import HostSpec, Lab, LabError, Tools, WorldSpec
+from triremectl.lab.network import UPLINK
+
+pytestmark = [pytest.mark.kernel, pytest.mark.slow, pytest.mark.stock_kernel]
+
+ENFORCED = ("x/client", "x/server")
+PLAIN = ("host:client", "host:server")
+"""Pods on the same nodes that nobody enforces: the same network without the agent."""
+VERSIONS = [4, 6]
+CONNECTIONS = 500
+"""Of a family, with the agent, and as many without."""
+AT_ONCE = 12
+"""Few enough that an emulated machine is not what they wait for."""
+WORSE_BY = 1.3
+GIVE_UP_S = 60.0
+
+
+@pytest.fixture(scope="module")
+def lab(plugin: Path) -> Iterator[Lab]:
+    world = WorldSpec(
+        NODES,
+        pods=(pod("client", "a"), pod("server", "b")),
+        hosts=(HostSpec("client", node="a"), HostSpec("server", ports=(HTTP,), node="b")),
+        manifests=(policy("server", "server", ingress=[{"from": [app("client")]}]),),
+    )
+    with Lab(world, Tools(plugin=plugin)) as lab:
+        for source, target in (ENFORCED, PLAIN):
+            for version in VERSIONS:
+                assert lab.probe(source, target, HTTP.number, version).outcome.is_allowed
+        yield lab
+
+
+@contextmanager
+def _bad_network(lab: Lab, *what: str) -> Iterator[None]:
+    """Let what leaves either node for the other go through the emulator; skip where the kernel has none."""
+    places = [f"node:{name}" for name in "ab"]
+    try:
+        for place in places:
+            lab.run(place, "tc", "qdisc", "replace", "dev", UPLINK, "root", "netem", *what)
+    except LabError as err:
+        if "qdisc kind is unknown" not in str(err):
+            raise
+        pytest.skip("this kernel has no network emulator (CONFIG_NET_SCH_NETEM)")
+    try:
+        yield
+    finally:
+        for place in places:
+            lab.run(place, "tc", "qdisc", "delete", "dev", UPLINK, "root")
+
+
+def _exchange_s(lab: Lab, ends: tuple[str, str], version: int, *, speaks: bool) -> float:
+    """Connect, hear the server's banner, and, where the client speaks too, the echo; return how long it took."""
+    source, target = ends
+    words = os.urandom(16).hex().encode() if speaks else b"\n"
+    heard, started = b"", time.monotonic()
+    with lab.open_socket(source, FAMILIES[version]) as sock:
+        sock.settimeout(GIVE_UP_S)
+        sock.connect((str(lab.place(target).address(version)), HTTP.number))
+        if speaks:
+            sock.sendall(words)
+        while not heard.endswith(words):
+            more = sock.recv(1_000)
+            assert more, heard
+            heard += more
+    assert heard.startswith(f"{target}\n".encode())
+    return time.monotonic() - started
+
+
+def _percentile(values: Sequence[float], share: float) -> float:
+    return sorted(values)[math.ceil(share * len(values)) - 1]
+
+
+def test_five_percent_loss_each_way(lab: Lab) -> None:
+    """All connections come about, and the slowest take hardly longer than without the agent."""
+    attempts = [
+        (ends, version, n % 2 == 0) for n in range(CONNECTIONS) for version in VERSIONS for ends in (PLAIN, ENFORCED)
+    ]
+    with _bad_network(lab, "delay", "10ms", "loss", "5%"), ThreadPoolExecutor(AT_ONCE) as executor:
+        took = list(executor.map(lambda a: _exchange_s(lab, a[0], a[1], speaks=a[2]), attempts))
+    by_ends = {
+        ends: [s for s, attempt in zip(took, attempts, strict=True) if attempt[0] == ends] for ends in (PLAIN, ENFORCED)
+    }
+    plain, enforced = (_percentile(by_ends[ends], 0.99) for ends in (PLAIN, ENFORCED))
+    print(f"99th percentile: {enforced:.3f} s with the agent, {plain:.3f} s without")  # noqa: T201
+    assert enforced <= WORSE_BY * plain
+
+
+@pytest.mark.parametrize("version", VERSIONS)
+@pytest.mark.parametrize("speaks", [True, False], ids=["both speak", "the server speaks"])
+@pytest.mark.parametrize(
+    "what",
+    [
+        ("delay", "60ms", "20ms"),
+        ("delay", "10ms", "duplicate", "50%"),
+        ("delay", "20ms", "reorder", "50%"),
+        ("delay", "20ms", "15ms", "duplicate", "20%", "reorder", "20%", "loss", "2%"),
+    ],
+    ids=["delay", "duplicates", "reordering", "all together"],
+)
+def test_connections_come_about(lab: Lab, what: tuple[str, ...], version: int, *, speaks: bool) -> None:
+    with _bad_network(lab, *what), ThreadPoolExecutor(AT_ONCE) as executor:
+        futures = [executor.submit(_exchange_s, lab, ENFORCED, version, speaks=speaks) for _ in range(50)]
+        assert all(future.result() < GIVE_UP_S for future in futures)
+
+
+@pytest.mark.parametrize("version", VERSIONS)
+def test_what_is_transferred_arrives_as_it_was(lab: Lab, version: int) -> None:
+    with (
+        _bad_network(lab, "delay", "5ms", "3ms", "duplicate", "5%", "reorder", "20%", "loss", "1%"),
+        connection(lab, *ENFORCED, version) as (client, server),
+        in_background(lambda: transfer(client, server, 1)),
+    ):
+        transfer(server, client, 1)
