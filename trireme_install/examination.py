@@ -1,0 +1,79 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Gathers what `trireme-install doctor` judges: directories, the plugin's answer, the daemon's socket, runtimes."""
+
+from __future__ import annotations
+
+import socket
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+from trireme_install.bundle import check_program
+from trireme_install.directory import read_listing
+from trireme_install.doctor import Facts
+from trireme_install.errors import InstallError
+from trireme_install.netd import MAX_FILE_BYTES, PLUGIN
+from trireme_install.runtimes import RuntimeSettings, decode_containerd, decode_crio, merged
+
+_SOCKET_TIMEOUT_S = 2.0
+
+
+def examine(conf_dir: Path, bin_dir: Path, run_dir: Path, runtime_configs: tuple[Path, ...]) -> Facts:
+    """Look at the node; raise InstallError where the configuration directory cannot be read."""
+    runtimes, faults = _runtimes(runtime_configs)
+    return Facts(
+        conf_dir=str(conf_dir),
+        bin_dir=str(bin_dir),
+        listing=read_listing(conf_dir),
+        program_fault=_program_fault(bin_dir / PLUGIN),
+        daemon_fault=_daemon_fault(run_dir / "registration.sock"),
+        runtimes=tuple(runtimes),
+        runtime_faults=tuple(faults),
+    )
+
+
+def _program_fault(program: Path) -> str | None:
+    try:
+        check_program(program)
+    except InstallError as err:
+        return str(err)
+    return None
+
+
+def _daemon_fault(path: Path) -> str | None:
+    with socket.socket(socket.AF_UNIX) as connection:
+        connection.settimeout(_SOCKET_TIMEOUT_S)
+        try:
+            connection.connect(str(path))
+        except OSError as err:
+            return f"{path}: {err.strerror or err}"
+    return None
+
+
+def _runtimes(paths: tuple[Path, ...]) -> tuple[list[RuntimeSettings], list[str]]:
+    found: list[list[RuntimeSettings]] = []
+    faults: list[str] = []
+    for path in paths:
+        parts = []
+        for file, decode in _files(path):
+            try:
+                with file.open("rb") as stream:
+                    parts.append(decode(str(file), stream.read(MAX_FILE_BYTES)))
+            except OSError as err:
+                faults.append(f"{file}: cannot be read: {err.strerror}")
+            except InstallError as err:
+                faults.append(str(err))
+        if parts:
+            found.append(parts)
+    return [merged(parts) for parts in found], faults
+
+
+def _files(path: Path) -> Iterator[tuple[Path, Callable[[str, bytes], RuntimeSettings]]]:
+    """Give a runtime's files with how to read them: containerd's file, or CRI-O's directory in its own order."""
+    if path.name == "crio":
+        for file in (path / "crio.conf", *sorted((path / "crio.conf.d").glob("*"))):
+            if file.is_file():
+                yield file, decode_crio
+    elif path.is_file():
+        yield path, decode_containerd
+    elif path.is_dir():
+        yield from ((file, decode_containerd) for file in sorted(path.glob("*.toml")))
