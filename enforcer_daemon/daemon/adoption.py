@@ -23,8 +23,9 @@ class Adoption:
 
     @property
     def cut_off(self) -> list[str]:
-        """Recorded pods that could not be adopted: their rules stand, and nobody serves their queues."""
-        return [str(pod) for pod in dict.fromkeys(self._cut_off.values())]
+        """Pods that could not be adopted, or the records that do not say which: nobody serves their queues."""
+        pods = [str(pod) for pod in dict.fromkeys(self._cut_off.values())]
+        return pods + [f"record {aside.path} ({aside.problem})" for aside in self._registry.set_aside]
 
     def load(self) -> None:
         """Read the records; call it once, before anything is deleted or adopted."""

@@ -155,8 +155,11 @@ class Endpoints:
         """Forget an attachment; the last one of a namespace closes its queue."""
         async with self._changing:
             await self._forget_elsewhere(attachment, None)
+            record = self._registry.records.get(attachment)
             self._registry.remove(attachment)
             self._adoption.forget(attachment)
+            if record is not None and all(known.netns != record.netns for known in self._registry.records.values()):
+                self._flow_store(record.netns).remove()  # Also of a pod that was never adopted.
 
     async def _forget_elsewhere(self, attachment: AttachmentId, netns: NetnsId | None) -> None:
         """Take an attachment out of every endpoint but the one of `netns`."""
@@ -232,9 +235,12 @@ class Endpoints:
 
     # The rest of the daemon.
 
-    async def adopt(self) -> None:
-        """Take over the recorded endpoints whose namespaces still exist; call it once, after the first world."""
+    def load(self) -> None:
+        """Read the records of an earlier daemon; call it once, before all else."""
         self._adoption.load()
+
+    async def adopt(self) -> None:
+        """Take over the recorded endpoints whose namespaces still exist; call it once, after `load` and a world."""
         async with self._changing:
             sandboxes = self._adoption.sandboxes(self._is_excluded, lambda netns: self._flow_store(netns).remove())
             world = self._require_world()

@@ -79,8 +79,10 @@ class Daemon:
         addresses, worlds = watch_addresses(), self._worlds()
         self._node.set_addresses(await anext(addresses))
         await self._take(await anext(worlds))
-        await self._endpoints.adopt()
+        self._endpoints.load()
+        # A pod that was deleted meanwhile may lack its interfaces already: there is nothing to adopt.
         drained = await drain(self._deletions, self._endpoints.delete)
+        await self._endpoints.adopt()
         self._log.info("ready", endpoints=len(self._endpoints), queued_deletions=drained.deleted)
         async with asyncio.TaskGroup() as tasks:
             tasks.create_task(self._registration.serve(), name="registration")

@@ -56,25 +56,35 @@ class Registry:
     def __init__(self, directory: Path) -> None:
         self._directory = directory
         self._records: dict[AttachmentId, Record] = {}
+        self._set_aside: dict[str, Unreadable] = {}
 
     @property
     def records(self) -> Mapping[AttachmentId, Record]:
         """Every record; a view, which follows the changes."""
         return MappingProxyType(self._records)
 
+    @property
+    def set_aside(self) -> tuple[Unreadable, ...]:
+        """What is no record, also of earlier starts: pods that may be cut off, until their attachment is deleted."""
+        return tuple(self._set_aside.values())
+
     def load(self) -> tuple[Unreadable, ...]:
         """Read the directory, which is made if it is absent; return what was set aside. Raises OSError."""
         self._directory.mkdir(mode=0o700, parents=True, exist_ok=True)
         self._records.clear()
+        self._set_aside.clear()
         unreadable = []
         for path in sorted(self._directory.iterdir()):
             if path.suffix == ".tmp":  # of a daemon that died while it wrote; the plugin was never answered
                 path.unlink()
+            elif path.suffix == SET_ASIDE:
+                self._set_aside[path.stem] = Unreadable(path, "set aside at an earlier start")
             elif path.suffix == ".json":
                 try:
                     record = _read(path)
                 except (OSError, messages.MessageError) as err:
                     unreadable.append(_set_aside(path, str(err)))
+                    self._set_aside[path.name] = unreadable[-1]
                 else:
                     self._records[record.attachment] = record
         return tuple(unreadable)
@@ -86,6 +96,7 @@ class Registry:
         path = self._path(record.attachment)
         temporary = path.with_suffix(".tmp")
         try:
+            self._forget_set_aside(path)
             temporary.touch(mode=0o600)
             temporary.write_bytes(encode_record(record))
             temporary.rename(path)
@@ -99,9 +110,17 @@ class Registry:
         path = self._path(attachment)
         try:
             path.unlink(missing_ok=True)
+            self._forget_set_aside(path)
         except OSError as err:
             raise RegistrationError(messages.FAILED, f"{path}: cannot be removed: {err.strerror}") from err
         self._records.pop(attachment, None)
+
+    def _forget_set_aside(self, path: Path) -> None:
+        """The attachment that a file was of is recorded anew, or gone."""
+        found = self._set_aside.get(path.name)
+        if found is not None:
+            found.path.unlink(missing_ok=True)
+            del self._set_aside[path.name]
 
     def _path(self, attachment: AttachmentId) -> Path:
         return self._directory / encode_attachment(attachment).file_name

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import replace
@@ -13,8 +13,11 @@ from pathlib import Path
 
 import pytest
 
+from cni_plugin import messages
+from cni_plugin.deletions import enqueue
 from enforcer_daemon.model import PodRef
 from tests.e2e.operation_world import HTTP, NODES, Stream, app, connection, outcome, pod, policy, rules_of
+from triremectl.admin_client import AdminError
 from triremectl.lab import Lab, Outcome, ProbeResult, Tools, WorldSpec
 from triremectl.lab.netns import delete_all
 from triremectl.lab.probe import run_probe
@@ -153,6 +156,55 @@ def test_a_deletion_is_queued_and_carried_out(lab: Lab) -> None:
     ready = [r for r in lab.node("b").log_records() if r.get("event") == "ready"]
     assert ready[-1]["queued_deletions"] == 1
     assert _records(lab, "b") == 1
+
+
+def test_a_pod_whose_deletion_waits_is_not_adopted(lab: Lab) -> None:
+    lab.add_pod(pod("guest", "b"))
+    attachment = messages.Attachment(lab.pods[PodRef("x", "guest")].container_id, "eth0")
+    with _without_enforcers(lab, nodes="b"):
+        lab.run("x/guest", "ip", "link", "delete", "eth0")  # as the primary plugin's DEL leaves it
+        enqueue(str(lab.node("b").directories.run), attachment)
+        starts = len(_events(lab, "starting"))
+    assert len(_events(lab, "starting")) == starts + 1
+    assert _events(lab, "endpoint not adopted") == []
+    assert [e["pod"] for e in lab.node("b").endpoints()] == ["server"]
+    assert _records(lab, "b") == 1
+    lab.remove_pod("x/guest")
+
+
+def test_a_record_that_cannot_be_read_is_shown_until_its_pod_is_deleted(lab: Lab) -> None:
+    lab.add_pod(pod("guest", "b"))
+    node = lab.node("b")
+    record = node.directories.run / "endpoints" / f"{lab.pods[PodRef('x', 'guest')].container_id}@eth0.json"
+    node.daemon.stop(signal.SIGKILL)
+    record.write_bytes(b"{")
+    node.start()
+    deadline = time.monotonic() + 20
+    while record.exists() and time.monotonic() < deadline:
+        time.sleep(0.05)
+    status = _patient_status(lab)
+    assert status["ready"] is False
+    assert record.name in str(status["detail"])
+    lab.remove_pod("x/guest")
+    node.wait_ready()
+    assert _records(lab, "b") == 1
+
+
+def _patient_status(lab: Lab) -> Mapping[str, object]:
+    """Ask an enforcer that has just started."""
+    deadline = time.monotonic() + 20
+    while True:
+        try:
+            status = lab.node("b").status()
+        except AdminError:
+            status = {}
+        if status.get("detail") or time.monotonic() > deadline:
+            return status
+        time.sleep(0.05)
+
+
+def _events(lab: Lab, event: str) -> list[Mapping[str, object]]:
+    return [record for record in lab.node("b").log_records() if record.get("event") == event]
 
 
 def _records(lab: Lab, node: str) -> int:

@@ -99,6 +99,21 @@ def test_an_unreadable_record_is_set_aside_and_the_others_load(
     assert dict(again.records) == {other.attachment: other}
     assert not path.exists()
     assert again.load() == ()
+    assert [aside.path for aside in again.set_aside] == [unreadable.path]  # still shown, also by a later daemon
+
+
+@pytest.mark.parametrize("is_recorded_anew", [False, True])
+def test_what_was_set_aside_goes_with_its_attachment(
+    tmp_path: Path, registry: Registry, *, is_recorded_anew: bool
+) -> None:
+    (tmp_path / "endpoints" / "c1@eth0.json").write_bytes(b"")
+    (unreadable,) = registry.load()
+    if is_recorded_anew:
+        registry.put(RECORD)
+    else:
+        registry.remove(RECORD.attachment)
+    assert registry.set_aside == ()
+    assert not unreadable.path.exists()
 
 
 def test_what_a_daemon_had_half_written_is_removed(tmp_path: Path, registry: Registry) -> None:
