@@ -18,11 +18,13 @@ from enforcer_daemon.datapath.context import EndpointContext
 from enforcer_daemon.datapath.endpoint import EndpointDatapath
 from enforcer_daemon.datapath.judging import Judge
 from enforcer_daemon.dataplane.addresses import interface
+from enforcer_daemon.dataplane.backends import RulesBackend
 from enforcer_daemon.dataplane.established import ReleasedFlow, end_flows, highest_index
 from enforcer_daemon.dataplane.netns import tune_conntrack
 from enforcer_daemon.dataplane.queue import PacketQueue
 from enforcer_daemon.dataplane.queuecounters import LostPackets
 from enforcer_daemon.dataplane.rules import EndpointRules
+from enforcer_daemon.dataplane.tampering import RulesWatch
 from enforcer_daemon.errors import IdentityTooLargeError
 from enforcer_daemon.handshake.frames import SYN_ACK_OVERHEAD
 from enforcer_daemon.handshake.local import LocalToken
@@ -70,6 +72,7 @@ class Endpoint:
         """Why the endpoint cannot open connections at present; empty where it can."""
         self._node = node
         self._queue: PacketQueue | None = None
+        self._watch: RulesWatch | None = None
         self.mtu = min(interface(sandbox.netns_fd, name).mtu for name in sandbox.ifnames)
         token = node.sign(identity)
         self.identity_bytes, self.budget_bytes = _require_room(token, self.mtu)
@@ -97,6 +100,16 @@ class Endpoint:
     def rules(self, queue_number: int) -> EndpointRules:
         """Give what the rules in the pod's namespace depend on."""
         return EndpointRules(self.sandbox.ifnames, queue_number, self._node.addresses)
+
+    def note_rules(self, backend: RulesBackend) -> None:
+        """Take the present rules in the namespace for right, after they were applied; raise DataplaneError."""
+        if self._watch is None:
+            self._watch = backend.watch(self.sandbox.netns_fd)
+        self._watch.note()
+
+    def are_rules_touched(self) -> bool:
+        """Tell whether somebody else may have changed the rules; cheap. Raises DataplaneError."""
+        return self._watch is not None and self._watch.is_touched()
 
     @property
     def lost(self) -> LostPackets:
@@ -193,6 +206,9 @@ class Endpoint:
             if self._repeating is not None:
                 self._repeating.cancel()
                 self._repeating = None
+            if self._watch is not None:
+                self._watch.close()
+                self._watch = None
             os.close(self.sandbox.netns_fd)
 
     def _judge(self, packet: bytes, direction: Direction, mark: int) -> Verdict:

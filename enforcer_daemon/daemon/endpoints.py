@@ -149,6 +149,7 @@ class Endpoints:
     async def _apply(self, endpoint: Endpoint) -> None:
         rules = endpoint.rules(self._settings.dataplane.queue_number)
         await asyncio.to_thread(self._kernel.backend.apply, endpoint.sandbox.netns_fd, rules)
+        endpoint.note_rules(self._kernel.backend)
         await self._kernel.guard(endpoint)
 
     async def delete(self, attachment: AttachmentId) -> None:
@@ -200,7 +201,26 @@ class Endpoints:
         backend, netns_fd = self._kernel.backend, endpoint.sandbox.netns_fd
         if not await asyncio.to_thread(backend.is_intact, netns_fd, rules):
             await asyncio.to_thread(backend.apply, netns_fd, rules)
+            self._metrics.restored_rules.labels("pod").inc()
             self._log.warning("rules repaired", pod=str(endpoint.identity.pod))
+        endpoint.note_rules(backend)
+
+    async def restore_rules(self) -> None:
+        """Put back what somebody else took away, in the pods and on the node; call it about once a second."""
+        try:
+            if await self._kernel.restore_guard():
+                self._metrics.restored_rules.labels("node").inc()
+                self._log.warning("guard put back: somebody else had removed or emptied its tables")
+        except DataplaneError as err:
+            self._log.error("guard not put back, will try again", error=str(err))
+        for endpoint in list(self._by_netns.values()):
+            try:
+                if endpoint.are_rules_touched():
+                    async with self._changing:
+                        if endpoint.is_open:
+                            await self._repair(endpoint)
+            except (DataplaneError, NetnsError) as err:
+                self._leave_unsettled(endpoint, err)
 
     async def collect(self, network: str, valid: frozenset[AttachmentId]) -> None:
         """Forget what the runtime no longer lists for a network."""
@@ -295,10 +315,11 @@ class Endpoints:
                     await asyncio.to_thread(
                         self._kernel.backend.update_node_addresses, endpoint.sandbox.netns_fd, self._node.addresses
                     )
+                    endpoint.note_rules(self._kernel.backend)
                 except DataplaneError as err:
                     self._leave_unsettled(endpoint, err)
 
-    def _leave_unsettled(self, endpoint: Endpoint, err: DataplaneError) -> None:
+    def _leave_unsettled(self, endpoint: Endpoint, err: EnforcerError) -> None:
         self._unsettled.add(endpoint.sandbox.netns)
         self._log.error("kernel rules not changed, will try again", pod=str(endpoint.identity.pod), error=str(err))
 

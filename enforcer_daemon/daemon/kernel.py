@@ -33,6 +33,11 @@ class Kernel:
         async with self._guarding:
             return await asyncio.to_thread(self._guard.drops)
 
+    async def restore_guard(self) -> bool:
+        """Put the guard back where somebody else removed it, and tell whether that was so; raise DataplaneError."""
+        async with self._guarding:
+            return await asyncio.to_thread(self._guard.restore)
+
     async def guard(self, *endpoints: Endpoint) -> None:
         """Guard endpoints by their present policies, unless they are closed, all at once; raise DataplaneError."""
         async with self._guarding:  # What waited last is made by the last policy.

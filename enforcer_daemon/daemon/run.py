@@ -89,6 +89,7 @@ class Daemon:
             tasks.create_task(self._admin.serve(), name="admin")
             tasks.create_task(self._tend(), name="tend")
             tasks.create_task(self._upkeep(), name="upkeep")
+            tasks.create_task(self._keep_rules(), name="rules")
             tasks.create_task(self._follow_worlds(worlds), name="policies")
             tasks.create_task(self._follow_addresses(addresses), name="addresses")
 
@@ -148,6 +149,11 @@ class Daemon:
         datapaths = [endpoint.datapath for endpoint in self._endpoints]
         self._metrics.half_open_flows.set(sum(datapath.half_open_flows for datapath in datapaths))
         self._metrics.held_packets.set(sum(datapath.held_packets for datapath in datapaths))
+
+    async def _keep_rules(self) -> None:
+        while True:
+            await asyncio.sleep(_UPKEEP_S)
+            await self._endpoints.restore_rules()
 
     def _renew_keys(self) -> None:
         """Take over changed key files; operators who do not want to wait a second send SIGHUP."""

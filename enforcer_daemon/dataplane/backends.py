@@ -28,6 +28,7 @@ from enforcer_daemon.dataplane.rules import (
     render_nft,
     render_nft_addresses,
 )
+from enforcer_daemon.dataplane.tampering import RulesWatch, watch_legacy, watch_nft
 from enforcer_daemon.dataplane.tools import run_in
 from enforcer_daemon.errors import DataplaneError
 from enforcer_daemon.model import IPAddress
@@ -54,6 +55,9 @@ class RulesBackend(Protocol):
 
     def is_intact(self, netns_fd: int, rules: EndpointRules) -> bool:
         """Return whether the rules are in place; where not, `apply` repairs them."""
+
+    def watch(self, netns_fd: int) -> RulesWatch:
+        """Watch for changes of the namespace's rules by others; the caller closes it."""
 
     def remove(self, netns_fd: int) -> None:
         """Take the rules away; the kernel may drop what waits in the queue. Without rules it does nothing."""
@@ -86,6 +90,10 @@ class NftBackend:
         addresses = {element for entry in objects if "set" in entry for element in entry["set"].get("elem", ())}
         return counts == nft_rule_counts(rules) and addresses == set(map(str, rules.node_addresses))
 
+    def watch(self, netns_fd: int) -> RulesWatch:
+        """Watch the generation of the rules."""
+        return watch_nft(netns_fd)
+
     def remove(self, netns_fd: int) -> None:
         """Delete the table."""
         table = f"table inet {NFT_TABLE}"
@@ -97,6 +105,7 @@ class IptablesBackend:
 
     def __init__(self, variant: Literal["nft", "legacy"]) -> None:
         self.name = f"iptables-{variant}"
+        self._variant = variant
         self._tools: dict[Family, str] = {4: f"iptables-{variant}"}
         if Path("/proc/net/if_inet6").exists():  # else the kernel has no IPv6, and ip6tables fails
             self._tools[6] = f"ip6tables-{variant}"
@@ -121,6 +130,10 @@ class IptablesBackend:
         """Compare our chains rule by rule, and the jumps."""
 
         return all(self._each_family(lambda family: _is_intact(self._save(netns_fd, family), rules, family)))
+
+    def watch(self, netns_fd: int) -> RulesWatch:
+        """Watch the generation of the rules, or the sizes of the legacy tables."""
+        return (watch_nft if self._variant == "nft" else watch_legacy)(netns_fd)
 
     def remove(self, netns_fd: int) -> None:
         """Delete the jumps, then the chains."""

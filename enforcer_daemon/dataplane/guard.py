@@ -17,12 +17,21 @@ from collections.abc import Container, Iterable, Mapping
 from dataclasses import replace
 
 from enforcer_daemon.dataplane import guard_egress, guard_masquerade, guard_spoofing
-from enforcer_daemon.dataplane.guard_rules import GuardedEndpoint
+from enforcer_daemon.dataplane.guard_rules import NAME, GuardedEndpoint
+from enforcer_daemon.dataplane.netlink import NETLINK_NETFILTER, open_netlink
+from enforcer_daemon.dataplane.tampering import NFPROTO_INET, NFPROTO_NETDEV, common_state, generation
 from enforcer_daemon.dataplane.tools import run
 from enforcer_daemon.errors import DataplaneError
 from enforcer_daemon.model import AttachmentId, IPNetwork
 
 _TABLES = (guard_spoofing.TABLE, guard_masquerade.TABLE)
+_CHAINS = (
+    (NFPROTO_INET, NAME, "framed"),
+    (NFPROTO_INET, NAME, "sent"),
+    (NFPROTO_INET, NAME, "masqueraded"),
+    (NFPROTO_NETDEV, NAME, "framed"),
+)
+"""Chains whose rules no endpoint changes: that they are as they were stands for the rest of their tables."""
 _UNSUPPORTED = "not supported"
 """What the kernel says of a family or hook that it was built without; any other failure is no reason to do less."""
 _PROBE = "add table netdev {0}\nadd chain netdev {0} probe {{ type filter hook ingress device lo priority 0; }}\n"
@@ -73,7 +82,7 @@ class Guard:
     nothing has changed, neither there nor here.
     """
 
-    __slots__ = ("_applied", "_has_nft", "_networks", "_on_links", "problem")
+    __slots__ = ("_applied", "_generation", "_has_nft", "_left", "_networks", "_on_links", "problem")
 
     def __init__(self, networks: Iterable[IPNetwork] = ()) -> None:
         """Guard pods that may send a SYN with a frame to these networks."""
@@ -81,6 +90,9 @@ class Guard:
         self._applied: dict[AttachmentId, GuardedEndpoint] = {}
         self._has_nft = True
         self._on_links = True
+        self._left: tuple[bytes | None, ...] = ()
+        """The tables as we left them; empty before the first time."""
+        self._generation = b""
         self.problem = ""
         """What the guard cannot do on this node; empty where it can do all."""
 
@@ -99,6 +111,7 @@ class Guard:
                 raise
             _nft(second)
         self._applied = wanted
+        self._note()
 
     def _replacement(self, wanted: Mapping[AttachmentId, GuardedEndpoint]) -> str:
         absent = _absent(wanted.values())
@@ -141,6 +154,34 @@ class Guard:
         except DataplaneError:
             self.replace(wanted.values())
         self._applied = wanted
+        self._note()
+
+    def restore(self) -> bool:
+        """Put the tables back where somebody else removed or emptied them; tell whether that was so.
+
+        Cheap where nobody has changed any rule on the node since, so it can be called every second.
+        """
+        if not self._left:
+            return False
+        with open_netlink(NETLINK_NETFILTER) as sock:
+            present, was_whole = generation(sock), None not in self._left
+            if present == self._generation and was_whole:
+                return False
+            if self._state(sock) == self._left and was_whole:
+                self._generation = present
+                return False
+        self.replace(list(self._applied.values()))
+        return True
+
+    def _note(self) -> None:
+        with open_netlink(NETLINK_NETFILTER) as sock:
+            self._generation = generation(sock)
+            self._left = self._state(sock)
+
+    def _state(self, sock: socket.socket) -> tuple[bytes | None, ...]:
+        families = (NFPROTO_INET, NFPROTO_NETDEV) if self._on_links else (NFPROTO_INET,)
+        chains = [chain for chain in _CHAINS if chain[0] in families]
+        return common_state(sock, [(family, NAME) for family in families], chains)
 
     def _losers(self, changed: Mapping[AttachmentId, GuardedEndpoint]) -> list[GuardedEndpoint]:
         """Give the endpoints that others take something from, as they are without it."""
@@ -167,7 +208,7 @@ class Guard:
     def remove_tables(self) -> None:
         """Take the guard away as a whole, as when the product is removed from the node; not when the daemon stops."""
         _nft(_text(f"{verb} table {table}" for table in _tables(self._on_links) for verb in ("add", "delete")))
-        self._applied = {}
+        self._applied, self._left = {}, ()
 
     def drops(self) -> dict[str, int]:
         """Count the packets that were dropped since the guard was put in place, by reason."""

@@ -80,6 +80,14 @@ class Metrics:
         self.held_packets = Gauge(
             "enforcer_held_packets", "Packets of all pods that wait for proofs.", registry=self.registry
         )
+        self.restored_rules = Counter(
+            "enforcer_restored_rules",
+            "Times that rules were put back which somebody else had taken away.",
+            ("place",),
+            registry=self.registry,
+        )
+        for place in ("node", "pod"):
+            self.restored_rules.labels(place)
         self.endpoints = Gauge("enforcer_endpoints", "Pods enforced on this node.", registry=self.registry)
         self.snapshot_generation = Gauge(
             "enforcer_snapshot_generation", "Policy snapshots since the start.", registry=self.registry
