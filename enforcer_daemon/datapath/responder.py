@@ -150,7 +150,7 @@ class Responder:
             return self._unknown_syn_ack(segment, key)
         if segment.ack != (flow.offer.isn + 1) & _NUMBERS:
             raise PeerError(Reason.UNKNOWN_FLOW, "SYN-ACK acknowledges another SYN")
-        if flow.state is State.RELEASED and segment.seq != flow.isn_r:
+        if flow.state in (State.PROVEN, State.RELEASED) and segment.seq != flow.isn_r:
             raise PeerError(Reason.UNKNOWN_FLOW, "SYN-ACK of another connection than the one that was proven")
         if segment.seq != flow.isn_r:
             self._answer(segment, flow, now)
