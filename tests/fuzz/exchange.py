@@ -3,7 +3,8 @@
 
 Both enforcers are real and share nothing but the wire. The client's egress and the server's ingress are isolated, so
 whatever is released must have been proven: the client releases only after a frame that the server's enforcer made, bit
-for bit, and the server only for a flow whose proof the client's enforcer made. No input may raise in either.
+for bit, and the server only for a flow whose proof the client's enforcer made. No input may raise in either. Each
+script is played in both families.
 """
 
 from __future__ import annotations
@@ -31,6 +32,8 @@ _MAX_RECORDED = 256
 _OPTIONS = (b"", TIMESTAMPS, TIMESTAMPS * 2, TIMESTAMPS * 2 + b"\1\1\1\1", b"\x08\x0a" + bytes(8) + b"\0\0")
 _LATER_FLAGS = (ACK, ACK | PSH, ACK | FIN, RST, RST | ACK, 0)
 _BOUNDS = {"max_half_open_flows": 4, "max_held_packets": 3}
+_ADDRESSES = (("10.1.0.2", "10.2.0.2"), ("fd01::2", "fd02::2"))
+"""Of client and server, in each family."""
 _NUMBERS = 0xFFFF_FFFF
 _DER_BYTES = 362
 _AUTHORITY = make_authority("cluster.local", datetime.fromtimestamp(WALL, UTC))
@@ -72,7 +75,7 @@ class Script:
 class Exchange:
     """One client, one server, the wire between them, and what an observer has seen on it."""
 
-    def __init__(self, script: Script) -> None:
+    def __init__(self, script: Script, addresses: tuple[str, str]) -> None:
         self.script = script
         self.now = 1.0
         self.recorded: list[bytes] = []
@@ -88,11 +91,14 @@ class Exchange:
             _forget(node, seed)
         nobody = Rules(frozenset())
         self.client = one.endpoint(
-            "client", "10.1.0.2", "client", FakePolicy(nobody, Rules(frozenset({"server"}), direction=Direction.EGRESS))
+            "client",
+            addresses[0],
+            "client",
+            FakePolicy(nobody, Rules(frozenset({"server"}), direction=Direction.EGRESS)),
         )
         self.server = two.endpoint(
             "server",
-            "10.2.0.2",
+            addresses[1],
             "server",
             FakePolicy(Rules(frozenset({"client"})), Rules(frozenset(), direction=Direction.EGRESS)),
         )
@@ -283,8 +289,9 @@ class Exchange:
 
 
 def exchange(content: bytes) -> None:
-    """Play the script."""
-    Exchange(Script(content)).run()
+    """Play the script, once in each family."""
+    for addresses in _ADDRESSES:
+        Exchange(Script(content), addresses).run()
 
 
 def _forget(node: Node, seed: int) -> None:
