@@ -18,7 +18,7 @@ from cni_plugin.deletions import enqueue
 from enforcer_daemon.model import PodRef
 from tests.e2e.operation_world import HTTP, NODES, Stream, app, connection, outcome, pod, policy, rules_of
 from triremectl.admin_client import AdminError
-from triremectl.lab import Lab, Outcome, ProbeResult, Tools, WorldSpec
+from triremectl.lab import Lab, LabError, Outcome, ProbeResult, Tools, WorldSpec
 from triremectl.lab.netns import delete_all
 from triremectl.lab.probe import run_probe
 
@@ -245,3 +245,27 @@ def test_a_pod_can_be_added_again_under_the_same_name_after_a_restart(lab: Lab) 
         assert outcome(lab, "x/guest", "x/server", HTTP.number) is Outcome.CONNECTED
     finally:
         lab.remove_pod("x/guest")
+
+
+def test_rules_that_somebody_removed_come_back_within_seconds(lab: Lab) -> None:
+    everything = {name: rules_of(lab, name) for name in PODS}, [_guard(lab, name) for name in "ab"]
+    for place in ("node:b", "x/server"):
+        lab.run(place, "nft", "flush", "ruleset")
+    lab.run("x/server", "iptables-legacy", "-t", "mangle", "-F")
+    assert _guarded_rules(lab) != everything
+    deadline = time.monotonic() + 20
+    while _guarded_rules(lab) != everything and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert _guarded_rules(lab) == everything
+    metrics = str(lab.node("b").admin("metrics"))
+    assert 'enforcer_restored_rules_total{place="node"} 1.0' in metrics
+    assert 'enforcer_restored_rules_total{place="pod"} 1.0' in metrics
+
+
+def _guarded_rules(lab: Lab) -> tuple[dict[str, str], list[str]]:
+    """Give all rules; nothing where there are none."""
+    try:
+        guards = [_guard(lab, name) for name in "ab"]
+    except LabError:
+        guards = []
+    return {name: rules_of(lab, name) for name in PODS}, guards
