@@ -38,13 +38,15 @@ DEFAULT_NAMESPACE = "default"
 class _Call:
     """What an error report needs, filled in as far as the input could be read."""
 
-    __slots__ = ("command", "container_id", "log_file", "version")
+    __slots__ = ("command", "container_id", "log_file", "note", "version")
 
     def __init__(self, command: str, container_id: str) -> None:
         self.command = command
         self.container_id = container_id
         self.version = spec.LATEST_VERSION
         self.log_file: str | None = None
+        self.note = ""
+        """What a daemon that is ready still wants to be known."""
 
 
 def main(env: Mapping[str, str], stdin: BinaryIO, stdout: TextIO, stderr: TextIO) -> int:
@@ -61,6 +63,8 @@ def main(env: Mapping[str, str], stdin: BinaryIO, stdout: TextIO, stderr: TextIO
     except Exception as err:  # noqa: BLE001 - the runtime must get JSON, whatever happens
         _log_traceback(call)
         return _report(CniError(spec.UNEXPECTED, f"unexpected {type(err).__name__}: {err}"), call, stdout)
+    if call.note:
+        stderr.write(f"trireme: {call.note}\n")
     if output is not None:
         stdout.write(json.dumps(output) + "\n")
         stdout.flush()
@@ -87,13 +91,13 @@ def _execute(call: _Call, env: Mapping[str, str], stdin: BinaryIO) -> dict[str, 
             tree = config.read_object(config.read_bytes(stdin))
             call.log_file = config.read_log_file(tree)
             call.version = config.read_version(tree, call.command)
-            return _ask_daemon(call.command, environment, config.read_config(tree, call.version))
+            return _ask_daemon(call, environment, config.read_config(tree, call.version))
         case _:
             raise CniError(spec.INVALID_ENVIRONMENT, f"CNI_COMMAND: must be one of {', '.join(spec.COMMANDS)}")
 
 
-def _ask_daemon(command: str, environment: Environment, settings: Config) -> dict[str, object] | None:
-    match command:
+def _ask_daemon(call: _Call, environment: Environment, settings: Config) -> dict[str, object] | None:
+    match call.command:
         case "ADD":
             return _add(environment, settings)
         case "CHECK":
@@ -102,7 +106,7 @@ def _ask_daemon(command: str, environment: Environment, settings: Config) -> dic
             if settings.valid_attachments is not None:
                 _request(settings, messages.Collect(settings.network, settings.valid_attachments), SHORT_TIMEOUT_S)
         case _:
-            _request(settings, messages.Status(), STATUS_TIMEOUT_S, unreachable_code=messages.NOT_READY)
+            call.note = _request(settings, messages.Status(), STATUS_TIMEOUT_S, unreachable_code=messages.NOT_READY)
     return None
 
 
@@ -156,8 +160,11 @@ def _request(
     timeout_s: float,
     netns_fd: int | None = None,
     unreachable_code: int = messages.TRY_AGAIN,
-) -> None:
-    """Have the daemon carry out the request; raise CniError with the daemon's code, or with ours where it is silent."""
+) -> str:
+    """Have the daemon carry out the request; give its note.
+
+    Raise CniError with the daemon's code, or with ours where it is silent.
+    """
     try:
         reply = client.call(settings.run_dir, request, timeout_s, netns_fd)
     except client.UnreachableError as err:
@@ -166,6 +173,7 @@ def _request(
         raise CniError(messages.PROTOCOL_MISMATCH, str(err)) from err
     if reply.code:
         raise CniError(reply.code, reply.message)
+    return reply.message
 
 
 def _delete(call: _Call, env: Mapping[str, str], stdin: BinaryIO) -> None:

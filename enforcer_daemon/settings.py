@@ -142,6 +142,33 @@ class RegistrationSettings:
 
 
 @dataclass(frozen=True, slots=True)
+class KubernetesSettings:
+    """The cluster's API as the source of policies, namespaces, pods and networks."""
+
+    enabled: bool = False
+    """Whether the daemon's world comes from the API server; policyDir must then be unset."""
+    kubeconfig: Path | None = None
+    """How to reach the API server, and as whom; unset: the pod's service account."""
+    watch_services: bool = True
+    """Whether Services are watched for external and load balancer addresses and node ports. Off, or with
+    networks.virtual set: they are not."""
+    page_size: int = 500
+    """Objects in one answer to a list."""
+    request_timeout_s: float = 30.0
+    """Silence after which a list is given up, seconds."""
+    watch_silence_s: float = 150.0
+    """Silence after which a watch is opened anew, seconds; the API server sends a bookmark about every 60."""
+    max_backoff_s: float = 30.0
+    """The longest wait before the API server is asked again, seconds."""
+    sync_timeout_s: float = 10.0
+    """How long a start waits for the API server before what was kept on disk is put in force, seconds."""
+    admission_timeout_s: float = 5.0
+    """How long a registration waits for a pod that is not known yet, seconds; less than the plugin's 10."""
+    keep_every_s: float = 5.0
+    """The shortest time between two writings of what is in force to disk, seconds."""
+
+
+@dataclass(frozen=True, slots=True)
 class DataplaneSettings:
     """Rules and queues."""
 
@@ -185,6 +212,7 @@ class Settings:
     networks: NetworkSettings = field(default_factory=NetworkSettings)
     handshake: HandshakeSettings = field(default_factory=HandshakeSettings)
     registration: RegistrationSettings = field(default_factory=RegistrationSettings)
+    kubernetes: KubernetesSettings = field(default_factory=KubernetesSettings)
     dataplane: DataplaneSettings = field(default_factory=DataplaneSettings)
     log: LogSettings = field(default_factory=LogSettings)
 
@@ -233,7 +261,13 @@ def _check(settings: Settings) -> None:
         raise SettingsError("log.format: must be json or console")
     if not 0 <= settings.dataplane.queue_number <= 65_535:
         raise SettingsError("dataplane.queueNumber: must be 0 to 65535")
-    handshake = settings.handshake
+    if settings.kubernetes.enabled and settings.policy_dir is not None:
+        raise SettingsError("policyDir and kubernetes.enabled: policies come from one of them, not from both")
+    _check_bounds(settings)
+
+
+def _check_bounds(settings: Settings) -> None:
+    credentials, handshake, kubernetes = settings.credentials, settings.handshake, settings.kubernetes
     positive = {
         "handshake.tokenLifetimeS": handshake.token_lifetime_s,
         "handshake.timeoutS": handshake.timeout_s,
@@ -246,6 +280,13 @@ def _check(settings: Settings) -> None:
         "handshake.maxVerificationsPerS": handshake.max_verifications_per_s,
         "handshake.maxTotalVerificationsPerS": handshake.max_total_verifications_per_s,
         "credentials.certificateLifetimeS": credentials.certificate_lifetime_s,
+        "kubernetes.pageSize": kubernetes.page_size,
+        "kubernetes.requestTimeoutS": kubernetes.request_timeout_s,
+        "kubernetes.watchSilenceS": kubernetes.watch_silence_s,
+        "kubernetes.maxBackoffS": kubernetes.max_backoff_s,
+        "kubernetes.syncTimeoutS": kubernetes.sync_timeout_s,
+        "kubernetes.admissionTimeoutS": kubernetes.admission_timeout_s,
+        "kubernetes.keepEveryS": kubernetes.keep_every_s,
         "dataplane.queueLength": settings.dataplane.queue_length,
         "dataplane.packetsPerTurn": settings.dataplane.packets_per_turn,
         "dataplane.receiveBufferBytes": settings.dataplane.receive_buffer_bytes,

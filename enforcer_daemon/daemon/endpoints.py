@@ -130,7 +130,7 @@ class Endpoints:
         """Take over the worlds that came while rules were applied by `world`."""
         while world is not self._world:
             world, before = self._require_world(), guarded(endpoint.sandbox, endpoint.policy)
-            endpoint.update(world.identity_of(endpoint.sandbox.requests), world.snapshot)
+            endpoint.update(world.identity_of(endpoint.sandbox.requests, endpoint.identity), world.snapshot)
             if guarded(endpoint.sandbox, endpoint.policy) != before:
                 await self._kernel.guard(endpoint)
 
@@ -140,7 +140,7 @@ class Endpoints:
 
     async def _resize(self, endpoint: Endpoint, sandbox: Sandbox) -> None:
         before = guard_name(endpoint.sandbox)
-        identity = self._require_world().identity_of(sandbox.requests)
+        identity = self._require_world().identity_of(sandbox.requests, endpoint.identity)
         endpoint.replace_sandbox(sandbox, identity)
         await self._apply(endpoint)
         if guard_name(sandbox) != before:
@@ -292,7 +292,8 @@ class Endpoints:
         reguarded, changed = [], []
         for endpoint in self._by_netns.values():
             before = guarded(endpoint.sandbox, endpoint.policy)
-            change = endpoint.update(world.identity_of(endpoint.sandbox.requests), world.snapshot)
+            identity = world.identity_of(endpoint.sandbox.requests, endpoint.identity)
+            change = endpoint.update(identity, world.snapshot)
             if guarded(endpoint.sandbox, endpoint.policy) != before:
                 reguarded.append(endpoint)
             if change.is_identity_new or change.is_policy_new or are_namespaces_new:
@@ -358,9 +359,10 @@ class Endpoints:
                 for attachment in list(endpoint.sandbox.requests):
                     await self.delete(attachment)
 
-    def find(self, pod: PodRef) -> Endpoint | None:
-        """Find a pod's endpoint by name."""
-        return next((endpoint for endpoint in self._by_netns.values() if endpoint.identity.pod == pod), None)
+    async def guard_again(self) -> None:
+        """Make the guard's tables anew, as after a change of the networks; raise DataplaneError."""
+        async with self._changing:
+            await self._kernel.guard_exactly(guarded(e.sandbox, e.policy) for e in self._by_netns.values())
 
     def close(self) -> None:
         """Stop serving; rules and records stay for the next daemon."""

@@ -13,6 +13,7 @@ from enforcer_daemon.dataplane.guard import Guard
 from enforcer_daemon.dataplane.guard_rules import GuardedEndpoint
 from enforcer_daemon.model import AttachmentId
 from enforcer_daemon.policy.evaluate import PodPolicy
+from enforcer_daemon.settings import NetworkSettings
 
 
 class Kernel:
@@ -48,6 +49,10 @@ class Kernel:
         """Forget a sandbox by its name on the host."""
         async with self._guarding:
             await asyncio.to_thread(self._guard.remove, name)
+
+    def set_networks(self, networks: NetworkSettings) -> None:
+        """Take over the networks that frames are sent to; the guard knows them after the next `guard_exactly`."""
+        self._guard.set_networks((*networks.enforced, *networks.virtual))
 
     async def guard_exactly(self, endpoints: Iterable[GuardedEndpoint]) -> None:
         """Replace the whole table, so that no masqueraded flow finds it without its pod."""

@@ -16,18 +16,20 @@ from contextlib import ExitStack, suppress
 from enforcer_daemon.daemon.endpoints import Endpoints
 from enforcer_daemon.daemon.kernel import Kernel
 from enforcer_daemon.daemon.node import Node
+from enforcer_daemon.daemon.registrar import Registrar
 from enforcer_daemon.daemon.status import Status
 from enforcer_daemon.daemon.world import CompiledWorld, compile_world
 from enforcer_daemon.dataplane.addresses import watch_addresses
 from enforcer_daemon.dataplane.backends import choose_backend
 from enforcer_daemon.dataplane.guard import Guard
-from enforcer_daemon.errors import SettingsError
+from enforcer_daemon.errors import DataplaneError, SettingsError
+from enforcer_daemon.kube.source import ClusterSource
 from enforcer_daemon.model import IPAddress
 from enforcer_daemon.registration.admin import AdminServer
 from enforcer_daemon.registration.deletions import drain
 from enforcer_daemon.registration.registry import Registry
 from enforcer_daemon.registration.server import RegistrationServer
-from enforcer_daemon.settings import Settings
+from enforcer_daemon.settings import NetworkSettings, Settings
 from enforcer_daemon.sources.directory import DirectorySource
 from enforcer_daemon.sources.manifests import World
 from enforcer_daemon.telemetry.logs import Logger
@@ -50,12 +52,15 @@ class Daemon:
         backend = choose_backend(settings.dataplane.rules_backend)
         run_dir = settings.registration.run_dir
         self._deletions = settings.registration.delete_queue_dir or run_dir / "deletions"
-        kernel = Kernel(backend, Guard((*settings.networks.enforced, *settings.networks.virtual)))
+        self._kernel = Kernel(backend, Guard())
         registry = Registry(run_dir / "endpoints")
-        self._endpoints = Endpoints(settings, self._node, kernel, registry, log, self._metrics)
-        self._status = Status(settings, self._node, self._endpoints, self._metrics, kernel)
+        self._endpoints = Endpoints(settings, self._node, self._kernel, registry, log, self._metrics)
+        self._cluster = ClusterSource(settings, log, self._metrics) if settings.kubernetes.enabled else None
+        self._registrar = Registrar(self._endpoints, settings, self._cluster)
+        self._status = Status(settings, self._node, self._registrar, self._metrics, self._kernel)
         self._admin = AdminServer(run_dir / "admin.sock", self._status.commands())
-        self._registration = RegistrationServer(run_dir / "registration.sock", self._endpoints)
+        self._registration = RegistrationServer(run_dir / "registration.sock", self._registrar)
+        self._networks: NetworkSettings | None = None
         self._world: CompiledWorld | None = None
         log.info("starting", node=settings.node, rules_backend=backend.name, run_dir=str(run_dir))
 
@@ -77,23 +82,31 @@ class Daemon:
 
     async def _work(self) -> None:
         addresses, worlds = watch_addresses(), self._worlds()
-        self._node.set_addresses(await anext(addresses))
-        await self._take(await anext(worlds))
-        self._endpoints.load()
-        # A pod that was deleted meanwhile may lack its interfaces already: there is nothing to adopt.
-        drained = await drain(self._deletions, self._endpoints.delete)
-        await self._endpoints.adopt()
-        self._log.info("ready", endpoints=len(self._endpoints), queued_deletions=drained.deleted)
         async with asyncio.TaskGroup() as tasks:
-            tasks.create_task(self._registration.serve(), name="registration")
+            if self._cluster is not None:
+                await self._cluster.open()
+                tasks.create_task(self._cluster.run(), name="cluster")
+            # Operators are answered while the first world is awaited, which takes as long as the API server is away.
             tasks.create_task(self._admin.serve(), name="admin")
+            self._node.set_addresses(await anext(addresses))
+            await self._take(await anext(worlds))
+            self._endpoints.load()
+            # A pod that was deleted meanwhile may lack its interfaces already: there is nothing to adopt.
+            drained = await drain(self._deletions, self._endpoints.delete)
+            await self._endpoints.adopt()
+            self._registrar.is_started = True
+            self._log.info("ready", endpoints=len(self._endpoints), queued_deletions=drained.deleted)
+            tasks.create_task(self._registration.serve(), name="registration")
             tasks.create_task(self._tend(), name="tend")
             tasks.create_task(self._upkeep(), name="upkeep")
             tasks.create_task(self._keep_rules(), name="rules")
             tasks.create_task(self._follow_worlds(worlds), name="policies")
             tasks.create_task(self._follow_addresses(addresses), name="addresses")
 
-    async def _worlds(self) -> AsyncIterator[World]:
+    def _worlds(self) -> AsyncIterator[World]:
+        return self._directory_worlds() if self._cluster is None else self._cluster.worlds()
+
+    async def _directory_worlds(self) -> AsyncIterator[World]:
         directory = self._settings.policy_dir
         if directory is not None:
             if not directory.is_dir():
@@ -110,6 +123,7 @@ class Daemon:
 
     async def _take(self, world: World) -> None:
         started = time.monotonic()
+        await self._follow_networks()
         self._world = compile_world(world, self._settings, self._world)
         await self._endpoints.follow(self._world)
         self._status.world = self._world
@@ -119,6 +133,22 @@ class Daemon:
         for problem in world.problems:
             self._log.error("object refused, its last good version stays in force", problem=str(problem))
         self._log.info("policies in force", generation=self._world.snapshot.generation, policies=len(world.policies))
+
+    async def _follow_networks(self) -> None:
+        """Class addresses by the networks in force; the guard learns them at adoption, and of later ones here."""
+        networks = self._settings.networks if self._cluster is None else self._cluster.networks()
+        if networks == self._networks:
+            return
+        self._node.context.networks.replace(networks)
+        self._kernel.set_networks(networks)
+        self._log.info("networks", enforced=list(map(str, networks.enforced)), virtual=list(map(str, networks.virtual)))
+        try:
+            if self._networks is not None:
+                await self._endpoints.guard_again()
+        except DataplaneError as err:
+            self._log.error("guard not changed, will try again", error=str(err))
+        else:
+            self._networks = networks
 
     async def _follow_addresses(self, addresses: AsyncIterator[frozenset[IPAddress]]) -> None:
         async for current in addresses:
@@ -139,6 +169,7 @@ class Daemon:
             await drain(self._deletions, self._endpoints.delete)
             await self._endpoints.forget_gone()
             await self._endpoints.settle()
+            await self._follow_networks()
             self._measure()
 
     def _measure(self) -> None:

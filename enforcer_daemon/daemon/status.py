@@ -12,9 +12,9 @@ from typing import Any
 from cryptography import x509
 
 from enforcer_daemon.daemon.endpoint import Endpoint
-from enforcer_daemon.daemon.endpoints import Endpoints
 from enforcer_daemon.daemon.kernel import Kernel
 from enforcer_daemon.daemon.node import Node
+from enforcer_daemon.daemon.registrar import Registrar
 from enforcer_daemon.daemon.world import CompiledWorld
 from enforcer_daemon.dataplane.guard_links import passed_by_tc
 from enforcer_daemon.errors import DataplaneError
@@ -22,17 +22,18 @@ from enforcer_daemon.identity.credential import vouched_domain
 from enforcer_daemon.model import Direction
 from enforcer_daemon.registration.admin import AdminError, Command
 from enforcer_daemon.registration.server import Availability
-from enforcer_daemon.settings import Settings
+from enforcer_daemon.settings import NetworkSettings, Settings
 from enforcer_daemon.telemetry.metrics import Metrics
 
 
 class Status:
     """Answers the commands of the admin socket."""
 
-    def __init__(self, settings: Settings, node: Node, endpoints: Endpoints, metrics: Metrics, kernel: Kernel) -> None:
+    def __init__(self, settings: Settings, node: Node, registrar: Registrar, metrics: Metrics, kernel: Kernel) -> None:
         self._settings = settings
         self._node = node
-        self._endpoints = endpoints
+        self._registrar = registrar
+        self._endpoints = registrar.endpoints
         self._metrics = metrics
         self._kernel = kernel
         self._since = time.time()
@@ -44,7 +45,7 @@ class Status:
 
     async def _status(self, arguments: dict[str, Any]) -> object:
         _require_no_arguments(arguments)
-        readiness = self._endpoints.readiness()
+        readiness, cluster = self._registrar.readiness(), self._registrar.cluster
         credential = self._node.keys.credential
         return {
             "node": self._settings.node,
@@ -65,10 +66,8 @@ class Status:
             },
             "bundle": [_describe_authority(authority) for authority in self._node.keys.bundle.authorities],
             "key_problems": self._node.key_problems(),
-            "networks": {
-                "enforced": [str(network) for network in self._settings.networks.enforced],
-                "virtual": [str(network) for network in self._settings.networks.virtual],
-            },
+            "networks": _describe_networks(self._settings.networks if cluster is None else cluster.networks()),
+            "cluster": None if cluster is None else cluster.status(),
             "endpoints": len(self._endpoints),
             "verifications": self._node.verifier.verifications,
             "drops": self._metrics.denials(),
@@ -155,6 +154,10 @@ def _describe_authority(authority: x509.Certificate) -> dict[str, object]:
         "trust_domain": vouched_domain(authority),
         "not_after": _time(authority.not_valid_after_utc.timestamp()),
     }
+
+
+def _describe_networks(networks: NetworkSettings) -> dict[str, object]:
+    return {"enforced": list(map(str, networks.enforced)), "virtual": list(map(str, networks.virtual))}
 
 
 def _time(seconds: float) -> str:

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from enforcer_daemon.model import AttachmentId, Identity
 from enforcer_daemon.policy.compile import PolicySnapshot, compile_snapshot
@@ -22,18 +22,23 @@ class CompiledWorld:
     node: str
     trust_domain: str
 
-    def identity_of(self, requests: Mapping[AttachmentId, AddRequest]) -> Identity:
-        """Give the identity of the pod that these attachments belong to.
+    def identity_of(self, requests: Mapping[AttachmentId, AddRequest], last: Identity | None = None) -> Identity:
+        """Give the identity of the pod that these attachments belong to, and which was `last` until now.
 
-        The pod object's labels count where the source has it, else those that the runtime passed.
+        The pod object's labels count where the source has it, else those that the runtime passed. A pod that was
+        deleted from the cluster stays what it was as long as its namespace is there.
         """
         request = next(iter(requests.values()))
-        pod = self.world.pods.get(request.pod)
+        ips = tuple(dict.fromkeys(ip for attached in requests.values() for ip in attached.ips))
+        namespace_labels = self.world.labels_of(request.pod.namespace)
+        pod = self.world.find_pod(request.pod, request.uid)
+        if pod is None and last is not None and self.world.is_cluster:
+            return replace(last, ips=ips, namespace_labels=namespace_labels)
         return Identity(
             pod=request.pod,
-            ips=tuple(dict.fromkeys(ip for attached in requests.values() for ip in attached.ips)),
+            ips=ips,
             labels=request.labels if pod is None else pod.labels,
-            namespace_labels=self.world.labels_of(request.pod.namespace),
+            namespace_labels=namespace_labels,
             node=self.node,
             service_account="default" if pod is None else pod.service_account,
             trust_domain=self.trust_domain,

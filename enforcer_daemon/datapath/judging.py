@@ -60,11 +60,16 @@ class Networks:
     """The configured networks, with the class of each address remembered. Shared by the endpoints of a node."""
 
     def __init__(self, settings: NetworkSettings) -> None:
+        self._known: dict[bytes, Destination] = {}
+        self.replace(settings)
+
+    def replace(self, settings: NetworkSettings) -> None:
+        """Class addresses by other networks from now on."""
         self._enforced = settings.enforced
         self._virtual = settings.virtual
-        self._known: dict[bytes, Destination] = {}
         self.masquerade = frozenset(address.packed for address in settings.masquerade)
         self.require_identity = settings.require_identity
+        self._known.clear()
 
     def destination(self, packed: bytes) -> Destination:
         """Give the class of an address; a virtual network may lie inside an enforced one."""

@@ -96,6 +96,10 @@ class Guard:
         self.problem = ""
         """What the guard cannot do on this node; empty where it can do all."""
 
+    def set_networks(self, networks: Iterable[IPNetwork]) -> None:
+        """Take over the networks that frames are sent to; they are in the kernel after the next `replace`."""
+        self._networks = tuple(networks)
+
     def replace(self, endpoints: Iterable[GuardedEndpoint]) -> None:
         """Put exactly these endpoints in place, whatever an earlier daemon left; call it once before the others."""
         self._look_at_kernel()

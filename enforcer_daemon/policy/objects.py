@@ -165,3 +165,5 @@ class Pod:
     is_on_host_network: bool = False
     is_finished: bool = False
     """Phase Succeeded or Failed: its address may already be another pod's."""
+    uid: str = ""
+    """What the runtime calls it, where the source knows that: the UID, or a static pod's config hash."""

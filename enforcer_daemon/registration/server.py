@@ -42,7 +42,7 @@ class Readiness:
 
     availability: Availability
     detail: str = ""
-    """For the operator: what is missing."""
+    """For the operator: what is missing; where it is ready, what is not as it should be although."""
 
 
 class Registrar(Protocol):
@@ -97,7 +97,7 @@ class RegistrationServer:
     async def answer(self, line: bytes, descriptors: Descriptors) -> bytes:
         """Carry out one request; whatever goes wrong becomes the plugin's error, so the pod does not start."""
         try:
-            await self._carry_out(messages.decode_request(line), descriptors)
+            note = await self._carry_out(messages.decode_request(line), descriptors)
         except messages.MessageError as err:
             reply = messages.Reply(messages.PROTOCOL_MISMATCH, f"the enforcer cannot read the request: {err}")
         except RegistrationError as err:
@@ -110,7 +110,7 @@ class RegistrationServer:
                 messages.FAILED, f"internal error of the enforcer ({type(err).__name__}); see its log"
             )
         else:
-            reply = messages.Reply()
+            reply = messages.Reply(message=note)
         if reply.code:
             _log.info("registration refused", code=reply.code, problem=reply.message, retryable=reply.is_retryable)
         return messages.encode_reply(reply)
@@ -119,7 +119,8 @@ class RegistrationServer:
         """Say that what came is no request."""
         return messages.encode_reply(messages.Reply(messages.PROTOCOL_MISMATCH, f"the request: {problem}"))
 
-    async def _carry_out(self, request: messages.Request, descriptors: Descriptors) -> None:
+    async def _carry_out(self, request: messages.Request, descriptors: Descriptors) -> str:
+        """Carry a request out; give what the caller may want to know although it is done."""
         if len(descriptors) and not isinstance(request, messages.Add | messages.Check):
             raise messages.MessageError("the request brings a file descriptor, and its operation takes none")
         match request:
@@ -140,7 +141,8 @@ class RegistrationServer:
             case messages.Collect():
                 await self._registrar.collect(request.network, frozenset(map(decode_attachment, request.valid)))
             case messages.Status():
-                _require_ready(self._registrar.readiness())
+                return _require_ready(self._registrar.readiness())
+        return ""
 
     @contextlib.asynccontextmanager
     async def _turn(self, attachment: AttachmentId) -> AsyncIterator[None]:
@@ -150,7 +152,8 @@ class RegistrationServer:
             yield
 
 
-def _require_ready(readiness: Readiness) -> None:
+def _require_ready(readiness: Readiness) -> str:
     if readiness.availability is not Availability.READY:
         detail = readiness.detail or "the enforcer is not ready"
         raise RegistrationError(readiness.availability.value, detail)
+    return readiness.detail

@@ -104,6 +104,13 @@ class World:
     """Labels of the declared ones."""
     pods: Mapping[PodRef, Pod] = field(default_factory=dict)
     problems: tuple[Problem, ...] = ()
+    is_cluster: bool = False
+    """Whether the pods are a cluster's, which knows all there are: one that is not here any longer was deleted."""
+
+    def find_pod(self, ref: PodRef, uid: str) -> Pod | None:
+        """Give a pod by its name, and by its UID where the source knows that."""
+        pod = self.pods.get(ref)
+        return pod if pod is not None and pod.uid in ("", uid) else None
 
     def labels_of(self, namespace: str) -> Mapping[str, str]:
         """Give a namespace's labels; one that is not declared has only the label of its name."""

@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from types import MappingProxyType
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
@@ -105,6 +105,21 @@ class Metrics:
             "enforcer_registration_seconds", "Time to enforce a new endpoint.", buckets=_LATENCY_BUCKETS,
             registry=self.registry,
         )  # fmt: skip
+
+        self._watch_up = Gauge(
+            "enforcer_watch_up", "Whether a kind is followed at the API server.", ("resource",), registry=self.registry
+        )
+        self._watch_silence = Gauge(
+            "enforcer_watch_silence_seconds",
+            "Since the API server last said something about a kind, bookmarks included.",
+            ("resource",),
+            registry=self.registry,
+        )
+
+    def watch(self, resource: str, is_up: Callable[[], bool], silence_s: Callable[[], float]) -> None:
+        """Show a watch; both are asked when somebody looks."""
+        self._watch_up.labels(resource).set_function(is_up)
+        self._watch_silence.labels(resource).set_function(silence_s)
 
     def denials(self) -> dict[str, int]:
         """Give the number of denials by reason."""

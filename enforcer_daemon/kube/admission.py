@@ -1,0 +1,92 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Who a pod is that registers: looked up in what is watched, asked for by name where it is not there yet.
+
+The runtime's word counts for the namespace and the addresses; labels, service account and ports are the API server's.
+A pod is known by its name and its UID: the sandbox of an earlier pod of that name does not get the labels of the next.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import replace
+
+from cni_plugin import messages
+from enforcer_daemon.errors import RegistrationError
+from enforcer_daemon.kube.client import NOT_FOUND, ApiError
+from enforcer_daemon.kube.resources import PODS
+from enforcer_daemon.kube.source import ClusterSource
+from enforcer_daemon.kube.table import Entry, read_entry
+from enforcer_daemon.policy import Pod
+from enforcer_daemon.registration.request import AddRequest
+
+_CONFIG_HASH = re.compile(r"[0-9a-f]{32}", re.ASCII)
+"""What kubelet calls a static pod: an MD5 sum, which has no hyphens as a UID has."""
+
+
+class Admission:
+    """Answers registrations from the cluster's state."""
+
+    def __init__(self, source: ClusterSource, node: str, timeout_s: float) -> None:
+        self._source = source
+        self._node = node
+        self._timeout_s = timeout_s
+
+    async def admit(self, request: AddRequest) -> AddRequest:
+        """Give the request with the pod's own labels, once the pod is in the world in force; raise RegistrationError.
+
+        The labels go into the attachment's record, for a daemon that starts after the pod was deleted.
+        """
+        if not request.uid:
+            raise RegistrationError(messages.FAILED, "the runtime gave no K8S_POD_UID, without which no pod is known")
+        if problem := self._source.problem():
+            raise RegistrationError(messages.TRY_AGAIN, problem, retryable=True)
+        try:
+            async with asyncio.timeout(self._timeout_s):
+                if self._source.find(request.pod, request.uid) is None:
+                    await self._ask(request)
+                pod = await self._source.until_in_force(request.pod, request.uid)
+        except TimeoutError as err:
+            message = f"pod {request.pod}: its labels could not be had in {self._timeout_s:g} s"
+            raise RegistrationError(messages.TRY_AGAIN, message, retryable=True) from err
+        return replace(request, labels=pod.labels)
+
+    async def _ask(self, request: AddRequest) -> None:
+        """Ask the API server for a pod that was not heard of, and take it over."""
+        path = f"/api/v1/namespaces/{request.pod.namespace}/pods/{request.pod.name}"
+        try:
+            manifest = json.loads(await self._source.api.get(path, {}, self._timeout_s))
+        except ApiError as err:
+            raise self._unknown(request, err) from err
+        except ValueError as err:
+            raise _try_again(request, f"the API server's answer cannot be read: {err}") from err
+        entry = read_entry(PODS, manifest, {}) if isinstance(manifest, Mapping) else None
+        if not isinstance(entry, Entry) or entry.value is None:
+            problems = "; ".join(map(str, entry.problems)) if isinstance(entry, Entry) else "no object"
+            raise _try_again(request, f"it cannot be read: {problems}")
+        self._require_same(request, entry.value)
+        self._source.pods.add(manifest)
+
+    def _unknown(self, request: AddRequest, err: ApiError) -> RegistrationError:
+        if err.status != NOT_FOUND:
+            return _try_again(request, f"it is not known here, and cannot be asked for: {err}")
+        if _CONFIG_HASH.fullmatch(request.uid):
+            return _try_again(request, "a static pod whose mirror is not in the API yet, so its labels are not known")
+        return RegistrationError(messages.POD_GONE, f"pod {request.pod} is gone")
+
+    def _require_same(self, request: AddRequest, pod: Pod) -> None:
+        if pod.ref != request.pod:
+            raise _try_again(request, f"the API server answered with {pod.ref}")
+        if pod.uid != request.uid:
+            message = f"its UID is {pod.uid}, the runtime's is {request.uid}"
+            if _CONFIG_HASH.fullmatch(request.uid):
+                raise _try_again(request, f"the mirror is that of another version of the static pod: {message}")
+            raise RegistrationError(messages.POD_GONE, f"pod {request.pod} was replaced: {message}")
+        if pod.node != self._node:
+            raise RegistrationError(messages.FAILED, f"pod {request.pod} is on node {pod.node or '(none)'}, not here")
+
+
+def _try_again(request: AddRequest, why: str) -> RegistrationError:
+    return RegistrationError(messages.TRY_AGAIN, f"pod {request.pod}: {why}", retryable=True)

@@ -1,0 +1,143 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The API server over HTTP, by the official client's asyncio side: credentials, TLS and proxies are its part.
+
+Objects stay raw JSON: its models would refuse a whole list for one bad object, and cost much more.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import time
+from collections.abc import AsyncIterator, Mapping
+from contextlib import asynccontextmanager
+from pathlib import Path
+
+import aiohttp
+from kubernetes.aio.client import ApiClient, Configuration
+from kubernetes.aio.config import ConfigException, load_incluster_config, load_kube_config
+
+from enforcer_daemon.errors import EnforcerError, SettingsError
+from enforcer_daemon.settings import KubernetesSettings
+
+GONE = 410
+"""HTTP status of a version that the API server no longer has."""
+NOT_FOUND = 404
+UNAUTHORIZED = 401
+_REFRESH_AFTER_S = 5.0
+_CONNECT_S = 5.0
+_MAX_ERROR_BYTES = 4_096
+MAX_LINE_BYTES = 4 * 1024 * 1024
+"""One event of a watch; etcd's own bound of an object is 1.5 MiB."""
+_UNREACHABLE = (aiohttp.ClientError, OSError, TimeoutError)
+
+
+class ApiError(EnforcerError):
+    """The API server did not answer, or not with what was asked for; `status` is 0 where it did not answer."""
+
+    def __init__(self, message: str, status: int = 0, retry_after_s: float = 0.0) -> None:
+        super().__init__(message)
+        self.status = status
+        self.retry_after_s = retry_after_s
+
+
+class ClusterApi:
+    """A connection to the API server. Open it on the running loop; close it there."""
+
+    def __init__(self, settings: KubernetesSettings, scratch: Path) -> None:
+        """Keep key material that a kubeconfig holds inline in `scratch`, a directory of our own (0700)."""
+        self._settings = settings
+        self._scratch = scratch
+        self._client: ApiClient | None = None
+        self._opened_at = 0.0
+
+    async def open(self) -> None:
+        """Read the credentials; raise SettingsError where they cannot be used."""
+        configuration = Configuration()
+        try:
+            if self._settings.kubeconfig is None:
+                load_incluster_config(client_configuration=configuration)  # type: ignore[no-untyped-call]
+            else:
+                shutil.rmtree(self._scratch, ignore_errors=True)
+                self._scratch.mkdir(mode=0o700, parents=True)
+                await load_kube_config(  # type: ignore[no-untyped-call]
+                    str(self._settings.kubeconfig),
+                    client_configuration=configuration,
+                    temp_file_path=str(self._scratch),
+                )
+            client = ApiClient(configuration)
+        except ConfigException as err:
+            raise SettingsError(f"kubernetes.kubeconfig: {err}") from err
+        except (OSError, ValueError, LookupError, TypeError, AttributeError) as err:
+            raise SettingsError(f"kubernetes.kubeconfig: cannot be used: {err}") from err
+        await self.close()
+        self._client = client
+        self._opened_at = time.monotonic()
+
+    async def refresh(self) -> None:
+        """Read the credentials anew after a refusal (401), but not for each of the watches that were refused."""
+        if time.monotonic() - self._opened_at > _REFRESH_AFTER_S:
+            await self.open()
+
+    async def close(self) -> None:
+        """End all connections."""
+        if self._client is not None:
+            await self._client.close()  # type: ignore[no-untyped-call]
+            self._client = None
+
+    @property
+    def server(self) -> str:
+        """Where the API server is."""
+        return "" if self._client is None else str(self._client.configuration.host)
+
+    async def get(self, path: str, query: Mapping[str, str], silence_s: float) -> bytes:
+        """Give the body of an answer; raise ApiError."""
+        async with self._answer(path, query, silence_s) as response:
+            return await response.read()
+
+    async def lines(self, path: str, query: Mapping[str, str], silence_s: float) -> AsyncIterator[bytes]:
+        """Give the lines of an answer as they come, until the server ends it; raise ApiError.
+
+        The first is empty and comes at once when the server has agreed.
+        """
+        async with self._answer(path, query, silence_s) as response:
+            yield b""
+            rest = b""
+            async for piece in response.content.iter_any():
+                *whole, rest = (rest + piece).split(b"\n")
+                for line in whole:
+                    yield line
+                if len(rest) > MAX_LINE_BYTES:
+                    raise ApiError(f"an event has more than {MAX_LINE_BYTES} bytes")
+
+    @asynccontextmanager
+    async def _answer(
+        self, path: str, query: Mapping[str, str], silence_s: float
+    ) -> AsyncIterator[aiohttp.ClientResponse]:
+        if self._client is None:
+            raise ApiError("the API client is closed")
+        response: aiohttp.ClientResponse | None = None
+        try:
+            request = await self._client.param_serialize(
+                "GET", path, query_params=list(query.items()), auth_settings=["BearerToken"]
+            )
+            timeout = aiohttp.ClientTimeout(total=None, sock_connect=_CONNECT_S, sock_read=silence_s)
+            response = (await self._client.call_api(*request, _request_timeout=timeout)).response
+            if response.status >= 400:
+                raise await _refusal(response)
+            yield response
+        except _UNREACHABLE as err:
+            raise ApiError(f"the API server does not answer: {err or type(err).__name__}") from err
+        finally:
+            if response is not None:
+                response.close()
+
+
+async def _refusal(response: aiohttp.ClientResponse) -> ApiError:
+    body = await response.content.read(_MAX_ERROR_BYTES)
+    try:
+        message = str(json.loads(body)["message"])
+    except (ValueError, KeyError, TypeError):
+        message = body.decode(errors="replace")[:200]
+    after = response.headers.get("Retry-After", "")
+    return ApiError(f"HTTP {response.status}: {message}", response.status, float(after) if after.isdecimal() else 0.0)

@@ -1,0 +1,233 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Keeps one table in step with the API server: lists, then watches from the list's version, for ever.
+
+A watch that ends goes on from the last version that was heard of; only where the server no longer has that version (410
+Gone), or says what cannot be read, is everything listed again. Meanwhile the table stays as it is.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import time
+from collections.abc import Callable, Mapping
+from contextlib import aclosing
+from dataclasses import dataclass
+from typing import Any, Generic, NoReturn
+
+from enforcer_daemon.errors import EnforcerError
+from enforcer_daemon.kube.backoff import backoff_s
+from enforcer_daemon.kube.client import GONE, NOT_FOUND, UNAUTHORIZED, ApiError, ClusterApi
+from enforcer_daemon.kube.resources import Manifest, Resource, Value
+from enforcer_daemon.kube.table import Entry, Key, Table, read_entry, read_key
+from enforcer_daemon.settings import KubernetesSettings
+from enforcer_daemon.sources.manifests import Problem
+from enforcer_daemon.telemetry.logs import Logger
+
+_WATCH_S = 300.0
+"""How long the server is asked to serve one watch, seconds; the random part spreads the nodes' reconnections."""
+_ABSENT_S = 300.0
+"""How often it is seen whether a kind that the API server does not serve is served now, seconds."""
+_AT_ONCE_S = 1.0
+"""A watch that ends this soon without a word counts as a failure: the next one must not follow at once."""
+
+
+@dataclass(slots=True)
+class WatchHealth:
+    """How a watch is, for operators. The times are monotonic."""
+
+    heard_at: float
+    """When the server last said something, a bookmark included; before the first time, when the daemon started."""
+    down_since: float
+    is_synced: bool = False
+    """Whether everything was listed since the start."""
+    is_up: bool = False
+    problem: str = "not asked yet"
+    """Why the watch is down."""
+
+    def up(self) -> bool:
+        """Tell whether what happens is heard of."""
+        return self.is_up
+
+    def silence_s(self) -> float:
+        """Give the time since the server last said something, seconds."""
+        return time.monotonic() - self.heard_at
+
+
+@dataclass(frozen=True, slots=True)
+class Surroundings:
+    """What all reflectors share."""
+
+    api: ClusterApi
+    settings: KubernetesSettings
+    log: Logger
+    on_change: Callable[[], None]
+    """Called after a table has changed, and when a kind is complete."""
+    roll: Callable[[], float]
+    """Random, from 0 to 1."""
+
+
+class Reflector(Generic[Value]):
+    """One kind's list and watch. Run it as a task."""
+
+    def __init__(self, table: Table[Value], shared: Surroundings, field_selector: str = "") -> None:
+        self.table = table
+        self.health = WatchHealth(time.monotonic(), time.monotonic())
+        self._shared = shared
+        self._selector = {"fieldSelector": field_selector} if field_selector else {}
+        self._version: str | None = None
+        self._failures = 0
+
+    @property
+    def resource(self) -> Resource[Value]:
+        """What is watched."""
+        return self.table.resource
+
+    async def run(self) -> NoReturn:
+        """Go on until cancelled, whatever the API server does."""
+        while True:
+            try:
+                await self._round()
+            except ApiError as err:
+                await self._bear(err)
+
+    async def _round(self) -> None:
+        if self._version is None:
+            self._version = await self._list()
+            self._heard()
+        started = time.monotonic()
+        await self._watch(self._version)
+        if self.health.heard_at <= started or time.monotonic() - started < _AT_ONCE_S:
+            raise ApiError("the API server ended the watch at once")
+        self._failures = 0
+
+    async def _bear(self, err: ApiError) -> None:
+        """Take note of a failure, and wait."""
+        shared, health = self._shared, self.health
+        if err.status == GONE:
+            shared.log.info("watch begins anew", resource=self.resource.plural, reason=str(err))
+            self._version = None
+        elif err.status == NOT_FOUND and self.resource.is_optional:
+            self._take(self.table.replace(()))
+            health.is_synced, health.is_up, health.heard_at, health.problem = True, True, time.monotonic(), str(err)
+            shared.on_change()
+            await asyncio.sleep(_ABSENT_S)
+            return
+        else:
+            self._lose(err)
+        if err.status == UNAUTHORIZED:
+            try:
+                await shared.api.refresh()
+            except EnforcerError as unusable:
+                shared.log.error("credentials cannot be read anew", error=str(unusable))
+        self._failures += 1
+        await asyncio.sleep(
+            max(err.retry_after_s, backoff_s(self._failures, shared.roll(), shared.settings.max_backoff_s))
+        )
+
+    def _lose(self, err: ApiError) -> None:
+        if self.health.is_up or self.health.problem != str(err):
+            self._shared.log.warning("watch lost", resource=self.resource.plural, error=str(err))
+        if self.health.is_up:
+            self.health.is_up, self.health.down_since = False, time.monotonic()
+        self.health.problem = str(err)
+
+    def _heard(self) -> None:
+        self.health.heard_at = time.monotonic()
+        if not self.health.is_up:
+            self.health.is_up, self.health.problem = True, ""
+            self._shared.log.info("watch in place", resource=self.resource.plural, objects=len(self.table.entries))
+
+    async def _list(self) -> str:
+        """Take the complete list over; give its version."""
+        settings = self._shared.settings
+        query = {"limit": str(settings.page_size), **self._selector}
+        entries: list[Entry[Value] | Problem] = []
+        while True:
+            body = await self._shared.api.get(self.resource.path, query, settings.request_timeout_s)
+            # In a thread: the loop also serves the pods' queues.
+            page = await asyncio.to_thread(_read_page, self.resource, body, self.table.entries)
+            entries += page.entries
+            if not page.rest:
+                break
+            query["continue"] = page.rest
+        is_first, self.health.is_synced = not self.health.is_synced, True
+        if self.table.replace(entries) or is_first:
+            self._shared.on_change()
+        return page.version
+
+    async def _watch(self, version: str) -> None:
+        shared = self._shared
+        query = {
+            "watch": "true",
+            "allowWatchBookmarks": "true",
+            "resourceVersion": version,
+            "timeoutSeconds": str(int(_WATCH_S * (1 + shared.roll()))),
+            **self._selector,
+        }
+        lines = shared.api.lines(self.resource.path, query, shared.settings.watch_silence_s)
+        async with aclosing(lines):  # type: ignore[type-var]
+            async for line in lines:
+                self._heard()
+                if line:
+                    self._take(self._apply(line))
+                    self._failures = 0
+
+    def _apply(self, line: bytes) -> bool:
+        """Take one event over; tell whether it changed anything. Raise ApiError where it does not go on."""
+        kind, thing = _read_event(line)
+        if kind == "ERROR":
+            code = thing.get("code")
+            raise ApiError(str(thing.get("message", "")), code if isinstance(code, int) else 0)
+        metadata = thing.get("metadata")
+        version = metadata.get("resourceVersion") if isinstance(metadata, Mapping) else None
+        if kind == "BOOKMARK":
+            is_changed = False
+        elif kind == "DELETED":
+            key = read_key(thing)
+            is_changed = key is not None and self.table.remove(key)
+        else:
+            is_changed = self.table.put(read_entry(self.resource, thing, self.table.entries))
+        if isinstance(version, str) and version:
+            self._version = version
+        return is_changed
+
+    def _take(self, is_changed: bool) -> None:
+        if is_changed:
+            self._shared.on_change()
+
+    def add(self, manifest: Manifest) -> Entry[Value] | Problem:
+        """Take over an object that was asked for by name, where the watch has not brought it yet."""
+        entry = read_entry(self.resource, manifest, self.table.entries)
+        self._take(self.table.put(entry))
+        return entry
+
+
+@dataclass(frozen=True, slots=True)
+class _Page(Generic[Value]):
+    entries: list[Entry[Value] | Problem]
+    version: str
+    rest: str
+    """Token of the next page; empty after the last."""
+
+
+def _read_page(resource: Resource[Value], body: bytes, known: Mapping[Key, Entry[Value]]) -> _Page[Value]:
+    try:
+        tree = json.loads(body)
+        metadata, items = tree["metadata"], tree.get("items") or []
+        version, rest = str(metadata["resourceVersion"]), str(metadata.get("continue") or "")
+        entries = [read_entry(resource, item, known) for item in items]
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as err:
+        raise ApiError(f"a list cannot be read: {err!r}") from err
+    return _Page(entries, version, rest)
+
+
+def _read_event(line: bytes) -> tuple[str, Mapping[str, Any]]:
+    try:
+        event = json.loads(line)
+        kind, thing = event["type"], event["object"]
+    except (ValueError, KeyError, TypeError, RecursionError) as err:
+        raise ApiError(f"an event cannot be read: {err!r}", GONE) from err
+    if not isinstance(kind, str) or not isinstance(thing, Mapping):
+        raise ApiError("an event cannot be read: it has no object", GONE)
+    return kind, thing

@@ -1,0 +1,224 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What is watched: where each kind lies in the API, what of its objects is kept, and how they become values. Pure.
+
+An object is first reduced to the fields that are used, so that a field that a later Kubernetes adds to metadata or to a
+pod refuses nothing. The spec of a NetworkPolicy is kept whole: a field that is not known there may restrict.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from ipaddress import ip_address, ip_network
+from typing import Generic, TypeVar
+
+from enforcer_daemon.model import IPAddress, IPNetwork
+from enforcer_daemon.policy import (
+    Namespace,
+    NetworkPolicy,
+    Pod,
+    decode_namespace,
+    decode_network_policy,
+    decode_pod,
+)
+from enforcer_daemon.policy.reader import Reader
+
+CONFIG_HASH = "kubernetes.io/config.hash"
+CONFIG_MIRROR = "kubernetes.io/config.mirror"
+"""Annotations of a static pod's mirror: kubelet calls the pod by its hash, not by the mirror's UID."""
+_PORT_FIELDS = ("name", "containerPort", "protocol", "hostPort", "hostIP")
+_NODE_ADDRESSES = frozenset({"InternalIP", "ExternalIP"})
+
+Manifest = Mapping[str, object]
+Value = TypeVar("Value")
+
+
+@dataclass(frozen=True, slots=True)
+class Resource(Generic[Value]):
+    """One kind, of all namespaces; `plural` is its name in paths and metrics."""
+
+    plural: str
+    path: str
+    api_version: str
+    kind: str
+    reduce: Callable[[Manifest], dict[str, object]]
+    """Leaves what is kept; must not fail on whatever the object is."""
+    decode: Callable[[Manifest], Value]
+    """Reads what was left; raises InvalidObjectError."""
+    is_optional: bool = False
+    """Whether an API server without this kind (404) has none of it."""
+
+
+@dataclass(frozen=True, slots=True)
+class NodeNetworks:
+    """Where a node and its pods are."""
+
+    name: str
+    pod_cidrs: tuple[IPNetwork, ...]
+    addresses: tuple[IPAddress, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class ServiceAddresses:
+    """Where a Service answers besides its cluster addresses."""
+
+    addresses: tuple[IPAddress, ...]
+    """External addresses, and those of load balancers whose traffic nodes take over."""
+    has_node_ports: bool
+
+
+def _as_mapping(value: object) -> Mapping[str, object]:
+    return value if isinstance(value, Mapping) else {}
+
+
+def _pick(value: object, *names: str) -> object:
+    """Leave these fields of an object; what is none stays as it is, for the decoder to refuse."""
+    if not isinstance(value, Mapping):
+        return value
+    return {name: value[name] for name in names if value.get(name) is not None}
+
+
+def _pick_each(value: object, *names: str) -> object:
+    return [_pick(entry, *names) for entry in value] if isinstance(value, list) else value
+
+
+def _reduced(manifest: Manifest, **parts: object) -> dict[str, object]:
+    metadata = _pick(manifest.get("metadata"), "name", "namespace", "labels")
+    return {"metadata": metadata, **{name: part for name, part in parts.items() if part is not None}}
+
+
+def _reduce_policy(manifest: Manifest) -> dict[str, object]:
+    return {"metadata": _pick(manifest.get("metadata"), "name", "namespace"), "spec": manifest.get("spec")}
+
+
+def _reduce_pod(manifest: Manifest) -> dict[str, object]:
+    metadata, spec = _as_mapping(manifest.get("metadata")), manifest.get("spec")
+    left = _pick(spec, "serviceAccountName", "nodeName", "hostNetwork", "containers", "initContainers")
+    if isinstance(left, dict):
+        for name in ("containers", "initContainers"):
+            if isinstance(containers := _pick_each(left.get(name), "restartPolicy", "ports"), list):
+                left[name] = [
+                    {**entry, "ports": _pick_each(entry["ports"], *_PORT_FIELDS)}
+                    if isinstance(entry, dict) and "ports" in entry
+                    else entry
+                    for entry in containers
+                ]
+    reduced = _reduced(manifest, spec=left, status=_pick(manifest.get("status"), "phase"))
+    annotations = _as_mapping(metadata.get("annotations"))
+    reduced["uid"] = annotations.get(CONFIG_HASH) if CONFIG_MIRROR in annotations else metadata.get("uid")
+    return reduced
+
+
+def _reduce_node(manifest: Manifest) -> dict[str, object]:
+    addresses = _pick_each(_as_mapping(manifest.get("status")).get("addresses"), "type", "address")
+    return _reduced(manifest, spec=_pick(manifest.get("spec"), "podCIDRs"), status={"addresses": addresses})
+
+
+def _reduce_service(manifest: Manifest) -> dict[str, object]:
+    spec = _pick(manifest.get("spec"), "type", "externalIPs", "ports")
+    if isinstance(spec, dict):
+        spec["ports"] = _pick_each(spec.get("ports"), "nodePort")
+    balancer = _pick_each(
+        _as_mapping(_as_mapping(manifest.get("status")).get("loadBalancer")).get("ingress"), "ip", "ipMode"
+    )
+    return _reduced(manifest, spec=spec, status={"ingress": balancer})
+
+
+def _decode_cluster_pod(reduced: Manifest) -> Pod:
+    reader = Reader()
+    uid = reader.string(reduced.get("uid"), "metadata.uid")
+    if uid == "":
+        reader.refuse("metadata.uid", "Required value")
+    reader.finish()
+    return replace(decode_pod(_typed(reduced, "v1", "Pod", "metadata", "spec", "status")), uid=uid or "")
+
+
+def _typed(reduced: Manifest, api_version: str, kind: str, *parts: str) -> dict[str, object]:
+    return {"apiVersion": api_version, "kind": kind, **{part: reduced.get(part) for part in parts}}
+
+
+def _decode_policy(reduced: Manifest) -> NetworkPolicy:
+    return decode_network_policy(_typed(reduced, "networking.k8s.io/v1", "NetworkPolicy", "metadata", "spec"))
+
+
+def _decode_namespace(reduced: Manifest) -> Namespace:
+    return decode_namespace(_typed(reduced, "v1", "Namespace", "metadata"))
+
+
+def _decode_node(reduced: Manifest) -> NodeNetworks:
+    reader = Reader()
+    name = reader.string(_as_mapping(reduced.get("metadata")).get("name"), "metadata.name") or ""
+    spec, status = reader.struct(reduced.get("spec"), "spec"), reader.struct(reduced.get("status"), "status")
+    networks = _networks(reader, spec.get("podCIDRs"), "spec.podCIDRs")
+    addresses: list[IPAddress] = []
+    for path, entry in reader.sequence(status.get("addresses"), "status.addresses"):
+        address = reader.struct(entry, path)
+        if address.get("type") in _NODE_ADDRESSES:
+            addresses += _addresses(reader, [(f"{path}.address", address.get("address"))])
+    reader.finish()
+    return NodeNetworks(name, networks, tuple(addresses))
+
+
+def _decode_service_cidr(reduced: Manifest) -> tuple[IPNetwork, ...]:
+    reader = Reader()
+    networks = _networks(reader, reader.struct(reduced.get("spec"), "spec").get("cidrs"), "spec.cidrs")
+    reader.finish()
+    return networks
+
+
+def _decode_service(reduced: Manifest) -> ServiceAddresses:
+    reader = Reader()
+    spec, status = reader.struct(reduced.get("spec"), "spec"), reader.struct(reduced.get("status"), "status")
+    texts = reader.sequence(spec.get("externalIPs"), "spec.externalIPs")
+    for path, entry in reader.sequence(status.get("ingress"), "status.loadBalancer.ingress"):
+        ingress = reader.struct(entry, path)
+        # A load balancer in mode Proxy is an outside end of its own, which nodes do not stand in for.
+        if ingress.get("ip") and ingress.get("ipMode") != "Proxy":
+            texts.append((f"{path}.ip", ingress.get("ip")))
+    ports = [reader.struct(entry, path) for path, entry in reader.sequence(spec.get("ports"), "spec.ports")]
+    addresses = _addresses(reader, texts)
+    reader.finish()
+    return ServiceAddresses(tuple(addresses), any(port.get("nodePort") for port in ports))
+
+
+def _networks(reader: Reader, value: object, path: str) -> tuple[IPNetwork, ...]:
+    found = []
+    for entry_path, entry in reader.sequence(value, path):
+        try:
+            found.append(ip_network(reader.string(entry, entry_path) or "", strict=False))
+        except ValueError:
+            reader.invalid(entry_path, entry, ["must be a network (e.g. 10.9.8.0/24)"])
+    return tuple(found)
+
+
+def _addresses(reader: Reader, texts: list[tuple[str, object]]) -> list[IPAddress]:
+    found = []
+    for path, value in texts:
+        try:
+            found.append(ip_address(reader.string(value, path) or ""))
+        except ValueError:
+            reader.invalid(path, value, ["must be an IP address"])
+    return found
+
+
+NETWORK_POLICIES = Resource(
+    "networkpolicies",
+    "/apis/networking.k8s.io/v1/networkpolicies",
+    "networking.k8s.io/v1",
+    "NetworkPolicy",
+    _reduce_policy,
+    _decode_policy,
+)
+NAMESPACES = Resource("namespaces", "/api/v1/namespaces", "v1", "Namespace", _reduced, _decode_namespace)
+PODS = Resource("pods", "/api/v1/pods", "v1", "Pod", _reduce_pod, _decode_cluster_pod)
+NODES = Resource("nodes", "/api/v1/nodes", "v1", "Node", _reduce_node, _decode_node)
+SERVICES = Resource("services", "/api/v1/services", "v1", "Service", _reduce_service, _decode_service)
+SERVICE_CIDRS = Resource(
+    "servicecidrs",
+    "/apis/networking.k8s.io/v1/servicecidrs",
+    "networking.k8s.io/v1",
+    "ServiceCIDR",
+    lambda manifest: _reduced(manifest, spec=_pick(manifest.get("spec"), "cidrs")),
+    _decode_service_cidr,
+    is_optional=True,
+)

@@ -1,0 +1,236 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The cluster as the source of the daemon's world: what is watched, kept on disk, and put together.
+
+NetworkPolicies and Namespaces of the cluster, the Pods of this node, the Nodes' networks, ServiceCIDRs, and the
+addresses of Services unless that is switched off. While the API server is away, the last state stays in force; a daemon
+that starts meanwhile goes on with what an earlier one kept.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import random
+import time
+from collections.abc import AsyncIterator, Mapping
+from typing import Any
+
+from enforcer_daemon.kube import kept
+from enforcer_daemon.kube.client import ClusterApi
+from enforcer_daemon.kube.networks import discover, missing_networks
+from enforcer_daemon.kube.reflector import Reflector, Surroundings, WatchHealth
+from enforcer_daemon.kube.resources import NAMESPACES, NETWORK_POLICIES, NODES, PODS, SERVICE_CIDRS, SERVICES
+from enforcer_daemon.kube.table import Table
+from enforcer_daemon.model import PodRef
+from enforcer_daemon.policy import Pod
+from enforcer_daemon.settings import NetworkSettings, Settings
+from enforcer_daemon.sources.manifests import Problem, World
+from enforcer_daemon.telemetry.logs import Logger
+from enforcer_daemon.telemetry.metrics import Metrics
+
+_SECURITY = (NETWORK_POLICIES, NAMESPACES, PODS)
+"""Without these on disk, a start waits for the API server, however long."""
+
+
+class ClusterSource:
+    """Run `run` as a task; take worlds from `worlds`, one after the other."""
+
+    def __init__(self, settings: Settings, log: Logger, metrics: Metrics) -> None:
+        self._settings = settings
+        self._log = log
+        self._directory = settings.state_dir / "cluster"
+        self.api = ClusterApi(settings.kubernetes, settings.registration.run_dir / "kubeconfig")
+        surroundings = Surroundings(self.api, settings.kubernetes, log, self._note_change, random.random)
+        self._policies: Table[Any] = Table(NETWORK_POLICIES)
+        self._namespaces: Table[Any] = Table(NAMESPACES)
+        self._pods: Table[Pod] = Table(PODS)
+        self._nodes: Table[Any] = Table(NODES)
+        self._service_cidrs: Table[Any] = Table(SERVICE_CIDRS)
+        self._services: Table[Any] = Table(SERVICES)
+        self.pods = Reflector(self._pods, surroundings, f"spec.nodeName={settings.node}")
+        networks = settings.networks
+        self._reflectors: list[Reflector[Any]] = [
+            Reflector(self._policies, surroundings),
+            Reflector(self._namespaces, surroundings),
+            self.pods,
+            # Where the enforced networks are configured, other nodes matter only for the addresses of node ports.
+            Reflector(self._nodes, surroundings, f"metadata.name={settings.node}" if networks.enforced else ""),
+        ]
+        if not networks.virtual:
+            self._reflectors.append(Reflector(self._service_cidrs, surroundings))
+            if settings.kubernetes.watch_services:
+                self._reflectors.append(Reflector(self._services, surroundings))
+        for reflector in self._reflectors:
+            health = reflector.health
+            metrics.watch(reflector.resource.plural, health.up, health.silence_s)
+        self._kept_problems: list[str] = []
+        self._is_kept = False
+        self._written: dict[str, int] = {}
+        self._changed = asyncio.Event()
+        self._taken = asyncio.Condition()
+        self._in_force = World()
+        self.is_settled = False
+        """Whether a world is in force that the API server gave, to this daemon or to an earlier one."""
+
+    # Tasks.
+
+    async def open(self) -> None:
+        """Take over what an earlier daemon kept, and the credentials; raise SettingsError."""
+        await self.api.open()
+        await asyncio.to_thread(self._load)
+
+    async def run(self) -> None:
+        """Watch, and keep what is in force on disk, until cancelled."""
+        try:
+            async with asyncio.TaskGroup() as tasks:
+                for reflector in self._reflectors:
+                    tasks.create_task(reflector.run(), name=f"watch {reflector.resource.plural}")
+                tasks.create_task(self._keep_going(), name="cluster state on disk")
+        finally:
+            await self.api.close()
+
+    async def worlds(self) -> AsyncIterator[World]:
+        """Give the world once it is complete, and again after each change; asking for the next says it is in force."""
+        await self._wait_until_settled()
+        while True:
+            self._changed.clear()
+            world = self._world()
+            yield world
+            self.is_settled = True
+            async with self._taken:
+                self._in_force = world
+                self._taken.notify_all()
+            await self._changed.wait()
+
+    async def _wait_until_settled(self) -> None:
+        timeout_s = self._settings.kubernetes.sync_timeout_s
+        try:
+            async with asyncio.timeout(timeout_s if self._is_kept else None):
+                while not self.is_synced:
+                    await self._changed.wait()
+                    self._changed.clear()
+        except TimeoutError:
+            self._log.warning("the API server does not answer; what an earlier daemon kept is put in force")
+
+    # What is known.
+
+    @property
+    def is_synced(self) -> bool:
+        """Whether every kind was listed since the start."""
+        return all(reflector.health.is_synced for reflector in self._reflectors)
+
+    def find(self, ref: PodRef, uid: str) -> Pod | None:
+        """Give a pod of this node by its name and by what the runtime calls its UID."""
+        entry = self._pods.entries.get((ref.namespace, ref.name))
+        pod = None if entry is None else entry.value
+        return pod if pod is not None and pod.uid == uid else None
+
+    async def until_in_force(self, ref: PodRef, uid: str) -> Pod:
+        """Wait until the world that all endpoints are judged by has this pod."""
+        async with self._taken:
+            while (pod := self._in_force.find_pod(ref, uid)) is None:
+                await self._taken.wait()
+            return pod
+
+    def networks(self) -> NetworkSettings:
+        """Give the networks in force: the configured ones, and in place of what is not configured the discovered."""
+        return discover(
+            self._settings.networks, self._nodes.values(), self._service_cidrs.values(), self._services.values()
+        )
+
+    def problem(self) -> str:
+        """Say why no pod can be registered; empty where they can."""
+        if not self.is_settled:
+            waiting = [
+                f"{reflector.resource.plural}{f' ({problem})' if (problem := reflector.health.problem) else ''}"
+                for reflector in self._reflectors
+                if not reflector.health.is_synced
+            ]
+            return f"the cluster has not been read yet: {', '.join(waiting) or 'policies are being put in force'}"
+        return missing_networks(self._settings.networks, self._settings.node, self._nodes.values())
+
+    def lag(self) -> str:
+        """Say what is not followed at present; empty where all is."""
+        down = [reflector for reflector in self._reflectors if not reflector.health.is_up]
+        if not down:
+            return ""
+        away_s = max(time.monotonic() - reflector.health.down_since for reflector in down)
+        named = ", ".join(f"{reflector.resource.plural} ({reflector.health.problem})" for reflector in down)
+        return f"the last state stays in force; not followed for {away_s:.0f} s: {named}"
+
+    def status(self) -> Mapping[str, object]:
+        """Describe the source, for operators."""
+        return {
+            "server": self.api.server,
+            "synced": self.is_synced,
+            "lag": self.lag(),
+            "problems": self._kept_problems,
+            "watches": {
+                reflector.resource.plural: _describe(reflector.health) | {"objects": len(reflector.table.entries)}
+                for reflector in self._reflectors
+            },
+        }
+
+    def _world(self) -> World:
+        problems: tuple[Problem, ...] = tuple(
+            problem for reflector in self._reflectors for problem in reflector.table.problems()
+        )
+        return World(
+            tuple(self._policies.values()),
+            {namespace.name: namespace.labels for namespace in self._namespaces.values()},
+            {pod.ref: pod for pod in self._pods.values()},
+            problems,
+            is_cluster=True,
+        )
+
+    def _note_change(self) -> None:
+        self._changed.set()
+
+    # Disk.
+
+    def _scope(self, reflector: Reflector[Any]) -> str:
+        return self._settings.node if reflector is self.pods else ""
+
+    def _load(self) -> None:
+        found = {}
+        for reflector in self._reflectors:
+            state = found[reflector.resource.plural] = kept.load(
+                self._directory, reflector.resource, self._scope(reflector)
+            )
+            if state.problem:
+                self._kept_problems.append(state.problem)
+                self._log.error("kept state not used", problem=state.problem)
+            reflector.table.replace(state.entries)
+        self._is_kept = all(found[resource.plural].is_there for resource in _SECURITY)
+
+    async def _keep_going(self) -> None:
+        while True:
+            await asyncio.sleep(self._settings.kubernetes.keep_every_s)
+            await self.keep()
+
+    async def keep(self) -> None:
+        """Write what changed since the last time, of the kinds that are complete."""
+        problems = []
+        for reflector in self._reflectors:
+            plural, table = reflector.resource.plural, reflector.table
+            revision = table.revision
+            if not reflector.health.is_synced or self._written.get(plural) == revision:
+                continue
+            documents = kept.documents(table.entries.values())
+            try:
+                await asyncio.to_thread(
+                    kept.save, self._directory, reflector.resource, self._scope(reflector), documents
+                )
+                self._written[plural] = revision
+            except OSError as err:
+                problems.append(f"{kept.file_of(self._directory, reflector.resource)}: cannot be kept: {err}")
+                self._log.error("state not kept", problem=problems[-1])
+        self._kept_problems = problems
+
+
+def _describe(health: WatchHealth) -> dict[str, object]:
+    return {
+        "up": health.is_up,
+        "synced": health.is_synced,
+        "silent_s": round(health.silence_s(), 1),
+        "problem": health.problem,
+    }

@@ -1,0 +1,130 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The objects of one kind as they are in force: the last good version of each, and what is wrong with the present one.
+
+An entry is made where the object is read (which may be a thread), and put into its table on the event loop.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
+from typing import Generic
+
+from enforcer_daemon.kube.resources import Manifest, Resource, Value
+from enforcer_daemon.policy import InvalidObjectError
+from enforcer_daemon.sources.manifests import Problem
+
+Key = tuple[str, str]
+"""Namespace (empty for what has none) and name."""
+_MAX_PROBLEMS = 10
+"""Problems of one object that are told."""
+
+
+@dataclass(frozen=True, slots=True)
+class Entry(Generic[Value]):
+    """One object."""
+
+    key: Key
+    value: Value | None
+    """None: no version of it was good."""
+    document: bytes
+    """What was kept of the version that `value` is of, as JSON; empty where there is none."""
+    problems: tuple[Problem, ...] = ()
+    """Of the present version, where it is refused."""
+
+
+def read_key(manifest: object) -> Key | None:
+    """Tell which object it is; None where that cannot be told."""
+    metadata = manifest.get("metadata") if isinstance(manifest, Mapping) else None
+    if not isinstance(metadata, Mapping):
+        return None
+    namespace, name = metadata.get("namespace") or "", metadata.get("name")
+    return (namespace, name) if isinstance(namespace, str) and isinstance(name, str) and name else None
+
+
+def read_entry(
+    resource: Resource[Value], manifest: Manifest, known: Mapping[Key, Entry[Value]]
+) -> Entry[Value] | Problem:
+    """Read an object; a bad one keeps the value that is known, a Problem is one that nobody can name."""
+    if read_key(manifest) is None:
+        return Problem(resource.plural, 0, "", "metadata", "an object without a name was refused")
+    return read_reduced(resource, resource.reduce(manifest), known)
+
+
+def read_reduced(
+    resource: Resource[Value], reduced: Manifest, known: Mapping[Key, Entry[Value]]
+) -> Entry[Value] | Problem:
+    """Read what was left of an object, as `read_entry` does."""
+    key = read_key(reduced)
+    if key is None:
+        return Problem(resource.plural, 0, "", "metadata", "an object without a name was refused")
+    document = json.dumps(reduced, separators=(",", ":")).encode()
+    before = known.get(key)
+    if before is not None and before.document == document:
+        return replace(before, problems=())
+    try:
+        return Entry(key, resource.decode(reduced), document)
+    except InvalidObjectError as err:
+        label = f"{resource.kind} {'/'.join(filter(None, key))}"
+        problems = tuple(Problem(resource.plural, 0, label, p.field, p.message) for p in err.problems[:_MAX_PROBLEMS])
+        if before is None:
+            return Entry(key, None, b"", problems)
+        return replace(before, problems=problems)
+
+
+class Table(Generic[Value]):
+    """The objects of one kind. For the event loop alone, but that threads may read `entries`."""
+
+    def __init__(self, resource: Resource[Value]) -> None:
+        self.resource = resource
+        self.entries: dict[Key, Entry[Value]] = {}
+        self.revision = 0
+        """Rises with each change of what is in force or refused."""
+        self._unnamed: tuple[Problem, ...] = ()
+
+    def put(self, entry: Entry[Value] | Problem) -> bool:
+        """Take an object as it is now; tell whether anything changed."""
+        if isinstance(entry, Problem):
+            return self._refuse_unnamed((entry,))
+        before = self.entries.get(entry.key)
+        if before is not None and before.document == entry.document and before.problems == entry.problems:
+            return False
+        self.entries[entry.key] = entry
+        self.revision += 1
+        return True
+
+    def remove(self, key: Key) -> bool:
+        """Forget an object; tell whether it was there."""
+        if self.entries.pop(key, None) is None:
+            return False
+        self.revision += 1
+        return True
+
+    def replace(self, found: Iterable[Entry[Value] | Problem]) -> bool:
+        """Take a complete list: what is not in it is gone. Tell whether anything changed."""
+        entries = list(found)
+        is_changed = self._refuse_unnamed(tuple(entry for entry in entries if isinstance(entry, Problem)))
+        wanted = {entry.key for entry in entries if isinstance(entry, Entry)}
+        for key in [key for key in self.entries if key not in wanted]:
+            is_changed |= self.remove(key)
+        for entry in entries:
+            if isinstance(entry, Entry):
+                is_changed |= self.put(entry)
+        return is_changed
+
+    def values(self) -> list[Value]:
+        """Give what is in force."""
+        return [entry.value for entry in self.entries.values() if entry.value is not None]
+
+    def problems(self) -> tuple[Problem, ...]:
+        """Give what is refused."""
+        named = (problem for entry in self.entries.values() for problem in entry.problems)
+        return (*self._unnamed, *named)
+
+    def _refuse_unnamed(self, problems: tuple[Problem, ...]) -> bool:
+        if problems == self._unnamed:
+            return False
+        self._unnamed = problems
+        self.revision += 1
+        return True
