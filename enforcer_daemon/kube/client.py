@@ -6,6 +6,7 @@ Objects stay raw JSON: its models would refuse a whole list for one bad object, 
 
 from __future__ import annotations
 
+import asyncio
 import json
 import shutil
 import time
@@ -14,6 +15,7 @@ from contextlib import asynccontextmanager
 from pathlib import Path
 
 import aiohttp
+import yaml
 from kubernetes.aio.client import ApiClient, Configuration
 from kubernetes.aio.config import ConfigException, load_incluster_config, load_kube_config
 
@@ -29,6 +31,8 @@ _CONNECT_S = 5.0
 _MAX_ERROR_BYTES = 4_096
 MAX_LINE_BYTES = 4 * 1024 * 1024
 """One event of a watch; etcd's own bound of an object is 1.5 MiB."""
+_UNUSABLE = (OSError, yaml.YAMLError, ValueError, LookupError, TypeError, AttributeError)
+"""What the loader of a kubeconfig raises of one that is none."""
 _UNREACHABLE = (aiohttp.ClientError, OSError, TimeoutError)
 
 
@@ -50,6 +54,7 @@ class ClusterApi:
         self._scratch = scratch
         self._client: ApiClient | None = None
         self._opened_at = 0.0
+        self._opening = asyncio.Lock()
 
     async def open(self) -> None:
         """Read the credentials; raise SettingsError where they cannot be used."""
@@ -68,16 +73,18 @@ class ClusterApi:
             client = ApiClient(configuration)
         except ConfigException as err:
             raise SettingsError(f"kubernetes.kubeconfig: {err}") from err
-        except (OSError, ValueError, LookupError, TypeError, AttributeError) as err:
+        except _UNUSABLE as err:
             raise SettingsError(f"kubernetes.kubeconfig: cannot be used: {err}") from err
-        await self.close()
-        self._client = client
+        before, self._client = self._client, client
         self._opened_at = time.monotonic()
+        if before is not None:
+            await before.close()  # type: ignore[no-untyped-call]
 
     async def refresh(self) -> None:
         """Read the credentials anew after a refusal (401), but not for each of the watches that were refused."""
-        if time.monotonic() - self._opened_at > _REFRESH_AFTER_S:
-            await self.open()
+        async with self._opening:
+            if time.monotonic() - self._opened_at > _REFRESH_AFTER_S:
+                await self.open()
 
     async def close(self) -> None:
         """End all connections."""
@@ -114,20 +121,25 @@ class ClusterApi:
     async def _answer(
         self, path: str, query: Mapping[str, str], silence_s: float
     ) -> AsyncIterator[aiohttp.ClientResponse]:
-        if self._client is None:
+        client = self._client
+        if client is None:
             raise ApiError("the API client is closed")
         response: aiohttp.ClientResponse | None = None
         try:
-            request = await self._client.param_serialize(
+            request = await client.param_serialize(
                 "GET", path, query_params=list(query.items()), auth_settings=["BearerToken"]
             )
             timeout = aiohttp.ClientTimeout(total=None, sock_connect=_CONNECT_S, sock_read=silence_s)
-            response = (await self._client.call_api(*request, _request_timeout=timeout)).response
+            response = (await client.call_api(*request, _request_timeout=timeout)).response
             if response.status >= 400:
                 raise await _refusal(response)
             yield response
         except _UNREACHABLE as err:
             raise ApiError(f"the API server does not answer: {err or type(err).__name__}") from err
+        except RuntimeError as err:
+            if client is self._client:
+                raise
+            raise ApiError("the credentials were read anew meanwhile") from err
         finally:
             if response is not None:
                 response.close()

@@ -124,7 +124,7 @@ class FakeApi:
     async def _start(self) -> None:
         app = web.Application(client_max_size=64 << 20)
         app.router.add_route("*", "/{path:.*}", self._serve)
-        self._runner = web.AppRunner(app, access_log=None, shutdown_timeout=0.0)
+        self._runner = web.AppRunner(app, access_log=None, shutdown_timeout=0.01)
         await self._runner.setup()
         # A copy: closing the server closes its socket, and the port must stay ours.
         await web.SockSite(self._runner, self._sock.dup(), ssl_context=self._tls).start()
@@ -253,7 +253,10 @@ class FakeApi:
         raise ApiError(405, "MethodNotAllowed", request.method)
 
     async def _list(self, request: web.Request, kind: Kind, namespace: str) -> Manifest:
-        await asyncio.sleep(self.delays_s.get(kind[1], 0.0))
+        started = self._loop.time()
+        # A test may shorten it meanwhile.
+        while self._loop.time() - started < self.delays_s.get(kind[1], 0.0):  # noqa: ASYNC110
+            await asyncio.sleep(0.01)
         found = self.objects.matching(kind, Selector.of(namespace, request.query))
         version, start = self.objects.version, 0
         if token := request.query.get("continue"):

@@ -117,19 +117,15 @@ def test_a_complete_list_removes_what_is_not_in_it() -> None:
     assert table.revision == revision
 
 
+FIELDS = [
+    *("metadata", "spec", "status", "name", "namespace", "uid", "labels", "annotations", "ports", "containers"),
+    *("podCIDRs", "addresses", "cidrs", "externalIPs", "loadBalancer", "ingress", "ip", "podSelector"),
+]
 values = st.recursive(
     st.none() | st.booleans() | st.integers() | st.text(max_size=5),
-    lambda inner: st.lists(inner, max_size=3)
-    | st.dictionaries(
-        st.sampled_from(
-            ["metadata", "spec", "status", "name", "namespace", "uid", "labels", "annotations", "ports", "containers",
-             "podCIDRs", "addresses", "cidrs", "externalIPs", "loadBalancer", "ingress", "ip", "podSelector"]
-        ),  # fmt: skip
-        inner,
-        max_size=4,
-    ),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.sampled_from(FIELDS), inner, max_size=4),
     max_leaves=12,
-)  # fmt: skip
+)
 
 
 @given(st.dictionaries(st.sampled_from(["metadata", "spec", "status"]), values), st.sampled_from(RESOURCES))

@@ -1,0 +1,248 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Two nodes whose world comes from an API server: what happens there reaches real connections as it should."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import time
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.e2e.operation_world import (
+    HTTP,
+    NODES,
+    RESET,
+    Stream,
+    app,
+    block,
+    connection,
+    endpoint,
+    outcome,
+    pod,
+    policy,
+)
+from tests.kube.lab import KubeLab, cluster_pod
+from triremectl.lab import Lab, LabError, Outcome, Tools, WorldSpec
+from triremectl.lab.chain import SHIPPED_CONFLIST
+from triremectl.lab.manifests import ObjectRef
+from triremectl.lab.node import Node
+
+pytestmark = pytest.mark.kernel
+
+DENY = policy("deny-all", ingress=[])
+ALLOW = policy("allow", "server", ingress=[{"from": [app("client")]}])
+PODS = (pod("client", "a"), pod("server", "b"), pod("other", "a", namespace="y"))
+ADD_TIMEOUT_S = 2
+_PATIENCE_S = 20.0
+
+
+@pytest.fixture(scope="module")
+def lab(plugin: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[KubeLab]:
+    conflist = json.loads(SHIPPED_CONFLIST.read_text())
+    conflist["plugins"][-1]["addTimeoutSeconds"] = ADD_TIMEOUT_S
+    path = tmp_path_factory.mktemp("chain") / "10-trireme.conflist"
+    path.write_text(json.dumps(conflist))
+    namespaces: Mapping[str, Mapping[str, str]] = {"x": {}, "y": {"team": "red"}}
+    world = WorldSpec(NODES, namespaces, pods=PODS, manifests=(DENY,), settings=RESET)
+    with KubeLab(world, Tools(plugin=plugin, conflist=path)) as lab:
+        yield lab
+
+
+@pytest.fixture(autouse=True)
+def only_deny_all(lab: KubeLab) -> Iterator[None]:
+    yield
+    for found in lab.api.all("NetworkPolicy"):
+        if found["metadata"]["name"] != "deny-all":
+            lab.remove(ObjectRef("NetworkPolicy", found["metadata"]["namespace"], found["metadata"]["name"]))
+
+
+def wait_for(condition: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + _PATIENCE_S
+    while not condition():
+        assert time.monotonic() < deadline, "it did not come to be so"
+        time.sleep(0.02)
+
+
+def reaches(lab: Lab, source: str, target: str = "x/server", version: int = 4) -> bool:
+    found = outcome(lab, source, target, HTTP.number, version)
+    assert found in (Outcome.CONNECTED, Outcome.REFUSED)
+    return found is Outcome.CONNECTED
+
+
+def cluster(node: Node) -> Mapping[str, Any]:
+    found = node.status()["cluster"]
+    assert isinstance(found, dict)
+    return found
+
+
+@pytest.mark.parametrize("version", [4, 6])
+def test_policies_come_change_and_go(lab: KubeLab, version: int) -> None:
+    assert not reaches(lab, "x/client", version=version)
+    lab.apply(ALLOW)
+    assert reaches(lab, "x/client", version=version)
+    lab.apply(policy("allow", "server", ingress=[{"from": [app("somebody-else")]}]))
+    assert not reaches(lab, "x/client", version=version)
+    lab.apply(ALLOW)
+    lab.remove(ObjectRef("NetworkPolicy", "x", "allow"))
+    assert not reaches(lab, "x/client", version=version)
+
+
+def test_a_pod_comes_is_relabelled_and_goes(lab: KubeLab) -> None:
+    lab.apply(ALLOW)
+    lab.add_pod(pod("guest", "a"))
+    try:
+        assert not reaches(lab, "x/guest")
+        lab.label("x/guest", {"app": "client"})
+        assert reaches(lab, "x/guest")
+        with connection(lab, "x/guest", "x/server") as (client, server):
+            client.sendall(b"hello")
+            assert server.recv(100) == b"hello"
+            lab.label("x/guest", {"app": "guest"})
+            assert not reaches(lab, "x/guest")
+        lab.label("x/server", {"app": "server", "more": "labels"})
+        assert endpoint(lab, "x/server")["labels"] == {"app": "server", "more": "labels"}
+    finally:
+        lab.remove_pod("x/guest")
+    wait_for(lambda: cluster(lab.node("a"))["watches"]["pods"]["objects"] == 2)
+
+
+def test_labels_of_a_server_change_whom_it_admits_also_in_established_flows(lab: KubeLab) -> None:
+    lab.apply(policy("open", "open", ingress=[{}]))
+    lab.label("x/server", {"app": "open"})
+    with connection(lab, "x/client", "x/server") as ends:
+        lab.label("x/server", {"app": "server"})
+        for end in ends:
+            with pytest.raises(ConnectionError):
+                end.recv(1)
+
+
+def test_labels_of_a_namespace_count(lab: KubeLab) -> None:
+    red = {"namespaceSelector": {"matchLabels": {"team": "red"}}}
+    lab.apply(policy("allow-red", "server", ingress=[{"from": [red]}]))
+    assert reaches(lab, "y/other")
+    lab.label_namespace("y", {"team": "blue"})
+    assert not reaches(lab, "y/other")
+    lab.label_namespace("y", {"team": "red"})
+    assert reaches(lab, "y/other")
+
+
+def test_a_deleted_pod_keeps_its_identity_until_its_sandbox_is_gone(lab: KubeLab) -> None:
+    """Else a policy that selects the pod would let go of it while it still runs."""
+    lab.apply(policy("allow-guest", "server", ingress=[{"from": [app("late")]}]))
+    lab.add_pod(pod("guest", "a"))
+    lab.label("x/guest", {"app": "late"})
+    assert reaches(lab, "x/guest")
+    lab.api.delete("Pod", "x", "guest")
+    lab.api.put(cluster_pod(pod("guest", "a", app="next"), uid="another"))
+    wait_for(lambda: cluster(lab.node("a"))["watches"]["pods"]["objects"] == 3)
+    lab.label_namespace("x", {"touched": "yes"})
+    assert endpoint(lab, "x/guest")["labels"] == {"app": "late"}
+    assert reaches(lab, "x/guest")
+    lab.remove_pod("x/guest")
+
+
+def test_changes_made_while_watches_are_gone_are_not_missed(lab: KubeLab) -> None:
+    for disturb in (lab.api.compact, lab.api.hang_up):
+        disturb()
+        lab.apply(ALLOW)
+        assert reaches(lab, "x/client")
+        disturb()
+        lab.remove(ObjectRef("NetworkPolicy", "x", "allow"))
+        assert not reaches(lab, "x/client")
+
+
+def test_a_malformed_object_changes_nothing_else(lab: KubeLab) -> None:
+    lab.apply(ALLOW)
+    lab.apply(policy("allow", "server", ingress=[{"from": block("10.0.0.0/33")}]))
+    assert reaches(lab, "x/client")
+    snapshot = lab.node("b").status()["snapshot"]
+    assert isinstance(snapshot, dict)
+    assert [problem.split(": ")[:3] for problem in snapshot["problems"]] == [
+        ["networkpolicies", "NetworkPolicy x/allow", "spec.ingress[0].from[0].ipBlock.cidr"]
+    ]
+    lab.apply(policy("deny-others", ingress=[]))
+    assert reaches(lab, "x/client")
+    lab.apply(policy("allow", "server", ingress=[]))
+    assert not reaches(lab, "x/client")
+
+
+def cni_status(plugin: Path, node: Node) -> subprocess.CompletedProcess[str]:
+    config = {"cniVersion": "1.1.0", "name": "n", "type": "trireme", "runDir": str(node.directories.run)}
+    env = {**os.environ, "CNI_COMMAND": "STATUS", "CNI_PATH": str(plugin.parent)}
+    return subprocess.run([plugin], input=json.dumps(config), env=env, capture_output=True, text=True, check=False)
+
+
+def test_the_last_state_stays_while_the_api_server_is_away(lab: KubeLab, plugin: Path) -> None:
+    lab.apply(ALLOW)
+    assert cni_status(plugin, lab.node("a")).stderr == ""
+    with connection(lab, "x/client", "x/server") as ends, Stream(*ends) as stream:
+        with lab.api.away():
+            wait_for(lambda: "networkpolicies" in cluster(lab.node("a"))["lag"])
+            stream.wait_for_rounds(3)
+            assert reaches(lab, "x/client")
+            assert not reaches(lab, "y/other")
+            # A new sandbox of a known pod: the runtime makes one also without the API server.
+            Lab.remove_pod(lab, "y/other")
+            Lab.add_pod(lab, PODS[2])
+            assert not reaches(lab, "y/other")
+            with pytest.raises(LabError, match=r"code 11.*is not known here"):
+                Lab.add_pod(lab, pod("unknown", "a"))
+            status = cni_status(plugin, lab.node("a"))
+            assert (status.returncode, "the last state stays in force" in status.stderr) == (0, True)
+            lab.api.delete("NetworkPolicy", "x", "allow")
+        wait_for(lambda: not reaches(lab, "x/client"))
+    wait_for(lambda: cluster(lab.node("a"))["lag"] == "")
+
+
+def test_a_daemon_that_starts_without_the_api_server_goes_on_with_the_last_state(lab: KubeLab) -> None:
+    lab.apply(ALLOW)
+    kept = lab.node("b").directories.state / "cluster" / "networkpolicies.jsonl"
+    wait_for(lambda: kept.exists() and '"allow"' in kept.read_text())
+    with lab.api.away():
+        lab.node("b").restart()
+        assert reaches(lab, "x/client")
+        assert not reaches(lab, "y/other")
+        assert endpoint(lab, "x/server")["labels"] == {"app": "server"}
+        assert "not followed" in str(lab.node("b").status()["detail"])
+        lab.api.delete("NetworkPolicy", "x", "allow")
+        assert reaches(lab, "x/client")
+    wait_for(lambda: not reaches(lab, "x/client"))
+
+
+def test_a_slow_list_holds_up_nothing_but_itself(lab: KubeLab) -> None:
+    lab.apply(ALLOW)
+    lab.node("b").stop()
+    lab.api.delays_s["networkpolicies"] = 3600.0
+    try:
+        lab.apply(policy("allow", "server", ingress=[]), is_awaited=False)
+        lab.node("b").start()
+        lab.node("b").wait_ready()
+        assert not cluster(lab.node("b"))["watches"]["networkpolicies"]["synced"]
+        assert reaches(lab, "x/client")  # as it was kept
+    finally:
+        lab.api.delays_s.clear()
+    wait_for(lambda: not reaches(lab, "x/client"))
+
+
+def test_a_daemon_with_neither_server_nor_kept_state_is_not_ready_and_says_why(lab: KubeLab, plugin: Path) -> None:
+    node = lab.node("b")
+    node.stop()
+    for path in (node.directories.state / "cluster").iterdir():
+        path.unlink()
+    with lab.api.away():
+        node.start()
+        wait_for(lambda: node.directories.run.joinpath("admin.sock").exists())
+        with pytest.raises(LabError, match="not ready"):
+            node.wait_ready(2.0)
+        assert "the cluster has not been read yet" in str(node.status()["detail"])
+        status = cni_status(plugin, node)
+        assert (status.returncode, json.loads(status.stdout)["code"]) == (1, 50)
+    node.wait_ready()
+    assert not reaches(lab, "x/client")
+    lab.apply(ALLOW)
+    assert reaches(lab, "x/client")
