@@ -180,8 +180,8 @@ def cni_status(plugin: Path, node: Node) -> subprocess.CompletedProcess[str]:
 def test_the_last_state_stays_while_the_api_server_is_away(lab: KubeLab, plugin: Path) -> None:
     lab.apply(ALLOW)
     assert cni_status(plugin, lab.node("a")).stderr == ""
-    with connection(lab, "x/client", "x/server") as ends, Stream(*ends) as stream:
-        with lab.api.away():
+    with connection(lab, "x/client", "x/server") as ends, lab.api.away():
+        with Stream(*ends) as stream:
             wait_for(lambda: "networkpolicies" in cluster(lab.node("a"))["lag"])
             stream.wait_for_rounds(3)
             assert reaches(lab, "x/client")
@@ -194,8 +194,9 @@ def test_the_last_state_stays_while_the_api_server_is_away(lab: KubeLab, plugin:
                 Lab.add_pod(lab, pod("unknown", "a"))
             status = cni_status(plugin, lab.node("a"))
             assert (status.returncode, "the last state stays in force" in status.stderr) == (0, True)
-            lab.api.delete("NetworkPolicy", "x", "allow")
-        wait_for(lambda: not reaches(lab, "x/client"))
+            stream.wait_for_rounds(3)
+        lab.api.delete("NetworkPolicy", "x", "allow")
+    wait_for(lambda: not reaches(lab, "x/client"))
     wait_for(lambda: cluster(lab.node("a"))["lag"] == "")
 
 
