@@ -19,7 +19,7 @@ from enforcer_daemon.daemon.sandbox import Sandbox
 from enforcer_daemon.daemon.world import CompiledWorld
 from enforcer_daemon.dataplane.netns import current_netns, netns_id
 from enforcer_daemon.errors import DataplaneError, EnforcerError, IdentityTooLargeError, NetnsError, RegistrationError
-from enforcer_daemon.model import AttachmentId, NetnsId, PodRef
+from enforcer_daemon.model import AttachmentId, NetnsId
 from enforcer_daemon.registration.registry import Record, Registry
 from enforcer_daemon.registration.request import AddRequest
 from enforcer_daemon.registration.server import Availability, Readiness
@@ -362,7 +362,7 @@ class Endpoints:
     async def guard_again(self) -> None:
         """Make the guard's tables anew, as after a change of the networks; raise DataplaneError."""
         async with self._changing:
-            await self._kernel.guard_exactly(guarded(e.sandbox, e.policy) for e in self._by_netns.values())
+            await self._kernel.guard_anew(list(self._by_netns.values()))
 
     def close(self) -> None:
         """Stop serving; rules and records stay for the next daemon."""

@@ -51,8 +51,14 @@ class Kernel:
             await asyncio.to_thread(self._guard.remove, name)
 
     def set_networks(self, networks: NetworkSettings) -> None:
-        """Take over the networks that frames are sent to; the guard knows them after the next `guard_exactly`."""
+        """Take over the networks that frames are sent to; the guard, when it is replaced next."""
         self._guard.set_networks((*networks.enforced, *networks.virtual))
+
+    async def guard_anew(self, endpoints: Iterable[Endpoint]) -> None:
+        """Replace the whole table by these endpoints, as they are when their turn comes; raise DataplaneError."""
+        async with self._guarding:
+            present = [guarded(e.sandbox, e.policy) for e in endpoints if e.is_open]
+            await asyncio.to_thread(self._guard.replace, present)
 
     async def guard_exactly(self, endpoints: Iterable[GuardedEndpoint]) -> None:
         """Replace the whole table, so that no masqueraded flow finds it without its pod."""
