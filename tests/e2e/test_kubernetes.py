@@ -200,10 +200,15 @@ def test_the_last_state_stays_while_the_api_server_is_away(lab: KubeLab, plugin:
     wait_for(lambda: cluster(lab.node("a"))["lag"] == "")
 
 
+def wait_until_kept(node: Node, text: str) -> None:
+    """Wait until the policies on disk have a text, as a daemon writes them when it has the time."""
+    kept = node.directories.state / "cluster" / "networkpolicies.jsonl"
+    wait_for(lambda: kept.exists() and text in kept.read_text())
+
+
 def test_a_daemon_that_starts_without_the_api_server_goes_on_with_the_last_state(lab: KubeLab) -> None:
     lab.apply(ALLOW)
-    kept = lab.node("b").directories.state / "cluster" / "networkpolicies.jsonl"
-    wait_for(lambda: kept.exists() and '"allow"' in kept.read_text())
+    wait_until_kept(lab.node("b"), '"allow"')
     with lab.api.away():
         lab.node("b").restart()
         assert reaches(lab, "x/client")
@@ -217,7 +222,8 @@ def test_a_daemon_that_starts_without_the_api_server_goes_on_with_the_last_state
 
 def test_a_slow_list_holds_up_nothing_but_itself(lab: KubeLab) -> None:
     lab.apply(ALLOW)
-    lab.node("b").stop()
+    wait_until_kept(lab.node("b"), '"allow"')
+    lab.node("b").kill()
     lab.api.delays_s["networkpolicies"] = 3600.0
     try:
         lab.apply(policy("allow", "server", ingress=[]), is_awaited=False)
