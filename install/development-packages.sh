@@ -2,7 +2,7 @@
 # Install what a Debian or Ubuntu machine needs to build and test Trireme. Does nothing where all of it is there.
 set -eu
 
-packages="containernetworking-plugins nftables iptables conntrack tcpdump iperf3 iproute2 procps \
+packages="containernetworking-plugins dnsmasq-base musl-tools nftables iptables conntrack tcpdump iperf3 iproute2 procps \
 gcc libc6-dev binutils python3-venv python3-dev libnetfilter-queue-dev libnfnetlink-dev"
 
 missing=""
