@@ -5,7 +5,7 @@ PYTHON ?= python3
 PYTEST := $(BIN)/python -m pytest
 VM_TESTS ?= tests/netns/test_rules_nft.py tests/netns/test_rules.py tests/netns/test_queue.py tests/netns/test_netns.py
 
-.PHONY: help setup demo test test-vm check lint plugin bench fuzz lock format clean
+.PHONY: help setup demo test test-vm check lint plugin manifests bench fuzz lock format clean
 .DEFAULT_GOAL := help
 
 help: ## list the targets
@@ -46,6 +46,9 @@ lint: $(VENV)/.ready
 format: setup ## format and mend what ruff can
 	$(BIN)/ruff check --quiet --fix .
 	$(BIN)/ruff format --quiet .
+
+manifests: setup ## render install/trireme.yaml and trireme-uninstall.yaml from the Helm chart
+	$(BIN)/python install/render.py
 
 bench: setup ## cost against no agent, alternating in one run (as root)
 	$(BIN)/python -m benchmarks

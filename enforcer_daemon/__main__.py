@@ -30,11 +30,12 @@ EXIT_SETTINGS = 2
     show_default=True,
     help="Settings; conf/enforcer.yaml shows every key.",
 )
+@click.option("--node", envvar="TRIREME_NODE", help="This node's name, instead of the settings' (also TRIREME_NODE).")
 @click.option("--check-config", is_flag=True, help="Read the settings, say what is wrong with them, and end.")
-def main(config: Path, *, check_config: bool) -> None:
+def main(config: Path, node: str | None, *, check_config: bool) -> None:
     """Enforce NetworkPolicy on this node's pods by who they are."""
     try:
-        settings = load_settings(config)
+        settings = load_settings(config, node)
     except EnforcerError as err:
         click.echo(f"trireme-enforcer: {err}", err=True)
         sys.exit(EXIT_SETTINGS)

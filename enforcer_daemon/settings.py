@@ -229,11 +229,12 @@ class _Loader(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
-def load_settings(path: Path) -> Settings:
-    """Read the file; raise SettingsError that names the file and the key at fault."""
+def load_settings(path: Path, node: str | None = None) -> Settings:
+    """Read the file; `node` takes the place of the file's. Raise SettingsError that names the file and the key."""
     try:
         tree = yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader)  # noqa: S506 - it is a SafeLoader
-        return decode_settings(tree if tree is not None else {})
+        tree = tree if tree is not None else {}
+        return decode_settings({**tree, "node": node} if node and isinstance(tree, dict) else tree)
     except SettingsError as err:
         raise SettingsError(f"{path}: {err}") from err
     except _UNREADABLE as err:

@@ -1,0 +1,82 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Render install/helm/trireme to plain manifests: `make manifests`.
+
+The chart keeps to what this renders as Helm does: values in place, toYaml with nindent, and if, else, end, each on a
+line of its own. Anything else is an error here.
+"""
+
+from __future__ import annotations
+
+import re
+import sys
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+HERE = Path(__file__).parent
+CHART = HERE / "helm" / "trireme"
+NAMESPACE = "trireme"
+RENDERED: Mapping[str, Mapping[str, Any]] = {"trireme.yaml": {}, "trireme-uninstall.yaml": {"uninstall": True}}
+"""The plain manifests, with the values in which they differ from the chart's."""
+
+_FIELD = r"\.(?:Values|Release)(?:\.\w+)+"
+_CONTROL = re.compile(rf"\s*\{{\{{- (?:if (?P<negated>not )?(?P<field>{_FIELD})|(?P<word>else|end)) \}}\}}\Z")
+_BLOCK = re.compile(rf"\s*\{{\{{- toYaml (?P<field>{_FIELD}) \| nindent (?P<indent>\d+) \}}\}}\Z")
+_INLINE = re.compile(rf"\{{\{{ ({_FIELD}) \}}\}}")
+_HEADER = "# SPDX-License-Identifier: Apache-2.0\n# Made from install/helm/trireme by `make manifests`; change that.\n"
+
+
+def render(changed: Mapping[str, Any]) -> str:
+    """Render all templates with the chart's values, and these over them."""
+    values = {**yaml.safe_load((CHART / "values.yaml").read_text(encoding="utf-8")), **changed}
+    scope = {"Values": values, "Release": {"Namespace": NAMESPACE}}
+    paths = sorted((CHART / "templates").glob("*.yaml"), key=lambda path: (path.name != "namespace.yaml", path.name))
+    parts = ["\n".join(_lines(path, scope)) for path in paths]
+    return _HEADER + "".join(f"---\n{part}\n" for part in parts if part.strip())
+
+
+def _lines(path: Path, scope: Mapping[str, Any]) -> Iterator[str]:
+    branches: list[bool] = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        if control := _CONTROL.match(line):
+            _turn(branches, control, scope)
+        elif all(branches):
+            yield from _expand(line, scope, path)
+    if branches:
+        raise ValueError(f"{path}: an `if` has no `end`")
+
+
+def _turn(branches: list[bool], control: re.Match[str], scope: Mapping[str, Any]) -> None:
+    match control["word"]:
+        case "else":
+            branches[-1] = not branches[-1]
+        case "end":
+            branches.pop()
+        case _:
+            branches.append(bool(_look_up(control["field"], scope)) != bool(control["negated"]))
+
+
+def _expand(line: str, scope: Mapping[str, Any], path: Path) -> Iterator[str]:
+    if block := _BLOCK.match(line):
+        text = yaml.safe_dump(_look_up(block["field"], scope), default_flow_style=False)
+        yield from (" " * int(block["indent"]) + part for part in text.splitlines())
+        return
+    line = _INLINE.sub(lambda found: str(_look_up(found[1], scope)), line)
+    if "{{" in line:
+        raise ValueError(f"{path}: more than this renders: {line.strip()}")
+    yield line
+
+
+def _look_up(field: str, scope: Mapping[str, Any]) -> Any:
+    value: Any = scope
+    for name in field.split(".")[1:]:
+        value = value[name]
+    return value
+
+
+if __name__ == "__main__":
+    for name, changed in RENDERED.items():
+        (HERE / name).write_text(render(changed), encoding="utf-8")
+    sys.exit(0)
