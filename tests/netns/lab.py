@@ -19,14 +19,18 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from ipaddress import ip_address
 
+import pytest
+
 from enforcer_daemon.dataplane.addresses import node_addresses
-from enforcer_daemon.dataplane.backends import IptablesBackend, RulesBackend
+from enforcer_daemon.dataplane.backends import IptablesBackend, NftBackend, RulesBackend, choose_backend
 from enforcer_daemon.dataplane.netns import new_netns, open_in
 from enforcer_daemon.dataplane.queue import PacketQueue
 from enforcer_daemon.dataplane.rules import EndpointRules
 from enforcer_daemon.dataplane.tools import run_in
+from enforcer_daemon.errors import DataplaneError
 from enforcer_daemon.model import Direction
 from enforcer_daemon.settings import DataplaneSettings
+from enforcer_daemon.settings import RulesBackend as BackendSetting
 from enforcer_daemon.verdict import ACCEPT, Verdict
 
 QUEUE = 4242
@@ -40,6 +44,20 @@ BACKENDS: dict[str, Callable[[], RulesBackend]] = {
     "iptables-nft": lambda: IptablesBackend("nft"),
     "iptables-legacy": lambda: IptablesBackend("legacy"),
 }
+IPTABLES = (pytest.param("iptables-nft", marks=pytest.mark.stock_kernel), "iptables-legacy")
+EVERY_BACKEND = (pytest.param("nft", marks=pytest.mark.stock_kernel), *IPTABLES)
+"""Names for `make_backend`, as parameters. No stock kernel need show the legacy tools again."""
+
+
+def make_backend(name: str) -> RulesBackend:
+    """Make a backend; skip the test where the kernel has no nft queue expression."""
+    if name != "nft":
+        return BACKENDS[name]()
+    try:
+        choose_backend(BackendSetting.NFT)
+    except DataplaneError:
+        pytest.skip("this kernel has no nft queue expression")
+    return NftBackend()
 
 
 @dataclass(frozen=True)

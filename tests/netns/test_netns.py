@@ -25,7 +25,7 @@ from enforcer_daemon.dataplane.tools import run, run_in
 from enforcer_daemon.errors import DataplaneError, NetnsError
 from enforcer_daemon.model import IPAddress
 
-pytestmark = pytest.mark.kernel
+pytestmark = [pytest.mark.kernel, pytest.mark.stock_kernel]
 
 
 @pytest.fixture

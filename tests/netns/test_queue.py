@@ -37,7 +37,7 @@ from tests.netns.lab import (
     wait_until,
 )
 
-pytestmark = pytest.mark.kernel
+pytestmark = [pytest.mark.kernel, pytest.mark.stock_kernel]
 
 
 @pytest.fixture

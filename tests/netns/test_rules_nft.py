@@ -2,7 +2,7 @@
 """The nft rendering against real packets, also where the kernel lacks the queue expression.
 
 In its place stands a jump to a chain of the test, and a table of the test marks packets as a repeated verdict would.
-With a kernel that has the expression, the last test serves the queue itself.
+With a kernel that has the expression, the last tests are of the backend itself.
 """
 
 from __future__ import annotations
@@ -13,13 +13,10 @@ from collections.abc import Iterator
 import pytest
 
 from enforcer_daemon import marks
-from enforcer_daemon.dataplane.backends import NftBackend, choose_backend
 from enforcer_daemon.dataplane.inject import Injector
 from enforcer_daemon.dataplane.rules import render_nft
 from enforcer_daemon.dataplane.tools import run_in
-from enforcer_daemon.errors import DataplaneError
 from enforcer_daemon.model import Direction
-from enforcer_daemon.settings import RulesBackend as BackendSetting
 from enforcer_daemon.verdict import ACCEPT, Action, Verdict
 from tests.netns.lab import (
     ACK,
@@ -29,6 +26,7 @@ from tests.netns.lab import (
     REMOTE,
     SYN,
     Lab,
+    make_backend,
     open_lab,
     serve,
     tcp_flags,
@@ -36,7 +34,7 @@ from tests.netns.lab import (
     wait_until,
 )
 
-pytestmark = pytest.mark.kernel
+pytestmark = [pytest.mark.kernel, pytest.mark.stock_kernel]
 
 RELEASED_BY_5 = marks.released_mark(5)
 REPEATING = f"""
@@ -131,12 +129,38 @@ def test_release_is_saved_beside_the_bits_of_others_and_shown_to_a_later_syn(
             assert wait_until(lambda: judged_packets(lab) == 1)
 
 
+DAMAGE = [
+    "flush chain inet trireme main_in",
+    "delete chain inet trireme egress",
+    "add rule inet trireme ingress accept",
+    "flush set inet trireme node4",
+    "delete table inet trireme",
+]
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
+def test_damage_is_seen_and_repaired(damage: str) -> None:
+    backend = make_backend("nft")
+    with open_lab() as lab:
+        backend.apply(lab.pod, lab.rules())
+        assert backend.is_intact(lab.pod, lab.rules())
+        run_in(lab.pod, ("nft", *damage.split()))
+        assert not backend.is_intact(lab.pod, lab.rules())
+        backend.apply(lab.pod, lab.rules())
+        assert backend.is_intact(lab.pod, lab.rules())
+
+
+def test_remove_leaves_nothing_and_can_be_repeated() -> None:
+    backend = make_backend("nft")
+    with open_lab() as lab:
+        backend.apply(lab.pod, lab.rules())
+        for _ in range(2):
+            backend.remove(lab.pod)
+            assert run_in(lab.pod, ("nft", "list", "ruleset")) == ""
+
+
 def test_with_the_expression_the_queue_is_served(version: int) -> None:
-    try:
-        choose_backend(BackendSetting.NFT)
-    except DataplaneError:
-        pytest.skip("this kernel has no nft queue expression")
-    backend = NftBackend()
+    backend = make_backend("nft")
     with open_lab() as lab:
         for _ in range(2):
             backend.apply(lab.pod, lab.rules())

@@ -19,7 +19,7 @@ from triremectl.lab.manifests import ObjectRef, put_manifest, remove_manifest
 from triremectl.lab.process import NetnsProcess
 from triremectl.lab.world import Manifest, NodeSpec
 
-_READY_TIMEOUT_S = 60.0
+_READY_TIMEOUT_S = 180.0
 _POLL_S = 0.02
 
 
