@@ -110,6 +110,7 @@ def test_ten_megabytes_each_way_at_once(lab: Lab, version: int) -> None:
         transfer(server, client, 10)
 
 
+@pytest.mark.stock_kernel
 @pytest.mark.parametrize("version", VERSIONS)
 @pytest.mark.parametrize("first", ["client", "server"])
 def test_either_side_may_speak_first(lab: Lab, first: str, version: int) -> None:
@@ -158,6 +159,7 @@ def test_a_closed_port_refuses(lab: Lab) -> None:
     assert outcome(lab, "x/client", "x/server", 9) is Outcome.REFUSED
 
 
+@pytest.mark.stock_kernel
 @pytest.mark.parametrize("version", VERSIONS)
 @pytest.mark.parametrize("bytes_first", [1, 100_000])
 def test_a_client_whose_first_packet_is_data(lab: Lab, bytes_first: int, version: int) -> None:
@@ -206,6 +208,7 @@ def test_a_server_whose_deferred_client_stays_silent(lab: Lab) -> None:
             assert server.recv(100) == b"at last"
 
 
+@pytest.mark.stock_kernel
 @pytest.mark.parametrize("version", VERSIONS)
 @pytest.mark.parametrize("both", [True, False], ids=["both speak it", "the client alone"])
 def test_multipath_tcp(lab: Lab, version: int, *, both: bool) -> None:

@@ -133,6 +133,7 @@ CHANGES: dict[str, tuple[Manifest, Callable[[Lab], object]]] = {
 }
 
 
+@pytest.mark.stock_kernel
 @pytest.mark.parametrize("version", VERSIONS)
 @pytest.mark.parametrize("change", CHANGES)
 def test_what_is_no_longer_allowed_is_cut_at_both_ends(lab: Lab, change: str, version: int) -> None:
@@ -185,6 +186,7 @@ def echoes(client: socket.socket) -> bool:
     return client.recv(100) == b"word"
 
 
+@pytest.mark.stock_kernel
 @pytest.mark.parametrize("version", VERSIONS)
 def test_behind_a_service_the_pod_and_its_port_are_judged(lab: Lab, version: int) -> None:
     lab.apply(egress(app("server"), port=HTTP.number))

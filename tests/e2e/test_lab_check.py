@@ -25,7 +25,7 @@ ROOT = Path(__file__).parents[2]
 OWN_CASES = ROOT / "tests" / "vectors" / "cases" / "wire.jsonl"
 SHARED_CASES = ROOT.parent / "shared" / "conformance" / "cases.jsonl.gz"
 SOME_CASES = SHARED_CASES if SHARED_CASES.exists() else OWN_CASES
-TIMEOUT_S = 110
+TIMEOUT_S = 280
 PORT = 8080
 
 
@@ -42,6 +42,7 @@ def _own_case(name: str) -> dict[str, Any]:
     return next(case for case in cases if case["name"] == name)
 
 
+@pytest.mark.stock_kernel
 def test_own_cases_of_both_families_nodes_and_pods_that_dial_themselves(plugin: Path) -> None:
     status, lines = _check(plugin, OWN_CASES)
     probes = [probe for line in OWN_CASES.read_text().splitlines() for probe in json.loads(line)["probes"]]
@@ -51,6 +52,7 @@ def test_own_cases_of_both_families_nodes_and_pods_that_dial_themselves(plugin: 
     assert status == 0
 
 
+@pytest.mark.stock_kernel
 def test_a_sample_of_published_suites(plugin: Path) -> None:
     status, lines = _check(plugin, SOME_CASES, "--sample", 60, "--seed", 1, "--protocol", "TCP")
     assert status == 0, lines
@@ -80,6 +82,7 @@ def test_a_difference_is_told_with_its_explanation(plugin: Path) -> None:
     ]
 
 
+@pytest.mark.stock_kernel
 def test_packed_cases_are_read(plugin: Path, tmp_path: Path) -> None:
     file = tmp_path / "cases.jsonl.gz"
     file.write_bytes(gzip.compress(json.dumps(_own_case("IPv6 alone")).encode()))

@@ -144,6 +144,7 @@ def test_a_senders_address(
     assert not _succeeds(lab, attack, attacker, target, version, bypasses_qdisc=bypasses_qdisc)
 
 
+@pytest.mark.stock_kernel
 @bypasses
 @pytest.mark.parametrize(("attack", "version"), LINK, ids=_names)
 def test_on_the_link(lab: Lab, attack: Attack, version: int, bypasses_qdisc: bool) -> None:
@@ -343,6 +344,7 @@ def test_what_comes_before_the_guard_is_reported(lab: Lab) -> None:
         lab.run("node:a", "tc", "qdisc", "del", "dev", end, "clsact")
 
 
+@pytest.mark.stock_kernel
 def test_without_the_guard_they_come_through(lab: Lab) -> None:
     """The control of all of these tests; and what is established when the guard is put in place goes on."""
     node = lab.node("a")

@@ -51,6 +51,7 @@ def _without_enforcers(lab: Lab, ending: signal.Signals = signal.SIGKILL, nodes:
             lab.node(name).wait_ready()
 
 
+@pytest.mark.stock_kernel
 @pytest.mark.parametrize("version", [4, 6])
 @pytest.mark.parametrize("ending", ENDINGS)
 def test_flows_go_on_probes_pass_and_new_flows_wait(lab: Lab, ending: signal.Signals, version: int) -> None:
@@ -86,6 +87,7 @@ def test_a_denied_flow_is_denied_before_during_and_after(lab: Lab) -> None:
     assert outcome(lab, "x/near", "x/server", HTTP.number, timeout_s=0.3) is Outcome.TIMED_OUT
 
 
+@pytest.mark.stock_kernel
 def test_flows_are_judged_by_the_policies_that_changed_meanwhile(lab: Lab) -> None:
     """What the new enforcer must know of a flow that an earlier one released outlives that one."""
     with connection(lab, "x/client", "x/server") as (client, server):

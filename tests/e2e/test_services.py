@@ -84,6 +84,7 @@ def test_the_path_drops_what_conntrack_calls_invalid_and_finds_nothing(lab: Lab)
         assert "packets 0 bytes 0 drop" in rule
 
 
+@pytest.mark.stock_kernel
 @pytest.mark.parametrize("version", VERSIONS)
 def test_ingress_is_judged_by_the_pods_own_port_and_by_who_dialled(lab: Lab, version: int) -> None:
     allowed = lab.probe_all([lab.request("x/client", "service:x/web", PORT, version)] * 20)
@@ -94,6 +95,7 @@ def test_ingress_is_judged_by_the_pods_own_port_and_by_who_dialled(lab: Lab, ver
     assert denials(lab, "x/web-a")[-1] == denials(lab, "x/web-b")[-1] == "ingress-denied"
 
 
+@pytest.mark.stock_kernel
 @pytest.mark.parametrize("version", VERSIONS)
 @pytest.mark.parametrize("target", VIA_SERVICES)
 def test_egress_is_judged_by_the_pod_that_answers(lab: Lab, target: str, version: int) -> None:
@@ -123,6 +125,7 @@ def test_established_flows_are_judged_again_by_the_pod_behind_the_service(lab: L
             lab.apply(policy("to-web", "to-web", egress=[to_web]))
 
 
+@pytest.mark.stock_kernel
 @pytest.mark.parametrize("version", VERSIONS)
 @pytest.mark.parametrize("name", ["web-a", "web-b"])
 def test_a_pod_reaches_itself_through_its_service_whatever_the_policies(lab: Lab, name: str, version: int) -> None:

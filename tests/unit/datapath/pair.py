@@ -199,6 +199,21 @@ class Connection:
         return with_options_and_payload(decode_tcp(bare), options, payload)
 
 
+def connect(connection: Connection) -> None:
+    """Go as far as the SYN-ACK's delivery."""
+    (syn,) = connection.client.send(connection.syn())
+    connection.server.receive(syn)
+    (syn_ack,) = connection.server.send(connection.syn_ack())
+    connection.client.receive(syn_ack)
+
+
+def release(connection: Connection) -> None:
+    """Finish the handshake."""
+    connect(connection)
+    (ack,) = connection.client.send(connection.ack())
+    connection.server.receive(ack)
+
+
 def segment(packet: bytes) -> Segment:
     return decode_tcp(packet)
 

@@ -7,29 +7,13 @@ import pytest
 
 from enforcer_daemon.datapath.context import HOLD_S
 from enforcer_daemon.handshake.bounds import Bound
-from enforcer_daemon.handshake.frames import find_proof, is_frame
-from enforcer_daemon.model import Direction
-from enforcer_daemon.packet.tcp import ACK, FIN, RST, build, with_payload
-from enforcer_daemon.verdict import Action, Settle
-from tests.unit.datapath.pair import TIMESTAMPS, Connection, make_pair, segment
+from enforcer_daemon.handshake.frames import is_frame
+from enforcer_daemon.packet.tcp import ACK, FIN, build
+from enforcer_daemon.verdict import Settle
+from tests.unit.datapath.pair import TIMESTAMPS, Connection, connect, make_pair, segment
 
 CROWDED = TIMESTAMPS * 2
 """Options that leave no room for a proof."""
-
-
-def connect(connection: Connection) -> None:
-    """Go as far as the SYN-ACK's delivery."""
-    (syn,) = connection.client.send(connection.syn())
-    connection.server.receive(syn)
-    (syn_ack,) = connection.server.send(connection.syn_ack())
-    connection.client.receive(syn_ack)
-
-
-def release(connection: Connection) -> None:
-    """Finish the handshake."""
-    connect(connection)
-    (ack,) = connection.client.send(connection.ack())
-    connection.server.receive(ack)
 
 
 def exchange(connection: Connection, rounds: int = 4) -> list[bytes]:
@@ -187,21 +171,6 @@ def test_the_servers_syn_ack_is_repeated_for_unproven_data_but_not_for_each_pack
     assert is_frame(segment(repeated).payload)
 
 
-def test_a_refusal_that_was_lost_is_given_again() -> None:
-    """The server's kernel refuses the port; its RST is lost, and the client's kernel sends the same SYN once more."""
-    connection = Connection(*make_pair())
-    (syn,) = connection.client.send(connection.syn())
-    connection.server.receive(syn)
-    ports = connection.dport, connection.sport
-    refusal = build(connection.server.address, connection.client.address, ports, (0, 1001), RST | ACK, 0)
-    assert connection.server.send(refusal) == [refusal]
-    assert connection.server.datapath.half_open_flows == 0
-    assert connection.server.receive(syn, now=2.0) == [connection.syn()]
-    assert connection.server.send(refusal) == [refusal]
-    assert connection.client.receive(refusal) == [refusal]
-    assert connection.client.datapath.half_open_flows == 0
-
-
 def test_an_old_syn_replaces_no_handshake_under_way() -> None:
     connection = Connection(*make_pair())
     client, server = connection.client, connection.server
@@ -275,92 +244,6 @@ def test_the_bounds_of_an_endpoint_count_what_waits_and_nothing_else(bounds: dic
     assert len(server.held) == 2
 
 
-@pytest.mark.parametrize("flags", [RST, RST | ACK])
-def test_a_rst_of_the_client_ends_the_servers_flow_if_it_is_in_sequence(flags: int) -> None:
-    connection = Connection(*make_pair())
-    connect(connection)
-    connection.server.receive(connection.ack(b"data"))
-    ports = connection.sport, connection.dport
-    blind = build(connection.client.address, connection.server.address, ports, (77, 0), flags, 0)
-    assert connection.server.receive(blind) == []
-    right = build(connection.client.address, connection.server.address, ports, (1001, 0), flags, 0)
-    (delivered,) = connection.server.receive(right)
-    assert delivered == right
-    assert connection.server.held == {}
-    assert connection.server.datapath.half_open_flows == 0
-
-
-def test_a_rst_of_the_client_leaves_and_ends_its_own_flow() -> None:
-    connection = Connection(*make_pair())
-    connect(connection)
-    connection.client.send(connection.ack(b"data", CROWDED))
-    ports = connection.sport, connection.dport
-    reset = build(connection.client.address, connection.server.address, ports, (1001, 0), RST, 0)
-    assert connection.client.send(reset) == [reset]
-    assert connection.client.held == {}
-    assert connection.client.datapath.half_open_flows == 0
-
-
-def test_a_rst_carries_no_data_before_the_proof() -> None:
-    connection = Connection(*make_pair())
-    connection.client.send(connection.syn())
-    ports = connection.sport, connection.dport
-    bare = build(connection.client.address, connection.server.address, ports, (1001, 0), RST, 0)
-    loaded = _with_payload(bare, b"secret")
-    assert connection.client.send(loaded) == [bare]
-    (syn,) = connection.client.send(connection.syn())
-    connection.server.receive(syn)
-    assert connection.server.receive(loaded) == [bare]
-    connection.server.receive(connection.client.send(connection.syn())[0])
-    back = connection.dport, connection.sport
-    refusal = build(connection.server.address, connection.client.address, back, (0, 1001), RST | ACK, 0)
-    assert connection.server.send(_with_payload(refusal, b"secret")) == [refusal]
-    assert connection.client.receive(_with_payload(refusal, b"secret")) == [refusal]
-
-
-def _with_payload(packet: bytes, payload: bytes) -> bytes:
-    return with_payload(segment(packet), payload)
-
-
-def test_a_blind_refusal_does_not_end_the_clients_attempt() -> None:
-    connection = Connection(*make_pair())
-    connection.client.send(connection.syn())
-    back = connection.dport, connection.sport
-    blind = build(connection.server.address, connection.client.address, back, (0, 77), RST | ACK, 0)
-    assert connection.client.receive(blind) == []
-    assert connection.client.datapath.half_open_flows == 1
-
-
-def test_a_challenge_ack_of_the_last_connection_reaches_the_kernel() -> None:
-    """TIME_WAIT at the server: its ACK makes the client's kernel send a RST and its SYN again (RFC 5961)."""
-    connection = Connection(*make_pair())
-    connection.client.send(connection.syn())
-    back = connection.dport, connection.sport
-    challenge = build(connection.server.address, connection.client.address, back, (900, 800), ACK, 502)
-    assert connection.client.receive(challenge) == [challenge]
-    ports = connection.sport, connection.dport
-    reset = build(connection.client.address, connection.server.address, ports, (800, 0), RST, 0)
-    assert connection.client.send(reset) == [reset]
-    (syn,) = connection.client.send(connection.syn(), now=2.0)
-    assert connection.server.receive(syn, now=2.0) == [connection.syn()]
-
-
-def test_a_new_connection_on_released_ports_takes_back_the_release() -> None:
-    connection = Connection(*make_pair())
-    release(connection)
-    again = Connection(connection.client, connection.server, isn_i=9_000, isn_r=9_500)
-    verdict = again.client.verdict(again.syn(), Direction.EGRESS, mark=0x8000_0000)
-    assert verdict.action is Action.FORGET
-    arrived = again.server.verdict(verdict.payload or b"", Direction.INGRESS, mark=0x8000_0000)
-    assert (arrived.action, arrived.payload) == (Action.FORGET, again.syn())
-    (syn_ack,) = again.server.send(again.syn_ack())
-    again.client.receive(syn_ack)
-    (ack,) = again.client.send(again.ack())
-    assert find_proof(segment(ack).options) is not None
-    assert again.server.receive(again.ack()) == []
-    assert again.server.receive(ack) == [again.ack()]
-
-
 def test_simultaneous_open_is_proven_both_ways() -> None:
     connection = Connection(*make_pair())
     one, two = connection.client, connection.server
@@ -378,50 +261,3 @@ def test_simultaneous_open_is_proven_both_ways() -> None:
     (ack,) = one.send(connection.ack())
     assert two.receive(ack) == [connection.ack()]
     assert (one.datapath.half_open_flows, two.datapath.half_open_flows) == (0, 0)  # And none will time out.
-
-
-def test_packets_of_released_flows_that_come_to_the_queue_are_released_again() -> None:
-    connection = Connection(*make_pair())
-    release(connection)
-    data = connection.ack(b"data")
-    back = connection.dport, connection.sport
-    answer = build(connection.server.address, connection.client.address, back, (5001, 1001), ACK, 502)
-    for endpoint, packet, direction in (
-        (connection.client, data, Direction.EGRESS),
-        (connection.server, data, Direction.INGRESS),
-        (connection.server, answer, Direction.EGRESS),
-        (connection.client, answer, Direction.INGRESS),
-    ):
-        assert endpoint.verdict(packet, direction).action is Action.RELEASE
-
-
-def test_a_syn_ack_of_another_connection_than_the_proven_one_does_not_leave() -> None:
-    connection = Connection(*make_pair())
-    release(connection)
-    other = Connection(connection.client, connection.server, isn_r=7_777)
-    connection.server.reasons()
-    assert other.server.send(other.syn_ack()) == []
-    assert other.server.reasons() == ["unknown-flow"]
-    assert len(connection.server.send(connection.syn_ack())) == 1  # Its own, once more, does.
-
-
-def test_a_policy_change_forgets_handshakes_and_remembered_releases() -> None:
-    client, server = make_pair()
-    released, waiting = Connection(client, server), Connection(client, server, sport=40_001)
-    release(released)
-    connect(waiting)
-    server.receive(waiting.ack(b"data"))
-    effects = server.datapath.forget_unfinished(lambda index: True)
-    assert [type(effect).__name__ for effect in effects] == ["Settle", "Inject", "Inject"]
-    assert server.datapath.half_open_flows == 0
-    server.reasons()
-    assert len(server.receive(released.ack(b"data"))) == 1  # The RST for the pod's kernel.
-    assert server.reasons() == ["unknown-flow"]
-
-
-def test_a_policy_change_that_still_allows_them_changes_nothing() -> None:
-    connection = Connection(*make_pair())
-    connect(connection)
-    assert connection.server.datapath.forget_unfinished(lambda index: False) == ()
-    (ack,) = connection.client.send(connection.ack())
-    assert connection.server.receive(ack) == [connection.ack()]
