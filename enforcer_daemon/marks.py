@@ -7,7 +7,7 @@ connection's are written only by our rules.
 
     31 RELEASED  the flow was judged and goes on in the kernel
     30 NODE      the flow was opened by the pod's own node and accepted by a kernel rule
-    29 FORGET    on a repeated packet only: accept, and take all our bits from the connection
+    29 FORGET    on a repeated packet only: accept, and take all our bits from the connection; with NODE: see CONSUME
     28-12        index of what the flow was judged by; 0: nothing to judge again
 """
 
@@ -15,6 +15,13 @@ OWN_MASK = 0xFFFF_F000
 RELEASED = 0x8000_0000
 NODE = 0x4000_0000
 FORGET = 0x2000_0000
+CONSUME = FORGET | NODE
+"""On a repeated packet: save its other bits to the connection, and drop it."""
+REPLY = FORGET
+"""On a datagram that comes to the queue: it goes against the direction in which its flow was opened."""
+UNTRACKED = RELEASED | NODE | FORGET
+"""On a packet of the enforcer's own as it leaves: conntrack takes no notice of it. Whoever else sets it gains nothing:
+what is untracked has no released connection, so it is queued and judged."""
 INDEX_MASK = 0x1FFF_F000
 INDEX_SHIFT = 12
 MAX_INDEX = INDEX_MASK >> INDEX_SHIFT

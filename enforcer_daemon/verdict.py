@@ -19,6 +19,8 @@ class Action(IntEnum):
     """Repeat the hook with the FORGET mark: it goes on, and an earlier release of its flow is taken back."""
     HOLD = 4
     """It stays in the kernel's queue under `hold_id` until an effect settles it."""
+    CONSUME = 5
+    """Repeat the hook: the packet ends there. Its flow is released with `mark`; 0 takes an earlier release back."""
 
 
 class Settle(NamedTuple):
@@ -32,6 +34,8 @@ class Inject(NamedTuple):
     """Send a whole IP packet from the pod's network namespace by raw socket."""
 
     packet: bytes
+    is_untracked: bool = False
+    """Whether it is kept out of the pod's conntrack."""
 
 
 class Verdict(NamedTuple):

@@ -10,11 +10,13 @@ from typing import NamedTuple
 from enforcer_daemon.datapath.judging import Destination, Judge, Networks
 from enforcer_daemon.errors import PeerError
 from enforcer_daemon.handshake.bounds import Bound, FairTable
-from enforcer_daemon.handshake.flows import Flow, InitiatorFlow
+from enforcer_daemon.handshake.datagrams import LONE_EXID
+from enforcer_daemon.handshake.flows import Flow
 from enforcer_daemon.handshake.local import LocalToken
 from enforcer_daemon.handshake.peers import Peer, PeerVerifier
 from enforcer_daemon.model import Decision, Direction, Identity, PodRef, RuleRef
 from enforcer_daemon.packet.tcp import ACK, RST, SYN, Segment, build, with_payload
+from enforcer_daemon.packet.udp import UDP_HEADER, build_udp, encode_option
 from enforcer_daemon.reasons import Reason
 from enforcer_daemon.settings import DenyWith, HandshakeSettings
 from enforcer_daemon.verdict import ACCEPT, DROP, Action, Inject, Settle, Verdict
@@ -127,7 +129,19 @@ class NodeContext:
 class EndpointContext:
     """What the parts of one endpoint's datapath share."""
 
-    __slots__ = ("_held", "_hold_ids", "_injected", "judge", "local", "lost_reports", "mtu", "node", "pod", "reports")
+    __slots__ = (
+        "_held",
+        "_hold_ids",
+        "_injected",
+        "_own_datagrams",
+        "judge",
+        "local",
+        "lost_reports",
+        "mtu",
+        "node",
+        "pod",
+        "reports",
+    )
 
     def __init__(self, pod: PodRef, node: NodeContext, judge: Judge, local: LocalToken, mtu: int) -> None:
         self.pod = pod
@@ -144,6 +158,7 @@ class EndpointContext:
             settings.max_held_packets_per_pod, settings.max_held_packets_per_source
         )
         self._injected: dict[tuple[bytes, int, int, int], None] = {}
+        self._own_datagrams: dict[bytes, None] = {}
 
     def report(
         self,
@@ -179,6 +194,24 @@ class EndpointContext:
         if segment.data < segment.end:  # Not ours, whatever its numbers.
             return False
         return self._injected.pop((key, segment.flags, segment.seq, segment.ack), 0) is None
+
+    def send_message(self, key: bytes, content: bytes) -> Inject:
+        """Send a message alone, in a datagram of our own from the pod to the flow's other end.
+
+        It does not count in the pod's conntrack: while a datagram is held, it would open the flow the wrong way round.
+        """
+        half = (len(key) - 4) // 2
+        far_port, near_port = _PORTS.unpack(key[-4:])
+        surplus = encode_option(UDP_HEADER, LONE_EXID, content)
+        packet = build_udp(key[half:-4], key[:half], (near_port, far_port), b"", surplus)
+        if len(self._own_datagrams) >= _MAX_INJECTED:
+            del self._own_datagrams[next(iter(self._own_datagrams))]
+        self._own_datagrams[key + content] = None
+        return Inject(packet, is_untracked=True)
+
+    def is_own_message(self, key: bytes, content: bytes) -> bool:
+        """Tell whether the enforcer itself sent this message; each is recognised once."""
+        return self._own_datagrams.pop(key + content, 0) is None
 
     def reset_remote(self, key: bytes, segment: Segment, direction: Direction) -> Inject:
         """Tell the remote end that the connection is refused or unknown: a RST as the pod's kernel would send."""
@@ -218,11 +251,12 @@ class EndpointContext:
 
     def report_flow(self, flow: Flow, reason: Reason, detail: str = "") -> None:
         """Report what became of an unfinished flow, by its names alone."""
-        direction = Direction.EGRESS if isinstance(flow, InitiatorFlow) else Direction.INGRESS
+        direction = flow.direction
         address_length = (len(flow.key) - 4) // 2
         far_port, near_port = _PORTS.unpack(flow.key[-4:])
         port = far_port if direction is Direction.EGRESS else near_port
-        self.report(direction, flow.key[:address_length], port, Decision(False, reason, direction), detail=detail)
+        decision = Decision(False, reason, direction)
+        self.report(direction, flow.key[:address_length], port, decision, protocol=flow.protocol, detail=detail)
 
     def give_up(self, flow: Flow, is_own: bool) -> tuple[Settle, ...]:
         """Account for a flow that made room for one of its source's own or of another, and drop what waits for it."""

@@ -6,6 +6,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from enforcer_daemon.datapath.context import EndpointContext, FlowReport, reset_local
+from enforcer_daemon.datapath.datagrams import Datagrams
 from enforcer_daemon.datapath.initiator import Initiator
 from enforcer_daemon.datapath.responder import Responder
 from enforcer_daemon.errors import PacketError, PeerError
@@ -15,6 +16,7 @@ from enforcer_daemon.model import Decision, Direction
 from enforcer_daemon.packet.ip import IPHeader, decode_ip
 from enforcer_daemon.packet.tcp import ACK, FIN, RST, SYN, SYN_ACK, TCP, Segment, build, decode_segment
 from enforcer_daemon.packet.transport import decode_datagram
+from enforcer_daemon.packet.udp import UDP, decode_udp_datagram
 from enforcer_daemon.reasons import Reason
 from enforcer_daemon.verdict import ACCEPT, DROP, Action, Inject, Settle, Verdict
 
@@ -28,6 +30,7 @@ class EndpointDatapath:
         self._context = context
         self._initiator = Initiator(context)
         self._responder = Responder(context)
+        self._datagrams = Datagrams(context)
 
     @property
     def context(self) -> EndpointContext:
@@ -37,7 +40,7 @@ class EndpointDatapath:
     @property
     def half_open_flows(self) -> int:
         """Unfinished handshakes, both ways."""
-        return len(self._initiator.flows) + len(self._responder.flows)
+        return len(self._initiator.flows) + len(self._responder.flows) + len(self._datagrams)
 
     @property
     def held_packets(self) -> int:
@@ -54,6 +57,8 @@ class EndpointDatapath:
             header = decode_ip(packet)
             if header.protocol == TCP:
                 return self._segment(decode_segment(packet, header), direction, mark, now)
+            if header.protocol == UDP:
+                return self._datagrams.process(decode_udp_datagram(packet, header), direction, mark, now)
             return self._datagram(packet, header, direction)
         except PeerError as err:
             return self._drop(header, packet, direction, err.reason, err.detail)
@@ -67,12 +72,12 @@ class EndpointDatapath:
         effects: list[Settle | Inject] = []
         for flow, settle in self._context.expire_held(now):
             effects.append(settle)
-            self._context.report_flow(flow, Reason.PROOF_MISSING)
+            self._context.report_flow(flow, flow.overdue)
         for table in (self._initiator.flows, self._responder.flows):
             for flow in table.expire(now):
                 flow.advance(Event.EXPIRED)
                 self._context.report_flow(flow, Reason.HANDSHAKE_TIMEOUT)
-        return tuple(effects)
+        return (*effects, *self._datagrams.expire(now))
 
     @property
     def repeat_at(self) -> float | None:
@@ -94,7 +99,7 @@ class EndpointDatapath:
             for flow in side.flows.known():
                 if flow.release.mark and is_denied((flow.release.mark & INDEX_MASK) >> INDEX_SHIFT):
                     effects += side.abort(flow)  # type: ignore[arg-type]
-        return tuple(effects)
+        return (*effects, *self._datagrams.forget_unfinished(is_denied))
 
     def forget_opening(self) -> None:
         """Give up the connections whose SYN shows an identity that the pod no longer has.
@@ -104,6 +109,7 @@ class EndpointDatapath:
         for flow in self._initiator.flows.known():
             if flow.state is State.OPENING:
                 self._initiator.flows.discard(flow)
+        self._datagrams.initiator.forget_opening()
 
     def take_reports(self) -> list[FlowReport]:
         """Give the decisions since the last call."""

@@ -3,12 +3,12 @@
 
 from __future__ import annotations
 
+from enforcer_daemon.datapath.binding import require_dialled
 from enforcer_daemon.datapath.context import EndpointContext, bare_reset, reset_local
 from enforcer_daemon.datapath.judging import Destination, Ruling
 from enforcer_daemon.errors import PeerError, TokenError
 from enforcer_daemon.handshake.flows import FlowTable, InitiatorFlow
 from enforcer_daemon.handshake.frames import (
-    SynAckFrame,
     decode_syn_ack,
     find_proof,
     has_room,
@@ -16,7 +16,6 @@ from enforcer_daemon.handshake.frames import (
     proof_option,
 )
 from enforcer_daemon.handshake.machine import Event, State
-from enforcer_daemon.handshake.peers import Peer
 from enforcer_daemon.marks import OWN_MASK, RELEASED
 from enforcer_daemon.model import Decision, Direction
 from enforcer_daemon.packet.tcp import ACK, RST, Segment, build, with_options_and_payload, without_fast_open
@@ -106,7 +105,7 @@ class Initiator:
         context = self._context
         frame = decode_syn_ack(payload)
         peer = context.node.verify(frame.block, segment.src, now)
-        self._require_dialled(segment, frame, peer)
+        require_dialled(context, frame, peer, (segment.src, segment.sport))
         flow.verify(payload, frame, segment.seq, peer)
         decision, flow.release = context.judge.egress(peer, frame.address, frame.port)
         if flow.state is State.OPENING or not decision.is_allowed:
@@ -115,15 +114,6 @@ class Initiator:
             return self._refuse(segment, flow, key)
         flow.advance(Event.SYN_ACK_VERIFIED)
         return _deliver(segment)
-
-    def _require_dialled(self, segment: Segment, frame: SynAckFrame, peer: Peer) -> None:
-        """The pod that answers must be at the address it states, and that must be the dialled one, unless virtual."""
-        if frame.address not in peer.addresses:
-            raise PeerError(Reason.RESPONDER_MISMATCH, f"{peer.identity.pod} answers for an address not its own")
-        if (frame.address, frame.port) != (segment.src, segment.sport):
-            destination = self._context.node.networks.destination(segment.src)
-            if destination is not Destination.VIRTUAL:
-                raise PeerError(Reason.RESPONDER_MISMATCH, f"{peer.identity.pod} answers for another address")
 
     def _plain_syn_ack(self, segment: Segment, flow: InitiatorFlow, key: bytes) -> Verdict:
         """No frame in the answer: the peer is an address, whatever it sits behind."""

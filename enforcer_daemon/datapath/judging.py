@@ -115,7 +115,7 @@ class Judge:
         self._flows = flows
         self._ingress: dict[_Question, Ruling] = {}
         self._egress: dict[_Question, Ruling] = {}
-        self._could: dict[tuple[bytes, int], bool] = {}
+        self._could: dict[tuple[bytes, int, int], bool] = {}
 
     def replace_rules(self, rules: PodRules) -> None:
         """Judge by another snapshot from now on."""
@@ -147,18 +147,20 @@ class Judge:
             _remember(self._egress, question, ruling)
         return ruling
 
-    def could_allow_egress(self, destination: Destination, address: bytes, port: int) -> bool:
+    def could_allow_egress(
+        self, destination: Destination, address: bytes, port: int, protocol: Protocol = Protocol.TCP
+    ) -> bool:
         """Tell whether the pod could be allowed to reach some peer there; behind a virtual address it may be any."""
-        known = self._could.get((address, port))
+        known = self._could.get((address, port, protocol))
         if known is None:
             rules = self._rules.egress
             if destination is Destination.VIRTUAL:
-                known = rules.could_allow(None, None, Protocol.TCP)
+                known = rules.could_allow(None, None, protocol)
             else:
-                known = rules.could_allow(ip_address(address), port, Protocol.TCP)
+                known = rules.could_allow(ip_address(address), port, protocol)
             if len(self._could) >= _MAX_DECISIONS:
                 self._could.clear()
-            self._could[(address, port)] = known
+            self._could[(address, port, protocol)] = known
         return known
 
     def _ask(self, rules: DirectionRules, direction: Direction, question: _Question) -> Ruling:
@@ -181,7 +183,8 @@ class Judge:
         decision = rules.judge(identity, address, port, Protocol(number))
         if decision.is_allowed or peer is not None:
             return decision
-        reason = Reason.UNIDENTIFIED_PEER if number == Protocol.TCP else Reason.PROTOCOL_NOT_AUTHENTICATED
+        is_authenticated = number in (Protocol.TCP, Protocol.UDP)
+        reason = Reason.UNIDENTIFIED_PEER if is_authenticated else Reason.PROTOCOL_NOT_AUTHENTICATED
         return Decision(False, reason, direction, decision.rules)
 
 

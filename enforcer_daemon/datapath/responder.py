@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from struct import Struct
 
+from enforcer_daemon.datapath.binding import require_source
 from enforcer_daemon.datapath.context import EndpointContext, bare_reset
 from enforcer_daemon.datapath.unproven import Unproven
 from enforcer_daemon.errors import PeerError, TokenError
@@ -17,7 +18,6 @@ from enforcer_daemon.handshake.frames import (
     is_frame,
 )
 from enforcer_daemon.handshake.machine import Event, State
-from enforcer_daemon.handshake.peers import Peer
 from enforcer_daemon.handshake.proofs import frame_hash
 from enforcer_daemon.marks import NODE, OWN_MASK, RELEASED
 from enforcer_daemon.model import Decision, Direction
@@ -74,7 +74,8 @@ class Responder:
         context = self._context
         frame = decode_syn(payload)
         peer = context.node.verify(frame.block, segment.src, now)
-        address = self._require_source(segment, peer)
+        source, destination = (segment.src, segment.sport), (segment.dst, segment.dport)
+        address = require_source(context, TCP, source, destination, peer)
         decision, release = context.judge.ingress(peer, address, segment.dport)
         if not decision.is_allowed:
             context.report(Direction.INGRESS, segment.src, segment.dport, decision, peer=peer.identity)
@@ -92,25 +93,6 @@ class Responder:
         evicted = self.flows.add(flow)
         verdict = _deliver_syn(segment, mark)
         return verdict if evicted is None else verdict._replace(effects=context.give_up(*evicted))
-
-    def _require_source(self, segment: Segment, peer: Peer) -> bytes:
-        """Give the address to judge: the source, where it is the token's pod or a known masquerade of it.
-
-        The pod's own token is at home only where the node's own NAT brought it back: a hairpin through a Service.
-        """
-        context, source = self._context, segment.src
-        is_own = context.judge.is_own(peer)
-        if source in peer.addresses and not is_own:
-            return source
-        true_source, _ = context.node.trace(TCP, (source, segment.sport), (segment.dst, segment.dport))
-        if true_source != source and true_source in peer.addresses:
-            return true_source
-        if true_source == source and not is_own and source in context.node.networks.masquerade:
-            same_family = [address for address in peer.addresses if len(address) == len(source)]
-            return min(same_family, default=source)
-        if is_own:
-            raise PeerError(Reason.OWN_IDENTITY)
-        raise PeerError(Reason.SOURCE_MISMATCH, f"the token is of {peer.identity.pod}")
 
     def _require_room(self, segment: Segment) -> None:
         """The answer must fit the initiator's interface, as far as its MSS tells."""

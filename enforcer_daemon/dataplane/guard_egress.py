@@ -18,6 +18,7 @@ from collections.abc import Iterable
 from enforcer_daemon.dataplane.guard_rules import (
     ALLOWS_ALL,
     INTO_ENFORCED,
+    LONE_MESSAGE,
     NAME,
     GuardedEndpoint,
     address_rule,
@@ -54,7 +55,8 @@ def skeleton(networks: Iterable[IPNetwork]) -> list[str]:
         f"meta l4proto != {{ tcp, udp, sctp }} ip saddr @isolated4 {refusal}",
         f"meta l4proto != {{ tcp, udp, sctp }} ip6 saddr @isolated6 {refusal}",
         *framed_syns(),
-        *(f"{match} meta l4proto tcp ct state established accept" for match in INTO_ENFORCED),
+        *(f"{match} {LONE_MESSAGE} accept" for match in INTO_ENFORCED),
+        *(f"{match} meta l4proto {{ tcp, udp }} ct state established accept" for match in INTO_ENFORCED),
         "ip saddr vmap @sources4",
         "ip6 saddr vmap @sources6",
     )

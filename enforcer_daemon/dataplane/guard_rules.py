@@ -21,6 +21,8 @@ NAME = "trireme_guard"
 """Of the guard's tables; there is one in each family that it works in."""
 ALLOWS_ALL = (AddressRule(),)
 INTO_ENFORCED = ("ip daddr @enforced4", "ip6 daddr @enforced6")
+LONE_MESSAGE = f"udp length 8 @th,128,32 0x{MAGIC.hex()}"
+"""A handshake's message in a datagram without data; it stands 16 bytes behind the beginning of the UDP header."""
 FIRST_SYN = "tcp flags & (fin | syn | rst | ack) == syn"
 
 

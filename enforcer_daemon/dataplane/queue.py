@@ -20,14 +20,15 @@ from enforcer_daemon.dataplane.inject import Injector
 from enforcer_daemon.dataplane.netns import open_in
 from enforcer_daemon.dataplane.queuecounters import LostPackets, QueueCounters
 from enforcer_daemon.errors import DataplaneError
-from enforcer_daemon.marks import FORGET, OWN_MASK
+from enforcer_daemon.marks import CONSUME, FORGET, OWN_MASK
 from enforcer_daemon.model import Direction
 from enforcer_daemon.settings import DataplaneSettings
 from enforcer_daemon.verdict import Action, Inject, Settle, Verdict
 
 Judge = Callable[[bytes, Direction, int], Verdict]
 """Judges a packet: its bytes (4,016 at most, so the end of a jumbo frame is missing), its direction, and our bits of
-its mark: of a packet with SYN, what its connection was released with before, else 0."""
+its mark: of a packet with SYN, or of a datagram with a handshake's message, what its connection was released with
+before; of a datagram also REPLY; else 0."""
 
 _OTHERS_MASK = OWN_MASK ^ 0xFFFF_FFFF
 _SOL_NETLINK, _NETLINK_NO_ENOBUFS = 270, 5  # linux/netlink.h
@@ -170,7 +171,9 @@ class PacketQueue:
         """Carry out effects that come from a deadline instead of a packet."""
         for effect in effects:
             if isinstance(effect, Inject):
-                self._injector.send(effect.packet)  # Our rules queue it too; the judge knows its own packets.
+                self._injector.send(
+                    effect.packet, is_untracked=effect.is_untracked
+                )  # Our rules queue it too; the judge knows its own packets.
             else:
                 packet = self._held.pop(effect.hold_id, None)
                 if packet is not None:
@@ -220,6 +223,9 @@ class PacketQueue:
             packet.accept()
         elif action is Action.RELEASE:
             packet.set_mark(packet.mark & _OTHERS_MASK | mark)
+            packet.repeat()
+        elif action is Action.CONSUME:
+            packet.set_mark(packet.mark & _OTHERS_MASK | mark | CONSUME)
             packet.repeat()
         else:
             packet.set_mark(packet.mark & _OTHERS_MASK | FORGET)

@@ -9,9 +9,11 @@ Both renderings say the same, for packets of the registered interfaces alone, in
     SYN        small, from the node, inwards: the connection is the node's; go on
     SYN-ACK    of the node's connection, outwards, to the node: go on
     SYN        any other: the connection's bits into the packet's mark, to the enforcer
+    message    of a handshake beside a datagram, inwards: likewise
     released   or the node's connection: go on
     ICMP       ICMPv6 (NDP, MLD) and IGMP: go on; no NetworkPolicy speaks of them
     new flow   not TCP, from the node, inwards: the flow is the node's; go on
+    reply      a datagram against its flow's direction: told by a bit of the packet's mark
     rest       to the enforcer; no bypass: without an enforcer the packet is dropped
 
 The hooks are mangle PREROUTING and POSTROUTING: there a packet is what the remote sees, also beside a sidecar that
@@ -26,7 +28,8 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Literal
 
-from enforcer_daemon.marks import FORGET, NODE, OWN_MASK, RELEASED
+from enforcer_daemon.handshake.frames import MAGIC
+from enforcer_daemon.marks import CONSUME, FORGET, INDEX_MASK, NODE, OWN_MASK, RELEASED, REPLY, UNTRACKED
 from enforcer_daemon.model import IPAddress
 
 Family = Literal[4, 6]
@@ -80,6 +83,14 @@ _IS_SYN = "-p tcp -m tcp --tcp-flags SYN SYN"
 _IS_FIRST_SYN = "-p tcp -m tcp --tcp-flags FIN,SYN,RST,ACK SYN"
 _IS_SYN_ACK = "-p tcp -m tcp --tcp-flags SYN,ACK SYN,ACK"
 _ICMP: dict[Family, str] = {4: "icmp", 6: "ipv6-icmp"}
+_SAVED_MASK = RELEASED | INDEX_MASK
+"""What a consumed packet leaves in its connection's mark."""
+# To the UDP header (past 4 times IHL; for IPv6 to 8 bytes before it), then on by the UDP length to the surplus area.
+_TO_SURPLUS: dict[Family, str] = {4: "0x0>>0x16&0x3c@0x4>>0x10@", 6: "0x0>>0x1c&0x4<<0x3@0xc>>0x10@"}
+_SURPLUS_AT: dict[Family, int] = {4: 0, 6: 8}
+_MAGIC_AT = (8, 9)
+"""Where a message begins in the surplus area, for even and odd UDP lengths (enforcer_daemon/packet/udp.py)."""
+_IS_REPLY = f"-p udp -m conntrack --ctdir REPLY -j MARK --set-xmark {REPLY:#x}/{REPLY:#x}"
 
 
 def render_iptables(rules: EndpointRules, family: Family) -> str:
@@ -108,23 +119,30 @@ def render_iptables_addresses(addresses: Iterable[IPAddress], family: Family) ->
 def iptables_chains(rules: EndpointRules, family: Family) -> dict[str, dict[str, tuple[str, ...]]]:
     """Return table -> chain of ours -> its rules."""
     clear: dict[str, tuple[str, ...]] = {"TRIREME-CLEAR": (_CLEAR_PACKET,)}
+    untracked = f"-m mark --mark {UNTRACKED:#x}/{OWN_MASK:#x} -j CT --notrack"
+    raw: dict[str, tuple[str, ...]] = {"TRIREME-CLEAR": (untracked, _CLEAR_PACKET)}
     mangle = {
         "TRIREME-INGRESS": tuple(f"-i {name} -g TRIREME-IN" for name in rules.ifnames),
         "TRIREME-EGRESS": tuple(f"-o {name} -g TRIREME-OUT" for name in rules.ifnames),
         # `-g` all the way, so that RETURN leaves our chains at once, and other rules of mangle get their turn.
-        "TRIREME-IN": _iptables_main("TRIREME-SYN-IN", _new_from_node(), rules, family),
-        "TRIREME-OUT": _iptables_main("TRIREME-SYN-OUT", (), rules, family),
+        "TRIREME-IN": _iptables_main("TRIREME-SYN-IN", _messages(family), _new_from_node(), rules, family),
+        "TRIREME-OUT": _iptables_main("TRIREME-SYN-OUT", (), (), rules, family),
         "TRIREME-SYN-IN": _iptables_syn_in(rules, family),
         "TRIREME-SYN-OUT": _iptables_syn_out(rules),
+        "TRIREME-MESSAGE": (f"-j CONNMARK --restore-mark {_MASKS}", _IS_REPLY, _queue(rules)),
         "TRIREME-REPEATED": _iptables_repeated(),
+        "TRIREME-CONSUME": (
+            f"-j CONNMARK --save-mark --nfmask {_SAVED_MASK:#x} --ctmask {OWN_MASK:#x}",
+            "-j DROP",
+        ),
         "TRIREME-NODE": (f"-j CONNMARK --set-xmark {NODE:#x}/{OWN_MASK:#x}", _CLEAR_PACKET),
         **_address_chains(rules.node_addresses, family),
     }
-    return {"raw": clear, "filter": clear, "mangle": mangle}
+    return {"raw": raw, "filter": clear, "mangle": mangle}
 
 
 def _iptables_main(
-    syn_chain: str, node_rules: tuple[str, ...], rules: EndpointRules, family: Family
+    syn_chain: str, messages: tuple[str, ...], node_rules: tuple[str, ...], rules: EndpointRules, family: Family
 ) -> tuple[str, ...]:
     fragments = ("-f -j DROP",) if family == 4 else ()
     igmp = ("-p igmp -j RETURN",) if family == 4 else ()
@@ -132,11 +150,20 @@ def _iptables_main(
         f"-m mark ! --mark 0x0/{FORGET | RELEASED:#x} -g TRIREME-REPEATED",
         *fragments,
         f"{_IS_SYN} -g {syn_chain}",
+        *messages,
         f"-m connmark ! --mark 0x0/{RELEASED | NODE:#x} -j RETURN",
         f"-p {_ICMP[family]} -j RETURN",
         *igmp,
         *node_rules,
+        _IS_REPLY,
         _queue(rules),
+    )
+
+
+def _messages(family: Family) -> tuple[str, ...]:
+    return tuple(
+        f'-p udp -m u32 --u32 "{_TO_SURPLUS[family]}{_SURPLUS_AT[family] + at:#x}=0x{MAGIC.hex()}" -g TRIREME-MESSAGE'
+        for at in _MAGIC_AT
     )
 
 
@@ -167,6 +194,7 @@ def _iptables_syn_out(rules: EndpointRules) -> tuple[str, ...]:
 
 def _iptables_repeated() -> tuple[str, ...]:
     return (
+        f"-m mark --mark {CONSUME:#x}/{CONSUME:#x} -g TRIREME-CONSUME",
         f"-m mark --mark {FORGET:#x}/{FORGET:#x} -j CONNMARK --set-xmark 0x0/{OWN_MASK:#x}",
         f"-m mark --mark {RELEASED:#x}/{RELEASED:#x} -j CONNMARK --save-mark {_MASKS}",
         _CLEAR_PACKET,
@@ -199,7 +227,7 @@ def render_nft(rules: EndpointRules) -> str:
     bases = {
         # The packet's mark, as the pod's processes and other rules could set it: before anything else saves it, and
         # right before we read it. One before mangle (-150), so that no chain of another table comes in between.
-        "clear_output": ("output", -300, (_nft_clear(),)),
+        "clear_output": ("output", -300, (f"meta mark & {OWN_MASK:#x} == {UNTRACKED:#x} notrack", _nft_clear())),
         "clear_prerouting": ("prerouting", -152, (_nft_clear(),)),
         "clear_postrouting": ("postrouting", -152, (_nft_clear(),)),
         "ingress": ("prerouting", -151, (f"iifname {interfaces} goto main_in",)),
@@ -251,6 +279,7 @@ def _nft_chains(rules: EndpointRules) -> dict[str, tuple[str, ...]]:
     node_bit = f"{NODE:#x}"
     first_syn = "tcp flags & (fin | syn | rst | ack) == syn"
     small = (f"ip length <= {MAX_SMALL_SYN_BYTES[4]}", f"ip6 length <= {MAX_SMALL_SYN_BYTES[6] - 40}")
+    reply = f"meta l4proto udp ct direction reply meta mark set meta mark | {REPLY:#x}"
     main = (
         f"meta mark & {FORGET | RELEASED:#x} != 0 goto repeated",
         "ip frag-off & 0x1fff != 0 drop",
@@ -263,12 +292,22 @@ def _nft_chains(rules: EndpointRules) -> dict[str, tuple[str, ...]]:
         "main_in": (
             *main,
             "tcp flags & syn == syn goto syn_in",
+            # One that rides on a datagram is told from it by the enforcer, where the flow is not released.
+            f"udp length 8 @th,128,32 == 0x{MAGIC.hex()} goto message",
             *rest,
             "meta l4proto != tcp ct state new ip saddr @node4 goto node",
             "meta l4proto != tcp ct state new ip6 saddr @node6 goto node",
+            reply,
             queue,
         ),
-        "main_out": (*main, "tcp flags & syn == syn goto syn_out", *rest, queue),
+        "main_out": (*main, "tcp flags & syn == syn goto syn_out", *rest, reply, queue),
+        "message": (
+            f"ct mark & {OWN_MASK:#x} == 0 {reply}",
+            f"ct mark & {OWN_MASK:#x} == 0 {queue}",
+            *_nft_copy("meta mark", "ct mark"),
+            reply,
+            queue,
+        ),
         "syn_in": (
             f"ip saddr @node4 {small[0]} {first_syn} goto node",
             f"ip6 saddr @node6 {small[1]} {first_syn} goto node",
@@ -284,11 +323,13 @@ def _nft_chains(rules: EndpointRules) -> dict[str, tuple[str, ...]]:
             queue,
         ),
         "repeated": (
+            f"meta mark & {CONSUME:#x} == {CONSUME:#x} goto consume",
             f"meta mark & {FORGET:#x} != 0 ct mark set ct mark & {OTHERS_MASK:#x} goto done",
             f"ct mark & {OTHERS_MASK:#x} == 0 ct mark set meta mark & {OWN_MASK:#x} goto done",
             *_nft_copy("ct mark", "meta mark"),
             "goto done",
         ),
+        "consume": (*_nft_copy("ct mark", "meta mark", _SAVED_MASK), "drop"),
         "node": (
             f"ct mark set ct mark & {OTHERS_MASK:#x} | {node_bit}",
             "goto done",
@@ -301,12 +342,12 @@ def _nft_clear() -> str:
     return f"meta mark set meta mark & {OTHERS_MASK:#x}"
 
 
-def _nft_copy(target: str, source: str) -> Iterator[str]:
+def _nft_copy(target: str, source: str, mask: int = OWN_MASK) -> Iterator[str]:
     """Copy our bits of one mark to the other, whose other bits stay.
 
     Older kernels and nft cannot combine two marks in one expression, so each bit is set by a rule with constants. Few
     packets come here: where the bits to copy or the bits to keep are all zero, a rule before this does it at once.
     """
     yield f"{target} set {target} & {OTHERS_MASK:#x}"
-    for bit in (1 << n for n in range(31, -1, -1) if OWN_MASK >> n & 1):
+    for bit in (1 << n for n in range(31, -1, -1) if mask >> n & 1):
         yield f"{source} & {bit:#x} != 0 {target} set {target} | {bit:#x}"

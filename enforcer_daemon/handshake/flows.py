@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Generic, NamedTuple, TypeVar
+from typing import ClassVar, Generic, NamedTuple, TypeVar
 
 from enforcer_daemon.handshake.bounds import Evicted, FairTable
 from enforcer_daemon.handshake.frames import PROOF_BYTES, SynAckFrame, SynFrame, encode_syn, encode_syn_ack
@@ -12,6 +12,8 @@ from enforcer_daemon.handshake.local import LocalToken
 from enforcer_daemon.handshake.machine import Event, State, next_state
 from enforcer_daemon.handshake.peers import Peer
 from enforcer_daemon.handshake.proofs import Transcript, frame_hash, initiator_proof, require_equal, responder_proof
+from enforcer_daemon.model import Direction, Protocol
+from enforcer_daemon.reasons import Reason
 from enforcer_daemon.verdict import DROP, Inject
 
 MAX_SETTLED_FLOWS = 4_096
@@ -26,6 +28,10 @@ class Flow:
 
     __slots__ = ("deadline", "held", "key", "local", "release", "source", "state")
 
+    protocol: ClassVar[int] = Protocol.TCP
+    direction: ClassVar[Direction] = Direction.INGRESS
+    """EGRESS where the pod opens the flow."""
+
     def __init__(self, key: bytes, local: LocalToken, state: State, deadline: float) -> None:
         self.key = key
         self.local = local
@@ -38,6 +44,11 @@ class Flow:
         self.source = key[: (len(key) - _PORTS_BYTES) // 2]
         """What the flow is accounted to among its kind: the peer's address."""
 
+    @property
+    def overdue(self) -> Reason:
+        """Why what waits for the flow is dropped when its time is over."""
+        return Reason.PROOF_MISSING
+
     def advance(self, event: Event) -> None:
         """Move by the table; raise IllegalEventError and stay where it has no entry."""
         self.state = next_state(self.state, event)
@@ -47,6 +58,8 @@ class InitiatorFlow(Flow):
     """A connection that the pod opens."""
 
     __slots__ = ("again", "frame", "isn", "isn_r", "nonce", "peer", "proof")
+
+    direction: ClassVar[Direction] = Direction.EGRESS
 
     def __init__(self, key: bytes, local: LocalToken, nonce: bytes, isn: int, deadline: float) -> None:
         super().__init__(key, local, State.OPENING, deadline)

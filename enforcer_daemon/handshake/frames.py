@@ -1,10 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The frames that ride in SYN and SYN-ACK, and the option that carries the proof in the ACK (docs/protocol.md).
+"""The frames that ride in SYN and SYN-ACK or beside datagrams, and what carries the proof (docs/protocol.md).
 
 SYN      magic 4 | version 1 | type 1 | length 2 | nonce 16 | identity block
 SYN-ACK  magic 4 | version 1 | type 2 | length 2 | nonce 16 | address 16 | port 2 | proof 16 | identity block
 identity block   credential length 2 | token length 2 | credential | token
 option   kind 253 | length 20 | ExID 2 | proof 16
+datagrams: types 3 (as SYN) and 4 (as SYN-ACK); 5: head | proof 16; 6: head alone, "shake hands again"
 """
 
 from __future__ import annotations
@@ -20,6 +21,10 @@ MAGIC = b"\xd3TRI"
 VERSION = 1
 TYPE_SYN = 1
 TYPE_SYN_ACK = 2
+TYPE_OFFER = 3
+TYPE_ANSWER = 4
+TYPE_PROOF = 5
+TYPE_AGAIN = 6
 NONCE_BYTES = 16
 PROOF_BYTES = 16
 
@@ -74,26 +79,26 @@ def decode_block(block: bytes) -> tuple[bytes, bytes]:
     return block[_LENGTHS.size : token_at], block[token_at:]
 
 
-def encode_syn(frame: SynFrame) -> bytes:
-    """Write the SYN's frame."""
-    return _HEAD.pack(MAGIC, VERSION, TYPE_SYN, _HEAD.size + len(frame.block), frame.nonce) + frame.block
+def encode_syn(frame: SynFrame, kind: int = TYPE_SYN) -> bytes:
+    """Write the frame of a SYN, or of the datagram that opens a flow."""
+    return _HEAD.pack(MAGIC, VERSION, kind, _HEAD.size + len(frame.block), frame.nonce) + frame.block
 
 
-def decode_syn(payload: bytes) -> SynFrame:
-    """Read the SYN's frame; raise FrameError for anything else."""
-    nonce = _decode_head(payload, TYPE_SYN)
+def decode_syn(payload: bytes, kind: int = TYPE_SYN) -> SynFrame:
+    """Read such a frame; raise FrameError for anything else."""
+    nonce = _decode_head(payload, kind)
     return SynFrame(nonce, payload[_HEAD.size :])
 
 
-def encode_syn_ack(frame: SynAckFrame) -> bytes:
-    """Write the SYN-ACK's frame."""
-    head = _HEAD.pack(MAGIC, VERSION, TYPE_SYN_ACK, SYN_ACK_OVERHEAD + len(frame.block), frame.nonce)
+def encode_syn_ack(frame: SynAckFrame, kind: int = TYPE_SYN_ACK) -> bytes:
+    """Write the frame of a SYN-ACK, or of the answer to a datagram's frame."""
+    head = _HEAD.pack(MAGIC, VERSION, kind, SYN_ACK_OVERHEAD + len(frame.block), frame.nonce)
     return head + _ANSWER.pack(_mapped(frame.address), frame.port, frame.proof) + frame.block
 
 
-def decode_syn_ack(payload: bytes) -> SynAckFrame:
-    """Read the SYN-ACK's frame; raise FrameError for anything else."""
-    nonce = _decode_head(payload, TYPE_SYN_ACK)
+def decode_syn_ack(payload: bytes, kind: int = TYPE_SYN_ACK) -> SynAckFrame:
+    """Read such a frame; raise FrameError for anything else."""
+    nonce = _decode_head(payload, kind)
     if len(payload) < SYN_ACK_OVERHEAD:
         raise FrameError(Reason.MALFORMED_FRAME, "SYN-ACK frame is truncated")
     address, port, proof = _ANSWER.unpack_from(payload, _HEAD.size)
@@ -108,6 +113,39 @@ def without_proof(payload: bytes) -> bytes:
 def is_frame(payload: bytes) -> bool:
     """Tell a handshake frame, well formed or not, from any other data."""
     return payload[:4] == MAGIC
+
+
+def encode_proof(nonce: bytes, proof: bytes) -> bytes:
+    """Write the message that proves a datagram's frame, which the nonce names."""
+    return _HEAD.pack(MAGIC, VERSION, TYPE_PROOF, _HEAD.size + PROOF_BYTES, nonce) + proof
+
+
+def decode_proof(payload: bytes) -> tuple[bytes, bytes]:
+    """Read nonce and proof; raise FrameError for anything else."""
+    nonce = _decode_head(payload, TYPE_PROOF)
+    if len(payload) != _HEAD.size + PROOF_BYTES:
+        raise FrameError(Reason.MALFORMED_FRAME, f"proof of {len(payload) - _HEAD.size} bytes")
+    return nonce, payload[_HEAD.size :]
+
+
+def encode_again(nonce: bytes) -> bytes:
+    """Write the request to shake hands again; the nonce only tells one from another."""
+    return _HEAD.pack(MAGIC, VERSION, TYPE_AGAIN, _HEAD.size, nonce)
+
+
+def decode_again(payload: bytes) -> bytes:
+    """Read its nonce; raise FrameError for anything else."""
+    nonce = _decode_head(payload, TYPE_AGAIN)
+    if len(payload) != _HEAD.size:
+        raise FrameError(Reason.MALFORMED_FRAME, "more than the head")
+    return nonce
+
+
+def frame_type(payload: bytes) -> int:
+    """Give the type of what begins as a frame; raise FrameError where it is cut off before."""
+    if len(payload) < _HEAD.size:
+        raise FrameError(Reason.MALFORMED_FRAME, "truncated")
+    return payload[5]
 
 
 def _decode_head(payload: bytes, expected_type: int) -> bytes:

@@ -2,6 +2,7 @@
 """The states of a flow and the one table of what may follow what. RELEASED is reached only past both proofs.
 
 An initiator's flow goes OPENING, VERIFIED, (PROVING,) RELEASED; a responder's OFFERED, ANSWERED, (PROVEN,) RELEASED.
+Flows of datagrams have a table of their own: OPENING, RELEASED; (ASKED,) ANSWERED, RELEASED.
 """
 
 from __future__ import annotations
@@ -30,6 +31,8 @@ class State(IntEnum):
     RELEASED = 7
     """The flow goes on in the kernel."""
     CLOSED = 8
+    ASKED = 9
+    """Responder of datagrams: one came of a flow that nobody knows; its sender was asked to shake hands again."""
 
 
 class Event(IntEnum):
@@ -46,6 +49,9 @@ class Event(IntEnum):
     REFUSED = 9
     RESET = 10
     EXPIRED = 11
+    ANSWER_VERIFIED = 12
+    OFFER_VERIFIED = 13
+    TAKEN_AS_ADDRESS = 14
 
 
 class IllegalEventError(EnforcerError):
@@ -89,10 +95,18 @@ TRANSITIONS: Mapping[State, Mapping[Event, State]] = {
     State.CLOSED: {},
 }
 
+DATAGRAM_TRANSITIONS: Mapping[State, Mapping[Event, State]] = {
+    State.OPENING: {Event.ANSWER_VERIFIED: State.RELEASED, Event.TAKEN_AS_ADDRESS: State.RELEASED, **_END},
+    State.ASKED: {Event.OFFER_VERIFIED: State.ANSWERED, **_END},
+    State.ANSWERED: {Event.PROOF_VERIFIED: State.RELEASED, **_END},
+    State.RELEASED: {Event.EXPIRED: State.CLOSED},
+    State.CLOSED: {},
+}
 
-def next_state(state: State, event: Event) -> State:
+
+def next_state(state: State, event: Event, transitions: Mapping[State, Mapping[Event, State]] = TRANSITIONS) -> State:
     """Look the event up; raise IllegalEventError where the table has no entry."""
-    follower = TRANSITIONS[state].get(event)
+    follower = transitions.get(state, {}).get(event)
     if follower is None:
         raise IllegalEventError(f"{event.name} in state {state.name}")
     return follower

@@ -6,6 +6,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 from enforcer_daemon.errors import PacketError
+from enforcer_daemon.packet.checksum import complement, ones_sum
 
 IPV4_MIN_HEADER = 20
 IPV6_HEADER = 40
@@ -75,3 +76,12 @@ def _extension_length(packet: bytes, kind: int, offset: int) -> int:
     if kind == _AUTHENTICATION:
         return (packet[offset + 1] + 2) * 4
     return (packet[offset + 1] + 1) * 8
+
+
+def with_length(packet: bytes, offset: int, length: int) -> bytes:
+    """Copy the IP header (and extension headers) for a transport part of another length."""
+    if packet[0] >> 4 == 6:
+        return packet[:4] + (offset - IPV6_HEADER + length).to_bytes(2, "big") + packet[6:offset]
+    head = packet[:2] + (offset + length).to_bytes(2, "big") + packet[4:10]
+    tail = packet[12:offset]
+    return head + complement(ones_sum(head + tail)).to_bytes(2, "big") + tail

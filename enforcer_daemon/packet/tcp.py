@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 from enforcer_daemon.errors import PacketError
 from enforcer_daemon.packet.checksum import complement, ones_sum
-from enforcer_daemon.packet.ip import IPV4_MIN_HEADER, IPV6_HEADER, IPHeader, decode_ip
+from enforcer_daemon.packet.ip import IPV4_MIN_HEADER, IPV6_HEADER, IPHeader, decode_ip, with_length
 
 TCP = 6
 TCP_MIN_HEADER = 20
@@ -103,7 +103,7 @@ def with_options_and_payload(segment: Segment, options: bytes, payload: bytes) -
     urgent = packet[offset + 18 : offset + 20]
     total = ones_sum(segment.src + segment.dst + fixed + urgent + options) + ones_sum(payload) + TCP + length
     return b"".join(
-        (_ip_header(packet, offset, length), fixed, complement(total).to_bytes(2, "big"), urgent, options, payload)
+        (with_length(packet, offset, length), fixed, complement(total).to_bytes(2, "big"), urgent, options, payload)
     )
 
 
@@ -129,16 +129,7 @@ def build(
         header = b"\x60\x00\x00\x00\x00\x00\x06\x40" + src + dst
     tcp = _HEADER.pack(*ports, *numbers, length << 2 & 0xF0, flags, window, 0, 0) + options
     checksum = complement(ones_sum(src + dst + tcp) + TCP + length)
-    return _ip_header(header, len(header), length) + tcp[:16] + checksum.to_bytes(2, "big") + tcp[18:]
-
-
-def _ip_header(packet: bytes, offset: int, length: int) -> bytes:
-    """Copy the IP header (and extension headers) for a transport part of another length."""
-    if packet[0] >> 4 == 6:
-        return packet[:4] + (offset - IPV6_HEADER + length).to_bytes(2, "big") + packet[6:offset]
-    head = packet[:2] + (offset + length).to_bytes(2, "big") + packet[4:10]
-    tail = packet[12:offset]
-    return head + complement(ones_sum(head + tail)).to_bytes(2, "big") + tail
+    return with_length(header, len(header), length) + tcp[:16] + checksum.to_bytes(2, "big") + tcp[18:]
 
 
 def walk_options(options: bytes) -> Iterator[tuple[int, int, int]]:

@@ -8,6 +8,7 @@ from datetime import UTC, datetime
 import pytest
 from scapy.layers.inet import ICMP, IP, UDP
 from scapy.layers.inet6 import IPv6, IPv6ExtHdrDestOpt
+from scapy.layers.sctp import SCTP
 
 from enforcer_daemon.datapath.context import _MAX_INJECTED, _MAX_NONCES, _MAX_REPORTS
 from enforcer_daemon.errors import PeerError
@@ -155,8 +156,8 @@ def test_an_answer_that_does_not_fit_the_initiators_mss_is_told_at_the_syn() -> 
 
 
 @pytest.mark.parametrize("direction", list(Direction))
-@pytest.mark.parametrize("transport", [UDP(sport=5, dport=53), ICMP()], ids=["udp", "icmp"])
-def test_what_carries_no_identity_is_judged_by_address(direction: Direction, transport: UDP | ICMP) -> None:
+@pytest.mark.parametrize("transport", [SCTP(sport=5, dport=53), ICMP()], ids=["sctp", "icmp"])
+def test_what_carries_no_identity_is_judged_by_address(direction: Direction, transport: SCTP | ICMP) -> None:
     packet = bytes(IP(src="10.1.0.2", dst="10.2.0.2") / transport)
     open_client, open_server = make_pair()
     closed_client, closed_server = make_pair(NOBODY, NOBODY)
@@ -165,7 +166,7 @@ def test_what_carries_no_identity_is_judged_by_address(direction: Direction, tra
         verdict = endpoint.verdict(packet, direction)
         assert verdict.action is (Action.RELEASE if is_allowed else Action.DROP)
         (report,) = endpoint.datapath.take_reports()
-        assert report.port == (53 if isinstance(transport, UDP) else None)
+        assert report.port == (53 if isinstance(transport, SCTP) else None)
         assert report.reason.value == ("not-isolated" if is_allowed else "protocol-not-authenticated")
 
 
@@ -177,8 +178,8 @@ def test_the_nodes_own_datagram_is_let_in_and_one_that_it_masquerades_is_judged(
     packet = bytes(IP(src="10.2.0.1", dst="10.2.0.2") / UDP(sport=5, dport=53))
     for true_source, reason in (
         (gateway, "node"),
-        (outside, "protocol-not-authenticated"),
-        (None, "protocol-not-authenticated"),
+        (outside, "unidentified-peer"),
+        (None, "unidentified-peer"),
     ):
         node.true_source = lambda *_, found=true_source: found  # type: ignore[method-assign, misc]
         verdict = server.verdict(packet, Direction.INGRESS)

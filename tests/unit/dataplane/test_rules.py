@@ -31,10 +31,10 @@ FAMILIES: tuple[Family, ...] = (4, 6)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_every_packet_that_nothing_lets_through_is_queued_without_bypass(family: Family) -> None:
     mangle = iptables_chains(RULES, family)["mangle"]
-    for chain in ("TRIREME-IN", "TRIREME-OUT", "TRIREME-SYN-IN", "TRIREME-SYN-OUT"):
+    for chain in ("TRIREME-IN", "TRIREME-OUT", "TRIREME-SYN-IN", "TRIREME-SYN-OUT", "TRIREME-MESSAGE"):
         assert mangle[chain][-1] == "-j NFQUEUE --queue-num 47474"
     nft = render_nft(RULES)
-    assert nft.count("queue num 47474\n") == 6
+    assert nft.count("queue num 47474\n") == 8
     assert "bypass" not in nft + render_iptables(RULES, family)
 
 
@@ -79,8 +79,10 @@ def test_a_node_without_addresses_gives_empty_sets() -> None:
 def test_every_mark_is_written_under_a_mask_of_ours(family: Family) -> None:
     for rule in render_iptables(RULES, family).splitlines():
         if "MARK --set-xmark" in rule:
-            assert re.search(r"/0x(fffff000|40000000)$", rule)
-        if "save-mark" in rule or "restore-mark" in rule:
+            assert re.search(r"/0x(fffff000|40000000|20000000)$", rule)
+        if rule.startswith("-A TRIREME-CONSUME") and "save-mark" in rule:
+            assert rule.endswith("--nfmask 0x9ffff000 --ctmask 0xfffff000")
+        elif "save-mark" in rule or "restore-mark" in rule:
             assert rule.endswith("--nfmask 0xfffff000 --ctmask 0xfffff000")
 
 

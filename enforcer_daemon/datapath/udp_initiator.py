@@ -1,0 +1,256 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Flows of datagrams that the pod opens: show who it is, verify the answer, judge egress, prove, release.
+
+Where policy allows the address whoever is there, datagrams leave at once with the offer beside them: a stack without an
+enforcer takes no notice of it. Elsewhere, or where both do not fit one packet, the offer goes alone, and the datagrams
+wait for the answer in the kernel's queue.
+"""
+
+from __future__ import annotations
+
+from enforcer_daemon.datapath.binding import require_dialled
+from enforcer_daemon.datapath.context import EndpointContext
+from enforcer_daemon.datapath.judging import Destination
+from enforcer_daemon.errors import PeerError, TokenError
+from enforcer_daemon.handshake.datagrams import RIDING_EXID, DatagramInitiatorFlow
+from enforcer_daemon.handshake.flows import FlowTable
+from enforcer_daemon.handshake.frames import TYPE_ANSWER, decode_again, decode_syn_ack
+from enforcer_daemon.handshake.machine import Event, State
+from enforcer_daemon.marks import NODE, RELEASED, REPLY
+from enforcer_daemon.model import Decision, Direction, Protocol
+from enforcer_daemon.packet.udp import SURPLUS_OVERHEAD, UDPDatagram, with_option
+from enforcer_daemon.reasons import Reason
+from enforcer_daemon.verdict import ACCEPT, DROP, Action, Inject, Settle, Verdict
+
+UNFINISHED_S = 3.0
+"""How long a handshake may stay unfinished, seconds: longer than anything waits for it."""
+REMEMBERED_S = 2.0
+"""How long a released flow answers for a lost proof, seconds. After that conntrack alone knows it."""
+REPEAT_S = 0.1
+"""The least time before the enforcer's message is sent again, seconds; it doubles each time."""
+MAX_REPEATS = 4
+_PATIENCE_S = 0.2
+"""How long an enforcer is waited for where policy allows the address whoever is there, seconds."""
+MAX_MESSAGE_PACKET_BYTES = 4_016
+"""The queue's copy of a packet: a longer one could not be read on its arrival."""
+_MAX_AGAIN_PER_S = 64.0
+"""Requests to shake hands again that an endpoint follows in a second, and at once."""
+
+
+class Allowance:
+    """So many a second, and as many at once."""
+
+    __slots__ = ("_left", "_rate", "_since")
+
+    def __init__(self, rate: float) -> None:
+        self._rate = rate
+        self._left = rate
+        self._since = 0.0
+
+    def take(self, now: float) -> bool:
+        """Take one; tell whether there was one."""
+        self._left = min(self._rate, self._left + max(0.0, now - self._since) * self._rate)
+        self._since = now
+        if self._left < 1.0:
+            return False
+        self._left -= 1.0
+        return True
+
+
+class DatagramInitiator:
+    """The initiating side of one endpoint."""
+
+    def __init__(self, context: EndpointContext) -> None:
+        self._context = context
+        settings = context.node.settings
+        self.flows: FlowTable[DatagramInitiatorFlow] = FlowTable(
+            settings.max_half_open_flows, settings.max_half_open_flows_per_source
+        )
+        self._waiting: dict[bytes, DatagramInitiatorFlow] = {}
+        """Flows for which something is to be done when their time comes."""
+        self._again = Allowance(_MAX_AGAIN_PER_S)
+
+    def find(self, key: bytes, now: float) -> DatagramInitiatorFlow | None:
+        """Find a flow; a released one is remembered for a short time only."""
+        flow = self.flows.get(key)
+        if flow is not None and flow.deadline <= now:
+            self.flows.discard(flow)
+            return None
+        return flow
+
+    def datagram_out(self, datagram: UDPDatagram, key: bytes, now: float) -> Verdict:
+        """Let a datagram out: with our offer, or after the answer, into the enforced networks; by address elsewhere."""
+        flow = self.find(key, now)
+        if flow is not None:
+            return flow.release if flow.state is State.RELEASED else self._let_wait(datagram, flow, now)
+        judge, dst, dport = self._context.judge, datagram.dst, datagram.dport
+        destination = self._context.node.networks.destination(dst)
+        decision, release = judge.egress(None, dst, dport, Protocol.UDP)
+        if destination is Destination.EXTERNAL:
+            self._context.report(Direction.EGRESS, dst, dport, decision, protocol=Protocol.UDP)
+            return release if decision.is_allowed else DROP
+        if not judge.could_allow_egress(destination, dst, dport, Protocol.UDP):
+            denied = Decision(False, Reason.EGRESS_DENIED, Direction.EGRESS, decision.rules)
+            self._context.report(Direction.EGRESS, dst, dport, denied, protocol=Protocol.UDP)
+            return DROP
+        flow, effects = self._open(key, now)
+        flow.is_external_allowed = decision.is_allowed
+        verdict = self._let_wait(datagram, flow, now)
+        return verdict._replace(effects=effects + verdict.effects)
+
+    def _open(self, key: bytes, now: float) -> tuple[DatagramInitiatorFlow, tuple[Settle | Inject, ...]]:
+        context = self._context
+        if now + context.node.wall_offset_s > context.local.expires_at:
+            raise TokenError(Reason.TOKEN_EXPIRED, "our own; is the daemon overloaded?")
+        flow = DatagramInitiatorFlow(key, context.local, context.node.random(16), now, now + UNFINISHED_S)
+        evicted = self.flows.add(flow)
+        return flow, () if evicted is None else context.give_up(*evicted)
+
+    def _let_wait(self, datagram: UDPDatagram, flow: DatagramInitiatorFlow, now: float) -> Verdict:
+        if flow.is_external_allowed and not flow.held and self._has_room(datagram, flow.offer):
+            return Verdict(Action.ACCEPT, with_option(datagram, RIDING_EXID, flow.offer))
+        effects = () if flow.held else self._send_offer(flow, now)
+        verdict = self._context.hold(flow, now, effects)
+        if flow.first is None or flow.first[0] not in flow.held:
+            flow.first = verdict.hold_id, datagram
+        return verdict
+
+    def _has_room(self, datagram: UDPDatagram, message: bytes) -> bool:
+        length = datagram.end + 1 + SURPLUS_OVERHEAD + len(message)
+        return not datagram.has_surplus and length <= min(self._context.mtu, MAX_MESSAGE_PACKET_BYTES)
+
+    def _send_offer(self, flow: DatagramInitiatorFlow, now: float) -> tuple[Inject, ...]:
+        """Send the offer alone, and again after a time that grows."""
+        flow.repeats = 0
+        flow.repeat_at = now + (_PATIENCE_S if flow.is_external_allowed else REPEAT_S)
+        self._waiting[flow.key] = flow
+        return (self._context.send_message(flow.key, flow.offer),)
+
+    def answer_in(self, datagram: UDPDatagram, message: bytes, key: bytes, now: float) -> Verdict:
+        """Verify who answers, judge egress, prove, and release what waits; the answer itself ends here."""
+        flow = self.find(key, now)
+        if flow is None:
+            raise PeerError(Reason.UNKNOWN_FLOW, "an answer to no offer")
+        context = self._context
+        answer = decode_syn_ack(message, TYPE_ANSWER)
+        peer = context.node.verify(answer.block, datagram.src, now)
+        require_dialled(context, answer, peer, (datagram.src, datagram.sport))
+        flow.verify(message, answer, peer)
+        decision, release = context.judge.egress(peer, answer.address, answer.port, Protocol.UDP)
+        if flow.state is State.OPENING or not decision.is_allowed:
+            context.report(
+                Direction.EGRESS, answer.address, answer.port, decision, protocol=Protocol.UDP, peer=peer.identity
+            )
+        if not decision.is_allowed:
+            self._forget(flow)
+            return Verdict(Action.CONSUME, effects=context.settle_held(flow, DROP))
+        flow.release = release
+        if flow.state is State.OPENING:
+            self._settle(flow, Event.ANSWER_VERIFIED, now)
+        return Verdict(Action.CONSUME, mark=release.mark, effects=self._release(flow))
+
+    def _settle(self, flow: DatagramInitiatorFlow, event: Event, now: float) -> None:
+        flow.advance(event)
+        self._waiting.pop(flow.key, None)
+        self.flows.settle(flow)
+        flow.deadline = now + REMEMBERED_S
+
+    def _release(self, flow: DatagramInitiatorFlow) -> tuple[Settle | Inject, ...]:
+        """Give the proof to the oldest datagram that waits, or send it alone; then let the others follow."""
+        first = flow.first
+        settled = self._context.settle_held(flow, flow.release)
+        if first is not None and settled and self._has_room(first[1], flow.proof):
+            proven = flow.release._replace(payload=with_option(first[1], RIDING_EXID, flow.proof))
+            found = [Settle(hold_id, proven if hold_id == first[0] else verdict) for hold_id, verdict in settled]
+            if any(settle.verdict is proven for settle in found):
+                return tuple(found)
+        return (self._context.send_message(flow.key, flow.proof), *settled)
+
+    def datagram_in(self, datagram: UDPDatagram, flow: DatagramInitiatorFlow, now: float) -> Verdict:
+        """Let in what comes back without an identity: from an address that policy allows, or once somebody showed one.
+
+        An answer can overtake the other enforcer's, so the address is not taken for the peer at once.
+        """
+        if flow.state is State.RELEASED:
+            return flow.release
+        decision, release = self._context.judge.egress(None, datagram.src, datagram.sport, Protocol.UDP)
+        if not decision.is_allowed:
+            return self._context.hold(flow, now)
+        flow.release = release
+        if now - flow.opened_at < _PATIENCE_S:
+            if flow.key not in self._waiting:
+                flow.repeat_at = flow.opened_at + _PATIENCE_S
+                self._waiting[flow.key] = flow
+            return ACCEPT
+        return release._replace(effects=self._take_as_address(flow, now))
+
+    def _take_as_address(self, flow: DatagramInitiatorFlow, now: float) -> tuple[Settle | Inject, ...]:
+        """Nobody showed an identity: the peer is its address, which policy allows."""
+        remote, port = flow.source, int.from_bytes(flow.key[-4:-2], "big")
+        decision, flow.release = self._context.judge.egress(None, remote, port, Protocol.UDP)
+        self._context.report(Direction.EGRESS, remote, port, decision, protocol=Protocol.UDP)
+        if not decision.is_allowed:
+            self._forget(flow)
+            return self._context.settle_held(flow, DROP)
+        self._settle(flow, Event.TAKEN_AS_ADDRESS, now)
+        return self._context.settle_held(flow, flow.release)
+
+    def again_in(self, message: bytes, key: bytes, mark: int, now: float) -> Verdict:
+        """Shake hands again for a flow that the pod opened and that was released here, while it goes on.
+
+        Who asks proves nothing, so asking gains nothing: at most a handshake, and those are counted.
+        """
+        decode_again(message)
+        if mark & (RELEASED | NODE | REPLY) != RELEASED | REPLY:
+            raise PeerError(Reason.UNKNOWN_FLOW, "a request to shake hands again for no flow of the pod's")
+        if self.find(key, now) is not None:
+            return DROP
+        address, port = key[: (len(key) - 4) // 2], int.from_bytes(key[-4:-2], "big")
+        destination = self._context.node.networks.destination(address)
+        if destination is Destination.EXTERNAL or not self._again.take(now):
+            return DROP
+        if not self._context.judge.could_allow_egress(destination, address, port, Protocol.UDP):
+            return Verdict(Action.CONSUME)
+        flow, effects = self._open(key, now)
+        return DROP._replace(effects=effects + self._send_offer(flow, now))
+
+    def expire(self, now: float) -> tuple[Settle | Inject, ...]:
+        """Send offers again, give up waiting for enforcers that need not be there, and forget what took too long."""
+        effects: list[Settle | Inject] = []
+        for flow in [flow for flow in self._waiting.values() if flow.repeat_at <= now]:
+            effects += self._overdue(flow, now)
+        for flow in self.flows.expire(now):
+            flow.advance(Event.EXPIRED)
+            self._waiting.pop(flow.key, None)
+            if not flow.is_external_allowed:
+                self._context.report_flow(flow, Reason.HANDSHAKE_TIMEOUT)
+        return tuple(effects)
+
+    def _overdue(self, flow: DatagramInitiatorFlow, now: float) -> tuple[Settle | Inject, ...]:
+        if flow.is_external_allowed:
+            if flow.release is not DROP:
+                return self._take_as_address(flow, now)
+            # Nothing came back at all: they may be too large to carry the offer, and the peer without an enforcer.
+            self._forget(flow)
+            return self._context.settle_held(flow, ACCEPT)
+        if flow.repeats >= MAX_REPEATS or not flow.held:
+            del self._waiting[flow.key]
+            return ()
+        flow.repeats += 1
+        flow.repeat_at = now + REPEAT_S * 2**flow.repeats
+        return (self._context.send_message(flow.key, flow.offer),)
+
+    def abort(self, flow: DatagramInitiatorFlow) -> tuple[Settle | Inject, ...]:
+        """Give a flow up because a change of policy no longer allows it."""
+        self._forget(flow)
+        return self._context.settle_held(flow, DROP)
+
+    def forget_opening(self) -> None:
+        """Give up the flows that show an identity which the pod no longer has; what waits is dropped in its time."""
+        for flow in self.flows.known():
+            if flow.state is State.OPENING:
+                self._forget(flow)
+
+    def _forget(self, flow: DatagramInitiatorFlow) -> None:
+        self.flows.discard(flow)
+        self._waiting.pop(flow.key, None)

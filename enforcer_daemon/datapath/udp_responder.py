@@ -1,0 +1,237 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Flows of datagrams that are opened to the pod: verify the offer, judge ingress, answer, await the proof, release.
+
+Datagrams wait in the kernel's queue until the proof is there. One of a flow that nobody knows, as after a loss of
+state, waits likewise, and its sender's enforcer is asked to shake hands again.
+"""
+
+from __future__ import annotations
+
+from enforcer_daemon.datapath.binding import require_source
+from enforcer_daemon.datapath.context import EndpointContext
+from enforcer_daemon.datapath.judging import Destination
+from enforcer_daemon.datapath.udp_initiator import MAX_REPEATS, REMEMBERED_S, REPEAT_S, UNFINISHED_S, Allowance
+from enforcer_daemon.errors import PeerError, ProofError, TokenError
+from enforcer_daemon.handshake.datagrams import DatagramResponderFlow
+from enforcer_daemon.handshake.flows import FlowTable
+from enforcer_daemon.handshake.frames import TYPE_OFFER, decode_proof, decode_syn, encode_again
+from enforcer_daemon.handshake.machine import Event, State
+from enforcer_daemon.handshake.peers import Peer
+from enforcer_daemon.marks import NODE, OWN_MASK, RELEASED, REPLY
+from enforcer_daemon.model import Decision, Direction, Protocol
+from enforcer_daemon.packet.udp import UDPDatagram, decode_udp, without_surplus
+from enforcer_daemon.reasons import Reason
+from enforcer_daemon.verdict import DROP, Action, Inject, Settle, Verdict
+
+_MAX_ASKED = 256
+"""Flows of one endpoint whose sender was asked to shake hands again, at one moment."""
+_MAX_HELD_ASKED = 8
+"""Datagrams of such a flow that wait."""
+_MAX_ASKED_PER_S = 64.0
+"""Such requests that one endpoint sends in a second, and at once."""
+_RELEASE_NODE = Verdict(Action.RELEASE, mark=RELEASED | NODE)
+
+
+class DatagramResponder:
+    """The responding side of one endpoint."""
+
+    def __init__(self, context: EndpointContext) -> None:
+        self._context = context
+        settings = context.node.settings
+        self.flows: FlowTable[DatagramResponderFlow] = FlowTable(
+            settings.max_half_open_flows, settings.max_half_open_flows_per_source
+        )
+        self._asked: FlowTable[DatagramResponderFlow] = FlowTable(_MAX_ASKED, _MAX_ASKED)
+        self._waiting: dict[bytes, DatagramResponderFlow] = {}
+        """Flows with datagrams that wait for a proof."""
+        self._asking = Allowance(_MAX_ASKED_PER_S)
+
+    def __len__(self) -> int:
+        return len(self.flows) + len(self._asked)
+
+    def find(self, key: bytes, now: float) -> DatagramResponderFlow | None:
+        """Find a flow; a released one is remembered for a short time only."""
+        flow = self.flows.get(key) or self._asked.get(key)
+        if flow is not None and flow.deadline <= now:
+            self._forget(flow)
+            return None
+        return flow
+
+    def offer_in(self, datagram: UDPDatagram, found: tuple[bytes, bool], key: bytes, mark: int, now: float) -> Verdict:
+        """Verify and judge an offer, and answer it; the datagram that it rides on waits for the proof."""
+        message, is_lone = found
+        offer = decode_syn(message, TYPE_OFFER)
+        flow = self.find(key, now)
+        if flow is not None and flow.nonce_i == offer.nonce:
+            return self._offered_again(datagram, flow, is_lone, now)
+        context = self._context
+        peer = context.node.verify(offer.block, datagram.src, now)
+        source, destination = (datagram.src, datagram.sport), (datagram.dst, datagram.dport)
+        address = require_source(context, Protocol.UDP, source, destination, peer)
+        decision, release = context.judge.ingress(peer, address, datagram.dport, Protocol.UDP)
+        if not decision.is_allowed:
+            self._report(datagram, decision, peer)
+            # Whoever has the address now is not who the flow was released for.
+            return Verdict(Action.CONSUME) if mark & RELEASED else DROP
+        if now + context.node.wall_offset_s > context.local.expires_at:
+            raise TokenError(Reason.TOKEN_EXPIRED, "our own; is the identity too large, or the daemon overloaded?")
+        is_under_way = flow is not None and flow.state is State.ANSWERED
+        context.node.use_nonce(offer.nonce, b"" if is_under_way else key, address)
+        self._report(datagram, decision, peer)
+        flow, effects = self._begin(flow, key, now)
+        flow.accept(message, offer.nonce, peer, destination, context.node.random(16))
+        flow.release, flow.source = release, address
+        evicted = self.flows.add(flow)
+        if evicted is not None:
+            self._waiting.pop(evicted.value.key, None)
+            effects += context.give_up(*evicted)
+        verdict = self._keep(datagram, flow, is_lone, now)
+        if is_lone and mark & RELEASED and mark & OWN_MASK & ~REPLY != release.mark:
+            verdict = Verdict(Action.CONSUME)
+        answer = context.send_message(key, flow.answer)
+        return verdict._replace(effects=(*effects, answer, *verdict.effects))
+
+    def _begin(
+        self, flow: DatagramResponderFlow | None, key: bytes, now: float
+    ) -> tuple[DatagramResponderFlow, tuple[Settle | Inject, ...]]:
+        """Give the flow of a new handshake; what waited because we asked for it goes on waiting."""
+        effects: tuple[Settle | Inject, ...] = ()
+        if flow is not None:
+            self._forget(flow)
+            if flow.state is State.ASKED:
+                flow.local, flow.deadline = self._context.local, now + UNFINISHED_S
+                self._await(flow, now)
+                return flow, effects
+            effects = self._context.settle_held(flow, DROP)
+        return DatagramResponderFlow(key, self._context.local, now + UNFINISHED_S), effects
+
+    def _offered_again(self, datagram: UDPDatagram, flow: DatagramResponderFlow, is_lone: bool, now: float) -> Verdict:
+        """The flow's next datagram carries the offer too; one that comes alone asks for the answer again."""
+        if flow.state is not State.ANSWERED:
+            raise PeerError(Reason.REPLAYED_NONCE, "the offer of a flow that was released")
+        if is_lone:
+            return DROP._replace(effects=(self._context.send_message(flow.key, flow.answer),))
+        return self._keep(datagram, flow, is_lone, now)
+
+    def _keep(self, datagram: UDPDatagram, flow: DatagramResponderFlow, is_lone: bool, now: float) -> Verdict:
+        if is_lone:
+            return DROP
+        verdict = self._context.hold(flow, now)
+        self._await(flow, now)
+        if datagram.has_surplus:
+            flow.bare = {hold_id: packet for hold_id, packet in flow.bare.items() if hold_id in flow.held}
+            flow.bare[verdict.hold_id] = without_surplus(datagram)
+        return verdict
+
+    def _await(self, flow: DatagramResponderFlow, now: float) -> None:
+        if flow.key not in self._waiting:
+            flow.repeats = 0
+            flow.repeat_at = now + REPEAT_S
+            self._waiting[flow.key] = flow
+
+    def proof_in(self, datagram: UDPDatagram, found: tuple[bytes, bool], key: bytes, now: float) -> Verdict:
+        """Release the flow, and what waits for it in order, once the initiator's enforcer has proven itself."""
+        message, is_lone = found
+        nonce, proof = decode_proof(message)
+        flow = self.find(key, now)
+        if flow is None or flow.state is State.ASKED:
+            if is_lone:
+                raise PeerError(Reason.UNKNOWN_FLOW, "a proof of no handshake")
+            return self.plain_in(decode_udp(without_surplus(datagram)), key, now)
+        if nonce != flow.nonce_i:
+            raise ProofError(Reason.PROOF_INVALID, "of another handshake")
+        flow.verify(proof)
+        if flow.state is State.RELEASED:
+            if is_lone:
+                return Verdict(Action.CONSUME, mark=flow.release.mark)
+            raise PeerError(Reason.REPLAYED_NONCE, "the proof of a flow that was released")
+        flow.advance(Event.PROOF_VERIFIED)
+        self._waiting.pop(key, None)
+        self.flows.settle(flow)
+        flow.deadline = now + REMEMBERED_S
+        effects = self._release_held(flow)
+        if is_lone:
+            return Verdict(Action.CONSUME, mark=flow.release.mark, effects=effects)
+        return flow.release._replace(payload=without_surplus(datagram), effects=effects)
+
+    def _release_held(self, flow: DatagramResponderFlow) -> tuple[Settle, ...]:
+        bare, flow.bare = flow.bare, {}
+        return tuple(
+            Settle(hold_id, verdict._replace(payload=bare.get(hold_id)))
+            for hold_id, verdict in self._context.settle_held(flow, flow.release)
+        )
+
+    def datagram_in(self, datagram: UDPDatagram, flow: DatagramResponderFlow, now: float) -> Verdict:
+        """Let a datagram of a known flow wait for the proof."""
+        if flow.state is State.RELEASED:
+            return flow.release
+        if flow.state is State.ASKED:
+            if len(flow.held) >= _MAX_HELD_ASKED:
+                raise PeerError(Reason.HOLD_QUEUE_FULL, "of a flow that is not known")
+            return self._context.hold(flow, now)
+        return self._keep(datagram, flow, False, now)
+
+    def plain_in(self, datagram: UDPDatagram, key: bytes, now: float) -> Verdict:
+        """Judge a datagram without an identity by its address; one from the enforced networks may have lost its own."""
+        context = self._context
+        source, destination = (datagram.src, datagram.sport), (datagram.dst, datagram.dport)
+        address, is_node = context.node.trace(Protocol.UDP, source, destination)
+        if is_node:
+            decision, release = Decision(True, Reason.NODE, Direction.INGRESS), _RELEASE_NODE
+        elif context.node.networks.must_show_identity(address):
+            decision, release = Decision(False, Reason.IDENTITY_REQUIRED, Direction.INGRESS), DROP
+        else:
+            decision, release = context.judge.ingress(None, address, datagram.dport, Protocol.UDP)
+        if not decision.is_allowed and self._may_ask(datagram, now):
+            return self._ask_again(key, now)
+        context.report(Direction.INGRESS, address, datagram.dport, decision, protocol=Protocol.UDP)
+        return release if decision.is_allowed else DROP
+
+    def is_own_address(self, address: bytes) -> bool:
+        """Tell whether the pod's enforcer can answer for an address: not for one of a group."""
+        return any(own.packed == address for own in self._context.local.identity.ips)
+
+    def _may_ask(self, datagram: UDPDatagram, now: float) -> bool:
+        node = self._context.node
+        is_pod = node.networks.destination(datagram.src) is Destination.ENFORCED and datagram.src not in node.addresses
+        has_room = len(self._asked) < _MAX_ASKED
+        return is_pod and has_room and self.is_own_address(datagram.dst) and self._asking.take(now)
+
+    def _ask_again(self, key: bytes, now: float) -> Verdict:
+        context = self._context
+        flow = DatagramResponderFlow(key, context.local, now + UNFINISHED_S)
+        self._asked.add(flow)
+        return context.hold(flow, now, (context.send_message(key, encode_again(context.node.random(16))),))
+
+    def expire(self, now: float) -> tuple[Settle | Inject, ...]:
+        """Send answers again for which datagrams wait, and forget handshakes that took too long."""
+        effects: list[Settle | Inject] = []
+        for flow in [flow for flow in self._waiting.values() if flow.repeat_at <= now]:
+            if flow.repeats >= MAX_REPEATS or not flow.held or flow.state is not State.ANSWERED:
+                del self._waiting[flow.key]
+                continue
+            flow.repeats += 1
+            flow.repeat_at = now + REPEAT_S * 2**flow.repeats
+            effects.append(self._context.send_message(flow.key, flow.answer))
+        for flow in self.flows.expire(now):
+            flow.advance(Event.EXPIRED)
+            self._waiting.pop(flow.key, None)
+            self._context.report_flow(flow, Reason.HANDSHAKE_TIMEOUT)
+        for flow in self._asked.expire(now):
+            flow.advance(Event.EXPIRED)
+        return tuple(effects)
+
+    def abort(self, flow: DatagramResponderFlow) -> tuple[Settle | Inject, ...]:
+        """Give a flow up because a change of policy no longer allows it."""
+        self._forget(flow)
+        return self._context.settle_held(flow, DROP)
+
+    def _forget(self, flow: DatagramResponderFlow) -> None:
+        self.flows.discard(flow)
+        self._asked.discard(flow)
+        self._waiting.pop(flow.key, None)
+
+    def _report(self, datagram: UDPDatagram, decision: Decision, peer: Peer) -> None:
+        self._context.report(
+            Direction.INGRESS, datagram.src, datagram.dport, decision, protocol=Protocol.UDP, peer=peer.identity
+        )

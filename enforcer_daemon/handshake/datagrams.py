@@ -1,0 +1,156 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The handshake of a flow of datagrams: the messages beside them, and the two kinds of flow (docs/protocol.md, UDP).
+
+offer    as a SYN's frame: who sends, with a nonce         rides on the flow's first datagrams, or goes alone
+answer   as a SYN-ACK's frame, with proof_r                alone
+proof    proof_i                                           rides on a datagram that waited for it, or goes alone
+again    "your flow is not known here, shake hands again"  alone
+"""
+
+from __future__ import annotations
+
+import hmac
+from typing import ClassVar
+
+from enforcer_daemon.errors import FrameError
+from enforcer_daemon.handshake.flows import Flow
+from enforcer_daemon.handshake.frames import (
+    MAGIC,
+    PROOF_BYTES,
+    TYPE_ANSWER,
+    TYPE_OFFER,
+    SynAckFrame,
+    SynFrame,
+    encode_proof,
+    encode_syn,
+    encode_syn_ack,
+    without_proof,
+)
+from enforcer_daemon.handshake.local import LocalToken
+from enforcer_daemon.handshake.machine import DATAGRAM_TRANSITIONS, Event, State, next_state
+from enforcer_daemon.handshake.peers import Peer
+from enforcer_daemon.handshake.proofs import frame_hash, require_equal
+from enforcer_daemon.model import Direction, Protocol
+from enforcer_daemon.packet.udp import UDPDatagram, find_option
+from enforcer_daemon.reasons import Reason
+
+RIDING_EXID = 0x5452
+"""ExID of a message beside a datagram of the pod's."""
+LONE_EXID = 0x5453
+"""ExID of a message in a datagram of the enforcer's own, which the other enforcer consumes."""
+
+
+def find_message(datagram: UDPDatagram) -> tuple[bytes, bool] | None:
+    """Give a handshake's message beside a datagram, and whether it came alone; None where there is none.
+
+    Raise FrameError for one whose envelope does not hold: it must not pass for an ordinary datagram.
+    """
+    if not datagram.has_surplus:
+        return None
+    option = find_option(datagram)
+    if option is None or option.exid not in (RIDING_EXID, LONE_EXID):
+        if MAGIC in datagram.packet[datagram.tail :]:
+            raise FrameError(Reason.MALFORMED_FRAME, "the option round it does not hold")
+        return None
+    is_lone = option.exid == LONE_EXID
+    if is_lone and datagram.payload:
+        raise FrameError(Reason.MALFORMED_FRAME, "a message that goes alone has data beside it")
+    return option.content, is_lone
+
+
+def responder_proof(key: bytes, nonces: bytes, offer_hash: bytes, answer: bytes) -> bytes:
+    """Compute proof_r; the proof field of `answer` is not covered."""
+    return hmac.digest(key, b"datagram-answer" + nonces + offer_hash + without_proof(answer), "sha256")[:PROOF_BYTES]
+
+
+def initiator_proof(key: bytes, nonces: bytes, proof_r: bytes) -> bytes:
+    """Compute proof_i."""
+    return hmac.digest(key, b"datagram-proof" + nonces + proof_r, "sha256")[:PROOF_BYTES]
+
+
+class DatagramFlow(Flow):
+    """What both kinds have in common: the table of states, and a message that is repeated while it is owed."""
+
+    __slots__ = ("repeat_at", "repeats")
+
+    protocol: ClassVar[int] = Protocol.UDP
+
+    def __init__(self, key: bytes, local: LocalToken, state: State, deadline: float) -> None:
+        super().__init__(key, local, state, deadline)
+        self.repeat_at = 0.0
+        """When the enforcer's message is to be sent again, monotonic seconds."""
+        self.repeats = 0
+
+    def advance(self, event: Event) -> None:
+        """Move by the table; raise IllegalEventError and stay where it has no entry."""
+        self.state = next_state(self.state, event, DATAGRAM_TRANSITIONS)
+
+
+class DatagramInitiatorFlow(DatagramFlow):
+    """A flow that the pod opens."""
+
+    __slots__ = ("first", "is_external_allowed", "nonce", "offer", "opened_at", "proof")
+
+    direction: ClassVar[Direction] = Direction.EGRESS
+
+    @property
+    def overdue(self) -> Reason:
+        """Nobody answered."""
+        return Reason.HANDSHAKE_TIMEOUT
+
+    def __init__(self, key: bytes, local: LocalToken, nonce: bytes, now: float, deadline: float) -> None:
+        super().__init__(key, local, State.OPENING, deadline)
+        self.nonce = nonce
+        self.offer = encode_syn(SynFrame(nonce, local.block), TYPE_OFFER)
+        self.proof = b""
+        """The message that carries proof_i, once the answer is verified."""
+        self.opened_at = now
+        self.is_external_allowed = False
+        """Whether policy lets the pod reach this address whoever is there: then its datagrams need not wait."""
+        self.first: tuple[int, UDPDatagram] | None = None
+        """The oldest datagram of the pod's own that waits, which the proof can ride on."""
+
+    def verify(self, message: bytes, answer: SynAckFrame, peer: Peer) -> None:
+        """Check proof_r and compute proof_i; raise ProofError where it was made by another, or for another offer."""
+        key = self.local.pair_key(peer, is_initiator=True)
+        nonces = self.nonce + answer.nonce
+        require_equal(responder_proof(key, nonces, frame_hash(self.offer), message), answer.proof)
+        self.proof = encode_proof(self.nonce, initiator_proof(key, nonces, answer.proof))
+
+
+class DatagramResponderFlow(DatagramFlow):
+    """A flow that is opened to the pod."""
+
+    __slots__ = ("answer", "bare", "expected", "nonce_i", "peer")
+
+    direction: ClassVar[Direction] = Direction.INGRESS
+
+    @property
+    def overdue(self) -> Reason:
+        """What was asked for an identity showed none, or what showed one did not prove it."""
+        return Reason.UNIDENTIFIED_PEER if self.state is State.ASKED else Reason.PROOF_MISSING
+
+    def __init__(self, key: bytes, local: LocalToken, deadline: float) -> None:
+        super().__init__(key, local, State.ASKED, deadline)
+        self.nonce_i = b""
+        self.peer: Peer | None = None
+        self.answer = b""
+        self.bare: dict[int, bytes] = {}
+        """Datagrams that wait, by hold id, as they were before a message was put beside them."""
+        self.expected = b""
+
+    def accept(self, offer: bytes, nonce_i: bytes, peer: Peer, end: tuple[bytes, int], nonce_r: bytes) -> None:
+        """Make the answer to a verified offer; `end` is the pod's own address and port."""
+        key = self.local.pair_key(peer, is_initiator=False)
+        nonces = nonce_i + nonce_r
+        blank = SynAckFrame(nonce_r, *end, bytes(PROOF_BYTES), self.local.block)
+        proof = responder_proof(key, nonces, frame_hash(offer), encode_syn_ack(blank, TYPE_ANSWER))
+        self.answer = encode_syn_ack(blank._replace(proof=proof), TYPE_ANSWER)
+        self.expected = initiator_proof(key, nonces, proof)
+        self.nonce_i = nonce_i
+        self.peer = peer
+        self.advance(Event.OFFER_VERIFIED)
+
+    def verify(self, proof: bytes) -> None:
+        """Check proof_i; raise ProofError where it was made by another, or for another handshake."""
+        require_equal(self.expected, proof)

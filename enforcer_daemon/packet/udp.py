@@ -1,0 +1,147 @@
+# SPDX-License-Identifier: Apache-2.0
+"""UDP datagrams inside IP packets (RFC 768), and their surplus area (RFC 9868).
+
+What lies between the end that the UDP header states and the end that the IP header states is the surplus area. A stack
+that does not know it passes the user data alone to the application. It begins, at an even offset, with the option
+checksum (OCS), which is made so that a checksum over the whole IP payload comes out right as well: that is what
+conntrack and NAT on the way compute, and what they would otherwise call invalid. One option stands in it here, an
+experimental one with an extended length:
+
+    [0] | OCS 2 | kind 127 | 255 | length 2 | ExID 2 | content
+"""
+
+from __future__ import annotations
+
+from struct import Struct
+from typing import NamedTuple
+
+from enforcer_daemon.errors import PacketError
+from enforcer_daemon.packet.checksum import complement, ones_sum
+from enforcer_daemon.packet.ip import IPHeader, decode_ip, with_length
+
+UDP = 17
+UDP_HEADER = 8
+OPTION_EXPERIMENT = 127
+_EXTENDED = 255
+_HEADER = Struct("!HHHH")
+_OPTION = Struct("!HBBHH")
+_OCS_BYTES = 2
+SURPLUS_OVERHEAD = _OPTION.size
+"""Bytes of the surplus area before the option's content, without the one that makes its offset even."""
+
+
+class UDPDatagram(NamedTuple):
+    """One UDP datagram and the packet it lies in; addresses as packed bytes."""
+
+    packet: bytes
+    src: bytes
+    dst: bytes
+    offset: int
+    """Where the UDP header begins."""
+    tail: int
+    """Where the user data ends and the surplus area begins."""
+    end: int
+    """Where the packet ends by its IP header; beyond the bytes at hand where only the beginning was copied."""
+    sport: int
+    dport: int
+
+    @property
+    def has_surplus(self) -> bool:
+        """Whether there is anything between the two ends."""
+        return self.tail < self.end
+
+    @property
+    def payload(self) -> bytes:
+        """Give the user data, as far as it is at hand."""
+        return self.packet[self.offset + UDP_HEADER : self.tail]
+
+
+class SurplusOption(NamedTuple):
+    """The experimental option that a surplus area begins with."""
+
+    exid: int
+    content: bytes
+
+
+def decode_udp(packet: bytes) -> UDPDatagram:
+    """Read a packet that carries UDP; raise PacketError where lengths contradict each other or it is not UDP."""
+    header = decode_ip(packet)
+    if header.protocol != UDP:
+        raise PacketError("not UDP")
+    return decode_udp_datagram(packet, header)
+
+
+def decode_udp_datagram(packet: bytes, header: IPHeader) -> UDPDatagram:
+    """Read the UDP header of a packet whose IP header is known to announce one; raise PacketError."""
+    src, dst, _, offset, end = header
+    if offset + UDP_HEADER > min(end, len(packet)):
+        raise PacketError("UDP header is truncated")
+    sport, dport, length, _ = _HEADER.unpack_from(packet, offset)
+    if length < UDP_HEADER or offset + length > end:
+        raise PacketError(f"UDP length {length} contradicts the packet's")
+    return UDPDatagram(packet, src, dst, offset, offset + length, end, sport, dport)
+
+
+def find_option(datagram: UDPDatagram) -> SurplusOption | None:
+    """Give the experimental option at the beginning of the surplus area; None where there is none that holds.
+
+    The option checksum must be right, and the whole surplus area at hand.
+    """
+    packet, offset, tail, end = datagram.packet, datagram.offset, datagram.tail, datagram.end
+    at = tail + ((tail - offset) & 1)
+    if end > len(packet) or at + SURPLUS_OVERHEAD > end:
+        return None
+    _, kind, marker, length, exid = _OPTION.unpack_from(packet, at)
+    if (kind, marker) != (OPTION_EXPERIMENT, _EXTENDED) or length != end - at - _OCS_BYTES:
+        return None
+    if at > tail and packet[tail]:
+        return None
+    if (ones_sum(packet[at:end]) + end - tail) % 0xFFFF:
+        return None
+    return SurplusOption(exid, packet[at + SURPLUS_OVERHEAD : end])
+
+
+def encode_option(udp_length: int, exid: int, content: bytes) -> bytes:
+    """Write the surplus area that follows a datagram of this UDP length."""
+    padding = bytes(udp_length & 1)
+    head = (OPTION_EXPERIMENT, _EXTENDED, SURPLUS_OVERHEAD - _OCS_BYTES + len(content), exid)
+    length = len(padding) + SURPLUS_OVERHEAD + len(content)
+    ocs = complement(ones_sum(_OPTION.pack(0, *head)) + ones_sum(content) + length)
+    return padding + _OPTION.pack(ocs, *head) + content
+
+
+def with_option(datagram: UDPDatagram, exid: int, content: bytes) -> bytes:
+    """Write the packet again with an option behind the user data, in place of any surplus area.
+
+    Raise PacketError where only the beginning of the packet is at hand. The UDP checksum covers the user data alone, so
+    it stays.
+    """
+    if datagram.tail > len(datagram.packet):
+        raise PacketError("only the beginning of the packet is at hand")
+    surplus = encode_option(datagram.tail - datagram.offset, exid, content)
+    return _rewritten(datagram, surplus)
+
+
+def without_surplus(datagram: UDPDatagram) -> bytes:
+    """Write the packet again as a stack that knows no surplus area reads it."""
+    if datagram.tail > len(datagram.packet):
+        raise PacketError("only the beginning of the packet is at hand")
+    return _rewritten(datagram, b"")
+
+
+def _rewritten(datagram: UDPDatagram, surplus: bytes) -> bytes:
+    packet, offset, tail = datagram.packet, datagram.offset, datagram.tail
+    return with_length(packet, offset, tail - offset + len(surplus)) + packet[offset:tail] + surplus
+
+
+def build_udp(src: bytes, dst: bytes, ports: tuple[int, int], payload: bytes = b"", surplus: bytes = b"") -> bytes:
+    """Write a packet with a datagram: `ports` are source and destination."""
+    length = UDP_HEADER + len(payload)
+    if len(src) == 4:
+        header = b"\x45\x00\x00\x00\x00\x00\x40\x00\x40\x11\x00\x00" + src + dst
+    else:
+        header = b"\x60\x00\x00\x00\x00\x00\x11\x40" + src + dst
+    udp = _HEADER.pack(*ports, length, 0)
+    checksum = complement(ones_sum(src + dst + udp) + ones_sum(payload) + UDP + length)
+    ip_header = with_length(header, len(header), length + len(surplus))
+    return ip_header + udp[:6] + checksum.to_bytes(2, "big") + payload + surplus
