@@ -119,7 +119,7 @@ def render_iptables_addresses(addresses: Iterable[IPAddress], family: Family) ->
 def iptables_chains(rules: EndpointRules, family: Family) -> dict[str, dict[str, tuple[str, ...]]]:
     """Return table -> chain of ours -> its rules."""
     clear: dict[str, tuple[str, ...]] = {"TRIREME-CLEAR": (_CLEAR_PACKET,)}
-    untracked = f"-m mark --mark {UNTRACKED:#x}/{OWN_MASK:#x} -j CT --notrack"
+    untracked = f"-p udp -m mark --mark {UNTRACKED:#x}/{OWN_MASK:#x} -j CT --notrack"
     raw: dict[str, tuple[str, ...]] = {"TRIREME-CLEAR": (untracked, _CLEAR_PACKET)}
     mangle = {
         "TRIREME-INGRESS": tuple(f"-i {name} -g TRIREME-IN" for name in rules.ifnames),
@@ -227,7 +227,11 @@ def render_nft(rules: EndpointRules) -> str:
     bases = {
         # The packet's mark, as the pod's processes and other rules could set it: before anything else saves it, and
         # right before we read it. One before mangle (-150), so that no chain of another table comes in between.
-        "clear_output": ("output", -300, (f"meta mark & {OWN_MASK:#x} == {UNTRACKED:#x} notrack", _nft_clear())),
+        "clear_output": (
+            "output",
+            -300,
+            (f"meta l4proto udp meta mark & {OWN_MASK:#x} == {UNTRACKED:#x} notrack", _nft_clear()),
+        ),
         "clear_prerouting": ("prerouting", -152, (_nft_clear(),)),
         "clear_postrouting": ("postrouting", -152, (_nft_clear(),)),
         "ingress": ("prerouting", -151, (f"iifname {interfaces} goto main_in",)),

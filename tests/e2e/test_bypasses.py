@@ -13,7 +13,7 @@ from ipaddress import ip_address
 import pytest
 
 from enforcer_daemon.handshake.frames import is_frame
-from enforcer_daemon.marks import FORGET, INDEX_MASK, NODE, OWN_MASK, RELEASED, released_mark
+from enforcer_daemon.marks import FORGET, INDEX_MASK, NODE, OWN_MASK, RELEASED, UNTRACKED, released_mark
 from enforcer_daemon.packet.tcp import ACK, PSH, SYN, walk_options
 from enforcer_daemon.reasons import Reason
 from tests.e2e.attack import (
@@ -34,7 +34,7 @@ from triremectl.lab.netns import write_sysctls
 
 pytestmark = pytest.mark.kernel
 
-MARKS = (RELEASED, NODE, FORGET, RELEASED | NODE, released_mark(7), INDEX_MASK, OWN_MASK, 0xFFFF_FFFF)
+MARKS = (UNTRACKED, RELEASED, NODE, FORGET, RELEASED | NODE, released_mark(7), INDEX_MASK, OWN_MASK, 0xFFFF_FFFF)
 MSG_FASTOPEN = 0x2000_0000
 TCP_FASTOPEN = 23
 FAST_OPEN_WITHOUT_COOKIE = 0x607  # net.ipv4.tcp_fastopen: client, server, and neither asks for a cookie
@@ -116,7 +116,7 @@ def test_marks_of_a_process_let_no_datagram_out(world: Lab, port: int, version: 
         for mark in MARKS:
             with marked_socket(world, "shop/caged", mark, version, socket.SOCK_DGRAM) as client:
                 client.sendto(b"let me out", (str(listener.ip), port))
-        await_denial(world, "shop/caged", Reason.PROTOCOL_NOT_AUTHENTICATED, port)
+        await_denial(world, "shop/caged", Reason.EGRESS_DENIED, port)
         time.sleep(SETTLE_S)
         assert listener.received() == []
 
@@ -143,7 +143,7 @@ def test_marks_of_a_sender_let_no_datagram_in(world: Lab, port: int, host: str) 
             listener.socket.setsockopt(socket.SOL_SOCKET, socket.SO_MARK, struct.pack("=I", mark))
             with marked_socket(world, host, mark, kind=socket.SOCK_DGRAM) as client:
                 client.sendto(b"let me in", attack.dialled)
-        attack.refused_for(Reason.PROTOCOL_NOT_AUTHENTICATED)
+        attack.refused_for(Reason.UNIDENTIFIED_PEER)
         assert listener.received() == []
 
 
