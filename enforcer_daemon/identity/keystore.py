@@ -77,8 +77,8 @@ def _issue_identity(settings: Settings, authority: Authority, bundle: TrustBundl
     credential = decode_credential(certificate.public_bytes(serialization.Encoding.DER))
     _require_trusted(bundle, credential, settings, now.timestamp())
     # A crash between the two leaves a certificate of another key, which the next start replaces.
-    _write(settings.state_dir / _KEY, _pem(key))
-    _write(settings.state_dir / _CERTIFICATE, certificate.public_bytes(serialization.Encoding.PEM))
+    write_private(settings.state_dir / _KEY, key_pem(key))
+    write_private(settings.state_dir / _CERTIFICATE, certificate.public_bytes(serialization.Encoding.PEM))
     return NodeIdentity(key, credential, bundle, _renew_at(credential, authority))
 
 
@@ -130,8 +130,8 @@ def _open_authority(settings: Settings, now: datetime) -> Authority:
     certificate_path, key_path = settings.state_dir / "ca.pem", settings.state_dir / "ca.key"
     if not certificate_path.exists() or not key_path.exists():
         authority = make_authority(settings.trust_domain, now)
-        _write(key_path, _pem(authority.key))
-        _write(certificate_path, authority.certificate.public_bytes(serialization.Encoding.PEM))
+        write_private(key_path, key_pem(authority.key))
+        write_private(certificate_path, authority.certificate.public_bytes(serialization.Encoding.PEM))
     return _read_authority(certificate_path, key_path)
 
 
@@ -173,13 +173,14 @@ def _read_key(path: Path) -> ec.EllipticCurvePrivateKey | None:
     raise SettingsError(f"{path} is not a P-256 key; move it away to have a new one made")
 
 
-def _pem(key: ec.EllipticCurvePrivateKey) -> bytes:
+def key_pem(key: ec.EllipticCurvePrivateKey) -> bytes:
+    """Give a private key as PEM (PKCS #8, not encrypted)."""
     return key.private_bytes(
         serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
     )
 
 
-def _write(path: Path, content: bytes) -> None:
+def write_private(path: Path, content: bytes) -> None:
     """Write a private file whole or not at all."""
     partial = path.with_name(path.name + ".new")
     partial.unlink(missing_ok=True)

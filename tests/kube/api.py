@@ -69,6 +69,8 @@ class FakeApi:
         """How long a list waits, by plural."""
         self.token: str | None = None
         """Bearer token that requests must carry; None: any."""
+        self.users: dict[str, Manifest] = {}
+        """By bearer token: username and extra, which replace what the sender of a CSR wrote there."""
         self._tls = tls
         self._sock = sock or _loopback()
         self.address = self._sock.getsockname()[:2]
@@ -228,16 +230,24 @@ class FakeApi:
                 raise ApiError(code, "Fault", "the test wants it so")
             if self.token is not None and request.headers.get("authorization", "") != f"Bearer {self.token}":
                 raise ApiError(401, "Unauthorized", "Unauthorized")
+            if (found := _discovery(request.path)) is not None:
+                return web.json_response(found)
             kind, namespace, name, subresource = _route(request.path)
             if name:
                 return web.json_response(await self._one(request, kind, (namespace, name), subresource))
             if request.query.get("watch") in ("true", "1"):
                 return await self._watch(request, kind, namespace)
             if request.method == "POST":
-                return web.json_response(self.objects.create(kind, namespace, await request.json()), status=201)
+                return web.json_response(self._create(request, kind, namespace, await request.json()), status=201)
             return web.json_response(await self._list(request, kind, namespace))
         except ApiError as fault:
             return web.json_response(fault.as_status(), status=fault.code)
+
+    def _create(self, request: web.Request, kind: Kind, namespace: str, body: Manifest) -> Manifest:
+        if kind[1] == "certificatesigningrequests":
+            user = self.users.get(request.headers.get("authorization", "").removeprefix("Bearer "), {})
+            body["spec"] = {**body["spec"], "username": "", "extra": {}, **user}
+        return self.objects.create(kind, namespace, body)
 
     async def _one(self, request: web.Request, kind: Kind, key: Key, subresource: str) -> Manifest:
         match request.method:
@@ -248,7 +258,9 @@ class FakeApi:
             case "PUT" | "PATCH" as method:
                 body = await request.json()
                 if subresource:  # Only the status is changed by a subresource, whatever else is in the body.
-                    return self.objects.merge(kind, key, {"status": body.get("status")})
+                    version = body.get("metadata", {}).get("resourceVersion")
+                    patch = {"status": body.get("status"), "metadata": {"resourceVersion": version} if version else {}}
+                    return self.objects.merge(kind, key, patch)
                 return (self.objects.replace if method == "PUT" else self.objects.merge)(kind, key, body)
         raise ApiError(405, "MethodNotAllowed", request.method)
 
@@ -324,6 +336,13 @@ class _Watch:
 
     def end(self) -> None:
         self.lines.put_nowait(None)
+
+
+def _discovery(path: str) -> Manifest | None:
+    """Give what is served of a group's version, where that is what is asked for."""
+    parts = path.strip("/").split("/")
+    served = [plural for version, plural in KINDS if len(parts) == 3 and version == "/".join(parts[1:])]
+    return {"kind": "APIResourceList", "resources": [{"name": plural} for plural in served]} if served else None
 
 
 def _route(path: str) -> tuple[Kind, str, str, str]:

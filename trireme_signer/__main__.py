@@ -1,0 +1,156 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Command line of the signer: one of its replicas leads, the others wait."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+import signal
+import socket
+import sys
+import tempfile
+from collections.abc import Mapping
+from datetime import timedelta
+from pathlib import Path
+from typing import Any, NoReturn
+
+import click
+import prometheus_client
+from cryptography import x509
+from kubernetes.aio.leaderelection.electionconfig import Config
+from kubernetes.aio.leaderelection.leaderelection import LeaderElection
+from kubernetes.aio.leaderelection.resourcelock.leaselock import LeaseLock
+
+from enforcer_daemon.errors import EnforcerError, SettingsError
+from enforcer_daemon.identity.credential import TrustBundle
+from enforcer_daemon.kube.client import ApiError, ClusterApi
+from enforcer_daemon.settings import KubernetesSettings, LogSettings
+from enforcer_daemon.telemetry.logs import Logger, open_log
+from trireme_signer.cluster import CONFLICT, Cluster
+from trireme_signer.judging import Grant
+from trireme_signer.rotation import Schedule
+from trireme_signer.service import Service, SignerSettings
+
+_LEASE_S, _RENEW_S, _RETRY_S = 15, 10, 2
+"""How long a lease lasts without renewal, how long renewing is tried, and the pause between tries, seconds."""
+_LEASE = "trireme-signer"
+_LEADS = prometheus_client.Gauge("trireme_signer_leads", "Whether this replica is the one that signs.")
+
+
+@click.command()
+@click.version_option(package_name="trireme")
+@click.option("--kubeconfig", type=click.Path(path_type=Path), help="How to reach the API server; else as a pod.")
+@click.option("--namespace", required=True, help="Of the DaemonSet, its account, and what the signer keeps.")
+@click.option("--trust-domain", default="cluster.local", show_default=True, help="The cluster's name in certificates.")
+@click.option("--signer-name", default="trireme.io/node", show_default=True, help="The requests that are served.")
+@click.option("--service-account", default="trireme-enforcer", show_default=True, help="The account that may ask.")
+@click.option("--daemon-set", default="trireme-enforcer", show_default=True, help="The DaemonSet whose pods may ask.")
+@click.option("--secret", default="trireme-authority", show_default=True, help="Secret with the authorities' keys.")
+@click.option("--bundle", default="trireme-trust-bundle", show_default=True, help="ConfigMap for the trust bundle.")
+@click.option(
+    "--extra-bundle",
+    type=click.Path(path_type=Path, exists=True, dir_okay=False),
+    help="PEM of other trust domains' authorities, to be believed too.",
+)
+@click.option("--certificate-hours", default=24.0, show_default=True, help="The longest certificate of a node.")
+@click.option(
+    "--authority-days", default=365.0, show_default=True, help="Life of an authority; replaced at half of it."
+)
+@click.option("--overlap-hours", default=24.0, show_default=True, help="From making an authority until it signs.")
+@click.option("--metrics-port", default=9471, show_default=True, help="HTTP port for metrics and liveness; 0: none.")
+@click.option("--identity", default=socket.gethostname, help="This replica's name in the lease.  [default: the host's]")
+def main(
+    kubeconfig: Path | None, extra_bundle: Path | None, metrics_port: int, identity: str, **options: str | float
+) -> None:
+    """Sign the certificates of the cluster's nodes for the enforcer's DaemonSet."""
+    log = open_log(LogSettings(), replica=identity)
+    try:
+        settings = _settings(extra_bundle, options)
+        if metrics_port:
+            prometheus_client.start_http_server(metrics_port)
+        with tempfile.TemporaryDirectory(prefix="trireme-signer-") as scratch:
+            api = ClusterApi(KubernetesSettings(enabled=True, kubeconfig=kubeconfig), Path(scratch) / "kubeconfig")
+            asyncio.run(_run(api, settings, identity, log))
+    except* (EnforcerError, OSError, ValueError) as group:
+        for problem in group.exceptions:
+            log.error("cannot go on", error=str(problem))
+        sys.exit(1)
+
+
+def _settings(extra_bundle: Path | None, options: Mapping[str, Any]) -> SignerSettings:
+    life, overlap = timedelta(days=options["authority_days"]), timedelta(hours=options["overlap_hours"])
+    certificate = timedelta(hours=options["certificate_hours"])
+    if not timedelta(0) < 2 * (overlap + certificate) < life:
+        raise SettingsError("--authority-days: half of it must be more than --overlap-hours and --certificate-hours")
+    grant = Grant(
+        options["signer_name"],
+        options["trust_domain"],
+        options["namespace"],
+        options["service_account"],
+        options["daemon_set"],
+        int(certificate.total_seconds()),
+    )
+    extra = "" if extra_bundle is None else extra_bundle.read_text(encoding="ascii")
+    if extra:
+        TrustBundle(x509.load_pem_x509_certificates(extra.encode()))  # Nobody is told of what cannot be read.
+    return SignerSettings(grant, Schedule(life, overlap, certificate), options["secret"], options["bundle"], extra)
+
+
+async def _run(api: ClusterApi, settings: SignerSettings, identity: str, log: Logger) -> None:
+    """Stand for election, and work when elected; return at SIGTERM, raise EnforcerError when the lease is lost."""
+    loop, over = asyncio.get_running_loop(), asyncio.Event()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, over.set)
+    await api.open()
+    try:
+        async with asyncio.TaskGroup() as tasks:
+            candidacy = tasks.create_task(_stand(api, settings, identity, log))
+            await over.wait()
+            candidacy.cancel()
+    finally:
+        await api.close()
+    log.info("stopped")
+
+
+async def _stand(api: ClusterApi, settings: SignerSettings, identity: str, log: Logger) -> NoReturn:
+    failed: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+
+    async def lead() -> None:
+        log.info("leads", signer=settings.grant.signer_name)
+        _LEADS.set(1)
+        try:
+            await Service(api, settings, KubernetesSettings(enabled=True), log, random.random).lead()
+        except EnforcerError as err:
+            failed.set_exception(err)
+
+    async def stop() -> None:
+        _LEADS.set(0)
+
+    await _ensure_lease(Cluster(api), settings.grant.namespace)
+    lock = LeaseLock(_LEASE, settings.grant.namespace, identity, api.client)
+    config = Config(lock, _LEASE_S, _RENEW_S, _RETRY_S, lead, stop)
+    election = asyncio.ensure_future(LeaderElection(config).run())
+    try:
+        await asyncio.wait((election, failed), return_when=asyncio.FIRST_COMPLETED)
+    finally:
+        election.cancel()
+    for ended in (failed, election):
+        if ended.done() and (err := ended.exception()) is not None:
+            raise EnforcerError(f"cannot lead: {err}") from err
+    raise EnforcerError("the lease was lost: another replica leads")
+
+
+async def _ensure_lease(cluster: Cluster, namespace: str) -> None:
+    """Make the lease where there is none: the client's own way of creating one fails (pretty=True is no string)."""
+    path = f"/apis/coordination.k8s.io/v1/namespaces/{namespace}/leases"
+    lease = {"apiVersion": "coordination.k8s.io/v1", "kind": "Lease", "metadata": {"name": _LEASE}, "spec": {}}
+    try:
+        if await cluster.find(f"{path}/{_LEASE}") is None:
+            await cluster.create(path, lease)
+    except ApiError as err:
+        if err.status != CONFLICT:
+            raise
+
+
+if __name__ == "__main__":
+    main()
