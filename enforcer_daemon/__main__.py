@@ -6,15 +6,16 @@ from __future__ import annotations
 import asyncio
 import os
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import click
 import uvloop
 
-from enforcer_daemon.daemon.run import Daemon
+from enforcer_daemon.daemon.run import serve
 from enforcer_daemon.errors import EnforcerError
-from enforcer_daemon.settings import Settings, load_settings
-from enforcer_daemon.telemetry.logs import Logger, open_log
+from enforcer_daemon.settings import load_settings
+from enforcer_daemon.telemetry.logs import open_log
 
 EXIT_FAILED = 1
 EXIT_SETTINGS = 2
@@ -48,15 +49,20 @@ def main(config: Path, node: str | None, *, check_config: bool) -> None:
     log = open_log(settings.log, node=settings.node)
     try:
         with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
-            runner.run(_serve(settings, log))
+            runner.run(serve(settings, log))
     except* EnforcerError as group:
-        for problem in group.exceptions:
+        for problem in _leaves(group):
             log.error("cannot go on", error=str(problem))
         sys.exit(EXIT_FAILED)
 
 
-async def _serve(settings: Settings, log: Logger) -> None:
-    await Daemon(settings, log).run()
+def _leaves(error: BaseException) -> Iterator[BaseException]:
+    """Give what failed in the end, however deep the groups of tasks."""
+    if isinstance(error, BaseExceptionGroup):
+        for inner in error.exceptions:
+            yield from _leaves(inner)
+    else:
+        yield error
 
 
 if __name__ == "__main__":

@@ -69,6 +69,9 @@ class CredentialSettings:
     """PEM of its key, with source files; may be the same file."""
     signer_name: str = "trireme.io/node"
     """Who is asked to sign, with source kubernetes."""
+    bundle_config_map: str = "trireme/trireme-trust-bundle"
+    """Namespace and name of the ConfigMap with the trust bundle (entry bundle.pem), with source kubernetes where
+    trust_bundle is unset."""
     ca_certificate: Path | None = None
     """PEM of the authority that signs this node's certificate; unset: the daemon makes one in its state directory."""
     ca_key: Path | None = None
@@ -252,7 +255,7 @@ def _check(settings: Settings) -> None:
     credentials = settings.credentials
     if (credentials.ca_certificate is None) != (credentials.ca_key is None):
         raise SettingsError("credentials.caCertificate and credentials.caKey: set both or none")
-    _check_source(credentials)
+    _check_source(credentials, settings.kubernetes.enabled)
     for key, name in (("node", settings.node), ("trustDomain", settings.trust_domain)):
         if not _NAME.fullmatch(name):
             raise SettingsError(f"{key}: must be a DNS name in lower case: it is part of the certificate")
@@ -308,8 +311,12 @@ def _check_times(handshake: HandshakeSettings) -> None:
         raise SettingsError("handshake.clockLeewayS: must not be negative")
 
 
-def _check_source(credentials: CredentialSettings) -> None:
+def _check_source(credentials: CredentialSettings, has_cluster: bool) -> None:
     """Refuse keys that another source would need: somebody believes that they count."""
+    if credentials.source is CredentialSource.KUBERNETES and not has_cluster:
+        raise SettingsError("credentials.source: kubernetes needs kubernetes.enabled")
+    if not re.fullmatch(r"[a-z0-9-]+/[a-z0-9.-]+", credentials.bundle_config_map, re.ASCII):
+        raise SettingsError("credentials.bundleConfigMap: must be NAMESPACE/NAME")
     given = {"certificate": credentials.certificate, "key": credentials.key}
     authority = {"caCertificate": credentials.ca_certificate, "caKey": credentials.ca_key}
     wanted = {**given, "trustBundle": credentials.trust_bundle} if credentials.source is CredentialSource.FILES else {}

@@ -14,9 +14,9 @@ from typing import Any
 
 import prometheus_client
 from cryptography.hazmat.primitives import serialization
-from enforcer_daemon.kube.client import NOT_FOUND, ApiError
 
 from enforcer_daemon.identity.authority import Authority, issue_credential
+from enforcer_daemon.kube.client import NOT_FOUND, ApiError
 from enforcer_daemon.telemetry.logs import Logger
 from trireme_signer.cluster import CONFLICT, Cluster, Manifest
 from trireme_signer.judging import Grant, Granted, RefusedError, Requester, Witnesses, identify, judge

@@ -55,6 +55,8 @@ class Node:
         self._log = log
         self._wall_clock = wall_clock
         self._keys = NodeKeys(settings, wall_clock())
+        self.outside_problem: Callable[[], str] = lambda: ""
+        """Says why whoever brings the keys cannot bring newer ones; empty where all is well."""
         self.conntrack = Conntrack()
         self.verifier = PeerVerifier(self.keys.bundle, settings.handshake)
         self.addresses: frozenset[IPAddress] = frozenset()
@@ -107,7 +109,7 @@ class Node:
 
     def key_problems(self) -> list[str]:
         """Say what an operator should mend about keys, certificate and bundle."""
-        return self._keys.problems(self._wall_clock())
+        return [*filter(None, [self.outside_problem()]), *self._keys.problems(self._wall_clock())]
 
     def sign(self, identity: Identity) -> LocalToken:
         """Sign a fresh token with a fresh ephemeral key; it ends no later than the node's certificate."""

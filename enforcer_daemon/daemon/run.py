@@ -23,13 +23,14 @@ from enforcer_daemon.dataplane.addresses import watch_addresses
 from enforcer_daemon.dataplane.backends import choose_backend
 from enforcer_daemon.dataplane.guard import Guard
 from enforcer_daemon.errors import DataplaneError, SettingsError
+from enforcer_daemon.kube.credentials import ClusterCredentials
 from enforcer_daemon.kube.source import ClusterSource
 from enforcer_daemon.model import IPAddress
 from enforcer_daemon.registration.admin import AdminServer
 from enforcer_daemon.registration.deletions import drain
 from enforcer_daemon.registration.registry import Registry
 from enforcer_daemon.registration.server import RegistrationServer
-from enforcer_daemon.settings import NetworkSettings, Settings
+from enforcer_daemon.settings import CredentialSource, NetworkSettings, Settings
 from enforcer_daemon.sources.directory import DirectorySource
 from enforcer_daemon.sources.manifests import World
 from enforcer_daemon.telemetry.logs import Logger
@@ -41,13 +42,32 @@ _UPKEEP_S = 1.0
 """How often the clock, tokens, queued deletions and vanished namespaces are looked at, seconds."""
 
 
+async def serve(settings: Settings, log: Logger) -> None:
+    """Run the daemon until SIGTERM or SIGINT; raise EnforcerError where something that is needed fails.
+
+    Where the node's certificate comes from the cluster, the first one is awaited here, however long that takes: no pod
+    can be registered before it, so kubelet waits too.
+    """
+    if settings.credentials.source is not CredentialSource.KUBERNETES:
+        await Daemon(settings, log).run()
+        return
+    credentials = ClusterCredentials(settings, log)
+    async with asyncio.TaskGroup() as tasks:
+        following = tasks.create_task(credentials.run(), name="credentials")
+        await credentials.until_there()
+        await Daemon(settings, log, credentials).run()
+        following.cancel()
+
+
 class Daemon:
     """The parts, wired."""
 
-    def __init__(self, settings: Settings, log: Logger) -> None:
+    def __init__(self, settings: Settings, log: Logger, credentials: ClusterCredentials | None = None) -> None:
         self._settings = settings
         self._log = log
         self._node = Node(settings, log)
+        if credentials is not None:
+            self._node.outside_problem = lambda: credentials.problem
         self._metrics = Metrics(self._node.context.bound_hits)
         backend = choose_backend(settings.dataplane.rules_backend)
         run_dir = settings.registration.run_dir

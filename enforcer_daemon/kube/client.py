@@ -93,6 +93,13 @@ class ClusterApi:
             self._client = None
 
     @property
+    def client(self) -> ApiClient:
+        """The official client, for those of its parts that need it; raise ApiError before it is opened."""
+        if self._client is None:
+            raise ApiError("the API client is closed")
+        return self._client
+
+    @property
     def server(self) -> str:
         """Where the API server is."""
         return "" if self._client is None else str(self._client.configuration.host)
@@ -100,6 +107,11 @@ class ClusterApi:
     async def get(self, path: str, query: Mapping[str, str], silence_s: float) -> bytes:
         """Give the body of an answer; raise ApiError."""
         async with self._answer(path, query, silence_s) as response:
+            return await response.read()
+
+    async def send(self, method: str, path: str, body: bytes, silence_s: float) -> bytes:
+        """Send a JSON object, and give the body of the answer; raise ApiError."""
+        async with self._answer(path, {}, silence_s, method, json.loads(body)) as response:
             return await response.read()
 
     async def lines(self, path: str, query: Mapping[str, str], silence_s: float) -> AsyncIterator[bytes]:
@@ -119,7 +131,7 @@ class ClusterApi:
 
     @asynccontextmanager
     async def _answer(
-        self, path: str, query: Mapping[str, str], silence_s: float
+        self, path: str, query: Mapping[str, str], silence_s: float, method: str = "GET", body: object = None
     ) -> AsyncIterator[aiohttp.ClientResponse]:
         client = self._client
         if client is None:
@@ -127,7 +139,12 @@ class ClusterApi:
         response: aiohttp.ClientResponse | None = None
         try:
             request = await client.param_serialize(
-                "GET", path, query_params=list(query.items()), auth_settings=["BearerToken"]
+                method,
+                path,
+                query_params=list(query.items()),
+                header_params={"Content-Type": "application/json"},
+                body=body,
+                auth_settings=["BearerToken"],
             )
             timeout = aiohttp.ClientTimeout(total=None, sock_connect=_CONNECT_S, sock_read=silence_s)
             response = (await client.call_api(*request, _request_timeout=timeout)).response

@@ -70,7 +70,7 @@ class FakeApi:
         self.token: str | None = None
         """Bearer token that requests must carry; None: any."""
         self.users: dict[str, Manifest] = {}
-        """By bearer token: username and extra, which replace what the sender of a CSR wrote there."""
+        """By bearer token or sender's address: username and extra, which replace what a CSR's sender wrote there."""
         self._tls = tls
         self._sock = sock or _loopback()
         self.address = self._sock.getsockname()[:2]
@@ -245,7 +245,8 @@ class FakeApi:
 
     def _create(self, request: web.Request, kind: Kind, namespace: str, body: Manifest) -> Manifest:
         if kind[1] == "certificatesigningrequests":
-            user = self.users.get(request.headers.get("authorization", "").removeprefix("Bearer "), {})
+            token = request.headers.get("authorization", "").removeprefix("Bearer ")
+            user = self.users.get(token) or self.users.get(request.remote or "", {})
             body["spec"] = {**body["spec"], "username": "", "extra": {}, **user}
         return self.objects.create(kind, namespace, body)
 

@@ -19,8 +19,9 @@ _BOUND = "authentication.kubernetes.io/"
 
 def add_node(api: FakeApi, node: str) -> str:
     """Put a node with its pod of the DaemonSet into the cluster; give the pod's token."""
+    if not any(found["metadata"]["name"] == node for found in api.all("Node")):
+        api.put({"apiVersion": "v1", "kind": "Node", "metadata": {"name": node}})
     api.put(
-        {"apiVersion": "v1", "kind": "Node", "metadata": {"name": node, "uid": f"uid-{node}"}},
         {
             "apiVersion": "apps/v1",
             "kind": "DaemonSet",
@@ -46,7 +47,7 @@ def add_node(api: FakeApi, node: str) -> str:
             f"{_BOUND}pod-name": [f"{ACCOUNT}-{node}"],
             f"{_BOUND}pod-uid": [f"uid-pod-{node}"],
             f"{_BOUND}node-name": [node],
-            f"{_BOUND}node-uid": [f"uid-{node}"],
+            f"{_BOUND}node-uid": [api.get("Node", "", node)["metadata"]["uid"]],
         },
     }
     return token

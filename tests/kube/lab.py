@@ -48,6 +48,10 @@ class KubeLab(Lab):
         self._objects = objects
 
     def _start_daemons(self) -> None:
+        self._start_api()
+        super()._start_daemons()
+
+    def _start_api(self) -> None:
         sock = open_socket(self.place("host:api").netns, socket.AF_INET, socket.SOCK_STREAM)
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         sock.bind((_ADDRESS, _PORT))
@@ -60,7 +64,6 @@ class KubeLab(Lab):
         self.world = replace(
             self.world, settings=overlay(settings, {"kubernetes": {"kubeconfig": str(kubeconfig)}}), manifests=()
         )
-        super()._start_daemons()
 
     def add_pod(self, spec: PodSpec) -> Place:
         self.api.put(cluster_pod(spec))

@@ -45,7 +45,9 @@ def settings_of(tmp_path: Path, node: str, **more: Any) -> Settings:
     state = tmp_path / node
     state.mkdir(mode=0o700, exist_ok=True)
     credentials = {"source": "kubernetes", **more}
-    return decode_settings({"node": node, "stateDir": str(state), "credentials": credentials})
+    return decode_settings(
+        {"node": node, "stateDir": str(state), "credentials": credentials, "kubernetes": {"enabled": True}}
+    )
 
 
 def bundle_of(api: FakeApi) -> str | None:

@@ -124,9 +124,15 @@ def test_what_cannot_be_used_is_refused_by_name(tmp_path: Path, spoil: Callable[
         ({"source": "kubernetes", "key": "/b"}, r"credentials\.key: has no meaning"),
         ({"source": "kubernetes", "caCertificate": "/a", "caKey": "/b"}, r"credentials\.caCertificate: has no meaning"),
         ({"certificate": "/a"}, r"credentials\.certificate: has no meaning"),
+        ({"bundleConfigMap": "bundle"}, r"credentials\.bundleConfigMap: must be NAMESPACE/NAME"),
         ({"source": "vault"}, r"credentials\.source: must be one of"),
     ],
 )
 def test_settings_that_contradict_each_other(credentials: dict[str, str], message: str) -> None:
     with pytest.raises(SettingsError, match=message):
-        decode_settings({"node": "n", "credentials": credentials})
+        decode_settings({"node": "n", "credentials": credentials, "kubernetes": {"enabled": True}})
+
+
+def test_requests_to_the_cluster_need_one() -> None:
+    with pytest.raises(SettingsError, match=r"kubernetes needs kubernetes\.enabled"):
+        decode_settings({"node": "n", "credentials": {"source": "kubernetes"}})

@@ -1,0 +1,113 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Two nodes with certificates from the cluster's signer talk under policy, also while the authority changes."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.e2e.operation_world import HTTP, NODES, RESET, app, pod, policy
+from tests.kube.cluster import NAMESPACE, add_node
+from tests.kube.lab import KubeLab
+from triremectl.lab import Outcome, Tools, WorldSpec
+from triremectl.lab.netns import exec_prefix
+from triremectl.lab.node import Node
+from triremectl.lab.settings import overlay
+
+pytestmark = pytest.mark.kernel
+
+CREDENTIALS = {"credentials": {"source": "kubernetes", "caCertificate": None, "caKey": None}}
+ALLOW = policy("allow", "server", ingress=[{"from": [app("client")]}])
+PODS = (pod("client", "a"), pod("server", "b"), pod("other", "a"))
+
+
+class SignedLab(KubeLab):
+    """A lab whose nodes have nothing but an account; the signer runs beside the API server."""
+
+    signer: subprocess.Popen[bytes]
+
+    def _start_api(self) -> None:
+        super()._start_api()
+        for node in self.world.nodes:
+            token = add_node(self.api, node.name)
+            for address in node.addresses:
+                self.api.users[str(address)] = self.api.users[token]
+        kubeconfig = self.api.write_kubeconfig(self.directory / "signer.kubeconfig")
+        argv = [
+            sys.executable, "-m", "trireme_signer", "--kubeconfig", str(kubeconfig), "--namespace", NAMESPACE,
+            "--metrics-port", "0", "--identity", "signer", "--overlap-hours", "0.001",
+        ]  # fmt: skip
+        log = self._stack.enter_context((self.directory / "signer.log").open("ab"))
+        netns = exec_prefix(self.place("host:api").netns)
+        self.signer = subprocess.Popen([*netns, *argv], stderr=log)
+        self._stack.callback(self.signer.wait)
+        self._stack.callback(self.signer.terminate)
+
+
+@pytest.fixture(scope="module")
+def lab(plugin: Path) -> Iterator[SignedLab]:
+    world = WorldSpec(NODES, pods=PODS, manifests=(ALLOW,), settings=overlay(RESET, CREDENTIALS))
+    with SignedLab(world, Tools(plugin=plugin)) as lab:
+        yield lab
+
+
+def status(node: Node) -> Any:
+    return node.status()
+
+
+def await_that(holds: Callable[[], object], what: str, timeout_s: float = 60.0) -> None:
+    deadline = time.monotonic() + timeout_s
+    while not holds():
+        assert time.monotonic() < deadline, what
+        time.sleep(0.05)
+
+
+def test_pods_are_judged_by_identities_that_the_cluster_certified(lab: SignedLab) -> None:
+    assert lab.probe("x/client", "x/server", HTTP.number).outcome is Outcome.CONNECTED
+    assert lab.probe("x/other", "x/server", HTTP.number).outcome.is_denied
+    for node in lab.nodes.values():
+        found = status(node)
+        assert found["key_problems"] == []
+        assert [entry["trust_domain"] for entry in found["bundle"]] == ["cluster.local"]
+        assert not list(Path(node.directories.state).glob("ca*")), "no authority's key is on a node"
+
+
+def test_no_connection_is_lost_while_the_authority_changes(lab: SignedLab) -> None:
+    time.sleep(1.1)  # Certificates know whole seconds.
+    asked = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
+    annotations = {"trireme.io/replace-authorities-made-before": asked}
+    before = {node.name: status(node)["bundle"] for node in lab.nodes.values()}
+    lab.api.patch("Secret", NAMESPACE, "trireme-authority", {"metadata": {"annotations": annotations}})
+
+    def has_both() -> bool:
+        assert lab.probe("x/client", "x/server", HTTP.number).outcome is Outcome.CONNECTED
+        return all(len(status(node)["bundle"]) == 2 for node in lab.nodes.values())
+
+    await_that(has_both, "the new authority did not reach both nodes")
+    for node in lab.nodes.values():  # What a renewal comes to, without the wait of two thirds of a day.
+        (Path(node.directories.state) / "node-credential.pem").unlink()
+
+    def is_renewed() -> bool:
+        assert lab.probe("x/client", "x/server", HTTP.number).outcome is Outcome.CONNECTED
+        return len(lab.api.all("CertificateSigningRequest")) >= 4 and all(
+            not status(node)["key_problems"] for node in lab.nodes.values()
+        )
+
+    await_that(is_renewed, "no new certificates")
+    assert before["a"] == before["b"]
+    assert lab.probe("x/client", "x/server", HTTP.number).outcome is Outcome.CONNECTED
+    assert lab.probe("x/other", "x/server", HTTP.number).outcome.is_denied
+
+
+def test_a_restart_needs_neither_signer_nor_api_server(lab: SignedLab) -> None:
+    lab.signer.terminate()
+    lab.signer.wait()
+    with lab.api.away():
+        lab.node("a").restart()
+        assert lab.probe("x/client", "x/server", HTTP.number).outcome is Outcome.CONNECTED
