@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from enforcer_daemon.dataplane.addresses import interface, node_addresses, watch_addresses
+from enforcer_daemon.dataplane.backends import choose_backend
 from enforcer_daemon.dataplane.netns import (
     current_netns,
     netns_id,
@@ -24,6 +25,7 @@ from enforcer_daemon.dataplane.netns import (
 from enforcer_daemon.dataplane.tools import run, run_in
 from enforcer_daemon.errors import DataplaneError, NetnsError
 from enforcer_daemon.model import IPAddress
+from enforcer_daemon.settings import RulesBackend
 
 pytestmark = [pytest.mark.kernel, pytest.mark.stock_kernel]
 
@@ -81,6 +83,7 @@ def test_namespaces_are_told_apart(netns: int) -> None:
 
 
 def test_conntrack_is_tuned_inside_alone(netns: int) -> None:
+    choose_backend(RulesBackend.AUTO)  # The first thing that a daemon does; its rules load the kernel's module.
     name = "netfilter.nf_conntrack_tcp_timeout_time_wait"
     here = current_netns()
     try:
