@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from benchmarks import changes, connections, decisions
+from benchmarks import changes, connections, decisions, floods
 
 if __name__ == "__main__":
     connections.main()
@@ -11,3 +11,5 @@ if __name__ == "__main__":
     decisions.main()
     print()
     changes.main()
+    print()
+    floods.main()

@@ -118,10 +118,16 @@ def dropped_by_kernel(lab: Lab) -> Iterator[None]:
         lab.run("bench/victim", "iptables", "-t", "raw", "-D", *rule)
 
 
-def connect(lab: Lab, connections: int = _CONNECTIONS, clients: int = _CLIENTS) -> dict[str, float]:
-    """Measure the good pair."""
-    arguments = str(lab.address_of("bench/server")), str(PORT), str(connections // clients), str(clients)
-    output = lab.run("bench/client", sys.executable, str(_LOAD), "connect", *arguments)
+def connect(
+    lab: Lab,
+    connections: int = _CONNECTIONS,
+    clients: int = _CLIENTS,
+    pair: tuple[str, str] = ("bench/client", "bench/server"),
+) -> dict[str, float]:
+    """Measure a pair of pods, by default the good one; raise LabError where a connection fails."""
+    source, target = pair
+    arguments = str(lab.address_of(target)), str(PORT), str(connections // clients), str(clients)
+    output = lab.run(source, sys.executable, str(_LOAD), "connect", *arguments)
     result: dict[str, float] = json.loads(output)
     return result
 
