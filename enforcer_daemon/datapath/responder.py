@@ -191,6 +191,10 @@ class Responder:
         """Let nothing through to the pod before the initiator's proof."""
         if segment.flags & RST:
             if segment.seq != (flow.offer.isn + 1) & _NUMBERS:
+                if flow.state is State.OFFERED:
+                    # It answers a challenge ACK for the last connection of these ports (RFC 5961), which the pod's
+                    # kernel still has; the peer sends its SYN again.
+                    return bare_reset(segment)
                 raise PeerError(Reason.UNKNOWN_FLOW, "RST outside the handshake")
             self.flows.discard(flow)
             return bare_reset(segment)._replace(effects=self._context.settle_held(flow, DROP))

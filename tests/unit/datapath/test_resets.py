@@ -95,3 +95,23 @@ def test_a_challenge_ack_of_the_last_connection_reaches_the_kernel() -> None:
     assert connection.client.send(reset) == [reset]
     (syn,) = connection.client.send(connection.syn(), now=2.0)
     assert connection.server.receive(syn, now=2.0) == [connection.syn()]
+
+
+def test_a_rst_that_ends_the_last_connection_of_these_ports_reaches_the_servers_kernel() -> None:
+    """The server's kernel still has that one, and answers a SYN by a challenge ACK; only the RST makes it give way."""
+    connection = Connection(*make_pair())
+    client, server = connection.client, connection.server
+    (syn,) = client.send(connection.syn())
+    assert len(server.receive(syn)) == 1
+    ports = 40_000, 80
+    challenge = build(server.address, client.address, ports[::-1], (900, 800), ACK, 502)
+    (delivered,) = server.send(challenge)
+    assert client.receive(delivered) == [challenge]
+    reset = build(client.address, server.address, ports, (800, 0), RST, 0)
+    (answer,) = client.send(reset)
+    assert server.receive(answer) == [reset]
+    assert server.reasons() == ["not-isolated"]
+    (again,) = client.send(connection.syn(), now=2.0)
+    assert server.receive(again, now=2.0) == [connection.syn()]
+    (syn_ack,) = server.send(connection.syn_ack(), now=2.0)
+    assert client.receive(syn_ack, now=2.0) == [connection.syn_ack()]
