@@ -94,10 +94,11 @@ class PeerVerifier:
                 raise TokenError(Reason.TOKEN_EXPIRED, str(peer.identity.pod))
             return peer
         der, token = decode_block(block)
-        block_hash, der_hash = frame_hash(block), frame_hash(der)
+        is_known = der in self._credentials
+        block_hash, der_hash = frame_hash(block), b"" if is_known else frame_hash(der)
         _refuse_again(self._refused.get(block_hash))
         _refuse_again(self._refused_credentials.get(der_hash))
-        self._allowance.take(source, is_pod=is_pod, is_credential_known=der in self._credentials, now=now)
+        self._allowance.take(source, is_pod=is_pod, is_credential_known=is_known, now=now)
         try:
             peer = self._verify_signatures(der, token, wall_now)
         except PeerError as err:

@@ -72,9 +72,14 @@ class FlowLog:
         self._wall_clock = wall_clock
         self._repetitions: dict[_Kind, _Repetition] = {}
         self._unwritten = 0
-        self.recent: deque[Denial] = deque(maxlen=_MAX_RECENT)
+        self._recent: deque[tuple[FlowReport, float]] = deque(maxlen=_MAX_RECENT)
         self._counts: dict[DecisionKind, int] = {}
         self._is_debug = log.is_enabled_for(logging.DEBUG)
+
+    @property
+    def recent(self) -> list[Denial]:
+        """The last denials, oldest first; written out only when somebody asks, since a flood is many of them."""
+        return [_denial(report, when) for report, when in self._recent]
 
     def counts(self) -> dict[str, int]:
         """Give the number of decisions by reason."""
@@ -97,7 +102,7 @@ class FlowLog:
 
     def _take_denial(self, report: FlowReport) -> None:
         now = self._wall_clock()
-        self.recent.append(_denial(report, now))
+        self._recent.append((report, now))
         kind = (report.direction, report.remote, report.port, report.protocol, report.reason)
         repetition = self._repetitions.get(kind)
         if repetition is not None and now - repetition.written_at < QUIET_S:
