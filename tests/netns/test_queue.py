@@ -139,12 +139,20 @@ def test_a_turn_is_bounded_and_shorter_while_there_is_a_backlog(lab: Lab) -> Non
         with lab.socket(lab.remote, 4, socket.SOCK_DGRAM) as client:
             for _ in range(21):
                 client.sendto(b"x", (POD[4], 53))
+            assert wait_until(lambda: waiting(lab) == 21)
             assert [queue.read_turn() for _ in range(5)] == [16, 2, 2, 1, 0]
             for _ in range(3):
                 client.sendto(b"x", (POD[4], 53))
+            assert wait_until(lambda: waiting(lab) == 3)
             assert queue.read_turn() == 3
     finally:
         queue.close()
+
+
+def waiting(lab: Lab) -> int:
+    """Return how many packets wait for a verdict, by the kernel's count."""
+    path = Path("/proc/thread-self/net/netfilter/nfnetlink_queue")
+    return int(open_in(lab.pod, lambda: path.read_text(encoding="ascii")).split()[2])
 
 
 def send_datagrams(lab: Lab, count: int, length: int = 1_000) -> None:
@@ -158,9 +166,12 @@ def test_packets_that_the_socket_has_no_room_for_are_counted(lab: Lab) -> None:
     judge = Recorder(lambda *_: DROP)
     queue = PacketQueue.open(lab.pod, settings, judge, on_error=silent)
     try:
+        send_datagrams(lab, 1)  # So that none of the others waits for ARP, which has a bound of its own.
+        assert wait_until(lambda: queue.read_turn() == 1)
+        judge.seen.clear()
         send_datagrams(lab, 200)
-        while queue.read_turn():
-            pass
+        assert wait_until(lambda: queue.count_lost().buffer + waiting(lab) == 200)
+        assert wait_until(lambda: queue.read_turn() == 0 and waiting(lab) == 0)
         assert 0 < len(judge.seen) < 200
         assert queue.count_lost() == queue.lost == LostPackets(buffer=200 - len(judge.seen))
     finally:
@@ -173,8 +184,8 @@ def test_packets_that_the_queue_has_no_room_for_are_counted(lab: Lab) -> None:
     queue = PacketQueue.open(lab.pod, settings, judge, on_error=silent)
     try:
         send_datagrams(lab, 50)
+        assert wait_until(lambda: queue.count_lost() == LostPackets(queue=40))
         assert wait_until(lambda: queue.read_turn() == 0 and len(judge.seen) == 10)
-        assert queue.count_lost() == LostPackets(queue=40)
     finally:
         queue.close()
 
@@ -199,7 +210,9 @@ def test_a_queue_is_served_again_after_its_buffer_was_full(
         try:
             for _ in range(3):
                 is_judged.clear()
-                send_datagrams(lab, 200)  # While the loop waits.
+                lost = queue.lost.buffer
+                send_datagrams(lab, 200)
+                assert wait_until(lambda lost=lost: queue.count_lost().buffer > lost)  # type: ignore[misc]
                 async with asyncio.timeout(20):
                     await is_judged.wait()
                 while queue.read_turn():
@@ -267,8 +280,7 @@ def test_close_leaves_no_descriptor_and_no_namespace() -> None:
         queue = PacketQueue.open(lab.pod, SETTINGS, judge, on_error=silent)
         with lab.socket(lab.remote, 4, socket.SOCK_DGRAM) as client:
             client.sendto(b"x", (POD[4], 53))
-        queue.read_turn()
-        assert queue.held_packets == 1
+        assert wait_until(lambda: queue.read_turn() == 0 and queue.held_packets == 1)
         queue.carry_out((Inject(tcp_packet((POD[4], 1), (REMOTE[4], 2), SYN)),))
         queue.close()
         queue.close()
