@@ -42,7 +42,7 @@ REASONS: dict[Flood, Reason] = {
     flood_packets.token_churn: Reason.VERIFY_RATE,
     flood_packets.unknown_acks: Reason.UNKNOWN_FLOW,
     flood_packets.unknown_data: Reason.UNKNOWN_FLOW,
-    flood_packets.datagrams: Reason.PROTOCOL_NOT_AUTHENTICATED,
+    flood_packets.datagrams: Reason.UNIDENTIFIED_PEER,
 }
 
 
