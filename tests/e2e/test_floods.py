@@ -23,7 +23,7 @@ pytestmark = pytest.mark.kernel
 
 PER_SOURCE = 300
 SETTINGS = {
-    "handshake": {"timeoutS": 2, "maxHalfOpenFlowsPerSource": PER_SOURCE},
+    "handshake": {"timeoutS": 2, "maxHalfOpenFlowsPerSource": PER_SOURCE, "maxVerificationsPerS": 50},
     "dataplane": {"queueLength": 512},
 }
 """Bounds that a second of flood reaches on any machine, and handshakes that are forgotten soon."""
