@@ -11,17 +11,20 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
 from tests.e2e.operation_world import HTTP, NODES, RESET, app, pod, policy
 from tests.kube.cluster import NAMESPACE, add_node
 from tests.kube.lab import KubeLab
-from triremectl.lab import Outcome, Tools, WorldSpec
+from tests.kube.rbac import grants
+from triremectl.lab import Lab, LabError, Outcome, Tools, WorldSpec
 from triremectl.lab.netns import exec_prefix
 from triremectl.lab.node import Node
 from triremectl.lab.settings import overlay
 
 pytestmark = pytest.mark.kernel
 
+ROOT = Path(__file__).parents[2]
 CREDENTIALS = {"credentials": {"source": "kubernetes", "caCertificate": None, "caKey": None}}
 ALLOW = policy("allow", "server", ingress=[{"from": [app("client")]}])
 PODS = (pod("client", "a"), pod("server", "b"), pod("other", "a"))
@@ -38,7 +41,7 @@ class SignedLab(KubeLab):
             token = add_node(self.api, node.name)
             for address in node.addresses:
                 self.api.users[str(address)] = self.api.users[token]
-        kubeconfig = self.api.write_kubeconfig(self.directory / "signer.kubeconfig")
+        kubeconfig = self.api.write_kubeconfig(self.directory / "signer.kubeconfig", "signer")
         argv = [
             sys.executable, "-m", "trireme_signer", "--kubeconfig", str(kubeconfig), "--namespace", NAMESPACE,
             "--metrics-port", "0", "--identity", "signer", "--overlap-hours", "0.001",
@@ -103,6 +106,19 @@ def test_no_connection_is_lost_while_the_authority_changes(lab: SignedLab) -> No
     assert before["a"] == before["b"]
     assert lab.probe("x/client", "x/server", HTTP.number).outcome is Outcome.CONNECTED
     assert lab.probe("x/other", "x/server", HTTP.number).outcome.is_denied
+
+
+@pytest.mark.parametrize(("account", "token"), [("trireme-enforcer", "test"), ("trireme-signer", "signer")])
+def test_the_shipped_roles_grant_what_is_used_and_no_more(lab: SignedLab, account: str, token: str) -> None:
+    with pytest.raises(LabError, match="stranger"):  # A pod that the watch does not bring is asked for by name.
+        Lab.add_pod(lab, pod("stranger", "a"))
+    granted = grants(yaml.safe_load_all((ROOT / "install" / "trireme.yaml").read_text()), account)
+    used = {asked for asked in lab.api.asked if asked.token == token}
+    assert used
+    assert {asked for asked in used if not any(grant.covers(asked) for grant in granted)} == set()
+    idle = {grant for grant in granted if not any(grant.covers(asked) for asked in used)}
+    # Kubernetes' own admission asks for these verbs when a signer writes, and they have no request of their own.
+    assert {grant for grant in idle if grant.resource != "signers"} == set()
 
 
 def test_a_restart_needs_neither_signer_nor_api_server(lab: SignedLab) -> None:

@@ -31,7 +31,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import TracebackType
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import yaml
 from aiohttp import web
@@ -48,10 +48,23 @@ from tests.kube.objects import (
     expired,
     key_of,
     kind_of,
+    pairs,
 )
 
 _KEPT_REQUESTS = 10_000
 _Result = TypeVar("_Result")
+
+
+class Asked(NamedTuple):
+    """A request, in the words of RBAC."""
+
+    token: str
+    verb: str
+    group: str
+    resource: str
+    """With the subresource, if there is one."""
+    name: str
+    """Empty where all objects of a kind are meant, or one that is still to be named."""
 
 
 class FakeApi:
@@ -61,6 +74,8 @@ class FakeApi:
         """Listen on a free loopback port, or on a socket bound to a port by number, which is then the server's."""
         self.objects = Objects()
         self.requests: deque[tuple[str, str]] = deque(maxlen=_KEPT_REQUESTS)
+        self.asked: set[Asked] = set()
+        """What was asked, as an authorizer sees it."""
         self.sent_objects = 0
         """Objects that went out in lists and watches."""
         self.faults: Callable[[web.Request], int | None] = lambda _: None
@@ -233,6 +248,7 @@ class FakeApi:
             if (found := _discovery(request.path)) is not None:
                 return web.json_response(found)
             kind, namespace, name, subresource = _route(request.path)
+            self.asked.add(_asked(request, kind, name, subresource))
             if name:
                 return web.json_response(await self._one(request, kind, (namespace, name), subresource))
             if request.query.get("watch") in ("true", "1"):
@@ -337,6 +353,17 @@ class _Watch:
 
     def end(self) -> None:
         self.lines.put_nowait(None)
+
+
+def _asked(request: web.Request, kind: Kind, name: str, subresource: str) -> Asked:
+    token = request.headers.get("authorization", "").removeprefix("Bearer ")
+    verb = {"POST": "create", "PUT": "update", "PATCH": "patch", "DELETE": "delete"}.get(request.method, "get")
+    if request.method == "GET" and not name:
+        verb = "watch" if "watch" in request.query else "list"
+        # A list of the one object of this name is granted by its name.
+        name = dict(pairs(request.query.get("fieldSelector", ""))).get("metadata.name", "")
+    group = kind[0].rpartition("/")[0]
+    return Asked(token, verb, group, "/".join(filter(None, (kind[1], subresource))), name)
 
 
 def _discovery(path: str) -> Manifest | None:

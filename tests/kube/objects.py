@@ -174,7 +174,7 @@ class Selector:
 
     @classmethod
     def of(cls, namespace: str, query: Mapping[str, str]) -> Selector:
-        return cls(namespace, _pairs(query.get("fieldSelector", "")), _pairs(query.get("labelSelector", "")))
+        return cls(namespace, pairs(query.get("fieldSelector", "")), pairs(query.get("labelSelector", "")))
 
     def matches(self, manifest: Mapping[str, Any]) -> bool:
         metadata = manifest["metadata"]
@@ -209,7 +209,7 @@ def _merged(below: Any, above: Any) -> Any:
     return merged
 
 
-def _pairs(text: str) -> tuple[tuple[str, str], ...]:
+def pairs(text: str) -> tuple[tuple[str, str], ...]:
     split = [entry.replace("==", "=").partition("=") for entry in text.split(",") if entry]
     return tuple((key, value) for key, _, value in split)
 
