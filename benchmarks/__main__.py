@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from benchmarks import changes, connections, decisions, floods
+from benchmarks import changes, cluster, connections, decisions, floods
 
 if __name__ == "__main__":
     connections.main()
@@ -13,3 +13,5 @@ if __name__ == "__main__":
     changes.main()
     print()
     floods.main()
+    print()
+    cluster.main()
