@@ -13,6 +13,7 @@ import time
 from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
 from pathlib import Path
+from typing import Any
 
 import aiohttp
 import yaml
@@ -45,6 +46,22 @@ class ApiError(EnforcerError):
         self.retry_after_s = retry_after_s
 
 
+class _Session:
+    """A client with its credentials; one that was replaced is closed when its last answer is over."""
+
+    def __init__(self, client: ApiClient) -> None:
+        self.client = client
+        self.answers = 0
+        self.is_replaced = False
+
+    async def close(self) -> None:
+        await self.client.close()  # type: ignore[no-untyped-call]
+
+    async def close_if_idle(self) -> None:
+        if self.is_replaced and not self.answers:
+            await self.close()
+
+
 class ClusterApi:
     """A connection to the API server. Open it on the running loop; close it there."""
 
@@ -52,7 +69,7 @@ class ClusterApi:
         """Keep key material that a kubeconfig holds inline in `scratch`, a directory of our own (0700)."""
         self._settings = settings
         self._scratch = scratch
-        self._client: ApiClient | None = None
+        self._session: _Session | None = None
         self._opened_at = 0.0
         self._opening = asyncio.Lock()
 
@@ -75,10 +92,11 @@ class ClusterApi:
             raise SettingsError(f"kubernetes.kubeconfig: {err}") from err
         except _UNUSABLE as err:
             raise SettingsError(f"kubernetes.kubeconfig: cannot be used: {err}") from err
-        before, self._client = self._client, client
+        before, self._session = self._session, _Session(client)
         self._opened_at = time.monotonic()
         if before is not None:
-            await before.close()  # type: ignore[no-untyped-call]
+            before.is_replaced = True
+            await before.close_if_idle()
 
     async def refresh(self) -> None:
         """Read the credentials anew after a refusal (401), but not for each of the watches that were refused."""
@@ -88,21 +106,21 @@ class ClusterApi:
 
     async def close(self) -> None:
         """End all connections."""
-        if self._client is not None:
-            await self._client.close()  # type: ignore[no-untyped-call]
-            self._client = None
+        if self._session is not None:
+            await self._session.close()
+            self._session = None
 
     @property
     def client(self) -> ApiClient:
         """The official client, for those of its parts that need it; raise ApiError before it is opened."""
-        if self._client is None:
+        if self._session is None:
             raise ApiError("the API client is closed")
-        return self._client
+        return self._session.client
 
     @property
     def server(self) -> str:
         """Where the API server is."""
-        return "" if self._client is None else str(self._client.configuration.host)
+        return "" if self._session is None else str(self._session.client.configuration.host)
 
     async def get(self, path: str, query: Mapping[str, str], silence_s: float) -> bytes:
         """Give the body of an answer; raise ApiError."""
@@ -133,12 +151,12 @@ class ClusterApi:
     async def _answer(
         self, path: str, query: Mapping[str, str], silence_s: float, method: str = "GET", body: object = None
     ) -> AsyncIterator[aiohttp.ClientResponse]:
-        client = self._client
-        if client is None:
+        session = self._session
+        if session is None:
             raise ApiError("the API client is closed")
-        response: aiohttp.ClientResponse | None = None
+        session.answers += 1
         try:
-            request = await client.param_serialize(
+            request = await session.client.param_serialize(
                 method,
                 path,
                 query_params=list(query.items()),
@@ -146,20 +164,25 @@ class ClusterApi:
                 body=body,
                 auth_settings=["BearerToken"],
             )
-            timeout = aiohttp.ClientTimeout(total=None, sock_connect=_CONNECT_S, sock_read=silence_s)
-            response = (await client.call_api(*request, _request_timeout=timeout)).response
-            if response.status >= 400:
-                raise await _refusal(response)
-            yield response
+            async with _ask(session.client, request, silence_s) as response:
+                yield response
         except _UNREACHABLE as err:
             raise ApiError(f"the API server does not answer: {err or type(err).__name__}") from err
-        except RuntimeError as err:
-            if client is self._client:
-                raise
-            raise ApiError("the credentials were read anew meanwhile") from err
         finally:
-            if response is not None:
-                response.close()
+            session.answers -= 1
+            await session.close_if_idle()
+
+
+@asynccontextmanager
+async def _ask(client: ApiClient, request: tuple[Any, ...], silence_s: float) -> AsyncIterator[aiohttp.ClientResponse]:
+    timeout = aiohttp.ClientTimeout(total=None, sock_connect=_CONNECT_S, sock_read=silence_s)
+    response = (await client.call_api(*request, _request_timeout=timeout)).response
+    try:
+        if response.status >= 400:
+            raise await _refusal(response)
+        yield response
+    finally:
+        response.close()
 
 
 async def _refusal(response: aiohttp.ClientResponse) -> ApiError:

@@ -62,6 +62,8 @@ class ClusterSource:
         for reflector in self._reflectors:
             health = reflector.health
             metrics.watch(reflector.resource.plural, health.up, health.silence_s)
+        self._discovered: tuple[tuple[int, ...], NetworkSettings] = (), networks
+        self._labels: tuple[int, Mapping[str, Mapping[str, str]]] = -1, {}
         self._kept_problems: list[str] = []
         self._is_kept = False
         self._written: dict[str, int] = {}
@@ -133,9 +135,12 @@ class ClusterSource:
 
     def networks(self) -> NetworkSettings:
         """Give the networks in force: the configured ones, and in place of what is not configured the discovered."""
-        return discover(
-            self._settings.networks, self._nodes.values(), self._service_cidrs.values(), self._services.values()
-        )
+        tables = self._nodes, self._service_cidrs, self._services
+        revisions = tuple(table.revision for table in tables)
+        if revisions != self._discovered[0]:
+            found = discover(self._settings.networks, *(table.values() for table in tables))
+            self._discovered = revisions, found
+        return self._discovered[1]
 
     def problem(self) -> str:
         """Say why no pod can be registered; empty where they can."""
@@ -174,9 +179,12 @@ class ClusterSource:
         problems: tuple[Problem, ...] = tuple(
             problem for reflector in self._reflectors for problem in reflector.table.problems()
         )
+        if self._labels[0] != self._namespaces.revision:
+            labels = {namespace.name: namespace.labels for namespace in self._namespaces.values()}
+            self._labels = self._namespaces.revision, labels
         return World(
             tuple(self._policies.values()),
-            {namespace.name: namespace.labels for namespace in self._namespaces.values()},
+            self._labels[1],
             {pod.ref: pod for pod in self._pods.values()},
             problems,
             is_cluster=True,

@@ -82,6 +82,7 @@ class Table(Generic[Value]):
         self.revision = 0
         """Rises with each change of what is in force or refused."""
         self._unnamed: tuple[Problem, ...] = ()
+        self._bad: dict[Key, tuple[Problem, ...]] = {}
 
     def put(self, entry: Entry[Value] | Problem) -> bool:
         """Take an object as it is now; tell whether anything changed."""
@@ -91,6 +92,9 @@ class Table(Generic[Value]):
         if before is not None and before.document == entry.document and before.problems == entry.problems:
             return False
         self.entries[entry.key] = entry
+        self._bad.pop(entry.key, None)
+        if entry.problems:
+            self._bad[entry.key] = entry.problems
         self.revision += 1
         return True
 
@@ -98,6 +102,7 @@ class Table(Generic[Value]):
         """Forget an object; tell whether it was there."""
         if self.entries.pop(key, None) is None:
             return False
+        self._bad.pop(key, None)
         self.revision += 1
         return True
 
@@ -119,8 +124,7 @@ class Table(Generic[Value]):
 
     def problems(self) -> tuple[Problem, ...]:
         """Give what is refused."""
-        named = (problem for entry in self.entries.values() for problem in entry.problems)
-        return (*self._unnamed, *named)
+        return (*self._unnamed, *(problem for problems in self._bad.values() for problem in problems))
 
     def _refuse_unnamed(self, problems: tuple[Problem, ...]) -> bool:
         if problems == self._unnamed:

@@ -8,6 +8,7 @@ compiled, because a node has pods of few namespaces.
 from __future__ import annotations
 
 from collections.abc import Iterable
+from operator import attrgetter
 
 from enforcer_daemon.model import Direction, Identity
 from enforcer_daemon.policy.evaluate import CompiledRules, DirectionPolicy, PodPolicy
@@ -63,9 +64,8 @@ class PolicySnapshot:
         grouped: dict[str, list[NetworkPolicy]] = {}
         for policy in policies:
             grouped.setdefault(policy.namespace, []).append(policy)
-        self._policies = {
-            namespace: tuple(sorted(group, key=lambda policy: policy.name)) for namespace, group in grouped.items()
-        }
+        by_name = attrgetter("name")
+        self._policies = {namespace: tuple(sorted(group, key=by_name)) for namespace, group in grouped.items()}
         kept: dict[str, _NamespacePolicies] = {} if previous is None else previous._compiled
         self._compiled: dict[str, _NamespacePolicies] = {
             name: old for name, old in kept.items() if old.policies == self._policies.get(name)
