@@ -34,6 +34,8 @@ MAX_LINE_BYTES = 4 * 1024 * 1024
 """One event of a watch; etcd's own bound of an object is 1.5 MiB."""
 _UNUSABLE = (OSError, yaml.YAMLError, ValueError, LookupError, TypeError, AttributeError)
 """What the loader of a kubeconfig raises of one that is none."""
+_Request = tuple[Any, Any, Any, Any, Any]
+"""Method, URL, header, body and form, as the client serializes them."""
 _UNREACHABLE = (aiohttp.ClientError, OSError, TimeoutError)
 
 
@@ -174,7 +176,7 @@ class ClusterApi:
 
 
 @asynccontextmanager
-async def _ask(client: ApiClient, request: tuple[Any, ...], silence_s: float) -> AsyncIterator[aiohttp.ClientResponse]:
+async def _ask(client: ApiClient, request: _Request, silence_s: float) -> AsyncIterator[aiohttp.ClientResponse]:
     timeout = aiohttp.ClientTimeout(total=None, sock_connect=_CONNECT_S, sock_read=silence_s)
     response = (await client.call_api(*request, _request_timeout=timeout)).response
     try:

@@ -150,10 +150,22 @@ class FakeApi:
         for watch in list(self._watches):
             watch.end()
         if self._runner is not None:
-            await self._runner.cleanup()
-            self._runner = None
+            runner, self._runner = self._runner, None
+            await self._end_connections(runner)
         with suppress(OSError):
             self._sock.shutdown(socket.SHUT_RDWR)  # No longer listening: the kernel refuses.
+
+    async def _end_connections(self, runner: web.AppRunner) -> None:
+        """Cut what is connected, and what the loop was about to accept; what waits to be sent is not waited for."""
+        server = runner.server
+        connected = [connection.transport for connection in server.connections] if server is not None else []
+        await runner.cleanup()
+        for _ in range(3):
+            for transport in connected:
+                if isinstance(transport, asyncio.Transport):
+                    transport.abort()
+            await asyncio.sleep(0)
+            connected = [connection.transport for connection in server.connections] if server is not None else []
 
     def _await(self, work: Any) -> Any:
         return asyncio.run_coroutine_threadsafe(work, self._loop).result(30)
