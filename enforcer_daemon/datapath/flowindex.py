@@ -51,6 +51,11 @@ class FlowIndex:
         self.is_complete = len(self._flows) == self._next - FIRST
         """Whether all flows judged by an identity have an entry: not after a loss, nor when the table was full."""
         self._fresh: list[tuple[int, JudgedFlow]] = []
+        self._addresses = {ip.packed for flow in self._flows.values() for ip in flow.peer.ips}
+
+    def knows(self, address: bytes) -> bool:
+        """Tell whether any peer with this packed address has been judged by its identity."""
+        return address in self._addresses
 
     def __len__(self) -> int:
         return len(self._flows)
@@ -75,6 +80,7 @@ class FlowIndex:
             self._numbers[content] = number
             self._flows[number] = flow
             self._fresh.append((number, flow))
+            self._addresses |= peer.addresses
         return number
 
     @property

@@ -129,6 +129,10 @@ class Judge:
         identity = peer.identity
         return identity.pod == self._pod and identity.trust_domain == self._trust_domain
 
+    def has_met(self, address: bytes) -> bool:
+        """Tell whether a pod with this address has shown an identity before, also to an earlier daemon."""
+        return self._flows.knows(address)
+
     def ingress(self, peer: Peer | None, address: bytes, port: int | None, protocol: int = Protocol.TCP) -> Ruling:
         """Decide on a flow that comes in to a port of the pod."""
         question = (peer, address, port, protocol)

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from enforcer_daemon.datapath.binding import require_source
 from enforcer_daemon.datapath.context import EndpointContext
-from enforcer_daemon.datapath.judging import Destination
 from enforcer_daemon.datapath.udp_initiator import MAX_REPEATS, REMEMBERED_S, REPEAT_S, UNFINISHED_S, Allowance
 from enforcer_daemon.errors import PeerError, ProofError, TokenError
 from enforcer_daemon.handshake.datagrams import DatagramResponderFlow
@@ -192,10 +191,9 @@ class DatagramResponder:
         return any(own.packed == address for own in self._context.local.identity.ips)
 
     def _may_ask(self, datagram: UDPDatagram, now: float) -> bool:
-        node = self._context.node
-        is_pod = node.networks.destination(datagram.src) is Destination.ENFORCED and datagram.src not in node.addresses
-        has_room = len(self._asked) < _MAX_ASKED
-        return is_pod and has_room and self.is_own_address(datagram.dst) and self._asking.take(now)
+        """Only of a pod that has shown an identity before: another's application would get an empty datagram."""
+        is_known = self._context.judge.has_met(datagram.src) and self.is_own_address(datagram.dst)
+        return is_known and len(self._asked) < _MAX_ASKED and self._asking.take(now)
 
     def _ask_again(self, key: bytes, now: float) -> Verdict:
         context = self._context
