@@ -12,17 +12,25 @@ from enforcer_daemon.dataplane.conntrack import decode_original_source
 from enforcer_daemon.dataplane.established import decode_flow
 from enforcer_daemon.dataplane.netlink import decode_attributes, decode_messages, encode_attribute
 from enforcer_daemon.errors import CredentialError, DataplaneError, FrameError, PacketError, TokenError
+from enforcer_daemon.handshake.datagrams import LONE_EXID, find_message
 from enforcer_daemon.handshake.frames import (
     PROOF_OPTION_BYTES,
+    TYPE_ANSWER,
+    TYPE_OFFER,
     SynAckFrame,
     SynFrame,
+    decode_again,
     decode_block,
+    decode_proof,
     decode_syn,
     decode_syn_ack,
+    encode_again,
     encode_block,
+    encode_proof,
     encode_syn,
     encode_syn_ack,
     find_proof,
+    frame_type,
     has_room,
     proof_option,
     without_proof,
@@ -39,6 +47,7 @@ from enforcer_daemon.packet.tcp import (
     without_fast_open,
 )
 from enforcer_daemon.packet.transport import decode_datagram
+from enforcer_daemon.packet.udp import UDP, UDPDatagram, decode_udp_datagram, find_option, with_option, without_surplus
 from enforcer_daemon.registration.registry import decode_record, encode_record
 from enforcer_daemon.registration.request import decode_add, encode_add
 from tests.unit.identity.certificates import WALL
@@ -49,11 +58,13 @@ _LEEWAY_S = 30.0
 
 
 def packet(content: bytes) -> None:
-    """Read an IP packet, TCP and others; write a segment again, unchanged and with a proof."""
+    """Read an IP packet, TCP and others; write segments and datagrams again, unchanged and with a proof."""
     with suppress(PacketError):
         header = decode_ip(content)
         assert len(header.src) == len(header.dst) in (4, 16)
         assert header.offset <= max(header.end, len(content))
+        if header.protocol == UDP:
+            _check_datagram(decode_udp_datagram(content, header))
         with suppress(PacketError):
             decode_datagram(content, header)
         segment = decode_segment(content, header)
@@ -64,6 +75,20 @@ def packet(content: bytes) -> None:
         assert decode_segment(again, decode_ip(again))[1:] == segment._replace(packet=again)[1:]
         if has_room(segment.options):
             _check_proof(segment)
+
+
+def _check_datagram(datagram: UDPDatagram) -> None:
+    """What is put behind the user data is found there, and without it the datagram is what it was."""
+    with suppress(FrameError):
+        find_message(datagram)
+    if datagram.tail > len(datagram.packet):
+        return
+    written = with_option(datagram, LONE_EXID, b"content")
+    option = find_option(decode_udp_datagram(written, decode_ip(written)))
+    assert option is not None
+    assert (option.exid, option.content) == (LONE_EXID, b"content")
+    bare = without_surplus(datagram)
+    assert decode_udp_datagram(bare, decode_ip(bare)).payload == datagram.payload
 
 
 def _check_options(segment: Segment) -> None:
@@ -100,6 +125,13 @@ def frame(content: bytes) -> None:
         assert len(answer.address) in (4, 16)
         assert len(without_proof(content)) == len(content) - 16
         _check_block(answer)
+    with suppress(FrameError):
+        assert encode_proof(*decode_proof(content)) == content
+    with suppress(FrameError):
+        assert encode_again(decode_again(content)) == content
+    for kind in (TYPE_OFFER, TYPE_ANSWER):
+        with suppress(FrameError):
+            assert frame_type(content) != kind or decode_syn(content, kind).block == content[24:]
     with suppress(FrameError):
         assert encode_block(*decode_block(content)) == content
     find_proof(content[:40])

@@ -10,6 +10,7 @@ from struct import pack
 
 from cni_plugin import messages
 from enforcer_daemon.dataplane.netlink import encode_attribute
+from enforcer_daemon.handshake.datagrams import RIDING_EXID
 from enforcer_daemon.handshake.frames import (
     SynAckFrame,
     SynFrame,
@@ -21,6 +22,7 @@ from enforcer_daemon.handshake.frames import (
 from enforcer_daemon.identity.tokens import encode_token
 from enforcer_daemon.model import NetnsId
 from enforcer_daemon.packet.tcp import ACK, SYN, build, decode_tcp, with_options_and_payload
+from enforcer_daemon.packet.udp import build_udp, encode_option
 from enforcer_daemon.registration.registry import Record, encode_record
 from enforcer_daemon.registration.request import decode_add
 from tests.unit.datapath.pair import SYN_OPTIONS, TIMESTAMPS
@@ -50,6 +52,7 @@ def packets() -> dict[str, bytes]:
         "syn-v6": syn6,
         "extension-headers": extended,
         "udp": udp,
+        "udp-message": build_udp(*V6, (40_000, 53), b"odd", encode_option(11, RIDING_EXID, SYN_FRAME)),
         "icmp": b"\x45\0\0\x1c\0\0\0\0\x40\x01\0\0" + V4[0] + V4[1] + b"\x08\0\0\0\0\0\0\0",
     }
 

@@ -242,7 +242,7 @@ class Wire(RuleBasedStateMachine):
         if verdict.action is Action.HOLD:
             assert verdict.hold_id not in endpoint.held
             endpoint.held[verdict.hold_id] = packet
-        elif verdict.action is not Action.DROP:
+        elif verdict.action not in (Action.DROP, Action.CONSUME):
             passed.append(verdict.payload if verdict.payload is not None else packet)
             assert verdict.action is not Action.RELEASE or verdict.mark
         for effect in verdict.effects:

@@ -11,6 +11,7 @@ from scapy.layers.inet import IP, TCP, in4_chksum
 from scapy.layers.inet6 import IPv6, IPv6ExtHdrDestOpt, IPv6ExtHdrFragment, IPv6ExtHdrHopByHop, in6_chksum
 
 from enforcer_daemon.errors import PacketError
+from enforcer_daemon.packet.checksum import ones_sum
 from enforcer_daemon.packet.ip import decode_ip
 from enforcer_daemon.packet.tcp import (
     announced_mss,
@@ -21,6 +22,15 @@ from enforcer_daemon.packet.tcp import (
     without_fast_open,
 )
 from enforcer_daemon.packet.transport import decode_datagram
+from enforcer_daemon.packet.udp import (
+    UDP_HEADER,
+    SurplusOption,
+    build_udp,
+    decode_udp,
+    find_option,
+    with_option,
+    without_surplus,
+)
 
 packets = st.one_of(
     st.binary(max_size=200),
@@ -51,6 +61,42 @@ def test_any_datagram_is_read_or_refused(packet: bytes) -> None:
     except PacketError:
         return
     assert (found.sport is None) == (found.protocol not in (17, 132))
+
+
+@given(packets)
+def test_any_udp_is_read_or_refused_and_what_is_read_lies_inside_the_packet(packet: bytes) -> None:
+    with suppress(PacketError):
+        found = decode_udp(packet)
+        assert 0 < found.offset + UDP_HEADER <= found.tail <= found.end
+        assert found.payload in packet
+        find_option(found)
+
+
+@given(addresses, ports, ports, st.binary(max_size=64), st.binary(max_size=64), st.binary(max_size=9))
+def test_a_surplus_area_is_found_again_and_a_checksum_over_all_of_the_packet_holds(
+    ends: tuple[bytes, bytes], sport: int, exid: int, payload: bytes, content: bytes, other: bytes
+) -> None:
+    plain = build_udp(*ends, (sport, 53), payload)
+    written = with_option(decode_udp(plain), exid, content)
+    datagram = decode_udp(written)
+    assert find_option(datagram) == SurplusOption(exid, content)
+    assert datagram.payload == payload
+    assert without_surplus(datagram) == plain
+    assert with_option(decode_udp(build_udp(*ends, (sport, 53), payload, other)), exid, content) == written
+    checksum = in4_chksum if len(ends[0]) == 4 else in6_chksum
+    layer = (IP if len(ends[0]) == 4 else IPv6)(plain)
+    assert checksum(17, layer.copy(), bytes(plain[datagram.offset :])) == 0
+    # What conntrack computes: the pseudo-header's length is that of the whole IP payload.
+    covered = written[datagram.offset :]
+    assert (ones_sum(ends[0] + ends[1]) + ones_sum(covered) + 17 + len(covered)) % 0xFFFF == 0
+
+
+@given(addresses, st.binary(max_size=40), st.data())
+def test_a_changed_surplus_area_is_not_found(ends: tuple[bytes, bytes], payload: bytes, data: st.DataObject) -> None:
+    written = with_option(decode_udp(build_udp(*ends, (1, 2), payload)), 1, b"content")
+    at = data.draw(st.integers(decode_udp(written).tail, len(written) - 1))
+    changed = written[:at] + bytes((written[at] ^ data.draw(st.integers(1, 254)),)) + written[at + 1 :]
+    assert find_option(decode_udp(changed)) is None
 
 
 @given(packets)

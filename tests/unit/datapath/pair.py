@@ -137,7 +137,7 @@ class Endpoint:
         out: list[bytes] = []
         if verdict.action is Action.HOLD:
             self.held[verdict.hold_id] = packet
-        elif verdict.action is not Action.DROP:
+        elif verdict.action not in (Action.DROP, Action.CONSUME):
             out.append(verdict.payload or packet)
         for effect in verdict.effects:
             match effect:

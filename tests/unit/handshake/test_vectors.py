@@ -19,13 +19,19 @@ import pytest
 from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey, X25519PublicKey
 from cryptography.x509 import load_der_x509_certificate
 
+from enforcer_daemon.handshake import datagrams
+from enforcer_daemon.handshake.datagrams import LONE_EXID
 from enforcer_daemon.handshake.frames import (
+    SYN_ACK_OVERHEAD,
+    TYPE_ANSWER,
+    TYPE_OFFER,
     SynAckFrame,
     SynFrame,
     decode_block,
     decode_syn,
     decode_syn_ack,
     encode_block,
+    encode_proof,
     encode_syn,
     encode_syn_ack,
     find_proof,
@@ -35,6 +41,7 @@ from enforcer_daemon.handshake.proofs import Transcript, frame_hash, initiator_p
 from enforcer_daemon.identity.credential import TrustBundle, decode_credential
 from enforcer_daemon.identity.dictionary import TOKEN_DICTIONARY
 from enforcer_daemon.identity.tokens import decode_token
+from enforcer_daemon.packet.udp import UDP_HEADER, build_udp, encode_option
 
 VECTOR: dict[str, Any] = json.loads(
     (Path(__file__).parents[2] / "vectors" / "handshake" / "version-1.json").read_text()
@@ -100,6 +107,30 @@ def test_the_proofs_are_these_bytes() -> None:
     found = find_proof(raw("proof_option"))
     assert found is not None
     assert found.proof == raw("proof_i")
+
+
+def test_the_messages_beside_datagrams_are_these_bytes() -> None:
+    """The same pods, and the server on UDP port 53; each key and proof by the specification's formulas."""
+    known = VECTOR["datagrams"]
+    block = encode_block(raw("initiator", "credential"), raw("initiator", "token"))
+    nonces = raw("initiator", "nonce") + raw("responder", "nonce")
+    offer = encode_syn(SynFrame(raw("initiator", "nonce"), block), TYPE_OFFER)
+    assert sha256(offer).hexdigest() == known["sha256_offer"]
+    block = encode_block(raw("responder", "credential"), raw("responder", "token"))
+    address = ip_address(VECTOR["responder"]["address"]).packed
+    proof_r = raw("datagrams", "proof_r")
+    answer = encode_syn_ack(SynAckFrame(raw("responder", "nonce"), address, 53, proof_r, block), TYPE_ANSWER)
+    assert answer[:SYN_ACK_OVERHEAD].hex() == known["answer_head"]
+    covered = answer[:42] + answer[58:]
+    message = b"datagram-answer" + nonces + sha256(offer).digest() + covered
+    assert hmac.digest(raw("pair_key"), message, "sha256")[:16] == proof_r
+    assert datagrams.responder_proof(raw("pair_key"), nonces, frame_hash(offer), answer) == proof_r
+    proof_i = hmac.digest(raw("pair_key"), b"datagram-proof" + nonces + proof_r, "sha256")[:16]
+    assert datagrams.initiator_proof(raw("pair_key"), nonces, proof_r) == proof_i == raw("datagrams", "proof_i")
+    assert encode_proof(raw("initiator", "nonce"), proof_i) == raw("datagrams", "proof_message")
+    surplus = encode_option(UDP_HEADER, LONE_EXID, raw("datagrams", "proof_message"))
+    ends = ip_address("10.1.0.2").packed, address
+    assert build_udp(*ends, (40_000, 53), b"", surplus) == raw("datagrams", "proof_packet")
 
 
 def test_the_specifications_formulas_give_the_same_key_and_proofs() -> None:

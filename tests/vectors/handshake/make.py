@@ -17,11 +17,16 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
 from cryptography.hazmat.primitives.serialization import Encoding
 
+from enforcer_daemon.handshake import datagrams
 from enforcer_daemon.handshake.frames import (
     PROOF_BYTES,
+    SYN_ACK_OVERHEAD,
+    TYPE_ANSWER,
+    TYPE_OFFER,
     SynAckFrame,
     SynFrame,
     encode_block,
+    encode_proof,
     encode_syn,
     encode_syn_ack,
     proof_option,
@@ -32,6 +37,7 @@ from enforcer_daemon.identity.credential import decode_credential
 from enforcer_daemon.identity.dictionary import TOKEN_DICTIONARY
 from enforcer_daemon.identity.tokens import Claims, encode_token
 from enforcer_daemon.model import Identity, PodRef
+from enforcer_daemon.packet.udp import UDP_HEADER, build_udp, encode_option
 
 TIME = 1_800_000_000
 NOW = datetime.fromtimestamp(TIME, UTC)
@@ -91,6 +97,28 @@ def make() -> dict[str, Any]:
         "proof_i": proof_i.hex(),
         "proof_option": proof_option(proof_i, is_lone=False).hex(),
         "lone_proof_option": proof_option(proof_i, is_lone=True).hex(),
+        "datagrams": make_datagrams(key, raw["i"], blank._replace(port=53)),
+    }
+
+
+def make_datagrams(key: bytes, initiator: dict[str, bytes], blank: SynAckFrame) -> dict[str, str]:
+    """Make the messages of the same pods for UDP port 53."""
+    block = encode_block(initiator["credential"], initiator["token"])
+    offer = encode_syn(SynFrame(initiator["nonce"], block), TYPE_OFFER)
+    nonces = initiator["nonce"] + blank.nonce
+    proof_r = datagrams.responder_proof(key, nonces, frame_hash(offer), encode_syn_ack(blank, TYPE_ANSWER))
+    answer = encode_syn_ack(blank._replace(proof=proof_r), TYPE_ANSWER)
+    proof_i = datagrams.initiator_proof(key, nonces, proof_r)
+    message = encode_proof(initiator["nonce"], proof_i)
+    surplus = encode_option(UDP_HEADER, datagrams.LONE_EXID, message)
+    ends = ip_address("10.1.0.2").packed, blank.address
+    return {
+        "sha256_offer": sha256(offer).hexdigest(),
+        "answer_head": answer[:SYN_ACK_OVERHEAD].hex(),
+        "proof_r": proof_r.hex(),
+        "proof_i": proof_i.hex(),
+        "proof_message": message.hex(),
+        "proof_packet": build_udp(*ends, (40_000, 53), b"", surplus).hex(),
     }
 
 

@@ -1,0 +1,276 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Flows of datagrams between two endpoints: in order, under every single and double fault of the wire, and attacked."""
+
+from __future__ import annotations
+
+import itertools
+from dataclasses import dataclass, field
+from enum import Enum
+
+import pytest
+
+from enforcer_daemon.datapath.udp_initiator import MAX_REPEATS
+from enforcer_daemon.handshake.datagrams import RIDING_EXID, find_message
+from enforcer_daemon.handshake.frames import TYPE_PROOF, encode_again, encode_proof, frame_type
+from enforcer_daemon.marks import RELEASED, REPLY
+from enforcer_daemon.model import Direction
+from enforcer_daemon.packet.udp import UDP_HEADER, build_udp, decode_udp, encode_option, with_option, without_surplus
+from enforcer_daemon.verdict import DROP, Action, Settle
+from tests.unit.datapath.pair import Endpoint, FakePolicy, Rules, make_pair
+
+PORTS = 40_000, 53
+ADMITTING = FakePolicy(ingress=Rules(frozenset({"client"})))
+BOUND = FakePolicy(egress=Rules(frozenset({"server"}), direction=Direction.EGRESS))
+OPEN = FakePolicy()
+POLICIES = {"rides": OPEN, "goes alone": BOUND}
+modes = pytest.mark.parametrize("mode", POLICIES)
+
+
+class Fault(Enum):
+    LOST = "lost"
+    TWICE = "twice"
+    LATE = "late"
+
+
+@dataclass
+class Exchange:
+    """A client, a server that admits clients, and what is on its way between them."""
+
+    client: Endpoint
+    server: Endpoint
+    faults: dict[int, Fault] = field(default_factory=dict)
+    now: float = 1.0
+    delivered: list[bytes] = field(default_factory=list)
+    """What the server's kernel got."""
+    is_proof_made: bool = False
+    _sent: int = 0
+    _late: list[tuple[Endpoint, bytes]] = field(default_factory=list)
+
+    def query(self, payload: bytes) -> bytes:
+        return build_udp(self.client.address, self.server.address, PORTS, payload)
+
+    def say(self, payload: bytes) -> None:
+        self.carry(self.server, self.client.send(self.query(payload), self.now))
+        self.flush()
+
+    def carry(self, to: Endpoint, packets: list[bytes]) -> None:
+        for packet in packets:
+            fault = self.faults.get(self._sent)
+            self._sent += 1
+            found = find_message(decode_udp(packet))
+            if to is self.server and found is not None and frame_type(found[0]) == TYPE_PROOF:
+                self.is_proof_made = True
+            if fault is Fault.LATE:
+                self._late.append((to, packet))
+                continue
+            for _ in range({Fault.LOST: 0, Fault.TWICE: 2}.get(fault, 1) if fault else 1):
+                self.arrive(to, packet)
+
+    def arrive(self, at: Endpoint, packet: bytes) -> None:
+        passed = at.receive(packet, self.now)
+        if at is self.server and passed:
+            assert self.is_proof_made
+            self.delivered += passed
+        else:
+            assert all(decode_udp(packet).src == self.client.address for packet in passed)
+            self.carry(self.server, passed)
+
+    def flush(self) -> None:
+        """Send what the enforcers themselves have to say, until there is nothing more; then what was late."""
+        while self.client.injected or self.server.injected:
+            self.carry(self.server, self.client.flush_injected(self.now))
+            self.carry(self.client, self.server.flush_injected(self.now))
+        late, self._late = self._late, []
+        for to, packet in late:
+            self.arrive(to, packet)
+        if late:
+            self.flush()
+
+    def pass_time(self, seconds: float) -> None:
+        ticks = min(round(seconds * 10), 15)  # All that is repeated is repeated in the first seconds.
+        for tick in range(ticks + 1):
+            self.now += 0.1 if tick < ticks else max(0.0, seconds - ticks / 10)
+            for endpoint, other in ((self.client, self.server), (self.server, self.client)):
+                for effect in endpoint.datapath.expire(self.now):
+                    if isinstance(effect, Settle):
+                        held = endpoint.held.pop(effect.hold_id)
+                        if effect.verdict.action is not Action.DROP:
+                            self.carry(other, [held])
+                    else:
+                        endpoint.injected.append(effect.packet)
+            self.flush()
+
+
+def make(mode: str, faults: dict[int, Fault] | None = None) -> Exchange:
+    return Exchange(*make_pair(POLICIES[mode], ADMITTING), faults or {})
+
+
+@modes
+def test_datagrams_arrive_in_order_as_they_were_and_the_flow_is_released(mode: str) -> None:
+    exchange = make(mode)
+    first, second = exchange.query(b"A?"), exchange.query(b"AAAA?")
+    on_wire = exchange.client.send(first) + exchange.client.send(second)
+    exchange.carry(exchange.server, on_wire)
+    assert exchange.delivered == []
+    exchange.flush()
+    assert exchange.delivered == [first, second]
+    third = exchange.client.verdict(exchange.query(b"third"), Direction.EGRESS, 1.0)
+    assert third.action is Action.RELEASE
+    assert third.mark & RELEASED
+    assert exchange.server.verdict(exchange.query(b"third"), Direction.INGRESS, 1.0).mark & RELEASED
+    assert exchange.client.reasons()[0] == ("not-isolated" if mode == "rides" else "policy")
+    assert exchange.server.reasons() == ["policy"]
+
+
+SINGLE = [{at: fault} for at in range(6) for fault in Fault]
+DOUBLE = [
+    {one: fault, other: second}
+    for one, other in itertools.combinations(range(4), 2)
+    for fault, second in itertools.product(Fault, repeat=2)
+]
+
+
+@modes
+@pytest.mark.parametrize("faults", [SINGLE, DOUBLE], ids=["single", "double"])
+def test_no_fault_delivers_before_the_proof_or_stops_a_flow_that_is_tried_again(
+    mode: str, faults: list[dict[int, Fault]]
+) -> None:
+    for chosen in faults:
+        exchange = make(mode, dict(chosen))
+        for n in range(3):
+            if n == 2:
+                exchange.faults = {}
+            exchange.say(b"query %d" % n)
+            exchange.pass_time(5.0 if n < 2 else 1.5)
+        assert exchange.delivered, chosen
+        assert {decode_udp(packet).payload for packet in exchange.delivered} <= {b"query 0", b"query 1", b"query 2"}
+        assert exchange.query(b"query 2") in map(bare, exchange.delivered), chosen
+        assert not exchange.client.held
+        assert not exchange.server.held
+
+
+def bare(packet: bytes) -> bytes:
+    return without_surplus(decode_udp(packet))
+
+
+@modes
+@pytest.mark.parametrize("at", [1, 2])
+def test_one_lost_message_of_the_enforcers_costs_no_datagram(mode: str, at: int) -> None:
+    exchange = make(mode, {at: Fault.LOST})
+    if mode == "goes alone" and at == 2:
+        pytest.skip("the proof rides on the datagram itself")
+    exchange.say(b"once")
+    exchange.pass_time(1.0)
+    assert exchange.delivered == [exchange.query(b"once")]
+
+
+def test_an_offer_that_is_lost_again_and_again_is_sent_so_often_and_no_more() -> None:
+    exchange = make("goes alone", dict.fromkeys(range(100), Fault.LOST))
+    exchange.say(b"nobody hears")
+    exchange.pass_time(10.0)
+    assert exchange._sent <= 1 + MAX_REPEATS
+    assert exchange.client.held == {}
+    assert "handshake-timeout" in exchange.client.reasons()
+    assert exchange.client.datapath.half_open_flows == 0
+
+
+def test_a_stranger_is_denied_by_who_he_is() -> None:
+    client, server = make_pair(OPEN, FakePolicy(ingress=Rules(frozenset({"other"}))))
+    (packet,) = client.send(build_udp(client.address, server.address, PORTS, b"let me in"))
+    assert server.verdict(packet, Direction.INGRESS) == DROP
+    assert server.reasons() == ["ingress-denied"]
+    # Where an earlier flow of these ports is released, whoever has the address now does not inherit it.
+    assert server.verdict(packet, Direction.INGRESS, mark=RELEASED) == DROP._replace(action=Action.CONSUME)
+
+
+def test_egress_is_judged_by_who_answers() -> None:
+    elsewhere = FakePolicy(egress=Rules(frozenset({"other"}), direction=Direction.EGRESS))
+    exchange = Exchange(*make_pair(elsewhere, OPEN))
+    exchange.say(b"hello")
+    assert exchange.delivered == []
+    assert exchange.client.reasons() == ["egress-denied"]
+    assert exchange.client.held == {}
+
+
+@modes
+def test_a_replay_of_anything_delivers_nothing_more(mode: str) -> None:
+    exchange = make(mode)
+    seen: list[bytes] = []
+    receive = exchange.server.receive
+
+    def record(packet: bytes, now: float = 1.0, mark: int = 0) -> list[bytes]:
+        seen.append(packet)
+        return receive(packet, now, mark)
+
+    exchange.server.receive = record  # type: ignore[method-assign]
+    exchange.say(b"once")
+    assert len(exchange.delivered) == 1
+    for later in (1.5, 4.0, 30.0):
+        exchange.server.datapath.expire(later)
+        for packet in list(seen):
+            assert receive(packet, later) == []
+    assert exchange.server.datapath.expire(60.0) is not None
+    assert exchange.server.context.held_packets == 0
+
+
+def test_a_forged_proof_releases_nothing() -> None:
+    exchange = make("rides")
+    (framed,) = exchange.client.send(exchange.query(b"query"))
+    exchange.server.receive(framed)
+    found = find_message(decode_udp(framed))
+    assert found is not None
+    nonce = found[0][8:24]
+    for forged in (encode_proof(nonce, bytes(16)), encode_proof(bytes(16), bytes(16)), encode_proof(nonce, b"")):
+        riding = with_option(decode_udp(exchange.query(b"attack")), RIDING_EXID, forged)
+        assert exchange.server.receive(riding) == []
+    assert len(exchange.server.held) == 1
+
+
+def test_what_waits_for_one_flow_is_bounded() -> None:
+    client, server = make_pair(OPEN, ADMITTING, max_held_packets=4)
+    packets = [client.send(build_udp(client.address, server.address, PORTS, b"%d" % n))[0] for n in range(9)]
+    for packet in packets:
+        assert server.receive(packet) == []
+    assert len(server.held) == 4
+    assert server.reasons().count("hold-queue-full") == 5
+
+
+def test_a_request_to_shake_hands_again_starts_one_handshake_and_only_for_a_released_flow_of_the_pods() -> None:
+    client, server = make_pair(BOUND, ADMITTING)
+    surplus = encode_option(UDP_HEADER, 0x5453, encode_again(bytes(16)))
+    again = build_udp(server.address, client.address, PORTS[::-1], b"", surplus)
+    for mark in (0, REPLY, RELEASED, 0x4000_0000 | REPLY):
+        assert client.verdict(again, Direction.INGRESS, mark=mark) == DROP
+        assert client.reasons() == ["unknown-flow"]
+    offered = client.verdict(again, Direction.INGRESS, mark=RELEASED | REPLY)
+    assert (offered.action, len(offered.effects)) == (Action.DROP, 1)
+    assert client.verdict(again, Direction.INGRESS, mark=RELEASED | REPLY) == DROP
+
+
+def test_a_responder_that_forgot_the_flow_asks_and_keeps_the_datagram() -> None:
+    exchange = make("goes alone")
+    exchange.say(b"first")
+    exchange.now = 100.0
+    lost = exchange.query(b"second")
+    assert exchange.server.receive(lost, exchange.now) == []
+    (request,) = exchange.server.flush_injected(exchange.now)
+    assert exchange.client.receive(request, exchange.now, RELEASED | REPLY) == []
+    exchange.flush()
+    assert exchange.delivered[1:] == [lost]
+
+
+def test_replies_are_never_judged_as_flows_of_their_own() -> None:
+    client, server = make_pair(OPEN, OPEN)
+    reply = build_udp(server.address, client.address, PORTS[::-1], b"reply")
+    assert server.verdict(reply, Direction.EGRESS, mark=REPLY) == DROP
+    assert client.verdict(reply, Direction.INGRESS, mark=REPLY) == DROP
+    assert server.reasons() == client.reasons() == ["unknown-flow"]
+
+
+def test_a_message_that_the_pod_makes_itself_does_not_leave() -> None:
+    client, server = make_pair()
+    own = with_option(
+        decode_udp(build_udp(client.address, server.address, PORTS, b"x")), RIDING_EXID, encode_again(bytes(16))
+    )
+    assert client.verdict(own, Direction.EGRESS) == DROP
+    assert client.reasons() == ["malformed-frame"]
