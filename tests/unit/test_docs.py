@@ -9,6 +9,7 @@ import re
 import textwrap
 import typing
 import zlib
+from collections.abc import Mapping
 from hashlib import sha256
 from pathlib import Path
 
@@ -16,7 +17,7 @@ import pytest
 
 from enforcer_daemon.handshake import allowance, frames, peers
 from enforcer_daemon.handshake.flows import MAX_SETTLED_FLOWS
-from enforcer_daemon.handshake.machine import TRANSITIONS, Event, State
+from enforcer_daemon.handshake.machine import DATAGRAM_TRANSITIONS, TRANSITIONS, Event, State
 from enforcer_daemon.identity.dictionary import TOKEN_DICTIONARY
 from enforcer_daemon.identity.tokens import MAX_CLAIMS_BYTES
 from enforcer_daemon.packet.tcp import OPTION_EXPERIMENT_1
@@ -116,10 +117,12 @@ def test_metrics_table_has_every_metric() -> None:
 # The protocol.
 
 
-def render_states() -> str:
+def render_states(
+    transitions: Mapping[State, Mapping[Event, State]] = TRANSITIONS, responder: State = State.OFFERED
+) -> str:
     """The table of transitions as a diagram: one arrow for each pair of states, with its events."""
-    arrows = ["stateDiagram-v2", "    [*] --> OPENING", "    [*] --> OFFERED"]
-    for state, followers in TRANSITIONS.items():
+    arrows = ["stateDiagram-v2", "    [*] --> OPENING", f"    [*] --> {responder.name}"]
+    for state, followers in transitions.items():
         by_target: dict[State, list[Event]] = {}
         for event, target in followers.items():
             by_target.setdefault(target, []).append(event)
@@ -130,6 +133,10 @@ def render_states() -> str:
 
 def test_state_diagram_is_the_table() -> None:
     assert fenced(read("docs/protocol.md"), "mermaid") == render_states()
+
+
+def test_state_diagram_of_datagrams_is_the_table() -> None:
+    assert fenced(read("docs/protocol.md"), "mermaid datagrams") == render_states(DATAGRAM_TRANSITIONS, State.ASKED)
 
 
 def test_first_states_of_the_diagram_have_no_predecessor() -> None:
@@ -175,6 +182,16 @@ def example() -> dict[str, bytes]:
     values["syn_ack_head"] = known["syn_ack_frame"][: 2 * frames.SYN_ACK_OVERHEAD]
     values |= {name: known[name] for name in ("pair_key", "proof_r", "proof_i", "proof_option", "lone_proof_option")}
     return {name: bytes.fromhex(digits) for name, digits in values.items()}
+
+
+def render_datagrams() -> str:
+    known = json.loads(read("tests/vectors/handshake/version-1.json"))["datagrams"]
+    pieces = [(name, textwrap.wrap(digits, 64)) for name, digits in known.items()]
+    return "\n".join(f"{'' if n else name:<26}{line}" for name, lines in pieces for n, line in enumerate(lines))
+
+
+def test_example_of_datagrams_is_the_known_answer() -> None:
+    assert fenced(read("docs/protocol.md"), "text datagrams") == render_datagrams()
 
 
 def sha256_of(digits: str) -> str:
