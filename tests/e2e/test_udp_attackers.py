@@ -1,0 +1,189 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Attacks on UDP by identity with real packets: stolen offers, replays, floods. Nothing reaches the application."""
+
+from __future__ import annotations
+
+import itertools
+import os
+import socket
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+from enforcer_daemon.errors import FrameError, PacketError
+from enforcer_daemon.handshake.datagrams import LONE_EXID, RIDING_EXID, find_message
+from enforcer_daemon.handshake.frames import TYPE_OFFER, encode_again, encode_proof, frame_type
+from enforcer_daemon.packet.udp import UDP_HEADER, UDPDatagram, build_udp, decode_udp, encode_option
+from enforcer_daemon.settings import HandshakeSettings
+from tests.e2e.operation_world import FAMILIES, NODES, app, endpoint, pod, policy
+from triremectl.lab import HostSpec, Lab, Tools, WorldSpec
+from triremectl.lab.netns import open_socket
+
+pytestmark = pytest.mark.kernel
+
+PATIENCE_S = 10.0
+SETTLE_S = 0.3
+PODS = (pod("server", "a"), pod("client", "a"), pod("far-client", "b", app="client"))
+MANIFESTS = (policy("server", "server", ingress=[{"from": [app("client")]}]),)
+versions = pytest.mark.parametrize("version", [4, 6])
+_ports = itertools.count(9_000)
+
+
+@pytest.fixture(scope="module")
+def lab(plugin: Path) -> Iterator[Lab]:
+    world = WorldSpec(NODES, {"x": {}}, PODS, (HostSpec("near", node="a"),), manifests=MANIFESTS)
+    with Lab(world, Tools(plugin=plugin)) as lab:
+        yield lab
+
+
+@contextmanager
+def serving(lab: Lab, version: int) -> Iterator[socket.socket]:
+    with lab.open_socket("x/server", FAMILIES[version], socket.SOCK_DGRAM) as server:
+        server.bind((str(lab.address_of("x/server", version)), next(_ports)))
+        server.settimeout(PATIENCE_S)
+        yield server
+
+
+class RawHost:
+    """A machine on the server's bridge that sends packets under any address. A context manager."""
+
+    def __init__(self, lab: Lab, version: int) -> None:
+        self._family = FAMILIES[version]
+        self._sock = open_socket(lab.place("host:near").netns, self._family, socket.SOCK_RAW, socket.IPPROTO_RAW)
+
+    def __enter__(self) -> RawHost:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._sock.close()
+
+    def send(self, packet: bytes) -> None:
+        to = packet[16:20] if packet[0] >> 4 == 4 else packet[24:40]
+        self._sock.sendto(packet, (socket.inet_ntop(self._family, to), 0))
+
+
+def _messages(packets: list[bytes], port: int) -> list[tuple[UDPDatagram, bytes]]:
+    """Give the datagrams with a message among captured packets, of the flows of one port."""
+    found = []
+    for packet in packets:
+        try:
+            datagram = decode_udp(packet)
+            message = find_message(datagram)
+        except (PacketError, FrameError):
+            continue
+        if message is not None and port in (datagram.sport, datagram.dport):
+            found.append((datagram, message[0]))
+    return found
+
+
+def _hears_nothing(server: socket.socket) -> bool:
+    server.settimeout(SETTLE_S)
+    try:
+        server.recv(65_536)
+    except TimeoutError:
+        return True
+    return False
+
+
+@contextmanager
+def finished_handshake(lab: Lab, server: socket.socket, version: int) -> Iterator[list[tuple[UDPDatagram, bytes]]]:
+    """Let a client speak to the server; give the messages that went by. The client lives as long as the block."""
+    with (
+        lab.capture("x/server") as capture,
+        lab.open_socket("x/far-client", FAMILIES[version], socket.SOCK_DGRAM) as client,
+    ):
+        client.connect(server.getsockname()[:2])
+        client.send(b"once")
+        assert server.recv(100) == b"once"
+        yield _messages(capture.close(), server.getsockname()[1])
+
+
+@versions
+def test_whatever_went_by_is_sent_again_and_nothing_arrives(lab: Lab, version: int) -> None:
+    with serving(lab, version) as server, RawHost(lab, version) as host:
+        with finished_handshake(lab, server, version) as messages:
+            assert [frame_type(message) for _, message in messages] == [3, 4, 5]
+            for datagram, _ in messages:
+                host.send(datagram.packet)
+            assert _hears_nothing(server)
+        lab.run("x/server", "conntrack", "-D", "-f", f"ipv{version}", "-p", "udp")
+        for datagram, _ in messages:
+            host.send(datagram.packet)
+        assert _hears_nothing(server)
+
+
+@versions
+def test_a_stolen_offer_gains_nothing_under_any_address_or_port(lab: Lab, version: int) -> None:
+    with serving(lab, version) as server, RawHost(lab, version) as host:
+        with finished_handshake(lab, server, version) as messages:
+            offer, message = messages[0]
+        port = server.getsockname()[1]
+        own = lab.address_of("host:near", version).packed
+        for source in (own, offer.src):
+            for exid, payload in ((RIDING_EXID, b"attack"), (LONE_EXID, b"")):
+                for nonce in (message[8:24], os.urandom(16)):
+                    stolen = message[:8] + nonce + message[24:]
+                    sport = next(_ports)
+                    surplus = encode_option(UDP_HEADER + len(payload), exid, stolen)
+                    host.send(build_udp(source, offer.dst, (sport, port), payload, surplus))
+                    proof = encode_option(UDP_HEADER, LONE_EXID, encode_proof(nonce, os.urandom(16)))
+                    host.send(build_udp(source, offer.dst, (sport, port), b"", proof))
+                    host.send(build_udp(source, offer.dst, (sport, port), b"attack"))
+        assert _hears_nothing(server)
+
+
+@versions
+def test_a_flood_of_stolen_offers_is_bounded_and_passes(lab: Lab, version: int) -> None:
+    bounds = HandshakeSettings()
+    with serving(lab, version) as server, RawHost(lab, version) as host:
+        with finished_handshake(lab, server, version) as messages:
+            offer, message = messages[0]
+        _await_calm(lab)
+        port = server.getsockname()[1]
+        for sport in range(20_000, 21_000):
+            stolen = message[:8] + os.urandom(16) + message[24:]
+            surplus = encode_option(UDP_HEADER + 6, RIDING_EXID, stolen)
+            host.send(build_udp(offer.src, offer.dst, (sport, port), b"attack", surplus))
+            assert sport % 250 or _count(lab, "held_packets") <= bounds.max_held_packets_per_source
+        assert _hears_nothing(server)
+        assert _count(lab, "half_open_flows") <= bounds.max_half_open_flows_per_source
+        _await_calm(lab)
+    with serving(lab, version) as server, finished_handshake(lab, server, version) as messages:
+        assert frame_type(messages[0][1]) == TYPE_OFFER
+
+
+def _await_calm(lab: Lab) -> None:
+    deadline = time.monotonic() + PATIENCE_S
+    while _count(lab, "held_packets") or _count(lab, "half_open_flows"):
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+def _count(lab: Lab, what: str) -> int:
+    count = endpoint(lab, "x/server")[what]
+    assert isinstance(count, int)
+    return count
+
+
+@versions
+def test_forged_requests_to_shake_hands_again_stop_no_flow(lab: Lab, version: int) -> None:
+    with (
+        serving(lab, version) as server,
+        lab.open_socket("x/client", FAMILIES[version], socket.SOCK_DGRAM) as client,
+        RawHost(lab, version) as host,
+    ):
+        client.settimeout(PATIENCE_S)
+        client.connect(server.getsockname()[:2])
+        ends = lab.address_of("x/server", version).packed, lab.address_of("x/client", version).packed
+        for n in range(20):
+            client.send(b"%d" % n)
+            received, source = server.recvfrom(100)
+            assert received == b"%d" % n
+            server.sendto(b"re: " + received, source)
+            assert client.recv(100) == b"re: " + received
+            for _ in range(10):
+                surplus = encode_option(UDP_HEADER, LONE_EXID, encode_again(os.urandom(16)))
+                host.send(build_udp(*ends, (server.getsockname()[1], source[1]), b"", surplus))
