@@ -142,6 +142,10 @@ class RegistrationSettings:
     """Kubernetes namespaces whose pods are not enforced at all."""
     delete_queue_dir: Path | None = None
     """Where the plugin leaves deletions while the daemon is down; unset: run_dir/deletions."""
+    cni_results_dir: Path | None = None
+    """The runtime's records of its pods (libcni's cache), to find those started without the plugin; unset: not done."""
+    enrol_every_s: float = 30.0
+    """How often such pods are looked for after the start, seconds."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -273,6 +277,7 @@ def _check(settings: Settings) -> None:
 def _check_bounds(settings: Settings) -> None:
     credentials, handshake, kubernetes = settings.credentials, settings.handshake, settings.kubernetes
     positive = {
+        "registration.enrolEveryS": settings.registration.enrol_every_s,
         "handshake.tokenLifetimeS": handshake.token_lifetime_s,
         "handshake.timeoutS": handshake.timeout_s,
         "handshake.maxHalfOpenFlows": handshake.max_half_open_flows,

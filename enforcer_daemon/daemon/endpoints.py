@@ -364,6 +364,10 @@ class Endpoints:
         async with self._changing:
             await self._kernel.guard_anew(list(self._by_netns.values()))
 
+    def knows(self, attachment: AttachmentId) -> bool:
+        """Tell whether an attachment is recorded, as enforced or as excluded."""
+        return attachment in self._registry.records
+
     def close(self) -> None:
         """Stop serving; rules and records stay for the next daemon."""
         for endpoint in self._by_netns.values():

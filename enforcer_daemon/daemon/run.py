@@ -14,6 +14,7 @@ from collections.abc import AsyncIterator
 from contextlib import ExitStack, suppress
 
 from enforcer_daemon.daemon.endpoints import Endpoints
+from enforcer_daemon.daemon.enrolment import Enrolment
 from enforcer_daemon.daemon.kernel import Kernel
 from enforcer_daemon.daemon.node import Node
 from enforcer_daemon.daemon.registrar import Registrar
@@ -77,6 +78,8 @@ class Daemon:
         self._endpoints = Endpoints(settings, self._node, self._kernel, registry, log, self._metrics)
         self._cluster = ClusterSource(settings, log, self._metrics) if settings.kubernetes.enabled else None
         self._registrar = Registrar(self._endpoints, settings, self._cluster)
+        results = settings.registration.cni_results_dir
+        self._enrolment = None if results is None else Enrolment(results, self._registrar, self._endpoints.knows, log)
         self._status = Status(settings, self._node, self._registrar, self._metrics, self._kernel)
         self._admin = AdminServer(run_dir / "admin.sock", self._status.commands())
         self._registration = RegistrationServer(run_dir / "registration.sock", self._registrar)
@@ -114,6 +117,9 @@ class Daemon:
             # A pod that was deleted meanwhile may lack its interfaces already: there is nothing to adopt.
             drained = await drain(self._deletions, self._endpoints.delete)
             await self._endpoints.adopt()
+            if self._enrolment is not None:
+                await self._enrolment.look(is_start=True)
+                tasks.create_task(self._enrol(self._enrolment), name="enrolment")
             self._registrar.is_started = True
             self._log.info("ready", endpoints=len(self._endpoints), queued_deletions=drained.deleted)
             tasks.create_task(self._registration.serve(), name="registration")
@@ -175,6 +181,11 @@ class Daemon:
             self._node.set_addresses(current)
             await self._endpoints.follow_addresses()
             self._log.info("node addresses", addresses=sorted(map(str, current)))
+
+    async def _enrol(self, enrolment: Enrolment) -> None:
+        while True:
+            await asyncio.sleep(self._settings.registration.enrol_every_s)
+            await enrolment.look()
 
     async def _tend(self) -> None:
         while True:

@@ -2,16 +2,18 @@
 """A small CNI runtime: executes a conflist's plugins as libcni does (https://www.cni.dev/docs/spec/, section 4).
 
 ADD runs the chain in order and hands each plugin the result of the one before; DEL and CHECK use the result and the
-arguments of the ADD, which are kept in a cache directory. An ADD that fails is undone by a DEL, as containerd does.
+arguments of the ADD, which are kept in a cache directory, in libcni's own format. An ADD that fails is undone by a DEL,
+as containerd does.
 """
 
 from __future__ import annotations
 
+import base64
 import json
 import os
 import subprocess
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -87,27 +89,19 @@ class CniRuntime:
         cni_labels: Mapping[str, str] | None = None,
     ) -> dict[str, Any]:
         """Attach the namespace and return the chain's result; on an error undo what was done and raise CniError."""
-        arguments: dict[str, Any] = {
-            "container_id": container_id,
-            "netns_path": str(netns_path),
-            "ifname": ifname,
-            "cni_args": dict(cni_args or {}),
-            "capability_args": dict(capability_args or {}),
-            "cni_labels": dict(cni_labels or {}),
-        }
-        call = _Call("ADD", **arguments)
-        cached = self._cache_file(container_id, ifname)
-        cached.write_text(json.dumps({"arguments": arguments, "result": None}), encoding="utf-8")
+        call = _Call(
+            "ADD", container_id, str(netns_path), ifname, cni_args or {}, capability_args or {}, cni_labels or {}
+        )
         result: dict[str, Any] | None = None
         try:
             for plugin in self._conflist["plugins"]:
                 result = self._execute(plugin, call, {} if result is None else {"prevResult": result})
         except CniError as err:
-            self._undo(container_id, ifname, err)
+            self._undo(call, err)
             raise
         if result is None:
             raise CniError("ADD", "", _CODE_NO_JSON, "the conflist has no plugins")
-        cached.write_text(json.dumps({"arguments": arguments, "result": result}), encoding="utf-8")
+        self._remember(call, result)
         return result
 
     def delete(self, container_id: str, ifname: str = "eth0", *, netns_path: str | Path | None = None) -> None:
@@ -137,27 +131,49 @@ class CniRuntime:
         for plugin in self._conflist["plugins"]:
             self._execute(plugin, _Call("STATUS"), {})
 
-    def _undo(self, container_id: str, ifname: str, err: CniError) -> None:
+    def _undo(self, call: _Call, err: CniError) -> None:
         try:
-            self.delete(container_id, ifname)
+            for plugin in reversed(self._conflist["plugins"]):
+                self._execute(plugin, replace(call, command="DEL"), {})
         except CniError as undo_err:
             err.add_note(f"undoing it failed too: {undo_err}")
 
     def _cache_file(self, container_id: str, ifname: str) -> Path:
-        return self._cache_dir / f"{self._conflist['name']}-{container_id}-{ifname}.json"
+        return self._cache_dir / "results" / f"{self._conflist['name']}-{container_id}-{ifname}"
+
+    def _remember(self, call: _Call, result: Mapping[str, Any]) -> None:
+        """Write what libcni writes (cachedInfo in its libcni/api.go), and the labels, which it does not know."""
+        entry = {
+            "kind": "cniCacheV1",
+            "containerId": call.container_id,
+            "config": base64.b64encode(json.dumps(self._conflist).encode()).decode(),
+            "ifName": call.ifname,
+            "networkName": self._conflist["name"],
+            "netns": call.netns_path,
+            "cniArgs": [[key, value] for key, value in call.cni_args.items()],
+            "capabilityArgs": dict(call.capability_args),
+            "result": result,
+            "trireme.io/labels": dict(call.cni_labels),
+        }
+        path = self._cache_file(call.container_id, call.ifname)
+        path.parent.mkdir(mode=0o700, exist_ok=True)
+        path.write_text(json.dumps(entry), encoding="utf-8")
 
     def _recall(
         self, command: str, container_id: str, ifname: str, netns_path: str | Path | None
     ) -> tuple[_Call, dict[str, Any]]:
         cached = self._cache_file(container_id, ifname)
-        arguments: dict[str, Any] = {"container_id": container_id, "ifname": ifname}
-        result = None
-        if cached.exists():
-            entry = json.loads(cached.read_text(encoding="utf-8"))
-            arguments, result = entry["arguments"], entry["result"]
-        if netns_path is not None:
-            arguments["netns_path"] = str(netns_path)
-        return _Call(command, **arguments), {} if result is None else {"prevResult": result}
+        entry = json.loads(cached.read_text(encoding="utf-8")) if cached.exists() else {}
+        call = _Call(
+            command,
+            container_id,
+            str(entry.get("netns", "") if netns_path is None else netns_path),
+            ifname,
+            dict(entry.get("cniArgs", ())),
+            entry.get("capabilityArgs", {}),
+            entry.get("trireme.io/labels", {}),
+        )
+        return call, {"prevResult": entry["result"]} if entry else {}
 
     def _execute(self, plugin: Mapping[str, Any], call: _Call, extra: Mapping[str, Any]) -> dict[str, Any]:
         """Run one plugin; return the JSON object on its standard output, {} for none."""

@@ -32,7 +32,7 @@ def daemon_settings(
             # A node port rewrites the source to the node's address, whatever pod dialled it.
             "masquerade": node_addresses,
         },
-        "registration": {"runDir": str(directories.run)},
+        "registration": {"runDir": str(directories.run), "cniResultsDir": str(directories.cni / "cache" / "results")},
         "log": {"format": "json"},
     }
     return overlay(settings, world.settings)
