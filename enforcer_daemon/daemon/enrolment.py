@@ -2,16 +2,17 @@
 """Finds pods that were started without our plugin, and has them enforced.
 
 Pods run before the plugin is installed, and start past it while a primary plugin has just rewritten its list. The
-runtime's result cache names them; where their namespace is, the cache, the runtime's mounts or their processes say.
-What is found is compared with the pod's own interface, for a path can lead to another pod by now. Only additions are
-made: a cache that lacks a pod says nothing about it.
+runtime's result cache names them and says where their namespaces are. What is there is compared with the pod's own
+addresses, for a path can lead to another pod by now; and no other place is searched, for what has a pod's addresses
+need not be of this node's network (a node of another cluster can run inside this one). Only additions are made: a cache
+that lacks a pod says nothing about it.
 """
 
 from __future__ import annotations
 
 import asyncio
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Protocol
@@ -21,7 +22,7 @@ from cni_plugin.result import pair_ends
 from enforcer_daemon.dataplane.addresses import interfaces
 from enforcer_daemon.dataplane.netns import netns_id
 from enforcer_daemon.errors import EnforcerError
-from enforcer_daemon.model import AttachmentId, NetnsId
+from enforcer_daemon.model import AttachmentId
 from enforcer_daemon.registration.request import AddRequest
 from enforcer_daemon.registration.results import CachedResult, decode_cached
 from enforcer_daemon.telemetry.logs import Logger
@@ -30,8 +31,6 @@ MAX_RESULT_BYTES = 1024 * 1024
 """Of one file of the cache; real ones have a few kilobytes."""
 MAX_RESULTS = 4096
 """Files that are looked at; as many as attachments that a node can have."""
-_MOUNTS = Path("/run/netns")
-_PROCESSES = Path("/proc")
 
 
 class Enrolling(Protocol):
@@ -61,14 +60,16 @@ class Enrolment:
         self._is_known = is_known
         self._log = log
         self._seen: frozenset[AttachmentId] = frozenset()
+        self._registered: frozenset[AttachmentId] = frozenset()
+        """Of the cache's: those that were known once. What is no longer known of these is being deleted."""
         self._unread: frozenset[str] = frozenset()
         self._reported: dict[str, str] = {}
 
     async def look(self, *, is_start: bool = False) -> int:
         """Enrol what is not enforced; return how many pods.
 
-        Apart from the start a pod must have been there the time before as well: one that is just being deleted is not
-        ours any more, and still in the cache for a moment.
+        Apart from the start a pod must have been there the time before as well: one that is just being deleted is in
+        the cache for a moment longer.
         """
         missing = await asyncio.to_thread(self._missing)
         settled = missing if is_start else {key: found for key, found in missing.items() if key in self._seen}
@@ -96,7 +97,7 @@ class Enrolment:
         return 1
 
     def _missing(self) -> dict[AttachmentId, CachedResult]:
-        missing, unread = {}, set()
+        missing, registered, unread = {}, set(), set()
         for path in self._files():
             try:
                 cached = decode_cached(_read(path))
@@ -107,9 +108,16 @@ class Enrolment:
                 if path.name in self._unread:  # else it may be half written: libcni does not rename
                     self._report(path.name, f"{path}: {err}")
                 continue
-            if cached is not None and not self._is_known(cached.request.attachment):
-                missing[cached.request.attachment] = cached
-        self._unread = frozenset(unread)
+            if cached is None:
+                continue
+            attachment = cached.request.attachment
+            if attachment in self._registered or self._is_known(attachment):
+                registered.add(attachment)
+            elif cached.paths:
+                missing[attachment] = cached
+            else:
+                self._report(path.name, f"{path}: does not say where the namespace of {cached.request.pod} is")
+        self._unread, self._registered = frozenset(unread), frozenset(registered)
         return missing
 
     def _files(self) -> list[Path]:
@@ -142,52 +150,30 @@ def _read(path: Path) -> bytes:
 
 
 def _locate(missing: Mapping[AttachmentId, CachedResult]) -> dict[AttachmentId, _Found]:
-    """Find the namespaces: by the paths that the cache has, else by looking into every namespace of the node."""
-    located: dict[AttachmentId, _Found] = {}
+    """Find the namespaces by the paths that the cache has. One that leads nowhere is of a pod that is gone."""
+    located = {}
     for attachment, cached in missing.items():
-        found = next(filter(None, (_open(path, [cached]) for path in cached.paths)), None)
+        found = next(filter(None, (_open(path, cached.request) for path in cached.paths)), None)
         if found is not None:
-            located[attachment] = found[1]
-    searched = {key: cached for key, cached in missing.items() if key not in located and not cached.paths}
-    if not searched:
-        return located
-    for path in _namespaces():
-        if match := _open(path, [cached for key, cached in searched.items() if key not in located]):
-            located[match[0].request.attachment] = match[1]
+            located[attachment] = found
     return located
 
 
-def _namespaces() -> Iterator[str]:
-    """Give a path to each namespace of the node, once: the runtime's mounts first, since processes come and go."""
-    seen: set[NetnsId] = set()
-    for path in (*sorted(_MOUNTS.glob("*")), *_PROCESSES.glob("[0-9]*/ns/net")):
-        try:
-            stat = path.stat()
-        except OSError:  # gone, or another user's process
-            continue
-        netns = NetnsId(stat.st_dev, stat.st_ino)
-        if netns not in seen:
-            seen.add(netns)
-            yield str(path)
-
-
-def _open(path: str, candidates: list[CachedResult]) -> tuple[CachedResult, _Found] | None:
-    """Open a namespace if it is that of one of the candidates; None where it is nobody's."""
+def _open(path: str, request: AddRequest) -> _Found | None:
+    """Open a namespace if it is the pod's: its interface has the pod's addresses. None where it is not."""
     try:
         descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
     except OSError:
         return None
     try:
         netns_id(descriptor)
-        addresses = {interface.name: set(interface.addresses) for interface in interfaces(descriptor)}
+        addresses = {interface.name: interface.addresses for interface in interfaces(descriptor)}
     except EnforcerError:  # no network namespace, or gone while it was looked at
         addresses = {}
     except BaseException:
         os.close(descriptor)
         raise
-    for cached in candidates:
-        request = cached.request
-        if set(request.ips) <= addresses.get(request.attachment.ifname, set()):
-            return cached, _Found(path, descriptor)
+    if set(request.ips) <= set(addresses.get(request.attachment.ifname, ())):
+        return _Found(path, descriptor)
     os.close(descriptor)
     return None

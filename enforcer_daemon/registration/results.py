@@ -33,7 +33,7 @@ class CachedResult:
     request: AddRequest
     """As our plugin would have sent it; `netns_path` is empty."""
     paths: tuple[str, ...]
-    """Where the pod's namespace is said to be; none: it has to be looked for."""
+    """Where the pod's namespace is said to be, if anywhere."""
 
 
 def decode_cached(data: bytes) -> CachedResult | None:

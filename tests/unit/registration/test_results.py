@@ -58,7 +58,7 @@ def test_a_pod_is_read_as_its_add_would_have_said() -> None:
     assert found.paths == ("/var/run/netns/cni-1", "/run/netns/cni-1")
 
 
-def test_without_its_path_a_pod_has_to_be_looked_for() -> None:
+def test_an_entry_need_not_say_where_the_pod_is() -> None:
     result = {"ips": [{"address": "10.244.0.5/32"}]}
     assert read(netns=None, result=result).paths == ()
 
