@@ -29,12 +29,13 @@ _HEADER = "# SPDX-License-Identifier: Apache-2.0\n# Made from install/helm/trire
 
 
 def render(changed: Mapping[str, Any]) -> str:
-    """Render all templates with the chart's values, and these over them."""
+    """Render all templates with the chart's values, and these over them, after the namespace that Helm finds there."""
     values = {**yaml.safe_load((CHART / "values.yaml").read_text(encoding="utf-8")), **changed}
     scope = {"Values": values, "Release": {"Namespace": NAMESPACE}}
-    paths = sorted((CHART / "templates").glob("*.yaml"), key=lambda path: (path.name != "namespace.yaml", path.name))
+    paths = sorted((CHART / "templates").glob("*.yaml"))
     parts = ["\n".join(_lines(path, scope)) for path in paths]
-    return _HEADER + "".join(f"---\n{part}\n" for part in parts if part.strip())
+    namespace = (HERE / "namespace.yaml").read_text(encoding="utf-8").partition("\n")[2]
+    return _HEADER + "".join(f"---\n{part.rstrip()}\n" for part in (namespace, *parts) if part.strip())
 
 
 def _lines(path: Path, scope: Mapping[str, Any]) -> Iterator[str]:
