@@ -14,6 +14,7 @@ import yaml
 from click.testing import CliRunner
 
 from enforcer_daemon.__main__ import main as enforcer
+from enforcer_daemon.settings import decode_settings
 from install.render import CHART, HERE, RENDERED, render
 from trireme_install.__main__ import main as installer
 
@@ -119,6 +120,13 @@ def test_the_nodes_name_comes_from_the_pod(tmp_path: Path, monkeypatch: pytest.M
     assert CliRunner().invoke(enforcer, check).exit_code == 2
     monkeypatch.setenv("TRIREME_NODE", "node-7")
     assert CliRunner().invoke(enforcer, check).exit_code == 0
+
+
+def test_the_enforcer_takes_its_settings() -> None:
+    text = objects(render({}))["ConfigMap", "trireme-enforcer"]["data"]["enforcer.yaml"]
+    settings = decode_settings({**yaml.safe_load(text), "node": "node-7"})
+    assert settings.kubernetes.enabled
+    assert settings.registration.cni_results_dir == Path("/var/lib/cni/results")
 
 
 def test_no_rule_grants_everything() -> None:
