@@ -80,7 +80,11 @@ def carry_out(directory: Path, step: Step) -> None:
 
 def _files(directory: Path, extensions: tuple[str, ...]) -> dict[str, bytes]:
     found: dict[str, bytes] = {}
-    for path in sorted(directory.iterdir()):
+    try:
+        paths = sorted(directory.iterdir())
+    except (FileNotFoundError, NotADirectoryError):
+        return {}  # gone since it was listed
+    for path in paths:
         if not path.name.endswith(extensions) or not path.is_file():
             continue
         try:

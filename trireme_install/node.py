@@ -139,6 +139,6 @@ def is_ready(ready_file: Path, poll_s: float) -> bool:
 def _place(directory: Path) -> tuple[int, int] | None:
     try:
         stat = directory.stat()
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return None
     return stat.st_dev, stat.st_ino

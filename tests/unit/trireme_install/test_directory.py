@@ -62,6 +62,22 @@ def test_a_file_that_its_owner_has_written_meanwhile_stays_its_owners(
     assert names(tmp_path) == {path.name}
 
 
+def test_what_goes_while_it_is_read_is_not_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "10-a.conflist").write_bytes(b"x")
+    names_before = list(tmp_path.iterdir())
+    monkeypatch.setattr(Path, "is_dir", lambda path: True)  # as it was a moment before
+    assert read_listing(tmp_path).drop_ins == {}
+
+    def vanishing(path: Path) -> list[Path]:
+        monkeypatch.undo()
+        (tmp_path / "10-a.conflist").unlink()
+        tmp_path.rmdir()
+        return names_before
+
+    monkeypatch.setattr(Path, "iterdir", vanishing)
+    assert read_listing(tmp_path).files == {}
+
+
 def test_a_file_that_is_gone_is_not_made_again(tmp_path: Path) -> None:
     with pytest.raises(ChangedMeanwhileError):
         carry_out(tmp_path, Replace("10-a.conflist", b"old", b"ours"))
