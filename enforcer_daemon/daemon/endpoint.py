@@ -21,7 +21,7 @@ from enforcer_daemon.dataplane.addresses import interface
 from enforcer_daemon.dataplane.backends import RulesBackend
 from enforcer_daemon.dataplane.established import ReleasedFlow, end_flows, highest_index
 from enforcer_daemon.dataplane.netns import tune_conntrack
-from enforcer_daemon.dataplane.queue import PacketQueue
+from enforcer_daemon.dataplane.queue import MAX_COPIED_BYTES, PacketQueue
 from enforcer_daemon.dataplane.queuecounters import LostPackets
 from enforcer_daemon.dataplane.rules import EndpointRules
 from enforcer_daemon.dataplane.tampering import RulesWatch
@@ -73,7 +73,8 @@ class Endpoint:
         self._node = node
         self._queue: PacketQueue | None = None
         self._watch: RulesWatch | None = None
-        self.mtu = min(interface(sandbox.netns_fd, name).mtu for name in sandbox.ifnames)
+        # No larger than what the queue shows of a packet: a frame must be read, written and taken off whole.
+        self.mtu = min(MAX_COPIED_BYTES, *(interface(sandbox.netns_fd, name).mtu for name in sandbox.ifnames))
         token = node.sign(identity)
         self.identity_bytes, self.budget_bytes = _require_room(token, self.mtu)
         self.store = store
@@ -264,8 +265,9 @@ def _require_room(token: LocalToken, mtu: int) -> tuple[int, int]:
         labels = {**identity.namespace_labels, **identity.labels}
         largest = sorted(labels.items(), key=lambda label: -len(label[0]) - len(label[1]))[:_LARGEST_LABELS]
         named = ", ".join(f"{key} ({len(key) + len(value)} bytes)" for key, value in largest)
+        place = f"its interface (MTU {mtu})" if mtu < MAX_COPIED_BYTES else f"the packet queue ({mtu} bytes)"
         raise IdentityTooLargeError(
-            f"identity of {identity.pod} takes {size} bytes in a handshake packet, its interface (MTU {mtu}) has room "
+            f"identity of {identity.pod} takes {size} bytes in a handshake packet, {place} has room "
             f"for {budget}; its largest labels: {named}"
         )
     return size, budget

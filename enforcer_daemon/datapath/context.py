@@ -33,6 +33,8 @@ _MAX_NONCES = 65_536
 """Nonces that a node remembers, to tell a replay; whoever used most is forgotten first."""
 _MAX_REPORTS = 1_024
 """Reports that wait to be taken; beyond it new ones are only counted."""
+_FINISHED = b"finished"
+"""In place of the connection that used a nonce; no connection has this name."""
 _NUMBERS = 0xFFFF_FFFF
 _PORTS = Struct("!HH")
 
@@ -112,6 +114,11 @@ class NodeContext:
         """Give the peer of an identity block that came from an address; raise PeerError where it does not hold."""
         is_pod = self.networks.destination(source) is Destination.ENFORCED
         return self.verifier.verify(block, source, now, now + self.wall_offset_s, is_pod=is_pod)
+
+    def finish_nonce(self, nonce: bytes, source: bytes) -> None:
+        """Let no SYN with this nonce be offered again: its connection was released."""
+        if self._nonces.get(nonce) is not None:
+            self._nonces.put(nonce, _FINISHED, source)
 
     def use_nonce(self, nonce: bytes, connection: bytes, source: bytes) -> None:
         """Remember an initiator's nonce; raise PeerError where it was used before.

@@ -138,7 +138,7 @@ class EndpointDatapath:
                 return self._released(verdict, key, self._responder)
             if self._context.is_injected(key, segment):
                 return ACCEPT
-            answered = self._responder.flows.get(key)
+            answered = self._responder.answered(segment, key)
             if answered is not None:
                 return self._responder.segment_out(answered, segment)
         else:

@@ -24,6 +24,8 @@ from enforcer_daemon.settings import DenyWith
 from enforcer_daemon.verdict import ACCEPT, DROP, Action, Inject, Settle, Verdict
 
 _NUMBERS = 0xFFFF_FFFF
+_MAX_CLEARED = 1_024
+"""SYNs that wait for their repetition; the oldest makes room, and may be held back once more."""
 _SYN_HEADERS = 60
 """IP and TCP header bytes of the smallest SYN: with the frame, a packet size that this path has already carried."""
 
@@ -36,6 +38,8 @@ class Initiator:
         self.flows: FlowTable[InitiatorFlow] = FlowTable(
             context.node.settings.max_half_open_flows, context.node.settings.max_half_open_flows_per_source
         )
+        self._cleared: dict[bytes, int] = {}
+        """SYNs that were held back for a RST to go first, by flow: their ISNs."""
 
     def syn_out(self, segment: Segment, key: bytes, mark: int, now: float) -> Verdict:
         """Let a SYN out: with our frame into the enforced networks, judged by address elsewhere."""
@@ -53,12 +57,31 @@ class Initiator:
             return self._deny_syn(segment, Decision(False, Reason.EGRESS_DENIED, Direction.EGRESS, decision.rules))
         if now + context.node.wall_offset_s > context.local.expires_at:
             raise TokenError(Reason.TOKEN_EXPIRED, "our own; is the daemon overloaded?")
+        if mark & OWN_MASK and self._cleared.pop(key, None) != segment.seq:
+            return self._clear_way(segment, key)
         flow = InitiatorFlow(
             key, context.local, context.node.random(16), segment.seq, now + context.node.settings.timeout_s
         )
         verdict = self._attach_frame(segment, flow, mark)
         evicted = self.flows.add(flow)
         return verdict if evicted is None else verdict._replace(effects=context.give_up(*evicted))
+
+    def _clear_way(self, segment: Segment, key: bytes) -> Verdict:
+        """Send a RST in place of the SYN, which the pod's kernel repeats a second later.
+
+        The mark of an earlier connection of these ports is still there: the peer ended it by RST, and conntrack keeps
+        its entry for 10 s. So do the nodes on the way. There conntrack ignores the SYN, and believes the SYN-ACK only
+        if that acknowledges all of it, our frame included; so the third segment would be invalid to it, which strict
+        nodes drop after connect() has returned. After a RST in the SYN's own direction it begins anew with the SYN
+        (nf_conntrack_proto_tcp.c, "attempt to reopen a closed/aborted connection"). The peer's kernel has nothing that
+        this RST could end.
+        """
+        if len(self._cleared) >= _MAX_CLEARED:
+            del self._cleared[next(iter(self._cleared))]
+        self._cleared[key] = segment.seq
+        ports, numbers = (segment.sport, segment.dport), (segment.seq, 0)
+        reset = build(segment.src, segment.dst, ports, numbers, RST, 0)
+        return DROP._replace(effects=(self._context.inject(key, reset, RST, numbers),))
 
     def may_reach(self, segment: Segment) -> bool:
         """Tell whether the pod could be allowed to send anything at all to where a segment goes."""
@@ -93,7 +116,7 @@ class Initiator:
         flow = self.flows.get(key)
         if flow is None:
             if mark & RELEASED:
-                return _deliver(segment)
+                return self._forgotten_syn_ack(segment, key)
             return self._context.refuse_unknown(key, segment)
         if segment.ack != (flow.isn + 1) & _NUMBERS:
             raise PeerError(Reason.UNKNOWN_FLOW, "SYN-ACK acknowledges another SYN")
@@ -115,8 +138,25 @@ class Initiator:
         flow.advance(Event.SYN_ACK_VERIFIED)
         return _deliver(segment)
 
+    def _forgotten_syn_ack(self, segment: Segment, key: bytes) -> Verdict:
+        """Answer a SYN-ACK of a connection that was released, and that we remember no more.
+
+        Bare, it is a matter of the kernels. With a frame, the peer's enforcer never saw our proof, and we cannot make
+        it again: both ends are told, which else would wait. A late copy does no harm to ends that have spoken since:
+        the numbers are then out of their windows.
+        """
+        if not is_frame(segment.payload):
+            return ACCEPT
+        decision = Decision(False, Reason.UNKNOWN_FLOW, Direction.EGRESS)
+        self._context.report(Direction.EGRESS, segment.src, segment.sport, decision, detail="SYN-ACK after release")
+        next_r = (segment.seq + 1) & _NUMBERS
+        own, remote = (segment.ack, next_r), (next_r, segment.ack)
+        return DROP._replace(effects=self._context.reset_both(key, own, remote))
+
     def _plain_syn_ack(self, segment: Segment, flow: InitiatorFlow, key: bytes) -> Verdict:
         """No frame in the answer: the peer is an address, whatever it sits behind."""
+        if flow.state is State.RELEASED and segment.seq == flow.isn_r:
+            return ACCEPT  # The peer's enforcer has our proof, its kernel not our ACK.
         if flow.state is not State.OPENING:
             raise PeerError(Reason.UNKNOWN_FLOW, "SYN-ACK without identity after one with it")
         decision, release = self._context.judge.egress(None, segment.src, segment.sport)
@@ -147,6 +187,11 @@ class Initiator:
         next_i, next_r = (flow.isn + 1) & _NUMBERS, (flow.isn_r + 1) & _NUMBERS
         return dropped + self._context.reset_both(flow.key, (next_i, next_r), (next_r, next_i))
 
+    def _settle(self, flow: InitiatorFlow) -> None:
+        """Remember a released flow without what only its handshake needed."""
+        self.flows.settle(flow)
+        flow.frame = b""
+
     def segment_out(self, flow: InitiatorFlow, segment: Segment, now: float) -> Verdict:
         """Let the pod's first segment after the SYN-ACK carry the proof, and release the flow with it."""
         if segment.flags & RST:
@@ -168,7 +213,7 @@ class Initiator:
         is_small = segment.data == segment.end or length <= len(flow.frame) + _SYN_HEADERS
         if has_room(options) and is_small:
             flow.advance(Event.PROOF_ATTACHED)
-            self.flows.settle(flow)
+            self._settle(flow)
             # First, since nothing counts that follows an end-of-options marker of the pod's stack.
             options = proof_option(flow.proof, is_lone=False) + options
             packet = with_options_and_payload(segment, options, segment.payload)
@@ -187,7 +232,7 @@ class Initiator:
             # None waits: what did, timed out, and so our ACK was lost before it came here.
             return self._context.hold(flow, now, () if flow.held else (_lone_proof(segment, flow),))
         flow.advance(Event.LONE_PROOF_PASSED)
-        self.flows.settle(flow)
+        self._settle(flow)
         return flow.release._replace(effects=self._context.settle_held(flow, flow.release))
 
     def forget(self, key: bytes) -> None:

@@ -22,6 +22,7 @@ from enforcer_daemon.handshake.proofs import frame_hash
 from enforcer_daemon.marks import NODE, OWN_MASK, RELEASED
 from enforcer_daemon.model import Decision, Direction
 from enforcer_daemon.packet.tcp import (
+    ACK,
     FIN,
     RST,
     SYN_ACK,
@@ -125,7 +126,7 @@ class Responder:
 
     def syn_ack_out(self, segment: Segment, key: bytes, mark: int, now: float) -> Verdict:
         """Attach our frame and proof; a retransmission gets the same ones."""
-        flow = self.flows.get(key)
+        flow = self.answered(segment, key)
         if flow is None:
             if mark & (RELEASED | NODE):
                 return ACCEPT
@@ -134,6 +135,8 @@ class Responder:
             raise PeerError(Reason.UNKNOWN_FLOW, "SYN-ACK acknowledges another SYN")
         if flow.state in (State.PROVEN, State.RELEASED) and segment.seq != flow.isn_r:
             raise PeerError(Reason.UNKNOWN_FLOW, "SYN-ACK of another connection than the one that was proven")
+        if flow.state is State.RELEASED:
+            return ACCEPT  # Bare: the pod's kernel lost the ACK, or has no room yet; we lack no proof.
         if segment.seq != flow.isn_r:
             self._answer(segment, flow, now)
         if flow.state in (State.OFFERED, State.ANSWERED):
@@ -142,6 +145,22 @@ class Responder:
         if len(packet) > self._context.mtu:
             raise PeerError(Reason.IDENTITY_TOO_LARGE, f"{len(packet)} bytes, MTU {self._context.mtu}")
         return Verdict(Action.ACCEPT, packet)
+
+    def answered(self, segment: Segment, key: bytes) -> ResponderFlow | None:
+        """Find the flow that a segment of the pod's kernel answers.
+
+        Beside a sidecar that redirects it shows the sidecar's port here, not the one that the peer dialled: then the
+        peer's address and port name the flow, and the number that the answer must have.
+        """
+        flow = self.flows.get(key)
+        if flow is not None:
+            return flow
+        flow = self.flows.by_remote(key)
+        if flow is None:
+            return None
+        acknowledges = bool(segment.flags & ACK) and segment.ack == (flow.offer.isn + 1) & _NUMBERS
+        follows = bool(segment.flags & RST) and segment.seq == (flow.isn_r + 1) & _NUMBERS
+        return flow if acknowledges or follows else None
 
     def _answer(self, segment: Segment, flow: ResponderFlow, now: float) -> None:
         """Make the frame of a SYN-ACK, and keep what its repetition needs."""
@@ -206,7 +225,7 @@ class Responder:
                 return flow.release
             case State.PROVEN:
                 flow.advance(Event.SEGMENT_FOLLOWED)
-                self.flows.settle(flow)
+                self._settle(flow)
                 return flow.release
             case State.ANSWERED:
                 return self._await_proof(segment, flow, now)
@@ -221,10 +240,16 @@ class Responder:
             return self._accept_lone_proof(flow)
         if flow.state is not State.RELEASED:
             flow.advance(Event.PROOF_VERIFIED)
-            self.flows.settle(flow)
+            self._settle(flow)
         packet = with_options_and_payload(segment, found.rest, segment.payload)
         effects = self._context.settle_held(flow, flow.release) if flow.held else ()
         return Verdict(Action.RELEASE, packet, flow.release.mark, effects=effects)
+
+    def _settle(self, flow: ResponderFlow) -> None:
+        """Remember a released flow without what only its handshake needed; its SYN is of no use any more."""
+        self.flows.settle(flow)
+        self._context.node.finish_nonce(flow.offer.nonce, flow.source)
+        flow.frame = b""
 
     def _accept_lone_proof(self, flow: ResponderFlow) -> Verdict:
         """Consume an ACK of the other enforcer's own; what waits, or else the next segment, carries the release."""
@@ -234,7 +259,7 @@ class Responder:
         effects = self._context.settle_held(flow, flow.release)
         if effects:
             flow.advance(Event.SEGMENT_FOLLOWED)
-            self.flows.settle(flow)
+            self._settle(flow)
         return DROP._replace(effects=effects)
 
     def _await_proof(self, segment: Segment, flow: ResponderFlow, now: float) -> Verdict:

@@ -25,8 +25,11 @@ from enforcer_daemon.model import Direction
 from enforcer_daemon.settings import DataplaneSettings
 from enforcer_daemon.verdict import Action, Inject, Settle, Verdict
 
+MAX_COPIED_BYTES = 4_016
+"""What NetfilterQueue gives of a packet: the end of a jumbo frame is missing, and it cannot be written anew."""
+
 Judge = Callable[[bytes, Direction, int], Verdict]
-"""Judges a packet: its bytes (4,016 at most, so the end of a jumbo frame is missing), its direction, and our bits of
+"""Judges a packet: its bytes (MAX_COPIED_BYTES at most), its direction, and our bits of
 its mark: of a packet with SYN, or of a datagram with a handshake's message, what its connection was released with
 before; of a datagram also REPLY; else 0."""
 

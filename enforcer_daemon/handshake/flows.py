@@ -143,6 +143,8 @@ class FlowTable(Generic[_AnyFlow]):
     def __init__(self, max_half_open: int, max_per_source: int) -> None:
         self._open: FairTable[bytes, _AnyFlow] = FairTable(max_half_open, max_per_source)
         self._settled: dict[bytes, _AnyFlow] = {}
+        self._by_remote: dict[bytes, _AnyFlow] = {}
+        """The latest flow of each remote end, by the key without the pod's own port."""
 
     def __len__(self) -> int:
         return len(self._open)
@@ -151,19 +153,27 @@ class FlowTable(Generic[_AnyFlow]):
         """Find a flow, unfinished or settled."""
         return self._open.get(key) or self._settled.get(key)
 
+    def by_remote(self, key: bytes) -> _AnyFlow | None:
+        """Find the latest flow with this remote end, whichever port of the pod it was opened to."""
+        return self._by_remote.get(key[:-2])
+
     def add(self, flow: _AnyFlow) -> Evicted[_AnyFlow] | None:
         """Keep an unfinished flow; give the one that makes room for it: of its source, else of the greediest one."""
-        self._settled.pop(flow.key, None)
+        earlier = self._settled.pop(flow.key, None)
+        if earlier is not None:
+            self._forget_remote(earlier)
         evicted = self._open.put(flow.key, flow, flow.source)
         if evicted is not None:
             evicted.value.advance(Event.EXPIRED)
+            self._forget_remote(evicted.value)
+        self._by_remote[flow.key[:-2]] = flow
         return evicted
 
     def settle(self, flow: _AnyFlow) -> None:
         """Count a released flow no longer as unfinished; the oldest settled flow makes room."""
         if self._open.pop(flow.key) is not None:
             if len(self._settled) >= MAX_SETTLED_FLOWS:
-                del self._settled[next(iter(self._settled))]
+                self._forget_remote(self._settled.pop(next(iter(self._settled))))
             self._settled[flow.key] = flow
 
     def discard(self, flow: _AnyFlow) -> None:
@@ -172,13 +182,19 @@ class FlowTable(Generic[_AnyFlow]):
             self._open.pop(flow.key)
         if self._settled.get(flow.key) is flow:
             del self._settled[flow.key]
+        self._forget_remote(flow)
 
     def expire(self, now: float) -> Iterator[_AnyFlow]:
         """Take out and give the unfinished flows whose deadline has passed, oldest first."""
         while (flow := next(iter(self._open), None)) is not None and flow.deadline <= now:
             self._open.pop(flow.key)
+            self._forget_remote(flow)
             yield flow
 
     def known(self) -> list[_AnyFlow]:
         """Give all flows, settled or not."""
         return [*self._open, *self._settled.values()]
+
+    def _forget_remote(self, flow: _AnyFlow) -> None:
+        if self._by_remote.get(flow.key[:-2]) is flow:
+            del self._by_remote[flow.key[:-2]]

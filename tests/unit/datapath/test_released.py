@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from enforcer_daemon.handshake.frames import find_proof
+from enforcer_daemon.marks import RELEASED
 from enforcer_daemon.model import Direction
 from enforcer_daemon.packet.tcp import ACK, build
 from enforcer_daemon.verdict import Action
@@ -14,9 +15,10 @@ def test_a_new_connection_on_released_ports_takes_back_the_release() -> None:
     connection = Connection(*make_pair())
     release(connection)
     again = Connection(connection.client, connection.server, isn_i=9_000, isn_r=9_500)
-    verdict = again.client.verdict(again.syn(), Direction.EGRESS, mark=0x8000_0000)
+    assert again.client.send(again.syn(), mark=RELEASED) == []  # A RST goes first.
+    verdict = again.client.verdict(again.syn(), Direction.EGRESS, mark=RELEASED)
     assert verdict.action is Action.FORGET
-    arrived = again.server.verdict(verdict.payload or b"", Direction.INGRESS, mark=0x8000_0000)
+    arrived = again.server.verdict(verdict.payload or b"", Direction.INGRESS, mark=RELEASED)
     assert (arrived.action, arrived.payload) == (Action.FORGET, again.syn())
     (syn_ack,) = again.server.send(again.syn_ack())
     again.client.receive(syn_ack)

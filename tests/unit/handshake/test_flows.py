@@ -85,6 +85,26 @@ def test_flows_expire_in_the_order_of_their_deadlines() -> None:
     assert [old.key for old in table.expire(9.0)] == [b"2"]
 
 
+def test_the_latest_flow_of_a_remote_end_is_found_until_it_is_forgotten(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(flows, "MAX_SETTLED_FLOWS", 1)
+    table: FlowTable[Flow] = FlowTable(10, 10)
+    one, other = flow(b"remote80", 1.0), flow(b"remote81", 1.0)
+    table.add(one)
+    table.add(other)
+    assert table.by_remote(b"remote99") is other
+    table.discard(one)
+    assert table.by_remote(b"remote99") is other
+    assert list(table.expire(2.0)) == [other]
+    assert table.by_remote(b"remote99") is None
+    for key in (b"first-80", b"later-80", b"third-80"):
+        settled = flow(key, 9.0)
+        table.add(settled)
+        table.settle(settled)
+    assert len(table._by_remote) == 1
+    table.add(flow(b"third-80", 9.0))
+    assert len(table._by_remote) == 1
+
+
 def test_a_pair_key_is_derived_once_and_differs_by_role(monkeypatch: pytest.MonkeyPatch) -> None:
     der, token = decode_block(SERVER.context.local.block)
     credential = decode_credential(der)

@@ -1,0 +1,186 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Ports that are used again, flows that are remembered no more, and answers that a sidecar gives."""
+
+from __future__ import annotations
+
+import pytest
+
+from enforcer_daemon.datapath import initiator
+from enforcer_daemon.handshake import flows
+from enforcer_daemon.handshake.frames import is_frame
+from enforcer_daemon.marks import RELEASED
+from enforcer_daemon.model import Direction
+from enforcer_daemon.packet.tcp import ACK, RST, build, with_payload
+from enforcer_daemon.verdict import Action
+from tests.unit.datapath.pair import Connection, Endpoint, make_pair, segment
+
+SIDECAR_PORT = 15_006
+
+
+def connect(connection: Connection) -> None:
+    (syn,) = connection.client.send(connection.syn())
+    connection.server.receive(syn)
+    (syn_ack,) = connection.server.send(connection.syn_ack())
+    connection.client.receive(syn_ack)
+
+
+def release(connection: Connection) -> None:
+    connect(connection)
+    (ack,) = connection.client.send(connection.ack())
+    connection.server.receive(ack)
+
+
+def refusal(connection: Connection, port: int | None = None) -> bytes:
+    ports = port or connection.dport, connection.sport
+    numbers = 0, connection.isn_i + 1
+    return build(connection.server.address, connection.client.address, ports, numbers, RST | ACK, 0)
+
+
+def sent_instead(client: Endpoint, again: Connection, now: float, mark: int = 0) -> list[tuple[int, int]]:
+    """Give flags and sequence number of what leaves in place of a SYN."""
+    assert client.send(again.syn(), now, mark) == []
+    return [(segment(packet).flags, segment(packet).seq) for packet in client.flush_injected(now)]
+
+
+# Ports that are used again: conntrack on the way must begin anew.
+
+
+def test_after_a_reset_by_the_peer_a_rst_goes_before_the_next_syn() -> None:
+    client, server = make_pair()
+    release(Connection(client, server))
+    again = Connection(client, server, isn_i=9_000, isn_r=9_500)
+    assert sent_instead(client, again, 2.0, RELEASED) == [(RST, 9_000)]
+    (framed,) = client.send(again.syn(), now=3.0)  # The kernel's repetition, of a connection without marks.
+    assert is_frame(segment(framed).payload)
+    assert server.receive(framed, now=3.0) == [again.syn()]
+
+
+def test_a_mark_that_does_not_go_away_delays_a_syn_only_once() -> None:
+    client, server = make_pair()
+    again = Connection(client, server)
+    assert sent_instead(client, again, 2.0, RELEASED) == [(RST, 1_000)]
+    verdict = client.verdict(again.syn(), Direction.EGRESS, 3.0, RELEASED)
+    assert (verdict.action, is_frame(segment(verdict.payload or b"").payload)) == (Action.FORGET, True)
+
+
+def test_after_a_refusal_the_next_syn_goes_at_once() -> None:
+    """Conntrack forgets an attempt that was answered by nothing but a RST."""
+    client, server = make_pair()
+    refused = Connection(client, server)
+    (syn,) = client.send(refused.syn())
+    server.receive(syn)
+    client.receive(refusal(refused))
+    assert len(client.send(Connection(client, server, isn_i=9_000).syn(), now=2.0)) == 1
+
+
+def test_the_memory_of_syns_that_wait_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(initiator, "_MAX_CLEARED", 2)
+    client, server = make_pair()
+    for sport in range(40_000, 40_003):
+        client.send(Connection(client, server, sport=sport).syn(), mark=RELEASED)
+    assert len(client.datapath._initiator._cleared) == 2
+
+
+# Released flows that are remembered no more.
+
+
+@pytest.fixture
+def forgetful(monkeypatch: pytest.MonkeyPatch) -> Connection:
+    """A released connection whose initiator remembers only a later one; its proof was lost on the way."""
+    monkeypatch.setattr(flows, "MAX_SETTLED_FLOWS", 1)
+    connection = Connection(*make_pair())
+    connect(connection)
+    connection.client.send(connection.ack())
+    release(Connection(connection.client, connection.server, sport=40_001))
+    return connection
+
+
+def test_a_proof_that_cannot_be_made_again_ends_both_sides(forgetful: Connection) -> None:
+    client, server = forgetful.client, forgetful.server
+    client.reasons()
+    (framed,) = server.send(forgetful.syn_ack(), now=2.0)
+    verdict = client.verdict(framed, Direction.INGRESS, 2.0, RELEASED)
+    outward, inward = (segment(effect.packet) for effect in verdict.effects)  # type: ignore[union-attr]
+    assert verdict.action is Action.DROP
+    assert (outward.dst, outward.flags, outward.seq) == (server.address, RST | ACK, 1_001)
+    assert (inward.dst, inward.flags, inward.seq) == (client.address, RST | ACK, 5_001)
+    assert client.reasons() == ["unknown-flow"]
+    assert server.receive(outward.packet, now=2.0) == [outward.packet]
+    assert server.datapath.half_open_flows == 0
+
+
+def test_a_kernel_that_lost_the_ack_is_heard_by_the_other_kernel() -> None:
+    """The proof arrived, and so the enforcers have no part in it: remembered or not, the SYN-ACK goes bare."""
+    client, server = make_pair()
+    connection = Connection(client, server)
+    release(connection)
+    assert server.send(connection.syn_ack(), now=2.0) == [connection.syn_ack()]
+    assert client.receive(connection.syn_ack(), now=2.0, mark=RELEASED) == [connection.syn_ack()]
+    client.datapath._initiator.forget(client.datapath._initiator.flows.known()[0].key)
+    assert client.receive(connection.syn_ack(), now=2.0, mark=RELEASED) == [connection.syn_ack()]
+
+
+def test_the_syn_of_a_released_flow_is_a_replay_also_when_the_flow_is_forgotten(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(flows, "MAX_SETTLED_FLOWS", 1)
+    client, server = make_pair()
+    first = Connection(client, server)
+    (syn,) = client.send(first.syn())
+    server.receive(syn)
+    client.receive(server.send(first.syn_ack())[0])
+    server.receive(client.send(first.ack())[0])
+    release(Connection(client, server, sport=40_001))
+    server.reasons()
+    assert server.receive(syn, now=2.0, mark=RELEASED) == []
+    assert server.reasons() == ["replayed-nonce"]
+
+
+# Beside a sidecar, the pod's answers show the sidecar's port.
+
+
+def by_sidecar(connection: Connection, packet: bytes) -> bytes:
+    ports = SIDECAR_PORT, connection.sport
+    read = segment(packet)
+    bare = build(read.src, read.dst, ports, (read.seq, read.ack), read.flags, read.window, read.options)
+    return with_payload(segment(bare), read.payload)
+
+
+def test_the_answer_of_a_sidecar_is_the_flows() -> None:
+    connection = Connection(*make_pair())
+    (syn,) = connection.client.send(connection.syn())
+    connection.server.receive(syn)
+    (framed,) = connection.server.send(by_sidecar(connection, connection.syn_ack()))
+    assert segment(framed).sport == SIDECAR_PORT  # The kernel puts the dialled port in afterwards.
+    dialled = with_payload(segment(connection.syn_ack()), segment(framed).payload)
+    assert connection.client.receive(dialled) == [connection.syn_ack()]
+    (ack,) = connection.client.send(connection.ack())
+    assert connection.server.receive(ack) == [connection.ack()]
+
+
+def test_what_a_sidecar_refuses_is_refused() -> None:
+    connection = Connection(*make_pair())
+    (syn,) = connection.client.send(connection.syn())
+    connection.server.receive(syn)
+    answer = refusal(connection, SIDECAR_PORT)
+    assert connection.server.send(answer) == [answer]
+    assert connection.server.datapath.half_open_flows == 0
+
+
+def test_what_a_sidecar_refuses_after_its_answer_is_refused() -> None:
+    connection = Connection(*make_pair())
+    connect(connection)
+    ports, numbers = (SIDECAR_PORT, connection.sport), (connection.isn_r + 1, 0)
+    late = build(connection.server.address, connection.client.address, ports, numbers, RST, 0)
+    assert connection.server.send(late) == [late]
+    assert connection.server.datapath.half_open_flows == 0
+
+
+def test_another_port_of_the_pod_answers_for_nobody() -> None:
+    connection = Connection(*make_pair())
+    (syn,) = connection.client.send(connection.syn())
+    connection.server.receive(syn)
+    connection.server.reasons()
+    other = Connection(connection.client, connection.server, isn_i=77)
+    assert connection.server.send(by_sidecar(other, other.syn_ack())) == []
+    assert connection.server.reasons() == ["unknown-flow"]
