@@ -22,7 +22,6 @@ from tests.e2e.odd_world import (
 )
 from tests.e2e.operation_world import FAMILIES, connection, denials, listening, read_all, transfer
 from triremectl.lab import Lab
-from triremectl.lab.errors import LabError
 
 pytestmark = pytest.mark.kernel
 
@@ -38,13 +37,11 @@ def lab(plugin: Path) -> Iterator[Lab]:
 
 
 def entries(lab: Lab, place: str, port: int, version: int = 4) -> list[tuple[str, int]]:
-    """Give state and seconds left of a place's connections from a port."""
+    """Give state and seconds left of a place's connections with a port at either end."""
     family = "ipv4" if version == 4 else "ipv6"
-    try:
-        listed = lab.run(place, "conntrack", "-L", "-f", family, "-p", "tcp", "--orig-port-src", str(port))
-    except LabError:
-        return []
-    return [(state, int(left)) for left, state in re.findall(r"^tcp +6 (\d+) (\w+) ", listed, re.MULTILINE)]
+    listed = lab.run(place, "conntrack", "-L", "-f", family, "-p", "tcp")
+    pattern = rf"^tcp +6 (\d+) (\w+) .*?[sd]port={port} .*$"
+    return [(state, int(left)) for left, state in re.findall(pattern, listed, re.MULTILINE)]
 
 
 # The same ports again.
