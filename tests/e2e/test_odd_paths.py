@@ -3,29 +3,49 @@
 
 from __future__ import annotations
 
+import ctypes
+import fcntl
+import json
+import os
+import secrets
 import socket
-from collections.abc import Iterator
-from contextlib import ExitStack
+import string
+import struct
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import pytest
+from scapy.layers.inet import IP, TCP, fragment
+from scapy.layers.inet6 import IPv6, IPv6ExtHdrFragment, fragment6
 
-from tests.e2e.odd_world import VERSIONS, carries_words, odd_world
+from enforcer_daemon.dataplane.queue import MAX_COPIED_BYTES
+from enforcer_daemon.model import PodRef
+from enforcer_daemon.packet.tcp import SYN, TCP_MIN_HEADER, announced_mss
+from tests.e2e.odd_world import RESET_ON_CLOSE, VERSIONS, carries_words, denied, odd_world, sysctls, wait_until
 from tests.e2e.operation_world import (
     HTTP,
+    NODES,
     connection,
     denials,
+    endpoint,
     outcome,
     read_all,
+    segments,
     transfer,
 )
+from tests.e2e.raw_pod import RawPod
 from tests.e2e.sidecar import Sidecar
-from triremectl.lab import Lab, Outcome
+from triremectl.lab import Lab, LabError, Outcome, PodSpec, Tools
+from triremectl.lab.chain import load_conflist
+from triremectl.lab.netns import ip_batch, open_socket, run
+from triremectl.lab.network import POD_BRIDGE, UPLINK
 
 pytestmark = pytest.mark.kernel
 
 SMALL_PATH_BYTES = 600
 """Less than a SYN with its frame."""
+JUMBO_BYTES = 9_000
 _SIOCETHTOOL = 0x8946  # linux/sockios.h
 OFFLOADS = {
     "rx checksum": (0x14, 0x15),
@@ -71,3 +91,171 @@ def test_a_sidecar_that_redirects(lab: Lab, where: tuple[str, ...], version: int
 def test_a_sidecar_that_is_not_there_yet_refuses(lab: Lab, version: int) -> None:
     with Sidecar(lab, "x/server", version, listens=False):
         assert outcome(lab, "x/client", "x/server", HTTP.number, version) is Outcome.REFUSED
+
+
+# Fragments.
+
+
+@contextmanager
+def small_path(lab: Lab) -> Iterator[None]:
+    """Let the network cut IPv4 packets to the server into pieces, and the client's kernel allow it.
+
+    A kernel forbids it for its SYN-ACK, which by itself is small, whatever its settings.
+    """
+    fabric = f"{lab.name}-fabric"
+    (network,) = (network for network in NODES[1].pod_networks if network.version == 4)
+    route = run(["ip", "-n", fabric, "route", "show", str(network)]).strip()
+    with sysctls(lab, "x/client", {"net/ipv4/ip_no_pmtu_disc": "1"}):
+        ip_batch([f"route replace {route} mtu lock {SMALL_PATH_BYTES}"], fabric)
+        try:
+            yield
+        finally:
+            ip_batch([f"route replace {route}"], fabric)
+
+
+def test_a_path_that_cuts_handshake_and_data_into_fragments(lab: Lab) -> None:
+    with (
+        small_path(lab),
+        lab.capture("node:b") as capture,
+        connection(lab, "x/client", "x/server") as (client, server),
+    ):
+        assert carries_words(client, server)
+        transfer(client, server, 1)
+        transfer(server, client, 1)
+        arrived = capture.close()
+    source = lab.place("x/client").address(4).packed
+    first_pieces = [p for p in arrived if p[12:16] == source and p[6] & 0x20 and not (p[6] & 0x1F or p[7])]
+    assert any(piece[33] & SYN for piece in first_pieces)
+    assert len(first_pieces) > 100
+
+
+@pytest.mark.parametrize("version", VERSIONS)
+def test_a_syn_in_fragments_is_judged_as_a_whole(lab: Lab, version: int) -> None:
+    source, target = (str(lab.place(place).address(version)) for place in ("host:outside", "x/server"))
+    before = denied(lab, "b")
+    segment = TCP(sport=4321, dport=HTTP.number, flags="S", seq=77) / os.urandom(1400)
+    if version == 4:
+        pieces = fragment(IP(src=source, dst=target) / segment, fragsize=720)
+    else:
+        pieces = fragment6(IPv6(src=source, dst=target) / IPv6ExtHdrFragment(id=7) / segment, 1280)
+    assert len(pieces) == 2
+    family = {4: socket.AF_INET, 6: socket.AF_INET6}[version]
+    with open_socket(lab.place("host:outside").netns, family, socket.SOCK_RAW, socket.IPPROTO_RAW) as sock:
+        for piece in pieces:
+            sock.sendto(bytes(piece), (target, 0))
+    wait_until(lambda: denied(lab, "b") > before, "the SYN is denied")
+    assert denials(lab, "x/server")[-1] == "unidentified-peer"
+
+
+@pytest.mark.parametrize("version", VERSIONS)
+def test_data_in_fragments_of_an_established_connection(lab: Lab, version: int) -> None:
+    payload = os.urandom(2_000)
+    with (
+        lab.capture("x/server") as capture,
+        connection(lab, "x/client", "x/server", version) as (client, server),
+        RawPod(lab, "x/client") as raw,
+    ):
+        for end in (client, server):
+            end.setsockopt(*RESET_ON_CLOSE)  # What follows is news to the client's own kernel.
+        assert carries_words(client, server)
+        (source, sport), (target, dport) = client.getsockname()[:2], server.getsockname()[:2]
+        sent = [s for s in segments(capture.packets(), dport) if s.sport == sport and s.payload]
+        seq, ack = sent[-1].seq + len(sent[-1].payload), sent[-1].ack
+        segment = TCP(sport=sport, dport=dport, flags="PA", seq=seq & 0xFFFF_FFFF, ack=ack) / payload
+        if version == 4:
+            pieces = fragment(IP(src=source, dst=target) / segment, fragsize=720)
+        else:
+            pieces = fragment6(IPv6(src=source, dst=target) / IPv6ExtHdrFragment(id=8) / segment, 1280)
+        assert len(pieces) > 1
+        raw.send("x/server", pieces)
+        assert read_all(server, len(payload)) == payload
+
+
+# Offloads.
+
+
+@contextmanager
+def offloads(lab: Lab, changed: Mapping[str, bool]) -> Iterator[None]:
+    """Set offloads at both ends of both pods' links for the block."""
+    with ExitStack() as stack:
+        for place, node in (("x/client", "node:a"), ("x/server", "node:b")):
+            listed = lab.run(node, "ip", "-br", "link", "show", "master", POD_BRIDGE)
+            host_ends = [line.split("@")[0] for line in listed.splitlines()]
+            for where, ifname in ((place, "eth0"), *((node, name) for name in host_ends)):
+                netns = lab.place(where).netns
+                before = {name: _offload(netns, ifname, name) for name in OFFLOADS}
+                for name, value in changed.items():
+                    _offload(netns, ifname, name, value)
+                    assert _offload(netns, ifname, name) is value
+                for name in reversed(OFFLOADS):
+                    stack.callback(_offload, netns, ifname, name, before[name])
+        yield
+
+
+def _offload(netns: str, ifname: str, name: str, value: bool | None = None) -> bool:
+    """Read one setting, or set it."""
+    read, write = OFFLOADS[name]
+    command = ctypes.create_string_buffer(struct.pack("=II", read if value is None else write, bool(value)), 8)
+    request = struct.pack("16sP16x", ifname.encode(), ctypes.addressof(command))
+    with open_socket(netns, socket.AF_INET, socket.SOCK_DGRAM) as sock:
+        fcntl.ioctl(sock, _SIOCETHTOOL, request)
+    return bool(struct.unpack("=II", command.raw)[1])
+
+
+NONE = dict.fromkeys(OFFLOADS, False)
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [NONE, NONE | {"tx checksum": True}, {"tso": False}, {"gso": False}, {"gro": True}, {"rx checksum": False}],
+    ids=["none", "checksum alone", "no tso", "no gso", "gro", "no rx checksum"],
+)
+@pytest.mark.parametrize("version", VERSIONS)
+def test_offloads_of_the_pods_links(lab: Lab, changed: Mapping[str, bool], version: int) -> None:
+    with offloads(lab, changed), connection(lab, "x/client", "x/server", version) as (client, server):
+        assert carries_words(client, server)
+        transfer(client, server, 2)
+        transfer(server, client, 2)
+
+
+# Jumbo frames.
+
+
+def test_jumbo_frames(plugin: Path, tmp_path: Path) -> None:
+    conflist = load_conflist(Tools().conflist)
+    conflist["plugins"][0]["mtu"] = JUMBO_BYTES
+    changed = tmp_path / "jumbo.conflist"
+    changed.write_text(json.dumps(conflist))
+    with odd_world(plugin, conflist=changed) as lab:
+        for node, port in (("node:a", "port0"), ("node:b", "port1")):
+            ip_batch([f"link set {UPLINK} mtu {JUMBO_BYTES}"], lab.place(node).netns)
+            ip_batch([f"link set {port} mtu {JUMBO_BYTES}"], f"{lab.name}-fabric")
+        for version in VERSIONS:
+            with (
+                lab.capture("x/server") as capture,
+                connection(lab, "x/client", "x/server", version) as (client, server),
+            ):
+                port = server.getsockname()[1]
+                assert carries_words(client, server)
+                transfer(client, server, 5)
+                transfer(server, client, 5)
+                syn = segments(capture.close(), port)[0]
+            assert announced_mss(syn.options) == JUMBO_BYTES - TCP_MIN_HEADER - (20 if version == 4 else 40)
+        _require_room_for_what_the_queue_shows(lab)
+
+
+def _require_room_for_what_the_queue_shows(lab: Lab) -> None:
+    lab.add_pod(_many_labels("large", 30))
+    size = endpoint(lab, "x/large")["identity_bytes"]
+    assert isinstance(size, int)
+    assert 3_000 < size < MAX_COPIED_BYTES
+    assert outcome(lab, "x/large", "x/server", HTTP.number) is Outcome.CONNECTED
+    with pytest.raises(LabError, match=f"the packet queue .{MAX_COPIED_BYTES} bytes. has room for"):
+        lab.add_pod(_many_labels("larger", 45))
+
+
+def _many_labels(name: str, count: int) -> PodSpec:
+    """Describe a client whose labels do not compress."""
+    letters = string.ascii_letters + string.digits
+    words = ["".join(secrets.choice(letters) for _ in range(63)) for _ in range(2 * count)]
+    return PodSpec(PodRef("x", name), "a", labels={"app": "client", **dict(zip(words[::2], words[1::2], strict=True))})

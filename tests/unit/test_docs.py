@@ -247,6 +247,14 @@ def test_named_files_exist(path: Path) -> None:
     assert [name for name in named if not any(ROOT.glob(name.rstrip("/")))] == []
 
 
+def test_odd_tcp_cases_name_tests_that_exist() -> None:
+    text = read("docs/tcp.md")
+    named = re.findall(r"`(tests/[\w/]+\.py)::(\w+)` \|$", text, re.MULTILINE)
+    cases = [line for line in text.splitlines() if line.startswith("| ") and not line.startswith("| case |")]
+    assert len(named) == len(cases) > 30
+    assert [f"{path}::{name}" for path, name in named if f"def {name}(" not in read(path)] == []
+
+
 def test_architecture_lists_every_package() -> None:
     text = read("ARCHITECTURE.md")
     packages = [
