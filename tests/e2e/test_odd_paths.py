@@ -21,7 +21,7 @@ from scapy.layers.inet6 import IPv6, IPv6ExtHdrFragment, fragment6
 
 from enforcer_daemon.dataplane.queue import MAX_COPIED_BYTES
 from enforcer_daemon.model import PodRef
-from enforcer_daemon.packet.tcp import SYN, TCP_MIN_HEADER, announced_mss
+from enforcer_daemon.packet.tcp import SYN, TCP_MIN_HEADER, Segment, announced_mss
 from tests.e2e.odd_world import RESET_ON_CLOSE, VERSIONS, carries_words, denied, odd_world, sysctls, wait_until
 from tests.e2e.operation_world import (
     HTTP,
@@ -37,6 +37,7 @@ from tests.e2e.operation_world import (
 from tests.e2e.raw_pod import RawPod
 from tests.e2e.sidecar import Sidecar
 from triremectl.lab import Lab, LabError, Outcome, PodSpec, Tools
+from triremectl.lab.capture import Capture
 from triremectl.lab.chain import load_conflist
 from triremectl.lab.netns import ip_batch, open_socket, run
 from triremectl.lab.network import POD_BRIDGE, UPLINK
@@ -147,6 +148,11 @@ def test_a_syn_in_fragments_is_judged_as_a_whole(lab: Lab, version: int) -> None
     assert denials(lab, "x/server")[-1] == "unidentified-peer"
 
 
+def words_of(capture: Capture, port: int) -> list[Segment]:
+    """Give the segments with data from a port that were captured so far; a SYN's is a frame."""
+    return [s for s in segments(capture.packets(), port) if s.sport == port and s.payload and not s.flags & SYN]
+
+
 @pytest.mark.parametrize("version", VERSIONS)
 def test_data_in_fragments_of_an_established_connection(lab: Lab, version: int) -> None:
     payload = os.urandom(2_000)
@@ -159,8 +165,9 @@ def test_data_in_fragments_of_an_established_connection(lab: Lab, version: int) 
             end.setsockopt(*RESET_ON_CLOSE)  # What follows is news to the client's own kernel.
         assert carries_words(client, server)
         (source, sport), (target, dport) = client.getsockname()[:2], server.getsockname()[:2]
-        sent = [s for s in segments(capture.packets(), dport) if s.sport == sport and s.payload]
-        seq, ack = sent[-1].seq + len(sent[-1].payload), sent[-1].ack
+        wait_until(lambda: words_of(capture, sport) != [], "the capture has the client's words")
+        said = words_of(capture, sport)[-1]
+        seq, ack = said.seq + len(said.payload), said.ack
         segment = TCP(sport=sport, dport=dport, flags="PA", seq=seq & 0xFFFF_FFFF, ack=ack) / payload
         if version == 4:
             pieces = fragment(IP(src=source, dst=target) / segment, fragsize=720)
