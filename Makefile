@@ -3,7 +3,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PYTHON ?= python3
 PYTEST := $(BIN)/python -m pytest
-VM_TIMEOUT ?= 870
+VM_TIMEOUT ?= 1800
 
 .PHONY: help setup demo test test-vm check lint plugin manifests bench fuzz lock format clean
 .DEFAULT_GOAL := help

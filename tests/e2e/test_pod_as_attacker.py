@@ -144,7 +144,6 @@ def test_a_senders_address(
     assert not _succeeds(lab, attack, attacker, target, version, bypasses_qdisc=bypasses_qdisc)
 
 
-@pytest.mark.stock_kernel
 @bypasses
 @pytest.mark.parametrize(("attack", "version"), LINK, ids=_names)
 def test_on_the_link(lab: Lab, attack: Attack, version: int, bypasses_qdisc: bool) -> None:
