@@ -3,13 +3,16 @@
 
 from __future__ import annotations
 
+import socket
 from collections.abc import Iterator
 from dataclasses import replace
 
 import pytest
 
 from enforcer_daemon.model import PodRef, Protocol
+from tests.e2e.operation_world import FAMILIES, in_background
 from triremectl.lab import Lab, NodeSpec, Outcome, PodSpec, PortSpec, Probe, WorldSpec
+from triremectl.lab.probe import run_probe
 
 pytestmark = pytest.mark.kernel
 
@@ -61,6 +64,22 @@ def test_every_end_of_a_question_is_told_apart(lab: Lab, version: int) -> None:
     assert [result.outcome for result in results] == [
         Outcome.CONNECTED, Outcome.TIMED_OUT, Outcome.SILENT, Outcome.REFUSED,
     ]  # fmt: skip
+
+
+@pytest.mark.parametrize("version", VERSIONS)
+def test_an_empty_datagram_is_no_answer(lab: Lab, version: int) -> None:
+    with lab.open_socket("x/two", FAMILIES[version], socket.SOCK_DGRAM) as server:
+        server.bind((str(lab.address_of("x/two", version)), 0))
+        server.settimeout(LONG_S)
+
+        def answer() -> None:
+            _, peer = server.recvfrom(100)
+            server.sendto(b"", peer)
+
+        for ask in (lambda probe: lab.ask_all([probe], quiet_s=0.5)[0], run_probe):
+            with in_background(answer):
+                probe = replace(_probe(lab, "x/two", version, server.getsockname()[1]), timeout_s=0.5)
+                assert ask(probe).outcome is Outcome.TIMED_OUT
 
 
 def test_nothing_asked_is_answered_at_once(lab: Lab) -> None:

@@ -102,4 +102,5 @@ def _read(question: _Question) -> None:
     except OSError:
         question.end(Outcome.UNREACHABLE)
     else:
-        question.end(Outcome.CONNECTED, banner.decode("utf-8", "replace").strip())
+        if banner:  # an empty datagram is an enforcer's to another, sent where none listens
+            question.end(Outcome.CONNECTED, banner.decode("utf-8", "replace").strip())

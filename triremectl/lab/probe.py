@@ -110,14 +110,23 @@ def _ask_udp(sock: socket.socket, probe: Probe) -> tuple[Outcome, str]:
         if probe.source is not None:
             sock.bind((str(probe.source), 0))
         sock.connect((str(probe.address), probe.port))
-        while (left := deadline - time.monotonic()) > 0:
-            sock.settimeout(min(left, UDP_RESEND_S))
+        while (now := time.monotonic()) < deadline:
             with contextlib.suppress(PermissionError):  # a rule of the pod's own namespace dropped it
                 sock.send(b"?")
-            with contextlib.suppress(TimeoutError):
-                return Outcome.CONNECTED, sock.recv(MAX_BANNER_BYTES).decode("utf-8", "replace").strip()
+            if banner := _answer(sock, min(deadline, now + UDP_RESEND_S)):
+                return Outcome.CONNECTED, banner.decode("utf-8", "replace").strip()
     except ConnectionRefusedError:
         return Outcome.REFUSED, ""
     except OSError:
         return Outcome.UNREACHABLE, ""
     return Outcome.TIMED_OUT, ""
+
+
+def _answer(sock: socket.socket, deadline: float) -> bytes:
+    """Wait for a datagram; an empty one is no answer: enforcers send such to each other, also where none listens."""
+    while (left := deadline - time.monotonic()) > 0:
+        sock.settimeout(left)
+        with contextlib.suppress(TimeoutError):
+            if banner := sock.recv(MAX_BANNER_BYTES):
+                return banner
+    return b""
