@@ -102,6 +102,10 @@ class Servers:
         """Return how many queries for a name, of any type, have reached a server."""
         return sum(f"] {what} from " in line for line in self._text(place).splitlines())
 
+    def questions(self, place: str) -> int:
+        """Return how many queries have reached a server."""
+        return self._text(place).count(": query[")
+
     def _log(self, place: str) -> Path:
         return self.lab.directory / f"dnsmasq-{place.replace('/', '-').replace(':', '-')}.log"
 

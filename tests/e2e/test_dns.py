@@ -1,0 +1,101 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Resolvers in pods, allowed by their labels under a default deny: glibc and musl, UDP and TCP, through a Service."""
+
+from __future__ import annotations
+
+import subprocess
+from collections.abc import Iterator
+from ipaddress import ip_address
+from pathlib import Path
+
+import pytest
+
+from tests.e2e.dns_world import (
+    NAMES,
+    WIDE,
+    WORLD,
+    Servers,
+    addresses_of,
+    files_for,
+    look_up,
+    name,
+    run_with,
+)
+from tests.e2e.operation_world import denials
+from triremectl.lab import Lab, LabError, Tools
+
+pytestmark = pytest.mark.kernel
+
+CLIENT, STRANGER, SERVICE = "x/client", "x/stranger", "service:x/dns"
+RESOLVERS = ("x/dns-a", "x/dns-b")
+"""On the client's own node, and on the other."""
+TARGETS = (*RESOLVERS, SERVICE)
+VERSIONS = [4, 6]
+LATE_ANSWER_S = 5.0
+"""A resolver's own patience, after which it asks again: an answer before that came to the first question."""
+IN_FLIGHT = 50
+
+
+@pytest.fixture(scope="module")
+def servers(plugin: Path) -> Iterator[Servers]:
+    with Lab(WORLD, Tools(plugin=plugin)) as lab:
+        servers = Servers(lab)
+        servers.start(*RESOLVERS)
+        yield servers
+
+
+@pytest.fixture(scope="module")
+def musl_lookup(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return a program that asks musl's resolver."""
+    program = tmp_path_factory.mktemp("musl") / "lookup"
+    source = Path(__file__).with_name("lookup.c")
+    subprocess.run(["musl-gcc", "-static", "-Wall", "-Werror", "-o", str(program), str(source)], check=True)
+    return program
+
+
+@pytest.mark.parametrize("version", VERSIONS)
+@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("options", ["", "single-request", "single-request-reopen"])
+def test_glibc_finds_both_families_at_the_first_try(servers: Servers, target: str, version: int, options: str) -> None:
+    """A and AAAA leave one socket at the same moment, unless the options say otherwise; WIDE is asked by TCP, too."""
+    files = files_for(servers.lab, [servers.lab.address_of(target, version)], options)
+    found = look_up(servers.lab, CLIENT, files, [name(1), WIDE])
+    assert all(lookup.is_right and lookup.seconds < LATE_ANSWER_S for lookup in found), found
+
+
+@pytest.mark.parametrize("version", VERSIONS)
+@pytest.mark.parametrize("target", TARGETS)
+def test_musl_finds_both_families(servers: Servers, musl_lookup: Path, target: str, version: int) -> None:
+    files = files_for(servers.lab, [servers.lab.address_of(target, version)])
+    printed = run_with(servers.lab, CLIENT, files, str(musl_lookup), name(2))
+    assert {ip_address(line) for line in printed.split()} == set(addresses_of(name(2)))
+
+
+def test_musl_asks_all_servers_at_once(servers: Servers, musl_lookup: Path) -> None:
+    """Its questions to three servers of both families leave one socket."""
+    lab = servers.lab
+    files = files_for(lab, [lab.address_of(RESOLVERS[0]), lab.address_of(RESOLVERS[1], 6), lab.address_of(SERVICE)])
+    printed = run_with(lab, CLIENT, files, str(musl_lookup), name(3))
+    assert {ip_address(line) for line in printed.split()} == set(addresses_of(name(3)))
+
+
+@pytest.mark.parametrize(("target", "version"), [("x/dns-a", 4), ("x/dns-b", 6)])
+def test_nobody_else_is_heard(servers: Servers, musl_lookup: Path, target: str, version: int) -> None:
+    lab = servers.lab
+    secret = name(700 + version)
+    files = files_for(lab, [lab.address_of(target, version)], "timeout:1 attempts:1")
+    (found,) = look_up(lab, STRANGER, files, [secret])
+    assert found.error
+    with pytest.raises(LabError):
+        run_with(lab, STRANGER, files, str(musl_lookup), secret)
+    assert servers.asked(target, secret) == 0
+    assert denials(lab, target)[-1] == "ingress-denied"
+
+
+@pytest.mark.parametrize("version", VERSIONS)
+def test_2000_questions_with_50_at_once_are_all_answered(servers: Servers, version: int) -> None:
+    lab = servers.lab
+    files = files_for(lab, [lab.address_of(SERVICE, version)])
+    found = look_up(lab, CLIENT, files, [name(number) for number in range(NAMES)], in_flight=IN_FLIGHT)
+    assert [lookup for lookup in found if not lookup.is_right] == []
+    assert all(servers.questions(resolver) for resolver in RESOLVERS)

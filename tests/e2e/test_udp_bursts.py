@@ -1,0 +1,115 @@
+# SPDX-License-Identifier: Apache-2.0
+"""UDP as QUIC uses it: large first datagrams, many before the first answer, whole bursts handed to the kernel at once.
+
+What is sent before the handshake is over waits for it, and arrives once and whole. Order is kept by what waits; what
+comes in its wake may take the kernel's way already, past the last that still leave the queue, as on any network path.
+"""
+
+from __future__ import annotations
+
+import socket
+import struct
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+from tests.e2e.operation_world import FAMILIES, NODES, app, denials, pod, policy
+from triremectl.lab import Lab, Tools, WorldSpec
+from triremectl.lab.netns import open_socket
+
+pytestmark = pytest.mark.kernel
+
+UDP_SEGMENT = 103
+"""linux/udp.h: size of the datagrams that one send is cut into."""
+INITIAL_BYTES = 1_200
+"""What QUIC pads its first datagrams to (RFC 9000, section 14.1)."""
+BURST = 20
+PATIENCE_S = 20.0
+QUIET_S = 1.0
+SERVERS = ("x/near", "x/far")
+VERSIONS = [4, 6]
+
+
+@pytest.fixture(scope="module")
+def lab(plugin: Path) -> Iterator[Lab]:
+    world = WorldSpec(
+        NODES,
+        {"x": {}},
+        pods=(
+            pod("client", "a"),
+            pod("stranger", "a"),
+            pod("near", "a", app="server"),
+            pod("far", "b", app="server"),
+        ),
+        manifests=(
+            policy("deny-all", ingress=[], egress=[]),
+            policy("server", "server", ingress=[{"from": [app("client")]}]),
+            policy("client", "client", egress=[{"to": [app("server")]}]),
+            policy("stranger", "stranger", egress=[{"to": [app("server")]}]),
+        ),
+    )
+    with Lab(world, Tools(plugin=plugin)) as lab:
+        yield lab
+
+
+@contextmanager
+def _ends(lab: Lab, source: str, target: str, version: int) -> Iterator[tuple[socket.socket, socket.socket]]:
+    """Give a client's connected socket, and a server's on a port of its own."""
+    with (
+        open_socket(lab.place(target).netns, FAMILIES[version], socket.SOCK_DGRAM) as server,
+        open_socket(lab.place(source).netns, FAMILIES[version], socket.SOCK_DGRAM) as client,
+    ):
+        for end in (server, client):
+            end.settimeout(PATIENCE_S)
+        server.bind((str(lab.address_of(target, version)), 0))
+        client.connect(server.getsockname()[:2])
+        yield client, server
+
+
+def _numbered(count: int, size: int) -> list[bytes]:
+    return [number.to_bytes(4, "big") * (size // 4) for number in range(count)]
+
+
+@pytest.mark.parametrize("version", VERSIONS)
+@pytest.mark.parametrize("target", SERVERS)
+@pytest.mark.parametrize("size", [40, INITIAL_BYTES])
+def test_a_burst_before_the_first_answer_arrives_whole(lab: Lab, target: str, version: int, size: int) -> None:
+    burst = _numbered(BURST, size)
+    with _ends(lab, "x/client", target, version) as (client, server):
+        for datagram in burst:
+            client.send(datagram)
+        received = [server.recvfrom(65_535) for _ in burst]
+        assert received[0][0] == burst[0]
+        assert sorted(data for data, _ in received) == burst
+        for datagram in burst:  # and the answers to all of them
+            server.sendto(datagram, received[0][1])
+        assert [client.recv(65_535) for _ in burst] == burst
+
+
+@pytest.mark.parametrize("version", VERSIONS)
+@pytest.mark.parametrize("target", SERVERS)
+def test_segments_of_one_send_arrive_as_datagrams(lab: Lab, target: str, version: int) -> None:
+    burst = _numbered(BURST, INITIAL_BYTES)
+    segment_size = [(socket.SOL_UDP, UDP_SEGMENT, struct.pack("=H", INITIAL_BYTES))]
+    with _ends(lab, "x/client", target, version) as (client, server):
+        for _ in range(3):  # the first while the handshake runs, the others when it is over
+            client.sendmsg([b"".join(burst)], segment_size)
+            received = [server.recvfrom(65_535) for _ in burst]
+            assert sorted(data for data, _ in received) == burst
+            server.sendto(b"answer", received[0][1])
+            assert client.recv(100) == b"answer"
+
+
+@pytest.mark.parametrize("version", VERSIONS)
+@pytest.mark.parametrize("target", SERVERS)
+def test_nothing_of_a_burst_arrives_that_policy_denies(lab: Lab, target: str, version: int) -> None:
+    segment_size = [(socket.SOL_UDP, UDP_SEGMENT, struct.pack("=H", INITIAL_BYTES))]
+    with _ends(lab, "x/stranger", target, version) as (client, server):
+        client.send(b"alone")
+        client.sendmsg([b"".join(_numbered(BURST, INITIAL_BYTES))], segment_size)
+        server.settimeout(QUIET_S)
+        with pytest.raises(TimeoutError):
+            server.recv(65_535)
+    assert denials(lab, target)[-1] == "ingress-denied"
