@@ -3,10 +3,12 @@
 
 from __future__ import annotations
 
-from benchmarks import changes, cluster, connections, decisions, floods
+from benchmarks import changes, cluster, connections, decisions, dns, floods
 
 if __name__ == "__main__":
     connections.main()
+    print()
+    dns.main()
     print()
     decisions.main()
     print()

@@ -11,6 +11,7 @@ import json
 import statistics
 import sys
 import time
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,7 +23,7 @@ ROUNDS = 9
 CONNECTIONS = 1_500
 CLIENTS = 8
 PORT = 7000
-_LOAD = Path(__file__).with_name("load.py")
+LOAD = Path(__file__).with_name("load.py")
 _START_S = 0.5
 
 _POLICY = {
@@ -37,7 +38,7 @@ _POLICY = {
     },
 }
 
-_WORLD = WorldSpec(
+WORLD = WorldSpec(
     nodes=(NodeSpec.numbered("a", 1),),
     pods=(
         PodSpec(PodRef("bench", "client"), "a", {"role": "client"}),
@@ -65,9 +66,9 @@ class Row:
 def run() -> list[Row]:
     """Measure; takes about a minute, as root."""
     rounds: dict[tuple[str, int], list[dict[str, float]]] = {}
-    with Lab(_WORLD) as lab:
+    with Lab(WORLD) as lab:
         for place in ("host:server", "bench/server"):
-            lab.spawn(place, sys.executable, str(_LOAD), "serve", str(lab.address_of(place)), str(PORT))
+            lab.spawn(place, sys.executable, str(LOAD), "serve", str(lab.address_of(place)), str(PORT))
         time.sleep(_START_S)
         for number in range(ROUNDS + 1):
             for clients in (1, CLIENTS):
@@ -89,7 +90,7 @@ def run() -> list[Row]:
 def _measure(lab: Lab, client: str, server: str, clients: int) -> dict[str, float]:
     count = str(CONNECTIONS // clients)
     address = str(lab.address_of(server))
-    output = lab.run(client, sys.executable, str(_LOAD), "connect", address, str(PORT), count, str(clients))
+    output = lab.run(client, sys.executable, str(LOAD), "connect", address, str(PORT), count, str(clients))
     result: dict[str, float] = json.loads(output)
     return result
 
@@ -101,11 +102,16 @@ def _row(what: str, rounds: dict[tuple[str, int], list[dict[str, float]]], clien
     return Row(what, without, with_enforcer)
 
 
+def print_rows(rows: Iterable[Row]) -> None:
+    """Print a table."""
+    print(f"{'':32}{'no agent':>12}{'enforcer':>12}{'ratio':>8}")
+    for row in rows:
+        print(f"{row.what:32}{row.without:12.0f}{row.with_enforcer:12.0f}{row.ratio:8.2f}")
+
+
 def main() -> None:
     """Print the table."""
-    print(f"{'':32}{'no agent':>12}{'enforcer':>12}{'ratio':>8}")
-    for row in run():
-        print(f"{row.what:32}{row.without:12.0f}{row.with_enforcer:12.0f}{row.ratio:8.2f}")
+    print_rows(run())
 
 
 if __name__ == "__main__":
