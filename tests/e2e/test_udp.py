@@ -8,7 +8,7 @@ import socket
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from ipaddress import ip_address
 from pathlib import Path
 
@@ -68,6 +68,11 @@ def lab(plugin: Path) -> Iterator[Lab]:
         yield lab
 
 
+def _is_denied(lab: Lab, source: str, target: str, port: int, version: int) -> bool:
+    request = replace(lab.request(source, target, port, version), protocol=Protocol.UDP, timeout_s=1.2)
+    return lab.probe_all([request])[0].outcome.is_denied
+
+
 @pytest.mark.parametrize("version", VERSIONS)
 @pytest.mark.parametrize("server", ["x/server", "x/far-server"])
 @pytest.mark.parametrize("client", [*CLIENTS, "x/bound"])
@@ -79,7 +84,7 @@ def test_an_allowed_pod_gets_its_answer(lab: Lab, client: str, server: str, vers
 @pytest.mark.parametrize("version", VERSIONS)
 @pytest.mark.parametrize("server", ["x/server", "x/far-server"])
 def test_a_stranger_gets_none(lab: Lab, server: str, version: int) -> None:
-    assert lab.probe("x/stranger", server, ECHO.number, version, Protocol.UDP).outcome.is_denied
+    assert _is_denied(lab, "x/stranger", server, ECHO.number, version)
     assert denials(lab, server)[-1] == "ingress-denied"
 
 
@@ -150,7 +155,7 @@ def test_many_at_once_on_one_flow_arrive_in_order_and_are_answered(
 
 @versions
 @ways
-@pytest.mark.parametrize("size", [0, 1, 1_400, 5_000, 20_000])
+@pytest.mark.parametrize("size", [0, 1_400, 20_000])
 def test_datagrams_of_any_size_open_a_flow(lab: Lab, client: str, server: str, version: int, size: int) -> None:
     with exchange(lab, client, server, version) as flow:
         assert flow.ask(bytes(size))
@@ -230,19 +235,17 @@ def test_through_a_service_both_backends_answer_and_are_judged_by_their_own_port
 @versions
 def test_egress_is_judged_by_who_answers(lab: Lab, version: int) -> None:
     for target, port in (("x/open", ECHO.number), ("service:x/open", SERVICE_PORT)):
-        assert lab.probe("x/bound-elsewhere", target, port, version, Protocol.UDP).outcome.is_denied
+        assert _is_denied(lab, "x/bound-elsewhere", target, port, version)
         assert denials(lab, "x/bound-elsewhere")[-1] == "egress-denied"
         assert lab.probe("x/client", target, port, version, Protocol.UDP).outcome.is_allowed
 
 
 @versions
 def test_a_pod_without_an_enforcer_is_an_address(lab: Lab, version: int) -> None:
-    result = lab.probe("x/client", "host:unenforced", ECHO.number, version, Protocol.UDP)
-    assert result.outcome.is_allowed
-    assert result.seconds < 1.0
+    assert lab.probe("x/client", "host:unenforced", ECHO.number, version, Protocol.UDP).outcome.is_allowed
     assert lab.probe("host:unenforced", "x/open", ECHO.number, version, Protocol.UDP).outcome.is_allowed
-    assert lab.probe("x/bound", "host:unenforced", ECHO.number, version, Protocol.UDP).outcome.is_denied
-    assert lab.probe("host:unenforced", "x/server", ECHO.number, version, Protocol.UDP).outcome.is_denied
+    for source, target in (("x/bound", "host:unenforced"), ("host:unenforced", "x/server")):
+        assert _is_denied(lab, source, target, ECHO.number, version)
     assert denials(lab, "x/server")[-1] == "unidentified-peer"
 
 
@@ -261,7 +264,7 @@ def test_a_change_of_policy_stops_a_flow_and_lets_it_go_on(lab: Lab, client: str
             assert time.monotonic() < deadline
 
 
-@ways
+@pytest.mark.parametrize(("client", "server"), [("x/client", "x/far-server"), ("x/bound", "x/server")])
 def test_restarts_of_the_enforcers_break_no_flow(lab: Lab, client: str, server: str) -> None:
     with exchange(lab, client, server) as flow:
         assert flow.ask(b"first")
