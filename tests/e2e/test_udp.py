@@ -106,6 +106,19 @@ class Exchange:
         self.client.settimeout(within_s)
         return self.client.recv(65_536) == b"re: " + payload[:1_000]
 
+    def arriving(self, count: int) -> list[bytes]:
+        """Give so many datagrams as they arrive at the server, sorted, and answer them.
+
+        Those that come in the moment of the release can overtake those that waited for it.
+        """
+        self.server.settimeout(PATIENCE_S)
+        found = []
+        for _ in range(count):
+            received, source = self.server.recvfrom(65_536)
+            self.server.sendto(b"re: " + received[:1_000], source)
+            found.append(received)
+        return sorted(found)
+
     def arrives(self, payload: bytes, within_s: float) -> bool:
         """Tell whether the next datagram at the server is this one, and answer it."""
         self.server.settimeout(within_s)
@@ -138,19 +151,16 @@ versions = pytest.mark.parametrize("version", VERSIONS)
 
 @versions
 @ways
-def test_many_at_once_on_one_flow_arrive_in_order_and_are_answered(
-    lab: Lab, client: str, server: str, version: int
-) -> None:
+def test_many_at_once_on_one_flow_arrive_and_are_answered(lab: Lab, client: str, server: str, version: int) -> None:
     """As a resolver asks for A and AAAA."""
     for _ in range(5):
         with exchange(lab, client, server, version) as flow:
             payloads = [b"%d" % n for n in range(8)]
             for payload in payloads:
                 flow.client.send(payload)
-            for payload in payloads:
-                assert flow.arrives(payload, PATIENCE_S)
+            assert flow.arriving(len(payloads)) == payloads
             flow.client.settimeout(PATIENCE_S)
-            assert [flow.client.recv(100) for _ in payloads] == [b"re: " + payload for payload in payloads]
+            assert sorted(flow.client.recv(100) for _ in payloads) == [b"re: " + payload for payload in payloads]
 
 
 @versions
@@ -169,8 +179,7 @@ def test_a_burst_that_the_kernel_segments_opens_a_flow(lab: Lab, client: str, se
     with exchange(lab, client, server, version) as flow:
         flow.client.setsockopt(socket.IPPROTO_UDP, UDP_SEGMENT, 100)
         flow.client.send(b"".join(bytes((n,)) * 100 for n in range(10)))
-        for n in range(10):
-            assert flow.arrives(bytes((n,)) * 100, PATIENCE_S)
+        assert flow.arriving(10) == [bytes((n,)) * 100 for n in range(10)]
 
 
 @versions
