@@ -140,6 +140,9 @@ class RegistrationSettings:
     """Sockets, registry and the plugin's queue of deletions: same lifetime as a network namespace (0700)."""
     excluded_namespaces: tuple[str, ...] = ()
     """Kubernetes namespaces whose pods are not enforced at all."""
+    require_labels: bool = False
+    """Whether a pod of which no labels are known is refused. Off: it starts, and policies that select by label do not
+    reach it until its Pod manifest comes."""
     delete_queue_dir: Path | None = None
     """Where the plugin leaves deletions while the daemon is down; unset: run_dir/deletions."""
     cni_results_dir: Path | None = None
@@ -192,6 +195,15 @@ class DataplaneSettings:
 
 
 @dataclass(frozen=True, slots=True)
+class MetricsSettings:
+    """Metrics over the network, beside the operators' socket."""
+
+    listen: str | None = None
+    """address:port where GET /metrics is answered over HTTP to anybody who can reach it, as 127.0.0.1:9475 or
+    [::1]:9475; unset: no port is opened."""
+
+
+@dataclass(frozen=True, slots=True)
 class LogSettings:
     """What is written to standard error."""
 
@@ -222,6 +234,7 @@ class Settings:
     kubernetes: KubernetesSettings = field(default_factory=KubernetesSettings)
     dataplane: DataplaneSettings = field(default_factory=DataplaneSettings)
     log: LogSettings = field(default_factory=LogSettings)
+    metrics: MetricsSettings = field(default_factory=MetricsSettings)
 
 
 class _Loader(yaml.SafeLoader):
@@ -267,6 +280,8 @@ def _check(settings: Settings) -> None:
         raise SettingsError("log.level: must be debug, info, warning or error")
     if settings.log.format not in ("json", "console"):
         raise SettingsError("log.format: must be json or console")
+    if settings.metrics.listen is not None:
+        split_listen(settings.metrics.listen)
     if not 0 <= settings.dataplane.queue_number <= 65_535:
         raise SettingsError("dataplane.queueNumber: must be 0 to 65535")
     if settings.kubernetes.enabled and settings.policy_dir is not None:
@@ -304,6 +319,19 @@ def _check_bounds(settings: Settings) -> None:
         if not value > 0:
             raise SettingsError(f"{name}: must be more than 0")
     _check_times(handshake)
+
+
+def split_listen(text: str) -> tuple[str, int]:
+    """Give the address and port of metrics.listen; raise SettingsError."""
+    address, _, port = text.rpartition(":")
+    is_bracketed = address.startswith("[") and address.endswith("]")
+    try:
+        found = ipaddress.ip_address(address[1:-1] if is_bracketed else address)
+        if is_bracketed != (found.version == 6) or not port.isdecimal() or not 1 <= int(port) <= 65_535:
+            raise ValueError(text)
+    except ValueError as err:
+        raise SettingsError("metrics.listen: must be address:port, as 127.0.0.1:9475 or [::1]:9475") from err
+    return str(found), int(port)
 
 
 def _check_times(handshake: HandshakeSettings) -> None:

@@ -10,6 +10,7 @@ import click
 _COMMANDS = {
     "endpoints": "triremectl.endpoints",
     "lab": "triremectl.lab.command",
+    "metrics": "triremectl.metrics",
     "reasons": "triremectl.reasons",
     "simulate": "triremectl.simulate",
     "status": "triremectl.status",

@@ -54,7 +54,7 @@ def print_endpoints(console: Console, endpoints: Iterable[Mapping[str, object]])
             _isolated(as_mapping(endpoint.get("isolated"))),
             "\n".join(map(as_text, as_list(endpoint.get("policies")))) or "-",
             _identity_size(endpoint),
-            as_text(endpoint.get("labels")),
+            _labels(endpoint),
         )
     console.print(table)
 
@@ -63,6 +63,12 @@ def _state(state: str, problem: object, guard: object) -> Text:
     """Say how the pod is enforced, and what the guard on the node cannot see of it."""
     text = Text(f"{state}: {problem}" if problem else state, style="" if state in ("-", "enforced") else "bold red")
     return text.append(f"\nguard: {guard}", style="yellow") if guard else text
+
+
+def _labels(endpoint: Mapping[str, object]) -> Text:
+    if endpoint.get("are_labels_known") is False:
+        return Text("not known: policies that select by label do not reach it", style="bold red")
+    return Text(as_text(endpoint.get("labels")))
 
 
 def _isolated(isolated: Mapping[str, object]) -> str:

@@ -18,6 +18,16 @@ _WIDTH_WITHOUT_TERMINAL = 160
 F = TypeVar("F", bound=Callable[..., object])
 
 
+RUN_DIR = click.option(
+    "--run-dir",
+    type=click.Path(path_type=Path),
+    default=Path("/run/trireme"),
+    show_default=True,
+    help="The daemon's registration.runDir.",
+)
+"""Of every command that asks the daemon."""
+
+
 def make_console() -> Console:
     """Return a console; where no terminal tells its width, one that is wide enough for our tables."""
     console = Console(highlight=False, emoji=False)
@@ -33,13 +43,7 @@ def daemon_options(function: F) -> F:
         show_default=True,
         help="For people or programs.",
     )(function)
-    return click.option(
-        "--run-dir",
-        type=click.Path(path_type=Path),
-        default=Path("/run/trireme"),
-        show_default=True,
-        help="The daemon's registration.runDir.",
-    )(function)
+    return RUN_DIR(function)
 
 
 def ask(run_dir: Path, question: str, **arguments: object) -> object:

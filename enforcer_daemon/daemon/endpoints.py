@@ -92,6 +92,8 @@ class Endpoints:
         known = self._by_netns.get(netns)
         if known is not None and known.identity.pod != request.pod:
             raise RegistrationError(messages.FAILED, f"the network namespace is that of {known.identity.pod}")
+        if self._settings.registration.require_labels:
+            self._require_labels(request)
         await self._forget_elsewhere(request.attachment, netns)
         if known is None:
             await self._open(Sandbox(os.dup(netns_fd), netns, {request.attachment: request}))
@@ -99,8 +101,16 @@ class Endpoints:
             await self._resize(known, known.sandbox.with_request(request).with_links())
         self._registry.put(Record(request, netns))
         self._log.info("endpoint enforced", pod=str(request.pod), attachment=str(request.attachment))
-        if not self._require_world().identity_of({request.attachment: request}).labels:
+        if not self._require_world().knows_labels({request.attachment: request}):
             self._log.warning("no labels known, policies that select by label do not reach it", pod=str(request.pod))
+
+    def _require_labels(self, request: AddRequest) -> None:
+        if not self._require_world().knows_labels({request.attachment: request}):
+            raise RegistrationError(
+                messages.FAILED,
+                f"registration.requireLabels: no labels are known of pod {request.pod}; its Pod manifest must be in "
+                "policyDir before it starts, or the runtime must pass its labels (args.cni.labels)",
+            )
 
     async def _open(self, sandbox: Sandbox) -> Endpoint:
         """Make an endpoint: queue first, then rules, then the guard; the sandbox's descriptor goes with it."""

@@ -31,7 +31,7 @@ from enforcer_daemon.registration.admin import AdminServer
 from enforcer_daemon.registration.deletions import drain
 from enforcer_daemon.registration.registry import Registry
 from enforcer_daemon.registration.server import RegistrationServer
-from enforcer_daemon.settings import CredentialSource, NetworkSettings, Settings
+from enforcer_daemon.settings import CredentialSource, NetworkSettings, Settings, split_listen
 from enforcer_daemon.sources.directory import DirectorySource
 from enforcer_daemon.sources.manifests import World
 from enforcer_daemon.telemetry.logs import Logger
@@ -123,6 +123,8 @@ class Daemon:
             self._registrar.is_started = True
             self._log.info("ready", endpoints=len(self._endpoints), queued_deletions=drained.deleted)
             tasks.create_task(self._registration.serve(), name="registration")
+            if self._settings.metrics.listen is not None:
+                tasks.create_task(self._serve_metrics(self._settings.metrics.listen), name="metrics")
             tasks.create_task(self._tend(), name="tend")
             tasks.create_task(self._upkeep(), name="upkeep")
             tasks.create_task(self._keep_rules(), name="rules")
@@ -155,9 +157,10 @@ class Daemon:
         self._status.world = self._world
         self._metrics.update_seconds.observe(time.monotonic() - started)
         self._metrics.snapshot_generation.set(self._world.snapshot.generation)
-        self._metrics.refused_objects.set(len(world.problems))
+        replaced = sum(problem.has_earlier is True for problem in world.problems)
+        self._metrics.count_refused(replaced, len(world.problems) - replaced)
         for problem in world.problems:
-            self._log.error("object refused, its last good version stays in force", problem=str(problem))
+            self._log.error("object refused", problem=str(problem), earlier_in_force=problem.has_earlier)
         self._log.info("policies in force", generation=self._world.snapshot.generation, policies=len(world.policies))
 
     async def _follow_networks(self) -> None:
@@ -216,6 +219,12 @@ class Daemon:
         while True:
             await asyncio.sleep(_UPKEEP_S)
             await self._endpoints.restore_rules()
+
+    async def _serve_metrics(self, listen: str) -> None:
+        # A web server is much memory for what is off by default.
+        from enforcer_daemon.telemetry.listener import serve_metrics
+
+        await serve_metrics(split_listen(listen), self._status.render_metrics)
 
     def _renew_keys(self) -> None:
         """Take over changed key files; operators who do not want to wait a second send SIGHUP."""

@@ -9,6 +9,7 @@ from datetime import UTC, datetime
 from importlib.metadata import version
 from typing import Any
 
+import structlog
 from cryptography import x509
 
 from enforcer_daemon.daemon.endpoint import Endpoint
@@ -24,6 +25,8 @@ from enforcer_daemon.registration.admin import AdminError, Command
 from enforcer_daemon.registration.server import Availability
 from enforcer_daemon.settings import NetworkSettings, Settings
 from enforcer_daemon.telemetry.metrics import Metrics
+
+_log = structlog.get_logger(__name__)
 
 
 class Status:
@@ -69,6 +72,9 @@ class Status:
             "networks": _describe_networks(self._settings.networks if cluster is None else cluster.networks()),
             "cluster": None if cluster is None else cluster.status(),
             "endpoints": len(self._endpoints),
+            "pods_without_labels": [
+                str(endpoint.identity.pod) for endpoint in self._endpoints if self._is_bare(endpoint)
+            ],
             "verifications": self._node.verifier.verifications,
             "drops": self._metrics.denials(),
             "bound_hits": {bound.value: count for bound, count in self._metrics.bound_hits.items() if count},
@@ -91,18 +97,33 @@ class Status:
             "problems": [str(problem) for problem in self.world.world.problems],
         }
 
+    def _is_bare(self, endpoint: Endpoint) -> bool:
+        return self.world is not None and not self.world.knows_labels(endpoint.sandbox.requests)
+
     async def _list_endpoints(self, arguments: dict[str, Any]) -> object:
         wanted = arguments.pop("pod", None)
         _require_no_arguments(arguments)
         passed_by = passed_by_tc()
         return [
-            _describe(endpoint) | {"guard": self._kernel.guard_problem or _guard_problem(endpoint, passed_by)}
+            _describe(endpoint)
+            | {"guard": self._kernel.guard_problem or _guard_problem(endpoint, passed_by)}
+            | {"are_labels_known": not self._is_bare(endpoint)}
             for endpoint in sorted(self._endpoints, key=lambda endpoint: endpoint.identity.pod)
             if wanted in (None, str(endpoint.identity.pod))
         ]
 
     async def _render_metrics(self, arguments: dict[str, Any]) -> object:
         _require_no_arguments(arguments)
+        return await self.render_metrics()
+
+    async def render_metrics(self) -> str:
+        """Give all metrics in Prometheus' text format, the guard's drops as they are now."""
+        try:
+            self._metrics.guard_drops.update(await self._kernel.guard_drops())
+        except DataplaneError as err:
+            # The other metrics are told all the same; whoever took the counters away is reported by the guard's keeper.
+            self._metrics.guard_drops.clear()
+            _log.warning("the guard's counters cannot be read", error=str(err))
         return self._metrics.render()
 
 

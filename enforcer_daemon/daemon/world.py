@@ -45,6 +45,15 @@ class CompiledWorld:
             named_ports=() if pod is None else pod.named_ports,
         )
 
+    def knows_labels(self, requests: Mapping[AttachmentId, AddRequest]) -> bool:
+        """Tell whether anybody said what labels the pod has, be it that it has none.
+
+        With a cluster a pod is known before it is registered, and stays what it was when it is gone there.
+        """
+        if self.world.is_cluster:
+            return True
+        return any(request.labels or request.pod in self.world.pods for request in requests.values())
+
 
 def compile_world(world: World, settings: Settings, previous: CompiledWorld | None) -> CompiledWorld:
     """Compile a world; what did not change is taken over from the previous one."""

@@ -109,7 +109,8 @@ class DirectorySource:
         return assemble((found for _, found in self._good.values()), told)
 
     def _told(self, problem: Problem) -> Problem:
-        """Say which objects are in force, instead of what is wrong, only because an earlier daemon kept them."""
+        """Say whether something is in force instead of what is wrong, and what only because a daemon kept it."""
+        problem = replace(problem, has_earlier=self._has_earlier(problem))
         names = [
             str(key)
             for key, (file_name, _) in self._restored.items()
@@ -120,6 +121,11 @@ class DirectorySource:
         rest = f" and {len(names) - _NAMED} more" if len(names) > _NAMED else ""
         message = f"{problem.message}; in force as before the restart: {', '.join(names[:_NAMED])}{rest}"
         return replace(problem, message=message)
+
+    def _has_earlier(self, problem: Problem) -> bool:
+        if problem.object:
+            return any(problem.object == str(key) for key in self._good)
+        return any(problem.file in (name, str(self._directory)) for name, _ in self._good.values())
 
     def _read_file(self, name: str, stamp: _Stamp | None) -> ManifestFile:
         before = self._decoded.get(name)

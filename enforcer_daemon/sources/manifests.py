@@ -68,10 +68,15 @@ class Problem:
     """Kind and name, as far as they could be read; else empty."""
     field: str
     message: str
+    has_earlier: bool | None = None
+    """Whether an earlier version is in force instead; None where nothing is asked to be in force."""
 
     def __str__(self) -> str:
         place = f"{self.file}:{self.line}" if self.line else self.file
-        return ": ".join(part for part in (place, self.object, self.field, self.message) if part)
+        told = ": ".join(part for part in (place, self.object, self.field, self.message) if part)
+        if self.has_earlier is None:
+            return told
+        return f"{told} ({'an earlier version is in force' if self.has_earlier else 'no version of it is in force'})"
 
 
 @dataclass(frozen=True, slots=True)

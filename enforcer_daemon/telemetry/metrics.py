@@ -54,6 +54,23 @@ class _BoundCollector(Collector):
         yield metric
 
 
+class _GuardCollector(Collector):
+    """Likewise for what the guard counts in the kernel."""
+
+    def __init__(self, drops: Mapping[str, int]) -> None:
+        self._drops = drops
+
+    def collect(self) -> Iterator[CounterMetricFamily]:
+        metric = CounterMetricFamily(
+            "enforcer_guard_drops",
+            "Packets that the guard on the node dropped since its tables were made.",
+            labels=("reason",),
+        )
+        for reason, count in self._drops.items():
+            metric.add_metric((reason,), count)
+        yield metric
+
+
 class Metrics:
     """Everything that is counted, with a registry of its own."""
 
@@ -93,8 +110,15 @@ class Metrics:
             "enforcer_snapshot_generation", "Policy snapshots since the start.", registry=self.registry
         )
         self.refused_objects = Gauge(
-            "enforcer_refused_objects", "Objects whose present version is refused.", registry=self.registry
+            "enforcer_refused_objects",
+            "Problems with objects, by whether an earlier version is in force instead.",
+            ("in_force",),
+            registry=self.registry,
         )
+        self.count_refused(0, 0)
+        self.guard_drops: dict[str, int] = {}
+        """Packets that the guard dropped, by reason, as of the last look at the kernel."""
+        self.registry.register(_GuardCollector(self.guard_drops))
         self.update_seconds = Histogram(
             "enforcer_policy_update_seconds",
             "From a change's arrival to its being in force on all endpoints.",
@@ -120,6 +144,11 @@ class Metrics:
         """Show a watch; both are asked when somebody looks."""
         self._watch_up.labels(resource).set_function(is_up)
         self._watch_silence.labels(resource).set_function(silence_s)
+
+    def count_refused(self, earlier: int, none: int) -> None:
+        """Take over how many problems there are with objects, with and without an earlier version in force."""
+        self.refused_objects.labels("earlier").set(earlier)
+        self.refused_objects.labels("none").set(none)
 
     def denials(self) -> dict[str, int]:
         """Give the number of denials by reason."""

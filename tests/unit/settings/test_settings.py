@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from enforcer_daemon.errors import SettingsError
-from enforcer_daemon.settings import DenyWith, RulesBackend, decode_settings, load_settings
+from enforcer_daemon.settings import DenyWith, RulesBackend, decode_settings, load_settings, split_listen
 
 
 def test_a_node_name_is_all_that_is_needed() -> None:
@@ -133,3 +133,17 @@ def test_a_path_that_cannot_be_opened_is_refused(value: str) -> None:
 def test_a_missing_file_is_named(tmp_path: Path) -> None:
     with pytest.raises(SettingsError, match=r"absent\.yaml"):
         load_settings(tmp_path / "absent.yaml")
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["127.0.0.1", "127.0.0.1:", ":9475", "localhost:9475", "::1:9475", "[127.0.0.1]:1", "[::1]:0", "127.0.0.1:65536"],
+)
+def test_a_place_to_listen_at_is_an_address_and_a_port(text: str) -> None:
+    with pytest.raises(SettingsError, match=r"metrics\.listen: must be address:port"):
+        decode_settings({"node": "a", "metrics": {"listen": text}})
+
+
+@pytest.mark.parametrize(("text", "found"), [("127.0.0.1:9475", ("127.0.0.1", 9475)), ("[::1]:1", ("::1", 1))])
+def test_a_place_to_listen_at_is_split(text: str, found: tuple[str, int]) -> None:
+    assert split_listen(text) == found

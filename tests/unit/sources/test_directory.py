@@ -413,3 +413,22 @@ def test_what_cannot_be_kept_is_said_so(tmp_path: Path):
             assert "cannot be kept" in (await _next(worlds)).problems[0].message
 
     asyncio.run(story())
+
+
+def test_a_problem_says_whether_an_earlier_version_is_in_force(tmp_path: Path):
+    write(tmp_path / "a.yaml", policy("a"))
+    source = DirectorySource(tmp_path)
+    source.read()
+    for name in ("a", "b"):
+        write(tmp_path / f"{name}.yaml", policy(name, podSelector=1))
+    (tmp_path / "c.yaml").write_text("{")
+    told = {Path(problem.file).name: problem for problem in source.read().problems}
+    assert {name: problem.has_earlier for name, problem in told.items()} == {
+        "a.yaml": True,
+        "b.yaml": False,
+        "c.yaml": False,
+    }
+    assert str(told["a.yaml"]).endswith("(an earlier version is in force)")
+    assert str(told["b.yaml"]).endswith("(no version of it is in force)")
+    (tmp_path / "a.yaml").write_text("{")
+    assert [problem.has_earlier for problem in source.read().problems if problem.file.endswith("a.yaml")] == [True]

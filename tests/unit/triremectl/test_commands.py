@@ -140,3 +140,16 @@ def test_reasons_lists_them_all() -> None:
 def test_every_subcommand_loads() -> None:
     for name in ("status", "endpoints", "reasons", "simulate", "validate", "lab"):
         assert _run(name, "--help").exit_code == 0
+
+
+def test_metrics_are_printed_as_they_are(daemon: Daemon) -> None:
+    result = _run("metrics", "--run-dir", str(daemon({"metrics": "enforcer_endpoints 1.0\n"})))
+    assert (result.stdout, result.exit_code) == ("enforcer_endpoints 1.0\n", 0)
+
+
+def test_endpoints_tells_pods_without_labels_from_pods_of_which_none_are_known(daemon: Daemon) -> None:
+    pods = [{"pod": "x/bare", "are_labels_known": True}, {"pod": "x/unknown", "are_labels_known": False}]
+    result = _run("endpoints", "--run-dir", str(daemon({"endpoints": pods})))
+    bare, unknown = (next(line for line in result.stdout.splitlines() if name in line) for name in ("bare", "unknown"))
+    assert "not known" in unknown
+    assert "not known" not in bare
