@@ -6,15 +6,17 @@ from __future__ import annotations
 import asyncio
 import os
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import click
 import uvloop
 
+from enforcer_daemon.daemon.preflight import find_problems
 from enforcer_daemon.daemon.run import serve
 from enforcer_daemon.errors import EnforcerError
-from enforcer_daemon.settings import load_settings
+from enforcer_daemon.settings import Settings, load_settings
 from enforcer_daemon.telemetry.logs import open_log
 
 EXIT_FAILED = 1
@@ -32,7 +34,11 @@ EXIT_SETTINGS = 2
     help="Settings; conf/enforcer.yaml shows every key.",
 )
 @click.option("--node", envvar="TRIREME_NODE", help="This node's name, instead of the settings' (also TRIREME_NODE).")
-@click.option("--check-config", is_flag=True, help="Read the settings, say what is wrong with them, and end.")
+@click.option(
+    "--check-config",
+    is_flag=True,
+    help="Say what is wrong with the settings and with the files that they name, and end.",
+)
 def main(config: Path, node: str | None, *, check_config: bool) -> None:
     """Enforce NetworkPolicy on this node's pods by who they are."""
     try:
@@ -41,7 +47,7 @@ def main(config: Path, node: str | None, *, check_config: bool) -> None:
         click.echo(f"trireme-enforcer: {err}", err=True)
         sys.exit(EXIT_SETTINGS)
     if check_config:
-        click.echo(f"{config}: valid")
+        _check(config, settings)
         return
     if os.geteuid() != 0:
         click.echo("trireme-enforcer: must run as root: it enters the pods' network namespaces", err=True)
@@ -54,6 +60,15 @@ def main(config: Path, node: str | None, *, check_config: bool) -> None:
         for problem in _leaves(group):
             log.error("cannot go on", error=str(problem))
         sys.exit(EXIT_FAILED)
+
+
+def _check(config: Path, settings: Settings) -> None:
+    problems = find_problems(settings, time.time())
+    for problem in problems:
+        click.echo(f"{config}: {problem}", err=True)
+    if problems:
+        sys.exit(EXIT_SETTINGS)
+    click.echo(f"{config}: valid")
 
 
 def _leaves(error: BaseException) -> Iterator[BaseException]:

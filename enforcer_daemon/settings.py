@@ -29,6 +29,7 @@ _UNREADABLE = (OSError, yaml.YAMLError, ValueError, ArithmeticError, LookupError
 nesting without end."""
 MAX_TOKEN_LIFETIME_S = 86_400.0
 """The longest validity of a token that is accepted as a setting: that of a node's certificate by default."""
+_MAX_SOCKET_PATH_BYTES = 107  # unix(7): 108 with the zero byte at the end
 _MAX_NUMBER = 1e9
 """Seconds of thirty years, and more of anything than is sensible."""
 
@@ -280,6 +281,12 @@ def _check(settings: Settings) -> None:
         raise SettingsError("log.level: must be debug, info, warning or error")
     if settings.log.format not in ("json", "console"):
         raise SettingsError("log.format: must be json or console")
+    longest = len(str(settings.registration.run_dir / "registration.sock").encode())
+    if longest > _MAX_SOCKET_PATH_BYTES:
+        raise SettingsError(
+            f"registration.runDir: is too long: its sockets' paths would have {longest} bytes, the kernel takes "
+            f"{_MAX_SOCKET_PATH_BYTES}"
+        )
     if settings.metrics.listen is not None:
         split_listen(settings.metrics.listen)
     if not 0 <= settings.dataplane.queue_number <= 65_535:

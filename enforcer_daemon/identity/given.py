@@ -7,7 +7,6 @@ signer. Nothing is ever written here.
 
 from __future__ import annotations
 
-import stat
 from pathlib import Path
 from typing import NamedTuple
 
@@ -19,6 +18,7 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from enforcer_daemon.errors import CredentialError, SettingsError
 from enforcer_daemon.identity.credential import Credential, TrustBundle, decode_credential
 from enforcer_daemon.identity.keystore import NodeIdentity
+from enforcer_daemon.identity.private import read_private
 from enforcer_daemon.settings import CredentialSource, Settings
 
 _RENEWED_AT = 2 / 3
@@ -58,6 +58,15 @@ def open_given_identity(settings: Settings, wall_now: float) -> NodeIdentity:
     return NodeIdentity(key, credential, bundle, renewal_time(credential))
 
 
+def check_given_files(settings: Settings, wall_now: float) -> list[str]:
+    """Say what is wrong with the files that others bring; nothing is written."""
+    try:
+        open_given_identity(settings, wall_now)
+    except SettingsError as err:
+        return [str(err)]
+    return []
+
+
 def renewal_time(credential: Credential) -> float:
     """Give the moment, in Unix seconds, by which a newer certificate should be there."""
     return credential.not_before + (credential.not_after - credential.not_before) * _RENEWED_AT
@@ -83,9 +92,7 @@ def check_given(
 
 def _read_key(path: Path) -> ec.EllipticCurvePrivateKey:
     try:
-        if path.stat().st_mode & (stat.S_IRWXO | stat.S_IWGRP):
-            raise SettingsError(f"{path}: others than its owner may use this key; take those rights away (chmod 0600)")
-        key = serialization.load_pem_private_key(path.read_bytes(), None)
+        key = serialization.load_pem_private_key(read_private(path), None)
     except (OSError, ValueError, TypeError, UnsupportedAlgorithm) as err:
         raise SettingsError(f"{path}: no key can be read: {err}") from err
     if isinstance(key, ec.EllipticCurvePrivateKey) and isinstance(key.curve, ec.SECP256R1):

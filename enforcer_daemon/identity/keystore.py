@@ -25,7 +25,8 @@ from enforcer_daemon.identity.authority import (
     make_authority,
     node_spiffe_id,
 )
-from enforcer_daemon.identity.credential import Credential, TrustBundle, decode_credential, is_issued_by
+from enforcer_daemon.identity.credential import Credential, TrustBundle, decode_credential, is_issued_by, vouched_domain
+from enforcer_daemon.identity.private import read_private
 from enforcer_daemon.settings import Settings
 
 _KEY, _CERTIFICATE = "node.key", "node.pem"
@@ -55,13 +56,46 @@ def open_node_identity(settings: Settings, wall_now: float) -> NodeIdentity:
     and OSError where the state directory cannot. After an error all files are as they were.
     """
     state = settings.state_dir
-    state.mkdir(mode=0o700, parents=True, exist_ok=True)
-    state.chmod(0o700)
+    try:
+        state.mkdir(mode=0o700, parents=True, exist_ok=True)
+        state.chmod(0o700)
+    except OSError as err:
+        raise SettingsError(f"stateDir: {state}: cannot be used: {err.strerror}") from err
     now = datetime.fromtimestamp(wall_now, UTC)
     authority = _open_authority(settings, now)
+    _require_own_domain(settings, authority)
     bundle = _read_bundle(settings, authority)
     stored = _read_identity(settings, authority, bundle, wall_now)
     return stored if stored is not None else _issue_identity(settings, authority, bundle, now)
+
+
+def check_files(settings: Settings) -> list[str]:
+    """Say what is wrong with the files that the settings name, one sentence each; nothing is written."""
+    credentials = settings.credentials
+    if credentials.ca_certificate is None or credentials.ca_key is None:
+        return []
+    try:
+        authority = _read_authority(credentials.ca_certificate, credentials.ca_key)
+        _require_own_domain(settings, authority)
+        _read_bundle(settings, authority)
+    except SettingsError as err:
+        return [str(err)]
+    return []
+
+
+def _require_own_domain(settings: Settings, authority: Authority) -> None:
+    """Raise SettingsError where the authority vouches for another trust domain: nobody would believe what it signs."""
+    path = settings.credentials.ca_certificate
+    try:
+        domain = vouched_domain(authority.certificate)
+    except ValueError as err:
+        raise SettingsError(f"credentials.caCertificate: {path or settings.state_dir / 'ca.pem'}: {err}") from err
+    if domain != settings.trust_domain:
+        remedy = "" if path else f"; move it and {settings.state_dir}/ca.key away to have others made"
+        raise SettingsError(
+            f"trustDomain: is {settings.trust_domain}, but the authority in {path or settings.state_dir / 'ca.pem'} "
+            f"vouches for {domain} alone{remedy}"
+        )
 
 
 def _issue_identity(settings: Settings, authority: Authority, bundle: TrustBundle, now: datetime) -> NodeIdentity:
@@ -94,10 +128,7 @@ def _require_trusted(bundle: TrustBundle, credential: Credential, settings: Sett
     try:
         bundle.verify(credential, wall_now, settings.handshake.clock_leeway_s)
     except CredentialError as err:
-        raise SettingsError(
-            f"credentials.trustBundle: does not vouch for this node's own certificate: {err}. Without a bundle, it is "
-            f"{settings.state_dir}/ca.pem; move it and ca.key away to have others made"
-        ) from err
+        raise SettingsError(f"credentials.trustBundle: does not vouch for this node's own certificate: {err}") from err
 
 
 def _read_identity(
@@ -138,7 +169,7 @@ def _open_authority(settings: Settings, now: datetime) -> Authority:
 def _read_authority(certificate_path: Path, key_path: Path) -> Authority:
     try:
         certificate = x509.load_pem_x509_certificate(certificate_path.read_bytes())
-        key = serialization.load_pem_private_key(key_path.read_bytes(), None)
+        key = serialization.load_pem_private_key(read_private(key_path), None)
     except (OSError, ValueError, TypeError, UnsupportedAlgorithm) as err:
         raise SettingsError(f"credentials: {certificate_path} and {key_path}: {err}") from err
     if not isinstance(key, ec.EllipticCurvePrivateKey):
@@ -163,7 +194,7 @@ def _read_bundle(settings: Settings, authority: Authority) -> TrustBundle:
 
 def _read_key(path: Path) -> ec.EllipticCurvePrivateKey | None:
     try:
-        key = serialization.load_pem_private_key(path.read_bytes(), None)
+        key = serialization.load_pem_private_key(read_private(path), None)
     except FileNotFoundError:
         return None
     except (ValueError, TypeError, UnsupportedAlgorithm):

@@ -170,8 +170,11 @@ async def _readable(connection: socket.socket) -> None:
 
 def _secure(directory: Path) -> None:
     """Make the directory root's alone; kubelet's DirectoryOrCreate makes it 0755."""
-    directory.mkdir(mode=0o700, parents=True, exist_ok=True)
-    found = directory.stat()
+    try:
+        directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+        found = directory.stat()
+    except OSError as err:
+        raise RegistrationError(messages.FAILED, f"{directory}: cannot be used: {err.strerror}") from err
     if found.st_uid != os.geteuid():
         raise RegistrationError(messages.FAILED, f"{directory}: belongs to uid {found.st_uid}, not to this daemon")
     if stat.S_IMODE(found.st_mode) != 0o700:

@@ -255,6 +255,19 @@ def test_odd_tcp_cases_name_tests_that_exist() -> None:
     assert [f"{path}::{name}" for path, name in named if f"def {name}(" not in read(path)] == []
 
 
+@pytest.mark.parametrize("path", DOCS, ids=lambda path: str(path.relative_to(ROOT)))
+def test_named_tests_exist(path: Path) -> None:
+    named = re.findall(r"`(tests/[\w/]+\.py)::(test_\w+)`", path.read_text(encoding="utf-8"))
+    assert [test for file, test in named if f"def {test}(" not in read(file)] == []
+
+
+def test_every_claim_of_the_threat_model_names_a_test() -> None:
+    section = read("docs/threat-model.md").split("## Claims")[1].split("\n## ")[0]
+    claims = re.findall(r"^\| (?!attack )(.+) \|$", section, re.MULTILINE)
+    assert len(claims) > 20
+    assert [claim for claim in claims if not re.search(r"`tests/[\w/]+\.py::test_\w+`", claim)] == []
+
+
 def test_architecture_lists_every_package() -> None:
     text = read("ARCHITECTURE.md")
     packages = [

@@ -50,6 +50,7 @@ class World:
         directory.mkdir()
         files = {"caCertificate": directory / "ca.pem", "caKey": directory / "ca.key", "trustBundle": self.bundle(name)}
         files["caCertificate"].write_bytes(issuer.certificate.public_bytes(Encoding.PEM))
+        files["caKey"].touch(mode=0o600)
         files["caKey"].write_bytes(issuer.key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption()))
         self.trust(name, issuer)
         settings = decode_settings(

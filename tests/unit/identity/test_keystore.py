@@ -11,7 +11,7 @@ from cryptography.hazmat.primitives.asymmetric import ec, ed25519
 from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat
 
 from enforcer_daemon.errors import SettingsError
-from enforcer_daemon.identity.keystore import open_node_identity
+from enforcer_daemon.identity.keystore import check_files, open_node_identity
 from enforcer_daemon.settings import Settings, decode_settings
 from tests.unit.identity.certificates import WALL, authority, new_key
 
@@ -27,6 +27,7 @@ def pem(key: ec.EllipticCurvePrivateKey | ed25519.Ed25519PrivateKey) -> bytes:
 def operators_authority(tmp_path: Path) -> dict[str, str]:
     signer = authority()
     (tmp_path / "ca.pem").write_bytes(signer.certificate.public_bytes(Encoding.PEM))
+    (tmp_path / "ca.key").touch(mode=0o600)
     (tmp_path / "ca.key").write_bytes(pem(signer.key))
     return {"caCertificate": str(tmp_path / "ca.pem"), "caKey": str(tmp_path / "ca.key")}
 
@@ -56,7 +57,10 @@ def test_another_node_name_is_another_certificate(tmp_path: Path) -> None:
 
 def test_another_trust_domain_needs_another_authority(tmp_path: Path) -> None:
     open_node_identity(settings_in(tmp_path), WALL)
-    with pytest.raises(SettingsError, match=r"ca\.pem; move it"):
+    with pytest.raises(
+        SettingsError,
+        match=r"trustDomain: is other\.example, .*ca\.pem vouches for .*; move it",
+    ):
         open_node_identity(settings_in(tmp_path, trustDomain="other.example"), WALL)
 
 
@@ -120,6 +124,35 @@ def test_a_bundle_without_the_nodes_own_authority_is_refused(tmp_path: Path) -> 
 def test_a_nodes_key_of_another_kind_is_named(tmp_path: Path, content: bytes) -> None:
     settings = settings_in(tmp_path)
     settings.state_dir.mkdir()
+    (settings.state_dir / "node.key").touch(mode=0o600)
     (settings.state_dir / "node.key").write_bytes(content)
     with pytest.raises(SettingsError, match=r"node\.key .*P-256"):
         open_node_identity(settings, WALL)
+
+
+@pytest.mark.parametrize("mode", [0o644, 0o604, 0o602, 0o620, 0o666])
+@pytest.mark.parametrize("name", ["ca.key", "node.key"])
+def test_a_key_that_others_may_use_is_refused(tmp_path: Path, name: str, mode: int) -> None:
+    settings = settings_in(tmp_path)
+    open_node_identity(settings, WALL)
+    (settings.state_dir / name).chmod(mode)
+    with pytest.raises(
+        SettingsError, match=rf"{name}: others than its owner may use this key \(mode 0{mode:o}\): chmod 0600"
+    ):
+        open_node_identity(settings, WALL)
+
+
+def test_an_operators_authority_for_another_trust_domain_is_named(tmp_path: Path) -> None:
+    settings = settings_in(tmp_path, trustDomain="other.example", credentials=operators_authority(tmp_path))
+    message = (
+        rf"trustDomain: is other\.example, but the authority in {tmp_path}/ca\.pem vouches for cluster\.local alone$"
+    )
+    with pytest.raises(SettingsError, match=message):
+        open_node_identity(settings, WALL)
+    assert len(check_files(settings)) == 1
+
+
+def test_a_state_directory_that_cannot_be_used_is_named(tmp_path: Path) -> None:
+    (tmp_path / "state").write_text("a file")
+    with pytest.raises(SettingsError, match=r"stateDir: .*/state: cannot be used: File exists"):
+        open_node_identity(settings_in(tmp_path), WALL)
