@@ -32,15 +32,18 @@ _STAND_IN_ADDRESSES = IPv4Network("198.18.0.0/15")
 @click.option("--to", "destination", help="To whom: namespace/pod, or an address.")
 @click.option("--port", help="Destination port: a number, or a name that the destination pod gives it.")
 @click.option("--protocol", type=click.Choice(list(PROTOCOLS), case_sensitive=False), default="TCP", show_default=True)
+@click.option("--output", type=click.Choice(["text", "json"]), default="text", help="Form of the answer to --policies.")
 def command(files: tuple[Path, ...], *, explain: bool, check: bool, policies: Path | None, pods: Path | None,
-            source: str | None, destination: str | None, port: str | None, protocol: str) -> None:  # fmt: skip
+            source: str | None, destination: str | None, port: str | None, protocol: str,
+            output: str) -> None:  # fmt: skip
     """Judge cases, or answer one question about manifests.
 
     FILES hold one case a line (JSON; .gz is unpacked; - or nothing: standard input): namespaces, pods, policies, and
     probes {from, to, port, protocol}. For each case one line of JSON comes out: its name and the verdicts of its
     probes, in their order.
 
-    With --policies the question is --from, --to, --port and --protocol, and the answer is in words.
+    With --policies the question is --from, --to, --port and --protocol. The answer says what each end decides, and by
+    which rules; exit status 0: allowed, 1: denied, 2: there is no answer.
     """
     if policies is None:
         if pods or source or destination or port:
@@ -53,7 +56,14 @@ def command(files: tuple[Path, ...], *, explain: bool, check: bool, policies: Pa
     if not (source and destination and port):
         raise click.UsageError("--policies needs --from, --to and --port")
     probe = Probe(source, destination, int(port) if port.isdecimal() else port, PROTOCOLS[protocol.upper()])
-    _answer(_read_world(policies, pods), probe)
+    is_allowed = _answer(_read_world(policies, pods), probe, is_json=output == "json")
+    sys.exit(0 if is_allowed else 1)
+
+
+class _NoAnswerError(click.ClickException):
+    """Neither allowed nor denied: the question or the manifests are at fault."""
+
+    exit_code = 2
 
 
 def read_cases(files: Iterable[Path]) -> Iterator[Case]:
@@ -175,10 +185,10 @@ def _read_world(policies: Path, pods: Path | None) -> World:
     try:
         paths = manifest_files(policies) if policies.is_dir() else [policies]
     except OSError as err:
-        raise click.ClickException(f"{policies}: {err.strerror or err}") from err
+        raise _NoAnswerError(f"{policies}: {err.strerror or err}") from err
     found, problems = unique_objects(read_file(path) for path in [*paths, *([pods] if pods else [])])
     if problems:
-        raise click.ClickException(_listed(problems))
+        raise _NoAnswerError(_listed(problems))
     return assemble((entry for _, entry in found.values()), ())
 
 
@@ -186,16 +196,33 @@ def _listed(problems: list[Problem]) -> str:
     return "the manifests are not valid" + "".join(f"\n  {problem}" for problem in problems)
 
 
-def _answer(world: World, probe: Probe) -> None:
+def _answer(world: World, probe: Probe, *, is_json: bool) -> bool:
+    """Print the answer; tell whether it is yes."""
     pods = list(_with_addresses(world.pods.values()))
     nodes = {ip: pod.node for pod in pods if pod.is_on_host_network and pod.node for ip in pod.ips}
     try:
         verdict = CaseWorld(pods, world.namespaces, world.policies, nodes).judge(probe, explain=True)
     except ValueError as err:
-        raise click.ClickException(str(err)) from err
+        raise _NoAnswerError(str(err)) from err
+    note = _unknown_port(pods, probe)
+    if is_json:
+        click.echo(json.dumps({**_explanation(probe, verdict), **({"note": note} if note else {})}, indent=2))
+        return verdict.is_allowed
     click.echo(f"{probe}: {'allowed' if verdict.is_allowed else f'denied by {verdict.denied_by}'}")
-    for line in in_words(probe, verdict):
+    for line in (*in_words(probe, verdict), *filter(None, [note])):
         click.echo(f"  {line}")
+    return verdict.is_allowed
+
+
+def _unknown_port(pods: Iterable[Pod], probe: Probe) -> str:
+    """Say that the port is no name of the destination's: no rule can then mean it."""
+    if isinstance(probe.port, int):
+        return ""
+    wanted = probe.port, probe.protocol
+    for pod in pods:
+        if str(pod.ref) == probe.destination and wanted in ((port.name, port.protocol) for port in pod.named_ports):
+            return ""
+    return f"{probe.destination} has no {probe.protocol.name} port with the name {probe.port}"
 
 
 def _with_addresses(pods: Iterable[Pod]) -> Iterator[Pod]:

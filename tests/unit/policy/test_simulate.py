@@ -164,7 +164,20 @@ def test_one_question_about_manifests(manifests: tuple[Path, Path], port: str, a
     )
     assert result.stdout.splitlines()[0] == f"farm/hen -> farm/cow TCP {port}: {answer}"
     assert "farm/hen has no address" in result.stderr
-    assert result.exit_code == 0
+    assert result.exit_code == (0 if answer == "allowed" else 1)
+    assert ("has no TCP port with the name x" in result.stdout) == (port == "x")
+
+
+def test_one_question_answered_for_programs(manifests: tuple[Path, Path]):
+    policies, pods = manifests
+    result = run_simulate(
+        "--policies", policies, "--pods", pods, "--from", "farm/hen", "--to", "farm/cow", "--port", "x",
+        "--output", "json",
+    )  # fmt: skip
+    answer = json.loads(result.stdout)
+    assert (answer["verdict"], answer["denied_by"], result.exit_code) == ("deny", "ingress", 1)
+    assert answer["ingress"]["rules"], "the policies that isolate the pod"
+    assert "no TCP port" in answer["note"]
 
 
 def test_a_question_about_bad_manifests_is_not_answered(manifests: tuple[Path, Path]):
@@ -173,7 +186,7 @@ def test_a_question_about_bad_manifests_is_not_answered(manifests: tuple[Path, P
     result = run_simulate(
         "--policies", policies, "--pods", pods, "--from", "farm/hen", "--to", "farm/cow", "--port", "1"
     )
-    assert result.exit_code == 1
+    assert result.exit_code == 2
     assert "spec.ingress[0].ports[0].port" in result.stderr
 
 
