@@ -139,6 +139,7 @@ class Responder:
             return ACCEPT  # Bare: the pod's kernel lost the ACK, or has no room yet; we lack no proof.
         if segment.seq != flow.isn_r:
             self._answer(segment, flow, now)
+            flow.answers_from = key[-2:]
         if flow.state in (State.OFFERED, State.ANSWERED):
             flow.advance(Event.SYN_ACK_SENT)
         packet = with_options_and_payload(segment, without_fast_open(segment.options), flow.frame)
@@ -150,13 +151,14 @@ class Responder:
         """Find the flow that a segment of the pod's kernel answers.
 
         Beside a sidecar that redirects it shows the sidecar's port here, not the one that the peer dialled: then the
-        peer's address and port name the flow, and the number that the answer must have.
+        peer's address and port name the flow, and the number that the answer must have. From its SYN-ACK on, the flow
+        has that one port: what the pod sends to its peer from another was judged by nobody.
         """
         flow = self.flows.get(key)
         if flow is not None:
             return flow
         flow = self.flows.by_remote(key)
-        if flow is None:
+        if flow is None or (flow.answers_from and flow.answers_from != key[-2:]):
             return None
         acknowledges = bool(segment.flags & ACK) and segment.ack == (flow.offer.isn + 1) & _NUMBERS
         follows = bool(segment.flags & RST) and segment.seq == (flow.isn_r + 1) & _NUMBERS

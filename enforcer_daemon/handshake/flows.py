@@ -96,8 +96,8 @@ class Offer(NamedTuple):
 class ResponderFlow(Flow):
     """A connection that is opened to the pod."""
 
-    __slots__ = ("answered_at", "expected", "frame", "isn_r", "nonce_r", "offer", "options", "peer", "repeat_at",
-                 "window")  # fmt: skip
+    __slots__ = ("answered_at", "answers_from", "expected", "frame", "isn_r", "nonce_r", "offer", "options", "peer",
+                 "repeat_at", "window")  # fmt: skip
 
     def __init__(self, key: bytes, local: LocalToken, peer: Peer, offer: Offer, deadline: float) -> None:
         super().__init__(key, local, State.OFFERED, deadline)
@@ -112,6 +112,8 @@ class ResponderFlow(Flow):
         self.window = 0
         self.answered_at = 0.0
         """When the SYN-ACK left first, monotonic seconds."""
+        self.answers_from = b""
+        """The pod's own port in that SYN-ACK, packed: beside a sidecar that redirects not the one that was dialled."""
         self.repeat_at = 0.0
         """Earliest time at which the SYN-ACK may be repeated for unproven data, monotonic seconds."""
 

@@ -271,7 +271,7 @@ class Exchange:
             flow
             for table in (endpoint.datapath._initiator.flows, endpoint.datapath._responder.flows)
             for flow in table.known()
-            if flow.state is State.RELEASED and {_port(flow.key, -4), _port(flow.key, -2)} == ports
+            if flow.state is State.RELEASED and {_port(flow.key, -4), _own_port(flow)} == ports
         ]
         assert flows, "released without a flow"
         for flow in flows:
@@ -316,6 +316,12 @@ def _later(connection: Connection, flags: int, payload: bytes, options: bytes) -
     ports = connection.sport, connection.dport
     bare = build(connection.client.address, connection.server.address, ports, numbers, flags, 502, options)
     return with_options_and_payload(decode_tcp(bare), options, payload)
+
+
+def _own_port(flow: InitiatorFlow | ResponderFlow) -> int:
+    """Give the pod's own port; what the script made up may answer from another than was dialled."""
+    answers_from = flow.answers_from if isinstance(flow, ResponderFlow) else b""
+    return _port(answers_from or flow.key, -2)
 
 
 def _port(key: bytes, at: int) -> int:

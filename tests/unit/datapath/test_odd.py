@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 
 from enforcer_daemon.datapath import initiator
@@ -146,8 +148,7 @@ def by_sidecar(connection: Connection, packet: bytes) -> bytes:
     return with_payload(segment(bare), read.payload)
 
 
-def test_the_answer_of_a_sidecar_is_the_flows() -> None:
-    connection = Connection(*make_pair())
+def connect_to_sidecar(connection: Connection) -> None:
     (syn,) = connection.client.send(connection.syn())
     connection.server.receive(syn)
     (framed,) = connection.server.send(by_sidecar(connection, connection.syn_ack()))
@@ -156,6 +157,10 @@ def test_the_answer_of_a_sidecar_is_the_flows() -> None:
     assert connection.client.receive(dialled) == [connection.syn_ack()]
     (ack,) = connection.client.send(connection.ack())
     assert connection.server.receive(ack) == [connection.ack()]
+
+
+def test_the_answer_of_a_sidecar_is_the_flows() -> None:
+    connect_to_sidecar(Connection(*make_pair()))
 
 
 def test_what_a_sidecar_refuses_is_refused() -> None:
@@ -169,7 +174,7 @@ def test_what_a_sidecar_refuses_is_refused() -> None:
 
 def test_what_a_sidecar_refuses_after_its_answer_is_refused() -> None:
     connection = Connection(*make_pair())
-    connect(connection)
+    connect_to_sidecar(connection)
     ports, numbers = (SIDECAR_PORT, connection.sport), (connection.isn_r + 1, 0)
     late = build(connection.server.address, connection.client.address, ports, numbers, RST, 0)
     assert connection.server.send(late) == [late]
@@ -183,4 +188,18 @@ def test_another_port_of_the_pod_answers_for_nobody() -> None:
     connection.server.reasons()
     other = Connection(connection.client, connection.server, isn_i=77)
     assert connection.server.send(by_sidecar(other, other.syn_ack())) == []
+    assert connection.server.reasons() == ["unknown-flow"]
+
+
+@pytest.mark.parametrize("connects", [connect, connect_to_sidecar])
+@pytest.mark.parametrize("flags", [ACK, RST | ACK])
+def test_a_flow_that_was_answered_covers_no_other_port(connects: Callable[[Connection], None], flags: int) -> None:
+    """A pod that may open nothing has one connection; it sends to that client from another port."""
+    connection = Connection(*make_pair())
+    connects(connection)
+    connection.server.reasons()
+    numbers = connection.isn_r + 1, connection.isn_i + 1
+    ports = SIDECAR_PORT + 1, connection.sport
+    stray = build(connection.server.address, connection.client.address, ports, numbers, flags, 0)
+    assert connection.server.send(stray) == []
     assert connection.server.reasons() == ["unknown-flow"]
