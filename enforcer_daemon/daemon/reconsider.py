@@ -82,7 +82,7 @@ class Reconsideration:
     def _is_denied_by_address(self, flow: ReleasedFlow) -> bool:
         policy, address = self._side(flow)
         if flow.protocol not in _PROTOCOLS:
-            return policy.is_isolated
+            return not policy.judge(None, address, None, None).is_allowed
         return not policy.judge(None, address, flow.destination_port, Protocol(flow.protocol)).is_allowed
 
     def _side(self, flow: ReleasedFlow) -> tuple[DirectionPolicy, IPAddress]:

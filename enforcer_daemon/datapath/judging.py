@@ -22,6 +22,10 @@ _MAX_DESTINATIONS = 16_384
 """Remembered classes of addresses."""
 
 
+_NAMED_PROTOCOLS = frozenset(Protocol)
+"""Those that a rule can name; any other is allowed by rules without ports alone."""
+
+
 class DirectionRules(Interface):
     """What policy offers for one direction of a pod."""
 
@@ -29,8 +33,11 @@ class DirectionRules(Interface):
     def is_isolated(self) -> bool:
         """Tell whether any policy selects the pod for this direction."""
 
-    def judge(self, peer: Identity | None, address: IPAddress, port: int | None, protocol: Protocol) -> Decision:
-        """Decide on a flow with a peer, or with an address where no identity was shown."""
+    def judge(self, peer: Identity | None, address: IPAddress, port: int | None, protocol: Protocol | None) -> Decision:
+        """Decide on a flow with a peer, or with an address where no identity was shown.
+
+        `protocol` None: one that no rule can name, and so has no ports that a rule could name either.
+        """
 
     def could_allow(self, address: IPAddress | None, port: int | None, protocol: Protocol) -> bool:
         """Tell whether some peer there could be allowed; None: address or port are not known yet."""
@@ -180,11 +187,11 @@ class Judge:
         peer, _, port, number = question
         if peer is not None and self.is_own(peer):
             return Decision(True, Reason.SELF, direction)
-        if number not in (Protocol.TCP, Protocol.UDP, Protocol.SCTP):
-            reason = Reason.PROTOCOL_NOT_AUTHENTICATED if rules.is_isolated else Reason.NOT_ISOLATED
-            return Decision(not rules.is_isolated, reason, direction)
         identity = None if peer is None else peer.identity
-        decision = rules.judge(identity, address, port, Protocol(number))
+        if number in _NAMED_PROTOCOLS:
+            decision = rules.judge(identity, address, port, Protocol(number))
+        else:
+            decision = rules.judge(identity, address, None, None)
         if decision.is_allowed or peer is not None:
             return decision
         is_authenticated = number in (Protocol.TCP, Protocol.UDP)

@@ -45,15 +45,11 @@ def skeleton(networks: Iterable[IPNetwork]) -> list[str]:
     lines = [*counted_drops(TABLE, (Reason.EGRESS_DENIED,)), *framed_networks(TABLE, networks)]
     for version, kind in ((4, "ipv4_addr"), (6, "ipv6_addr")):
         lines.append(f"add map {TABLE} sources{version} {{ type {kind} : verdict; }}")
-        lines.append(f"add set {TABLE} isolated{version} {{ type {kind}; }}")
-    refusal = drop(Reason.EGRESS_DENIED)
     rules = (
         # What conntrack calls invalid (a wrong checksum is enough) has no direction, and somebody may read it.
         "ct direction reply accept",
         "ct state untracked accept",
         "meta l4proto { icmp, ipv6-icmp, igmp } accept",  # No policy can name them, so none is enforced.
-        f"meta l4proto != {{ tcp, udp, sctp }} ip saddr @isolated4 {refusal}",
-        f"meta l4proto != {{ tcp, udp, sctp }} ip6 saddr @isolated6 {refusal}",
         *framed_syns(),
         *(f"{match} {LONE_MESSAGE} accept" for match in INTO_ENFORCED),
         *(f"{match} meta l4proto {{ tcp, udp }} ct state established accept" for match in INTO_ENFORCED),
@@ -88,7 +84,6 @@ def _elements(endpoint: GuardedEndpoint | None) -> dict[str, str]:
     if endpoint is not None and endpoint.egress != ALLOWS_ALL:
         chain = chain_name(_PREFIX, endpoint.attachment)
         found |= {f"sources{address.version} {address}": f"goto {chain}" for address in endpoint.addresses}
-        found |= {f"isolated{address.version} {address}": "" for address in endpoint.addresses}
     return found
 
 

@@ -43,7 +43,7 @@ RULES: dict[str, dict[str, object]] = {
 """The one rule of each pod's one policy."""
 ALLOWED = {
     SCTP_NUMBER: {"open", "anyone", "addresses", "sctp-anyone", "sctp-addresses"},
-    EXPERIMENT: {"open"},
+    EXPERIMENT: {"open", "anyone", "addresses"},
 }
 """Names of the pods that a protocol reaches, and of those that may send it."""
 NAMES = ("open", "closed", *RULES)

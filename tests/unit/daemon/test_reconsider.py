@@ -160,10 +160,13 @@ def test_an_ipv6_flow_is_judged_by_ipv6_blocks():
     assert is_ended(reconsideration(policy("db", ingress=[{"from": [{"ipBlock": {"cidr": "0.0.0.0/0"}}]}])), flow)
 
 
-def test_protocols_that_no_policy_can_name_end_where_the_pod_is_isolated():
+def test_protocols_that_no_rule_can_name_go_on_by_rules_without_ports():
     flow = released(BY_ADDRESS, protocol=47)
     assert not is_ended(reconsideration(policy("db", egress=[])), flow)
-    assert is_ended(reconsideration(policy("db", ingress=[{}])), flow)
+    assert not is_ended(reconsideration(policy("db", ingress=[{}])), flow)
+    assert not is_ended(reconsideration(policy("db", ingress=[{"from": [{"ipBlock": {"cidr": "0.0.0.0/0"}}]}])), flow)
+    assert is_ended(reconsideration(policy("db", ingress=[{"from": [{"podSelector": {}}]}])), flow)
+    assert is_ended(reconsideration(policy("db", ingress=[{"ports": [{"protocol": "UDP"}]}])), flow)
 
 
 @pytest.mark.parametrize("index", [UNKNOWN, 77], ids=["no room was left", "entry lost"])

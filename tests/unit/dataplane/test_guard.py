@@ -86,7 +86,7 @@ def test_a_pod_speaks_under_its_own_addresses_alone() -> None:
 def test_an_endpoint_that_is_no_longer_isolated_keeps_nothing_of_it() -> None:
     lines = render_apply(CAGED, replace(CAGED, egress=ALLOWS_ALL, rules=ALLOWS_ALL), on_links=True).splitlines()
     assert [line for line in lines if line.startswith("add element")] == []
-    assert len([line for line in lines if line.startswith("delete element")]) == 6
+    assert len([line for line in lines if line.startswith("delete element")]) == 4
     assert len([line for line in lines if line.startswith("delete chain")]) == 3
 
 
