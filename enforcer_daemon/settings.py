@@ -64,9 +64,9 @@ class CredentialSettings:
     """PEM of its key, with source files; may be the same file."""
     signer_name: str = "trireme.io/node"
     """Who is asked to sign, with source kubernetes."""
-    bundle_config_map: str = "trireme/trireme-trust-bundle"
+    bundle_config_map: str | None = None
     """Namespace and name of the ConfigMap with the trust bundle (entry bundle.pem), with source kubernetes where
-    trust_bundle is unset."""
+    trust_bundle is unset; unset: trireme-trust-bundle in the namespace that the daemon's own pod is in."""
     ca_certificate: Path | None = None
     """PEM of the authority that signs this node's certificate; unset: the daemon makes one in its state directory."""
     ca_key: Path | None = None
@@ -337,7 +337,8 @@ def _check_source(credentials: CredentialSettings, has_cluster: bool) -> None:
     """Refuse keys that another source would need: somebody believes that they count."""
     if credentials.source is CredentialSource.KUBERNETES and not has_cluster:
         raise SettingsError("credentials.source: kubernetes needs kubernetes.enabled")
-    if not re.fullmatch(r"[a-z0-9-]+/[a-z0-9.-]+", credentials.bundle_config_map, re.ASCII):
+    bundle = credentials.bundle_config_map
+    if bundle is not None and not re.fullmatch(r"[a-z0-9-]+/[a-z0-9.-]+", bundle, re.ASCII):
         raise SettingsError("credentials.bundleConfigMap: must be NAMESPACE/NAME")
     given = {"certificate": credentials.certificate, "key": credentials.key}
     authority = {"caCertificate": credentials.ca_certificate, "caKey": credentials.ca_key}

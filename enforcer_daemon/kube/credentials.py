@@ -8,8 +8,11 @@ from the first moment of a start, and only a node's very first start needs the A
 from __future__ import annotations
 
 import asyncio
+import os
 import random
 import time
+from collections.abc import Mapping
+from pathlib import Path
 
 from cryptography import x509
 
@@ -26,6 +29,8 @@ from enforcer_daemon.settings import Settings
 from enforcer_daemon.telemetry.logs import Logger
 
 BUNDLE_ENTRY = "bundle.pem"
+_BUNDLE_NAME = "trireme-trust-bundle"
+_NAMESPACE_FILE = Path("/var/run/secrets/kubernetes.io/serviceaccount/namespace")
 _LOOK_S = 0.2
 
 
@@ -38,7 +43,8 @@ class ClusterCredentials:
         self._api = ClusterApi(settings.kubernetes, settings.registration.run_dir / "kubeconfig-credentials")
         self._requests = CertificateRequests(self._api, settings, log, time.time, random.random)
         self._bundle_problem = ""
-        namespace, _, name = settings.credentials.bundle_config_map.partition("/")
+        self._config_map = settings.credentials.bundle_config_map or f"{_bundle_namespace(settings)}/{_BUNDLE_NAME}"
+        namespace, _, name = self._config_map.partition("/")
         surroundings = Surroundings(self._api, settings.kubernetes, log, self._take_bundle, random.random)
         self._bundles = Reflector(Table(_config_maps(namespace)), surroundings, f"metadata.name={name}")
 
@@ -49,7 +55,7 @@ class ClusterCredentials:
             return self._requests.problem or self._bundle_problem
         if not given_files(self._settings).trust_bundle.exists():
             why = self._bundles.health.problem or "there is no such ConfigMap"
-            return f"no trust bundle yet from ConfigMap {self._settings.credentials.bundle_config_map}: {why}"
+            return f"no trust bundle yet from ConfigMap {self._config_map}: {why}"
         return ""
 
     async def run(self) -> None:
@@ -90,10 +96,31 @@ class ClusterCredentials:
                 path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
                 write_private(path, text.encode())
             except (ValueError, OSError) as err:
-                self._bundle_problem = f"ConfigMap {self._settings.credentials.bundle_config_map}: {err}"
+                self._bundle_problem = f"ConfigMap {self._config_map}: {err}"
                 self._log.error("trust bundle refused, the last good one stays in force", error=self._bundle_problem)
             else:
                 self._bundle_problem = ""
+
+
+def own_namespace(environment: Mapping[str, str], file: Path = _NAMESPACE_FILE) -> str:
+    """Give the namespace of the pod that the process runs in; empty outside a pod, where nobody says."""
+    if named := environment.get("POD_NAMESPACE", "").strip():
+        return named
+    try:
+        return file.read_text(encoding="utf-8").strip()
+    except (OSError, ValueError):
+        return ""
+
+
+def _bundle_namespace(settings: Settings) -> str:
+    """Give the namespace where the bundle is looked for; raise SettingsError where it is needed and not known."""
+    namespace = own_namespace(os.environ)
+    if not namespace and settings.credentials.trust_bundle is None:
+        raise SettingsError(
+            "credentials.bundleConfigMap: must be set (NAMESPACE/NAME), or credentials.trustBundle: the daemon does "
+            "not run in a pod whose namespace could be taken"
+        )
+    return namespace
 
 
 def _config_maps(namespace: str) -> Resource[Manifest]:

@@ -81,13 +81,14 @@ class ClusterSource:
         await asyncio.to_thread(self._load)
 
     async def run(self) -> None:
-        """Watch, and keep what is in force on disk, until cancelled."""
+        """Watch, and keep what is in force on disk, until cancelled; the last state is written at the end, too."""
         try:
             async with asyncio.TaskGroup() as tasks:
                 for reflector in self._reflectors:
                     tasks.create_task(reflector.run(), name=f"watch {reflector.resource.plural}")
                 tasks.create_task(self._keep_going(), name="cluster state on disk")
         finally:
+            await self.keep()
             await self.api.close()
 
     async def worlds(self) -> AsyncIterator[World]:

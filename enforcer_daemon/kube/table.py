@@ -48,7 +48,7 @@ def read_entry(
 ) -> Entry[Value] | Problem:
     """Read an object; a bad one keeps the value that is known, a Problem is one that nobody can name."""
     if read_key(manifest) is None:
-        return Problem(resource.plural, 0, "", "metadata", "an object without a name was refused")
+        return Problem(resource.plural, 0, "", "metadata", "an object without a name was refused", False)
     return read_reduced(resource, resource.reduce(manifest), known)
 
 
@@ -58,7 +58,7 @@ def read_reduced(
     """Read what was left of an object, as `read_entry` does."""
     key = read_key(reduced)
     if key is None:
-        return Problem(resource.plural, 0, "", "metadata", "an object without a name was refused")
+        return Problem(resource.plural, 0, "", "metadata", "an object without a name was refused", False)
     document = json.dumps(reduced, separators=(",", ":")).encode()
     before = known.get(key)
     if before is not None and before.document == document:
@@ -67,7 +67,10 @@ def read_reduced(
         return Entry(key, resource.decode(reduced), document)
     except InvalidObjectError as err:
         label = f"{resource.kind} {'/'.join(filter(None, key))}"
-        problems = tuple(Problem(resource.plural, 0, label, p.field, p.message) for p in err.problems[:_MAX_PROBLEMS])
+        has_earlier = before is not None and before.value is not None
+        problems = tuple(
+            Problem(resource.plural, 0, label, p.field, p.message, has_earlier) for p in err.problems[:_MAX_PROBLEMS]
+        )
         if before is None:
             return Entry(key, None, b"", problems)
         return replace(before, problems=problems)
