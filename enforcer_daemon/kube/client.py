@@ -18,11 +18,14 @@ from typing import Any
 import aiohttp
 import yaml
 from kubernetes.aio.client import ApiClient, Configuration
-from kubernetes.aio.config import ConfigException, load_incluster_config, load_kube_config
+from kubernetes.aio.config import ConfigException, load_kube_config
+from kubernetes.aio.config.incluster_config import InClusterConfigLoader
 
 from enforcer_daemon.errors import EnforcerError, SettingsError
 from enforcer_daemon.settings import KubernetesSettings
 
+SERVICE_ACCOUNT = Path("/var/run/secrets/kubernetes.io/serviceaccount")
+"""Where kubelet mounts a pod's token, the cluster's authority and the pod's namespace."""
 GONE = 410
 """HTTP status of a version that the API server no longer has."""
 NOT_FOUND = 404
@@ -80,7 +83,9 @@ class ClusterApi:
         configuration = Configuration()
         try:
             if self._settings.kubeconfig is None:
-                load_incluster_config(client_configuration=configuration)  # type: ignore[no-untyped-call]
+                token, authority = SERVICE_ACCOUNT / "token", SERVICE_ACCOUNT / "ca.crt"
+                # The loader reads the token anew each minute: kubelet replaces it long before it ends.
+                InClusterConfigLoader(str(token), str(authority)).load_and_set(configuration)  # type: ignore[no-untyped-call]
             else:
                 shutil.rmtree(self._scratch, ignore_errors=True)
                 self._scratch.mkdir(mode=0o700, parents=True)

@@ -21,7 +21,7 @@ from enforcer_daemon.identity.credential import TrustBundle
 from enforcer_daemon.identity.given import given_files, open_given_identity
 from enforcer_daemon.identity.keystore import write_private
 from enforcer_daemon.kube.certificates import CertificateRequests
-from enforcer_daemon.kube.client import ClusterApi
+from enforcer_daemon.kube.client import SERVICE_ACCOUNT, ClusterApi
 from enforcer_daemon.kube.reflector import Reflector, Surroundings
 from enforcer_daemon.kube.resources import Manifest, Resource
 from enforcer_daemon.kube.table import Table
@@ -30,7 +30,6 @@ from enforcer_daemon.telemetry.logs import Logger
 
 BUNDLE_ENTRY = "bundle.pem"
 _BUNDLE_NAME = "trireme-trust-bundle"
-_NAMESPACE_FILE = Path("/var/run/secrets/kubernetes.io/serviceaccount/namespace")
 _LOOK_S = 0.2
 
 
@@ -102,7 +101,7 @@ class ClusterCredentials:
                 self._bundle_problem = ""
 
 
-def own_namespace(environment: Mapping[str, str], file: Path = _NAMESPACE_FILE) -> str:
+def own_namespace(environment: Mapping[str, str], file: Path = SERVICE_ACCOUNT / "namespace") -> str:
     """Give the namespace of the pod that the process runs in; empty outside a pod, where nobody says."""
     if named := environment.get("POD_NAMESPACE", "").strip():
         return named

@@ -25,7 +25,14 @@ from triremectl.lab.settings import overlay
 pytestmark = pytest.mark.kernel
 
 ROOT = Path(__file__).parents[2]
-CREDENTIALS = {"credentials": {"source": "kubernetes", "caCertificate": None, "caKey": None}}
+CREDENTIALS = {
+    "credentials": {
+        "source": "kubernetes",
+        "caCertificate": None,
+        "caKey": None,
+        "bundleConfigMap": f"{NAMESPACE}/trireme-trust-bundle",
+    }
+}
 ALLOW = policy("allow", "server", ingress=[{"from": [app("client")]}])
 PODS = (pod("client", "a"), pod("server", "b"), pod("other", "a"))
 

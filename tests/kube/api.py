@@ -82,6 +82,8 @@ class FakeApi:
         """Gives the status with which to refuse a request, None to serve it."""
         self.delays_s: dict[str, float] = {}
         """How long a list waits, by plural."""
+        self.unserved: set[Kind] = {("certificates.k8s.io/v1", "clustertrustbundles")}
+        """Kinds that this version of Kubernetes does not have; asked for, they are 404."""
         self.token: str | None = None
         """Bearer token that requests must carry; None: any."""
         self.users: dict[str, Manifest] = {}
@@ -255,11 +257,13 @@ class FakeApi:
         try:
             if (code := self.faults(request)) is not None:
                 raise ApiError(code, "Fault", "the test wants it so")
-            if self.token is not None and request.headers.get("authorization", "") != f"Bearer {self.token}":
+            if self.token is not None and _token_of(request) != self.token:
                 raise ApiError(401, "Unauthorized", "Unauthorized")
-            if (found := _discovery(request.path)) is not None:
+            if (found := _discovery(request.path, self.unserved)) is not None:
                 return web.json_response(found)
             kind, namespace, name, subresource = _route(request.path)
+            if kind in self.unserved:
+                raise ApiError(404, "NotFound", "the server could not find the requested resource")
             self.asked.add(_asked(request, kind, name, subresource))
             if name:
                 return web.json_response(await self._one(request, kind, (namespace, name), subresource))
@@ -273,7 +277,7 @@ class FakeApi:
 
     def _create(self, request: web.Request, kind: Kind, namespace: str, body: Manifest) -> Manifest:
         if kind[1] == "certificatesigningrequests":
-            token = request.headers.get("authorization", "").removeprefix("Bearer ")
+            token = _token_of(request)
             user = self.users.get(token) or self.users.get(request.remote or "", {})
             body["spec"] = {**body["spec"], "username": "", "extra": {}, **user}
         return self.objects.create(kind, namespace, body)
@@ -368,7 +372,7 @@ class _Watch:
 
 
 def _asked(request: web.Request, kind: Kind, name: str, subresource: str) -> Asked:
-    token = request.headers.get("authorization", "").removeprefix("Bearer ")
+    token = _token_of(request)
     verb = {"POST": "create", "PUT": "update", "PATCH": "patch", "DELETE": "delete"}.get(request.method, "get")
     if request.method == "GET" and not name:
         verb = "watch" if "watch" in request.query else "list"
@@ -378,10 +382,16 @@ def _asked(request: web.Request, kind: Kind, name: str, subresource: str) -> Ask
     return Asked(token, verb, group, "/".join(filter(None, (kind[1], subresource))), name)
 
 
-def _discovery(path: str) -> Manifest | None:
+def _token_of(request: web.Request) -> str:
+    scheme, _, token = request.headers.get("authorization", "").partition(" ")
+    return token if scheme.lower() == "bearer" else ""
+
+
+def _discovery(path: str, unserved: set[Kind]) -> Manifest | None:
     """Give what is served of a group's version, where that is what is asked for."""
     parts = path.strip("/").split("/")
-    served = [plural for version, plural in KINDS if len(parts) == 3 and version == "/".join(parts[1:])]
+    kinds = KINDS.keys() - unserved if len(parts) == 3 else set()
+    served = sorted(plural for version, plural in kinds if version == "/".join(parts[1:]))
     return {"kind": "APIResourceList", "resources": [{"name": plural} for plural in served]} if served else None
 
 

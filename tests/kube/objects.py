@@ -27,6 +27,7 @@ KINDS = {
     ("v1", "services"): "Service",
     ("apps/v1", "daemonsets"): "DaemonSet",
     ("certificates.k8s.io/v1", "certificatesigningrequests"): "CertificateSigningRequest",
+    ("certificates.k8s.io/v1", "clustertrustbundles"): "ClusterTrustBundle",
     ("certificates.k8s.io/v1beta1", "clustertrustbundles"): "ClusterTrustBundle",
     ("coordination.k8s.io/v1", "leases"): "Lease",
     ("events.k8s.io/v1", "events"): "Event",

@@ -9,13 +9,19 @@ import json
 import random
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
 import pytest
 from cryptography import x509
+from cryptography.hazmat.primitives.serialization import Encoding
 
+from enforcer_daemon.identity.authority import issue_credential, make_authority, node_spiffe_id
+from enforcer_daemon.identity.credential import is_issued_by
 from enforcer_daemon.identity.given import open_given_identity
+from enforcer_daemon.identity.request import read_request
 from enforcer_daemon.kube.certificates import PATH, CertificateRefusedError, CertificateRequests
 from enforcer_daemon.kube.client import ClusterApi
 from enforcer_daemon.settings import KubernetesSettings, LogSettings, Settings, decode_settings
@@ -56,6 +62,12 @@ def bundle_of(api: FakeApi) -> str | None:
 
 
 def obtain(api: FakeApi, settings: Settings, token: str) -> str:
+    """Wait for the bundle, then ask for a certificate."""
+    (settings.state_dir / "bundle.pem").write_text(await_that(lambda: bundle_of(api), "no bundle was published"))
+    return ask_for_certificate(api, settings, token)
+
+
+def ask_for_certificate(api: FakeApi, settings: Settings, token: str) -> str:
     """Ask for a certificate as the daemon on a node does; give what it has to complain about."""
 
     async def ask() -> str:
@@ -70,7 +82,6 @@ def obtain(api: FakeApi, settings: Settings, token: str) -> str:
             await cluster.close()
         return ""
 
-    (settings.state_dir / "bundle.pem").write_text(await_that(lambda: bundle_of(api), "no bundle was published"))
     return asyncio.run(ask())
 
 
@@ -91,6 +102,47 @@ def test_a_node_gets_its_certificate_and_another_key_with_the_next(api: FakeApi,
     assert {entry["type"] for entry in conditions(api)} == {"Approved"}
     bundle_resources = [entry["spec"]["trustBundle"] for entry in api.all("ClusterTrustBundle")]
     assert bundle_resources == [bundle_of(api)]
+
+
+@pytest.mark.parametrize("version", ["v1", "v1beta1"])
+def test_the_bundle_is_published_in_the_version_that_the_api_server_has(
+    api: FakeApi, tmp_path: Path, version: str
+) -> None:
+    kinds = {(f"certificates.k8s.io/{served}", "clustertrustbundles") for served in ("v1", "v1beta1")}
+    wanted = (f"certificates.k8s.io/{version}", "clustertrustbundles")
+    api.unserved = kinds - {wanted}
+    with running_signer(api, tmp_path):
+        await_that(lambda: api.objects.kinds[wanted], f"no ClusterTrustBundle {version}")
+    (found,) = api.objects.kinds[wanted].values()
+    assert found["metadata"]["name"] == "trireme.io:node:nodes"
+    assert found["spec"] == {"signerName": "trireme.io/node", "trustBundle": bundle_of(api)}
+
+
+def test_another_signer_is_asked_by_its_name_and_its_answer_is_taken(api: FakeApi, tmp_path: Path) -> None:
+    """As with cert-manager: somebody else approves and signs, and the bundle comes as a file."""
+    signer = "clusterissuers.cert-manager.io/trireme"
+    token, settings = add_node(api, "node-1"), settings_of(tmp_path, "node-1", signerName=signer)
+    now = datetime.now(UTC)
+    authority = make_authority("cluster.local", now)
+    settings.state_dir.joinpath("bundle.pem").write_bytes(authority.certificate.public_bytes(Encoding.PEM))
+
+    def answer() -> None:
+        (request,) = await_that(lambda: api.all("CertificateSigningRequest"), "nothing was asked for")
+        assert request["spec"]["signerName"] == signer
+        spiffe_id = node_spiffe_id("cluster.local", "node-1")
+        key = read_request(base64.b64decode(request["spec"]["request"]), spiffe_id)
+        pem = issue_credential(authority, key, spiffe_id, now, timedelta(hours=1)).public_bytes(Encoding.PEM)
+        name = request["metadata"]["name"]
+        approved = {"conditions": [{"type": "Approved", "status": "True", "reason": "policy"}]}
+        api.patch("CertificateSigningRequest", "", name, {"status": approved})
+        api.patch("CertificateSigningRequest", "", name, {"status": {"certificate": base64.b64encode(pem).decode()}})
+
+    with ThreadPoolExecutor(1) as pool:
+        answered = pool.submit(answer)
+        assert ask_for_certificate(api, settings, token) == ""
+        answered.result()
+    credential = open_given_identity(settings, time.time()).credential
+    assert (credential.node, is_issued_by(credential.certificate, authority.certificate)) == ("node-1", True)
 
 
 def test_another_nodes_name_is_denied(api: FakeApi, tmp_path: Path) -> None:

@@ -98,10 +98,17 @@ def test_the_last_good_version_stays_and_a_mended_one_replaces_it() -> None:
     (good,) = table.values()
     assert table.put(read(NETWORK_POLICIES, policy(policyTypes=["Sideways"]), table))
     assert table.values() == [good]
-    assert [str(problem.field) for problem in table.problems()] == ["spec.policyTypes[0]"]
+    assert [(problem.field, problem.has_earlier) for problem in table.problems()] == [("spec.policyTypes[0]", True)]
     assert table.put(read(NETWORK_POLICIES, policy(), table))
     assert (table.values(), table.problems()) == ([good], ())
     assert not table.put(read(NETWORK_POLICIES, policy(), table))  # the same again is no change
+
+
+def test_an_object_that_was_never_good_has_no_earlier_version() -> None:
+    table: Table[Any] = Table(NETWORK_POLICIES)
+    for wrong in ("Sideways", "Upwards"):
+        assert table.put(read(NETWORK_POLICIES, policy(policyTypes=[wrong]), table))
+        assert [problem.has_earlier for problem in table.problems()] == [False]
 
 
 def test_a_complete_list_removes_what_is_not_in_it() -> None:

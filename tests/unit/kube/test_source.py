@@ -244,6 +244,21 @@ def test_credentials_are_read_anew_after_a_refusal(
     asyncio.run(work())
 
 
+def test_the_last_state_is_written_when_the_source_ends(api: FakeApi, tmp_path: Path) -> None:
+    settings = settings_for(api, tmp_path)
+    settings = replace(settings, kubernetes=replace(settings.kubernetes, keep_every_s=3600.0))
+    api.put(policy("p0"))
+
+    async def work() -> None:
+        async with running(settings) as found:
+            await found.until(lambda: found.policies == ["p0"])
+            await asyncio.to_thread(api.put, policy("p1"))
+            await found.until(lambda: found.policies == ["p0", "p1"])
+
+    asyncio.run(work())
+    assert "p1" in (settings.state_dir / "cluster" / "networkpolicies.jsonl").read_text()
+
+
 def test_a_start_without_the_server_goes_on_with_what_was_kept(api: FakeApi, tmp_path: Path) -> None:
     api.put(policy("p0"), namespace("x", team="red"), pod("web"))
     settings = settings_for(api, tmp_path)
