@@ -147,6 +147,20 @@ class RegistrationSettings:
 
 
 @dataclass(frozen=True, slots=True)
+class EventSettings:
+    """Events of the cluster about denied flows, refused policies and identities that do not fit."""
+
+    enabled: bool = True
+    """Whether they are made, where the world comes from the API server."""
+    max_per_minute: float = 12.0
+    """Requests about Events that the node makes in a minute (burst: the same number); more are counted only."""
+    max_per_minute_per_object: float = 4.0
+    """The same about one pod or policy."""
+    repeat_s: float = 60.0
+    """The shortest time between two updates of one Event's count, seconds."""
+
+
+@dataclass(frozen=True, slots=True)
 class KubernetesSettings:
     """The cluster's API as the source of policies, namespaces, pods and networks."""
 
@@ -171,6 +185,7 @@ class KubernetesSettings:
     """How long a registration waits for a pod that is not known yet, seconds; less than the plugin's 10."""
     keep_every_s: float = 5.0
     """The shortest time between two writings of what is in force to disk, seconds."""
+    events: EventSettings = field(default_factory=EventSettings)
 
 
 @dataclass(frozen=True, slots=True)
@@ -300,6 +315,9 @@ def _check_bounds(settings: Settings) -> None:
         "kubernetes.syncTimeoutS": kubernetes.sync_timeout_s,
         "kubernetes.admissionTimeoutS": kubernetes.admission_timeout_s,
         "kubernetes.keepEveryS": kubernetes.keep_every_s,
+        "kubernetes.events.maxPerMinute": kubernetes.events.max_per_minute,
+        "kubernetes.events.maxPerMinutePerObject": kubernetes.events.max_per_minute_per_object,
+        "kubernetes.events.repeatS": kubernetes.events.repeat_s,
         "dataplane.queueLength": settings.dataplane.queue_length,
         "dataplane.packetsPerTurn": settings.dataplane.packets_per_turn,
         "dataplane.receiveBufferBytes": settings.dataplane.receive_buffer_bytes,

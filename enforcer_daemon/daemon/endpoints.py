@@ -10,6 +10,7 @@ from collections.abc import Iterator
 
 from cni_plugin import messages
 from enforcer_daemon.daemon.adoption import Adoption, with_found_links
+from enforcer_daemon.daemon.announcements import Announcements
 from enforcer_daemon.daemon.endpoint import Change, Endpoint
 from enforcer_daemon.daemon.flowstore import FlowStore
 from enforcer_daemon.daemon.kernel import Kernel, guard_name, guarded
@@ -44,6 +45,8 @@ class Endpoints:
         self._registry = registry
         self._log = log
         self._metrics = metrics
+        self.announcements: Announcements | None = None
+        """Where the cluster is told of denials and of identities that do not fit."""
         self._world: CompiledWorld | None = None
         self._by_netns: dict[NetnsId, Endpoint] = {}
         self._unsettled: set[NetnsId] = set()
@@ -79,6 +82,8 @@ class Endpoints:
             async with self._changing:
                 await self._add(request, netns_fd, netns)
         except IdentityTooLargeError as err:
+            if self.announcements is not None:
+                self.announcements.note_identity({request.attachment: request}, str(err))
             raise RegistrationError(messages.FAILED, str(err)) from err
         except NetnsError as err:
             raise RegistrationError(messages.UNUSABLE_NETNS, str(err)) from err
@@ -118,7 +123,8 @@ class Endpoints:
         try:
             sandbox = sandbox if sandbox.links.names else sandbox.with_links()
             identity = world.identity_of(sandbox.requests)
-            flow_log = FlowLog(identity.pod, self._log, self._metrics, time.time)
+            on_denial = None if self.announcements is None else self.announcements.denials_of(sandbox.requests)
+            flow_log = FlowLog(identity.pod, self._log, self._metrics, time.time, on_denial)
             policy = world.snapshot.pod_policy(identity)
             endpoint = Endpoint(sandbox, self._node, policy, flow_log, self._flow_store(sandbox.netns))
             endpoint.open(self._settings.dataplane, self._log)
@@ -354,6 +360,12 @@ class Endpoints:
         for endpoint in self._by_netns.values():
             if is_forced or endpoint.token_signed_at < latest or endpoint.token_signed_at > time.time():
                 endpoint.sign()
+
+    def announce_problems(self) -> None:
+        """Tell the cluster which pods cannot open connections, and why; call it about once a second."""
+        for endpoint in self._by_netns.values():
+            if endpoint.problem and self.announcements is not None:
+                self.announcements.note_identity(endpoint.sandbox.requests, endpoint.problem)
 
     def tend(self) -> None:
         """Give up what took too long on every endpoint."""

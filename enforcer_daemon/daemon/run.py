@@ -13,6 +13,7 @@ import time
 from collections.abc import AsyncIterator
 from contextlib import ExitStack, suppress
 
+from enforcer_daemon.daemon.announcements import Announcements
 from enforcer_daemon.daemon.endpoints import Endpoints
 from enforcer_daemon.daemon.enrolment import Enrolment
 from enforcer_daemon.daemon.kernel import Kernel
@@ -25,6 +26,7 @@ from enforcer_daemon.dataplane.backends import choose_backend
 from enforcer_daemon.dataplane.guard import Guard
 from enforcer_daemon.errors import DataplaneError, SettingsError
 from enforcer_daemon.kube.credentials import ClusterCredentials
+from enforcer_daemon.kube.events import EventSender
 from enforcer_daemon.kube.source import ClusterSource
 from enforcer_daemon.model import IPAddress
 from enforcer_daemon.registration.admin import AdminServer
@@ -34,6 +36,7 @@ from enforcer_daemon.registration.server import RegistrationServer
 from enforcer_daemon.settings import CredentialSource, NetworkSettings, Settings, split_listen
 from enforcer_daemon.sources.directory import DirectorySource
 from enforcer_daemon.sources.manifests import World
+from enforcer_daemon.telemetry.events import EventBook
 from enforcer_daemon.telemetry.logs import Logger
 from enforcer_daemon.telemetry.metrics import Metrics
 
@@ -77,6 +80,11 @@ class Daemon:
         registry = Registry(run_dir / "endpoints")
         self._endpoints = Endpoints(settings, self._node, self._kernel, registry, log, self._metrics)
         self._cluster = ClusterSource(settings, log, self._metrics) if settings.kubernetes.enabled else None
+        self._announcements, self._events = None, None
+        if self._cluster is not None and settings.kubernetes.events.enabled:
+            book = EventBook(settings.kubernetes.events, time.monotonic)
+            self._announcements = self._endpoints.announcements = Announcements(book)
+            self._events = EventSender(self._cluster.api, book, settings.node, log, self._metrics)
         self._registrar = Registrar(self._endpoints, settings, self._cluster)
         results = settings.registration.cni_results_dir
         self._enrolment = None if results is None else Enrolment(results, self._registrar, self._endpoints.knows, log)
@@ -109,6 +117,8 @@ class Daemon:
             if self._cluster is not None:
                 await self._cluster.open()
                 tasks.create_task(self._cluster.run(), name="cluster")
+            if self._events is not None:
+                tasks.create_task(self._events.run(), name="events")
             # Operators are answered while the first world is awaited, which takes as long as the API server is away.
             tasks.create_task(self._admin.serve(), name="admin")
             self._node.set_addresses(await anext(addresses))
@@ -159,6 +169,8 @@ class Daemon:
         self._metrics.snapshot_generation.set(self._world.snapshot.generation)
         replaced = sum(problem.has_earlier is True for problem in world.problems)
         self._metrics.count_refused(replaced, len(world.problems) - replaced)
+        if self._announcements is not None and self._cluster is not None:
+            self._announcements.note_refused(self._cluster.refused_policies())
         for problem in world.problems:
             self._log.error("object refused", problem=str(problem), earlier_in_force=problem.has_earlier)
         self._log.info("policies in force", generation=self._world.snapshot.generation, policies=len(world.policies))
@@ -204,6 +216,7 @@ class Daemon:
             await self._endpoints.forget_gone()
             await self._endpoints.settle()
             await self._follow_networks()
+            self._endpoints.announce_problems()
             self._measure()
 
     def _measure(self) -> None:

@@ -13,7 +13,7 @@ import time
 from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import aiohttp
 import yaml
@@ -30,6 +30,7 @@ GONE = 410
 """HTTP status of a version that the API server no longer has."""
 NOT_FOUND = 404
 UNAUTHORIZED = 401
+_JSON = "application/json"
 _REFRESH_AFTER_S = 5.0
 _CONNECT_S = 5.0
 _MAX_ERROR_BYTES = 4_096
@@ -49,6 +50,17 @@ class ApiError(EnforcerError):
         super().__init__(message)
         self.status = status
         self.retry_after_s = retry_after_s
+
+
+class _Content(NamedTuple):
+    """What is sent, and what is to be done with it."""
+
+    method: str = "GET"
+    body: object = None
+    type: str = _JSON
+
+
+_NOTHING = _Content()
 
 
 class _Session:
@@ -134,9 +146,9 @@ class ClusterApi:
         async with self._answer(path, query, silence_s) as response:
             return await response.read()
 
-    async def send(self, method: str, path: str, body: bytes, silence_s: float) -> bytes:
+    async def send(self, method: str, path: str, body: bytes, silence_s: float, content_type: str = _JSON) -> bytes:
         """Send a JSON object, and give the body of the answer; raise ApiError."""
-        async with self._answer(path, {}, silence_s, method, json.loads(body)) as response:
+        async with self._answer(path, {}, silence_s, _Content(method, json.loads(body), content_type)) as response:
             return await response.read()
 
     async def lines(self, path: str, query: Mapping[str, str], silence_s: float) -> AsyncIterator[bytes]:
@@ -156,7 +168,7 @@ class ClusterApi:
 
     @asynccontextmanager
     async def _answer(
-        self, path: str, query: Mapping[str, str], silence_s: float, method: str = "GET", body: object = None
+        self, path: str, query: Mapping[str, str], silence_s: float, content: _Content = _NOTHING
     ) -> AsyncIterator[aiohttp.ClientResponse]:
         session = self._session
         if session is None:
@@ -164,11 +176,11 @@ class ClusterApi:
         session.answers += 1
         try:
             request = await session.client.param_serialize(
-                method,
+                content.method,
                 path,
                 query_params=list(query.items()),
-                header_params={"Content-Type": "application/json"},
-                body=body,
+                header_params={"Content-Type": content.type},
+                body=content.body,
                 auth_settings=["BearerToken"],
             )
             async with _ask(session.client, request, silence_s) as response:

@@ -11,7 +11,8 @@ from __future__ import annotations
 import asyncio
 import random
 import time
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Iterable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 from enforcer_daemon.kube import kept
@@ -29,6 +30,16 @@ from enforcer_daemon.telemetry.metrics import Metrics
 
 _SECURITY = (NETWORK_POLICIES, NAMESPACES, PODS)
 """Without these on disk, a start waits for the API server, however long."""
+
+
+@dataclass(frozen=True, slots=True)
+class RefusedPolicy:
+    """A NetworkPolicy whose present version is not in force."""
+
+    namespace: str
+    name: str
+    uid: str
+    problems: str
 
 
 class ClusterSource:
@@ -163,6 +174,14 @@ class ClusterSource:
         named = ", ".join(f"{reflector.resource.plural} ({reflector.health.problem})" for reflector in down)
         return f"the last state stays in force; not followed for {away_s:.0f} s: {named}"
 
+    def refused_policies(self) -> list[RefusedPolicy]:
+        """Give the policies that are refused, with all that is wrong with each."""
+        return [
+            RefusedPolicy(*entry.key, entry.uid, told(entry.problems))
+            for entry in self._policies.entries.values()
+            if entry.problems
+        ]
+
     def status(self) -> Mapping[str, object]:
         """Describe the source, for operators."""
         return {
@@ -234,6 +253,13 @@ class ClusterSource:
                 problems.append(f"{kept.file_of(self._directory, reflector.resource)}: cannot be kept: {err}")
                 self._log.error("state not kept", problem=problems[-1])
         self._kept_problems = problems
+
+
+def told(problems: Iterable[Problem]) -> str:
+    """Say what is wrong with one object, and what is in force instead."""
+    listed = list(problems)
+    instead = "an earlier version stays in force" if listed[0].has_earlier else "no version of it is in force"
+    return f"{instead}: {'; '.join(f'{problem.field}: {problem.message}' for problem in listed)}"
 
 
 def _describe(health: WatchHealth) -> dict[str, object]:

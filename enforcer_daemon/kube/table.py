@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Generic
 
 from enforcer_daemon.kube.resources import Manifest, Resource, Value
@@ -32,6 +32,8 @@ class Entry(Generic[Value]):
     """What was kept of the version that `value` is of, as JSON; empty where there is none."""
     problems: tuple[Problem, ...] = ()
     """Of the present version, where it is refused."""
+    uid: str = field(default="", compare=False)
+    """The API server's; empty of what was kept on disk."""
 
 
 def read_key(manifest: object) -> Key | None:
@@ -49,7 +51,15 @@ def read_entry(
     """Read an object; a bad one keeps the value that is known, a Problem is one that nobody can name."""
     if read_key(manifest) is None:
         return Problem(resource.plural, 0, "", "metadata", "an object without a name was refused", False)
-    return read_reduced(resource, resource.reduce(manifest), known)
+    entry = read_reduced(resource, resource.reduce(manifest), known)
+    uid = _uid(manifest)
+    return replace(entry, uid=uid) if isinstance(entry, Entry) and entry.uid != uid else entry
+
+
+def _uid(manifest: Manifest) -> str:
+    metadata = manifest.get("metadata")
+    uid = metadata.get("uid") if isinstance(metadata, Mapping) else None
+    return uid if isinstance(uid, str) else ""
 
 
 def read_reduced(
@@ -92,9 +102,9 @@ class Table(Generic[Value]):
         if isinstance(entry, Problem):
             return self._refuse_unnamed((entry,))
         before = self.entries.get(entry.key)
-        if before is not None and before.document == entry.document and before.problems == entry.problems:
-            return False
         self.entries[entry.key] = entry
+        if before is not None and before.document == entry.document and before.problems == entry.problems:
+            return False  # At most its UID is new.
         self._bad.pop(entry.key, None)
         if entry.problems:
             self._bad[entry.key] = entry.problems

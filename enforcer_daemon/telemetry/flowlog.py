@@ -65,7 +65,16 @@ class Denial:
 class FlowLog:
     """The decisions of one endpoint."""
 
-    def __init__(self, pod: PodRef, log: Logger, metrics: Metrics, wall_clock: Callable[[], float]) -> None:
+    def __init__(
+        self,
+        pod: PodRef,
+        log: Logger,
+        metrics: Metrics,
+        wall_clock: Callable[[], float],
+        on_denial: Callable[[FlowReport], None] | None = None,
+    ) -> None:
+        """`on_denial` is told of every denial, as often as packets come; it must not wait."""
+        self._on_denial = on_denial
         self._pod = str(pod)
         self._log = log
         self._metrics = metrics
@@ -103,6 +112,8 @@ class FlowLog:
     def _take_denial(self, report: FlowReport) -> None:
         now = self._wall_clock()
         self._recent.append((report, now))
+        if self._on_denial is not None:
+            self._on_denial(report)
         kind = (report.direction, report.remote, report.port, report.protocol, report.reason)
         repetition = self._repetitions.get(kind)
         if repetition is not None and now - repetition.written_at < QUIET_S:

@@ -116,6 +116,14 @@ class Metrics:
             registry=self.registry,
         )
         self.count_refused(0, 0)
+        self.events = Counter(
+            "enforcer_kubernetes_events",
+            "Events for the API server, by what became of them.",
+            ("result",),
+            registry=self.registry,
+        )
+        for result in ("sent", "failed", "limited"):
+            self.events.labels(result)
         self.guard_drops: dict[str, int] = {}
         """Packets that the guard dropped, by reason, as of the last look at the kernel."""
         self.registry.register(_GuardCollector(self.guard_drops))

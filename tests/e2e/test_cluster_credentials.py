@@ -117,6 +117,11 @@ def test_no_connection_is_lost_while_the_authority_changes(lab: SignedLab) -> No
 
 @pytest.mark.parametrize(("account", "token"), [("trireme-enforcer", "test"), ("trireme-signer", "signer")])
 def test_the_shipped_roles_grant_what_is_used_and_no_more(lab: SignedLab, account: str, token: str) -> None:
+    def is_event_repeated() -> bool:
+        assert lab.probe("x/other", "x/server", HTTP.number).outcome.is_denied
+        return any((asked.verb, asked.resource) == ("patch", "events") for asked in lab.api.asked)
+
+    await_that(is_event_repeated, "no event was told again")
     with pytest.raises(LabError, match="stranger"):  # A pod that the watch does not bring is asked for by name.
         Lab.add_pod(lab, pod("stranger", "a"))
     granted = grants(yaml.safe_load_all((ROOT / "install" / "trireme.yaml").read_text()), account)

@@ -176,6 +176,55 @@ def test_a_malformed_object_changes_nothing_else(lab: KubeLab) -> None:
     assert not reaches(lab, "x/client")
 
 
+def events(lab: KubeLab, name: str, reason: str) -> list[Mapping[str, Any]]:
+    """Give the Events that the cluster has about an object, newest last."""
+    found = [event for event in lab.api.all("Event") if event["regarding"]["name"] == name]
+    return sorted((event for event in found if event["reason"] == reason), key=lambda event: str(event["eventTime"]))
+
+
+def test_a_denied_flow_is_an_event_of_the_pod_with_a_count(lab: KubeLab) -> None:
+    def told() -> list[Mapping[str, Any]]:
+        found = events(lab, "server", "FlowDenied")
+        return [event for event in found if event["note"].startswith("ingress-denied: ingress from y/other (")]
+
+    assert not reaches(lab, "y/other")
+    wait_for(lambda: bool(told()))
+    assert not reaches(lab, "y/other")
+    wait_for(lambda: told()[-1].get("series", {}).get("count", 0) > 1)
+    event = told()[-1]
+    assert "TCP port 8080, denied; decided by x/" in event["note"]  # By those that were there when it began.
+    assert (event["reportingInstance"], event["metadata"]["namespace"]) == ("b", "x")
+    assert event["regarding"] == {
+        "apiVersion": "v1", "kind": "Pod", "namespace": "x", "name": "server", "uid": "x-server",
+    }  # fmt: skip
+
+
+def test_a_refused_policy_has_one_event_of_all_nodes(lab: KubeLab) -> None:
+    def told() -> int:
+        return sum(asked == ("POST", "/apis/events.k8s.io/v1/namespaces/x/events") for asked in lab.api.requests)
+
+    before = told()
+    lab.apply(policy("wrong", "server", ingress=[{"from": block("10.0.0.0/33")}]))
+    wait_for(lambda: told() >= before + len(lab.nodes))
+    uid = lab.api.get("NetworkPolicy", "x", "wrong")["metadata"]["uid"]
+    (event,) = events(lab, "wrong", "PolicyRefused")
+    assert (event["regarding"]["kind"], event["regarding"]["uid"]) == ("NetworkPolicy", uid)
+    assert "no version of it is in force: spec.ingress[0].from[0].ipBlock.cidr" in event["note"]
+
+
+def test_an_identity_that_grew_too_large_is_an_event_of_the_pod(lab: KubeLab) -> None:
+    lab.add_pod(pod("guest", "a"))
+    try:
+        large = {f"label-{number}": os.urandom(30).hex() for number in range(40)}
+        lab.label("x/guest", large)
+        wait_for(lambda: bool(events(lab, "guest", "IdentityTooLarge")))
+        (event,) = events(lab, "guest", "IdentityTooLarge")
+        assert "identity-too-large: identity of x/guest takes" in event["note"]
+        assert event["regarding"]["uid"] == "x-guest"
+    finally:
+        lab.remove_pod("x/guest")
+
+
 def cni_status(plugin: Path, node: Node) -> subprocess.CompletedProcess[str]:
     config = {"cniVersion": "1.1.0", "name": "n", "type": "trireme", "runDir": str(node.directories.run)}
     env = {**os.environ, "CNI_COMMAND": "STATUS", "CNI_PATH": str(plugin.parent)}

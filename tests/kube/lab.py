@@ -32,7 +32,13 @@ _PATIENCE_S = 20.0
 SETTINGS = {
     "policyDir": None,
     "networks": {"enforced": [], "virtual": []},
-    "kubernetes": {"enabled": True, "maxBackoffS": 0.5, "syncTimeoutS": 1.0, "keepEveryS": 0.2},
+    "kubernetes": {
+        "enabled": True,
+        "maxBackoffS": 0.5,
+        "syncTimeoutS": 1.0,
+        "keepEveryS": 0.2,
+        "events": {"maxPerMinute": 6000, "maxPerMinutePerObject": 600, "repeatS": 0.5},
+    },
 }
 
 

@@ -1,0 +1,51 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the cluster is told by Events: of which pod, of which policy, in the daemon's words."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from functools import partial
+
+from enforcer_daemon.datapath.context import FlowReport
+from enforcer_daemon.kube.source import RefusedPolicy
+from enforcer_daemon.model import AttachmentId
+from enforcer_daemon.reasons import Reason
+from enforcer_daemon.registration.request import AddRequest
+from enforcer_daemon.telemetry.events import EventBook, EventKind, Notice, Subject, note_denial
+
+
+class Announcements:
+    """Puts into the book what the parts of the daemon notice."""
+
+    def __init__(self, book: EventBook) -> None:
+        self._book = book
+
+    def denials_of(self, requests: Mapping[AttachmentId, AddRequest]) -> Callable[[FlowReport], None]:
+        """Give what counts the denied flows of a pod."""
+        book, subject = self._book, pod_subject(requests)
+        return lambda report: note_denial(book, subject, report)
+
+    def note_identity(self, requests: Mapping[AttachmentId, AddRequest], problem: str) -> None:
+        """Take note that a pod's identity fits no packet."""
+        subject = pod_subject(requests)
+        text = f"{Reason.IDENTITY_TOO_LARGE.value}: {problem}"
+        self._book.note_state(
+            subject, EventKind.IDENTITY_TOO_LARGE, lambda: Notice(subject, EventKind.IDENTITY_TOO_LARGE, text)
+        )
+
+    def note_refused(self, policies: Iterable[RefusedPolicy]) -> None:
+        """Take note of the policies that are refused at present."""
+        for policy in policies:
+            subject = Subject("networking.k8s.io/v1", "NetworkPolicy", policy.namespace, policy.name, policy.uid)
+            notice = Notice(subject, EventKind.POLICY_REFUSED, policy.problems, is_shared=True)
+            self._book.note_state(subject, policy.problems, partial(_same, notice))
+
+
+def _same(notice: Notice) -> Notice:
+    return notice
+
+
+def pod_subject(requests: Mapping[AttachmentId, AddRequest]) -> Subject:
+    """Name a pod as the API server does; its UID is what the runtime said."""
+    request = next(iter(requests.values()))
+    return Subject("v1", "Pod", request.pod.namespace, request.pod.name, request.uid)
