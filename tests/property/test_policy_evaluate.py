@@ -11,10 +11,10 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from enforcer_daemon.errors import PolicyError
-from enforcer_daemon.model import Direction, IPAddress, Protocol, RuleRef
+from enforcer_daemon.model import Direction, Identity, IPAddress, Protocol, RuleRef
 from enforcer_daemon.policy import AddressRule, DirectionPolicy, PolicySnapshot, compile_snapshot, decode_network_policy
 from tests.property import policy_reference as reference
-from tests.property.policy_worlds import ADDRESSES, PORTS, flows, identity, pods, policies, worlds
+from tests.property.policy_worlds import ADDRESSES, PORTS, flows, identity, pods, policies, specs, worlds
 
 Tree = dict[str, Any]
 
@@ -129,3 +129,38 @@ def test_any_damage_gives_a_policy_or_a_named_problem(manifests: list[Tree], dat
             node = node[key]
     with suppress(PolicyError):
         assert decode_network_policy(manifest).name
+
+
+@given(st.lists(st.tuples(st.integers(0, 5), specs | st.none()), max_size=6), policies(), worlds(), pods)
+@settings(max_examples=150, deadline=None)
+def test_a_snapshot_made_by_changes_is_the_one_made_at_once(
+    changes: list[tuple[int, Tree | None]], manifests: list[Tree], world: Tree, pod: Tree
+):
+    """Whatever was created, replaced, deleted, or read anew as it was."""
+    objects = {manifest["metadata"]["name"]: decode_network_policy(manifest) for manifest in manifests}
+    own = identity(world, pod, "10.0.0.200")
+    by_steps = compile_snapshot(objects.values(), 1)
+    for number, (index, spec) in enumerate(changes):
+        by_steps.pod_policy(own)  # Compiles the namespace, which the next snapshot may take over.
+        name = f"p{index}"
+        if spec is None:
+            objects.pop(name, None)
+        else:
+            namespace = objects[name].namespace if name in objects else pod["namespace"]
+            metadata = {"name": name, "namespace": namespace}
+            typed = {"apiVersion": "networking.k8s.io/v1", "kind": "NetworkPolicy"}
+            objects[name] = decode_network_policy({**typed, "metadata": metadata, "spec": spec})
+        before, by_steps = by_steps, compile_snapshot(objects.values(), number + 2, by_steps)
+        at_once = compile_snapshot(objects.values(), number + 2)
+        assert by_steps.policies == at_once.policies
+        for ours, theirs in zip(_sides(by_steps, own), _sides(at_once, own), strict=True):
+            assert ours.isolating == theirs.isolating
+            assert ours.address_rules() == theirs.address_rules()
+        if before.policies == by_steps.policies:
+            pairs = zip(_sides(before, own), _sides(by_steps, own), strict=True)
+            assert all(old.is_same(new) for old, new in pairs)
+
+
+def _sides(snapshot: PolicySnapshot, own: Identity) -> tuple[DirectionPolicy, DirectionPolicy]:
+    policy = snapshot.pod_policy(own)
+    return policy.ingress, policy.egress
