@@ -103,20 +103,28 @@ class Node:
 
     def endpoint(self, name: str, address: str, app: str, policy: FakePolicy | None = None) -> Endpoint:
         identity = Identity(PodRef("default", name), (ip_address(address),), {"app": app}, {"team": "a"}, self.name)
-        return Endpoint(self, identity, policy or FakePolicy())
+        return Endpoint(self, identity, policy or FakePolicy(), self.token(identity))
 
 
 class Endpoint:
     """A pod with its datapath; the packets that are held for it."""
 
-    def __init__(self, node: Node, identity: Identity, policy: FakePolicy) -> None:
+    def __init__(self, node: Node, identity: Identity, policy: FakePolicy, token: LocalToken) -> None:
         self.node = node
         self.identity = identity
         self.address = identity.ips[0].packed
         judge = Judge(identity.pod, identity.trust_domain, policy, FlowIndex())
-        self.context = EndpointContext(identity.pod, node.context, judge, node.token(identity), 1500)
+        self.context = EndpointContext(identity.pod, node.context, judge, token, 1500)
         self.datapath = EndpointDatapath(self.context)
         self.held: dict[int, bytes] = {}
+
+    def begun_anew(self) -> Endpoint:
+        """Give the same pod, of the same node and token, that has no connections yet."""
+        return Endpoint(self.node, self.identity, FakePolicy(), self.context.local)
+
+    def forget_round_trip(self, peer: Endpoint) -> None:
+        """Know a peer's identity already, but not how far away it is: as at the first handshake, without its price."""
+        self.node.context.verify(peer.context.local.block, peer.address, 1.0).round_trip_s = 0.0
 
     def send(self, packet: bytes, now: float = 1.0, mark: int = 0) -> list[bytes]:
         """Give a packet of the pod's kernel to the datapath; answer what leaves for the wire, in order."""
