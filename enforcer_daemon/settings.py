@@ -25,6 +25,10 @@ _UNREADABLE = (OSError, yaml.YAMLError, ValueError, ArithmeticError, LookupError
 nesting without end."""
 MAX_TOKEN_LIFETIME_S = 86_400.0
 """The longest validity of a token that is accepted as a setting: that of a node's certificate by default."""
+MIN_PACKETS_PER_S = 1_000
+"""A rate below it would keep pods from what they do honestly, as many connections at once."""
+MAX_PACKETS_PER_S = 1_000_000
+"""The finest that hashlimit reckons with."""
 _MAX_SOCKET_PATH_BYTES = 107  # unix(7): 108 with the zero byte at the end
 
 
@@ -195,7 +199,12 @@ class DataplaneSettings:
     rules_backend: RulesBackend = RulesBackend.AUTO
     """auto: nft where the kernel has the nft queue expression, else iptables."""
     queue_number: int = 47_474
-    """NFQUEUE number inside each pod's network namespace."""
+    """NFQUEUE number inside each pod's network namespace; the next number counts what exceeds the two rates below."""
+    max_packets_per_s_per_source: int = 4_000
+    """Packets of one source address that are queued in a second, in one direction: SYNs and SYN-ACKs, and separately
+    the rest of what is queued. As many may come at once; beyond it the kernel drops. More than one enforcer judges."""
+    max_packets_per_s: int = 8_000
+    """The same for all sources of what comes to one pod together."""
     queue_length: int = 4_096
     """Packets that wait in one endpoint's queue; beyond it the kernel drops."""
     packets_per_turn: int = 16
@@ -286,8 +295,8 @@ def _check(settings: Settings) -> None:
         )
     if settings.metrics.listen is not None:
         split_listen(settings.metrics.listen)
-    if not 0 <= settings.dataplane.queue_number <= 65_535:
-        raise SettingsError("dataplane.queueNumber: must be 0 to 65535")
+    if not 0 <= settings.dataplane.queue_number <= 65_534:
+        raise SettingsError("dataplane.queueNumber: must be 0 to 65534: the next number is used too")
     if settings.kubernetes.enabled and settings.policy_dir is not None:
         raise SettingsError("policyDir and kubernetes.enabled: policies come from one of them, not from both")
     _check_bounds(settings)
@@ -326,6 +335,17 @@ def _check_bounds(settings: Settings) -> None:
         if not value > 0:
             raise SettingsError(f"{name}: must be more than 0")
     _check_times(handshake)
+    _check_rates(settings.dataplane)
+
+
+def _check_rates(dataplane: DataplaneSettings) -> None:
+    rates = {
+        "dataplane.maxPacketsPerSPerSource": dataplane.max_packets_per_s_per_source,
+        "dataplane.maxPacketsPerS": dataplane.max_packets_per_s,
+    }
+    for name, rate in rates.items():
+        if not MIN_PACKETS_PER_S <= rate <= MAX_PACKETS_PER_S:
+            raise SettingsError(f"{name}: must be {MIN_PACKETS_PER_S} to {MAX_PACKETS_PER_S}")
 
 
 def split_listen(text: str) -> tuple[str, int]:

@@ -23,6 +23,7 @@ from enforcer_daemon.dataplane.established import ReleasedFlow, end_flows, highe
 from enforcer_daemon.dataplane.netns import tune_conntrack
 from enforcer_daemon.dataplane.queue import MAX_COPIED_BYTES, PacketQueue
 from enforcer_daemon.dataplane.queuecounters import LostPackets
+from enforcer_daemon.dataplane.ratelimits import QueueLimits
 from enforcer_daemon.dataplane.rules import EndpointRules
 from enforcer_daemon.dataplane.tampering import RulesWatch
 from enforcer_daemon.errors import IdentityTooLargeError
@@ -98,9 +99,10 @@ class Endpoint:
         asyncio.get_running_loop().add_reader(queue.fileno(), queue.read_turn)
         self._queue = queue
 
-    def rules(self, queue_number: int) -> EndpointRules:
+    def rules(self, settings: DataplaneSettings) -> EndpointRules:
         """Give what the rules in the pod's namespace depend on."""
-        return EndpointRules(self.sandbox.ifnames, queue_number, self._node.addresses)
+        limits = QueueLimits(settings.max_packets_per_s_per_source, settings.max_packets_per_s)
+        return EndpointRules(self.sandbox.ifnames, settings.queue_number, self._node.addresses, limits)
 
     def note_rules(self, backend: RulesBackend) -> None:
         """Take the present rules in the namespace for right, after they were applied; raise DataplaneError."""
@@ -122,8 +124,7 @@ class Endpoint:
         if self._queue is None:
             return LostPackets()
         before = self._queue.lost
-        lost = self._queue.count_lost()
-        return LostPackets(lost.queue - before.queue, lost.buffer - before.buffer)
+        return self._queue.count_lost().since(before)
 
     @property
     def is_open(self) -> bool:

@@ -163,7 +163,7 @@ class Endpoints:
             await self._kernel.unguard(before)
 
     async def _apply(self, endpoint: Endpoint) -> None:
-        rules = endpoint.rules(self._settings.dataplane.queue_number)
+        rules = endpoint.rules(self._settings.dataplane)
         await asyncio.to_thread(self._kernel.backend.apply, endpoint.sandbox.netns_fd, rules)
         endpoint.note_rules(self._kernel.backend)
         await self._kernel.guard(endpoint)
@@ -213,7 +213,7 @@ class Endpoints:
             os.close(netns_fd)
 
     async def _repair(self, endpoint: Endpoint) -> None:
-        rules = endpoint.rules(self._settings.dataplane.queue_number)
+        rules = endpoint.rules(self._settings.dataplane)
         backend, netns_fd = self._kernel.backend, endpoint.sandbox.netns_fd
         if not await asyncio.to_thread(backend.is_intact, netns_fd, rules):
             await asyncio.to_thread(backend.apply, netns_fd, rules)

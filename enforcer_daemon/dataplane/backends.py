@@ -16,8 +16,10 @@ from pathlib import Path
 from typing import Any, Literal, Protocol, TypeVar
 
 from enforcer_daemon.dataplane.netns import new_netns
+from enforcer_daemon.dataplane.ratelimits import QueueLimits
 from enforcer_daemon.dataplane.rules import (
     IPTABLES_JUMPS,
+    NFT_NODE_SETS,
     NFT_TABLE,
     EndpointRules,
     Family,
@@ -34,7 +36,7 @@ from enforcer_daemon.errors import DataplaneError
 from enforcer_daemon.model import IPAddress
 from enforcer_daemon.settings import RulesBackend as BackendSetting
 
-_PROBE = EndpointRules(ifnames=("eth0",), queue_number=0, node_addresses=frozenset())
+_PROBE = EndpointRules(("eth0",), 0, frozenset(), QueueLimits(per_source=1_000, total=1_000))
 _PROTOCOL = re.compile(r"-p (\S+) ")
 _PROTOCOL_NAMES = {"1": "icmp", "2": "igmp", "6": "tcp", "58": "ipv6-icmp", "icmpv6": "ipv6-icmp"}
 _Result = TypeVar("_Result")
@@ -87,7 +89,8 @@ class NftBackend:
         for entry in objects:
             if "rule" in entry:
                 counts[entry["rule"]["chain"]] += 1
-        addresses = {element for entry in objects if "set" in entry for element in entry["set"].get("elem", ())}
+        sets = [entry["set"] for entry in objects if "set" in entry and entry["set"]["name"] in NFT_NODE_SETS]
+        addresses = {element for found in sets for element in found.get("elem", ())}
         return counts == nft_rule_counts(rules) and addresses == set(map(str, rules.node_addresses))
 
     def watch(self, netns_fd: int) -> RulesWatch:

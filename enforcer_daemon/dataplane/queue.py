@@ -18,6 +18,7 @@ from netfilterqueue import NetfilterQueue, Packet
 
 from enforcer_daemon.dataplane.inject import Injector
 from enforcer_daemon.dataplane.netns import open_in
+from enforcer_daemon.dataplane.overflow import Overflow
 from enforcer_daemon.dataplane.queuecounters import LostPackets, QueueCounters
 from enforcer_daemon.errors import DataplaneError
 from enforcer_daemon.marks import CONSUME, FORGET, OWN_MASK
@@ -60,8 +61,8 @@ class _Turn:
 class PacketQueue:
     """One endpoint's queue, bound inside its network namespace. For the event loop's thread alone."""
 
-    __slots__ = ("_counters", "_held", "_injector", "_is_backlogged", "_judge", "_on_error", "_packets_per_turn",
-                 "_queue", "_sock", "_turn", "errors", "lost")  # fmt: skip
+    __slots__ = ("_counters", "_held", "_injector", "_is_backlogged", "_judge", "_on_error", "_overflow",
+                 "_packets_per_turn", "_queue", "_sock", "_turn", "errors", "lost")  # fmt: skip
 
     def __init__(
         self,
@@ -82,6 +83,7 @@ class PacketQueue:
         self._is_backlogged = False
         self._held: dict[int, Packet] = {}
         self._counters: QueueCounters | None = None
+        self._overflow: Overflow | None = None
         self.lost = LostPackets()
         """What the kernel dropped before it could be judged, as of the last `count_lost`."""
         self.errors = 0
@@ -117,6 +119,7 @@ class PacketQueue:
             # NETLINK_S_CONGESTED also lose all that comes before the buffer is empty again. The kernel counts.
             self._sock.setsockopt(_SOL_NETLINK, _NETLINK_NO_ENOBUFS, 1)
             self._counters = QueueCounters(netns_fd, settings.queue_number)
+            self._overflow = Overflow(netns_fd, settings.queue_number)
             queue.bind(
                 settings.queue_number,
                 self._on_packet,
@@ -190,9 +193,10 @@ class PacketQueue:
             queue.unbind()
         self._sock.close()
         self._injector.close()
-        counters, self._counters = self._counters, None
-        if counters is not None:
-            counters.close()
+        for part in (self._counters, self._overflow):
+            if part is not None:
+                part.close()
+        self._counters = self._overflow = None
 
     def _on_packet(self, packet: Packet) -> None:
         try:

@@ -10,6 +10,7 @@ import os
 from typing import NamedTuple
 
 from enforcer_daemon.dataplane.netns import open_in
+from enforcer_daemon.dataplane.overflow import overflow_number
 
 _PATH = "/proc/thread-self/net/netfilter/nfnetlink_queue"
 """By the thread's own namespace: /proc/net would be that of the process's first thread."""
@@ -25,25 +26,35 @@ class LostPackets(NamedTuple):
     """Because as many as may be waited for a verdict already."""
     buffer: int = 0
     """Because the socket's buffer was full."""
+    limit: int = 0
+    """Because they came faster than may be queued."""
+
+    def since(self, before: LostPackets) -> LostPackets:
+        """Give what came after another count."""
+        return LostPackets(*(now - then for now, then in zip(self, before, strict=True)))
 
 
 class QueueCounters:
-    """The counters of one queue, read again and again."""
+    """The counters of one queue and of its overflow, read again and again."""
 
-    __slots__ = ("_fd", "_number")
+    __slots__ = ("_fd", "_number", "_overflow")
 
     def __init__(self, netns_fd: int, queue_number: int) -> None:
         """Open the counters of a namespace; raise OSError where the kernel has none."""
         self._number = str(queue_number)
+        self._overflow = str(overflow_number(queue_number))
         self._fd = open_in(netns_fd, lambda: os.open(_PATH, os.O_RDONLY | os.O_CLOEXEC))
 
     def read(self) -> LostPackets:
         """Give the present state; nothing lost where the queue is not bound."""
+        lost = LostPackets()
         for line in os.pread(self._fd, _MAX_BYTES, 0).decode("ascii").splitlines():
             fields = line.split()
             if fields[_NUMBER] == self._number:
-                return LostPackets(int(fields[_QUEUE_DROPPED]), int(fields[_USER_DROPPED]))
-        return LostPackets()
+                lost = lost._replace(queue=int(fields[_QUEUE_DROPPED]), buffer=int(fields[_USER_DROPPED]))
+            elif fields[_NUMBER] == self._overflow:
+                lost = lost._replace(limit=int(fields[_QUEUE_DROPPED]))
+        return lost
 
     def close(self) -> None:
         """Let go of the namespace; call it once."""

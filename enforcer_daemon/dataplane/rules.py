@@ -14,6 +14,7 @@ Both renderings say the same, for packets of the registered interfaces alone, in
     ICMP       ICMPv6 (NDP, MLD) and IGMP: go on; no NetworkPolicy speaks of them
     new flow   not TCP, from the node, inwards: the flow is the node's; go on
     reply      a datagram against its flow's direction: told by a bit of the packet's mark
+    rate       of what goes to the enforcer: dropped and counted beyond it (ratelimits.py)
     rest       to the enforcer; no bypass: without an enforcer the packet is dropped
 
 The hooks are mangle PREROUTING and POSTROUTING: there a packet is what the remote sees, also beside a sidecar that
@@ -26,19 +27,24 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 
+from enforcer_daemon.dataplane.ratelimits import QueueLimits, iptables_limits, nft_limits, nft_sets
 from enforcer_daemon.handshake.frames import MAGIC
 from enforcer_daemon.marks import CONSUME, FORGET, INDEX_MASK, NODE, OWN_MASK, RELEASED, REPLY, UNTRACKED
 from enforcer_daemon.model import IPAddress
 
 Family = Literal[4, 6]
+Kind = Literal["syn-in", "syn-out", "message-in", "other-in", "other-out"]
+"""What is queued, as the limits of its rate tell it apart."""
+_KINDS: tuple[Kind, ...] = get_args(Kind)
 
 MAX_SMALL_SYN_BYTES: dict[Family, int] = {4: 80, 6: 100}
 """IP length of a SYN with all its options and no data (20 + 60, 40 + 60); one that carries a frame has over 500."""
 
 OTHERS_MASK = OWN_MASK ^ 0xFFFF_FFFF
 NFT_TABLE = "trireme"
+NFT_NODE_SETS = ("node4", "node6")
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,6 +56,8 @@ class EndpointRules:
     queue_number: int
     node_addresses: frozenset[IPAddress]
     """All addresses of the node that a pod can see as a source."""
+    limits: QueueLimits
+    """How fast packets may be queued."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -129,7 +137,7 @@ def iptables_chains(rules: EndpointRules, family: Family) -> dict[str, dict[str,
         "TRIREME-OUT": _iptables_main("TRIREME-SYN-OUT", (), (), rules, family),
         "TRIREME-SYN-IN": _iptables_syn_in(rules, family),
         "TRIREME-SYN-OUT": _iptables_syn_out(rules),
-        "TRIREME-MESSAGE": (f"-j CONNMARK --restore-mark {_MASKS}", _IS_REPLY, _queue(rules)),
+        "TRIREME-MESSAGE": (f"-j CONNMARK --restore-mark {_MASKS}", _IS_REPLY, *_queue(rules, "message-in")),
         "TRIREME-REPEATED": _iptables_repeated(),
         "TRIREME-CONSUME": (
             f"-j CONNMARK --save-mark --nfmask {_SAVED_MASK:#x} --ctmask {OWN_MASK:#x}",
@@ -156,7 +164,7 @@ def _iptables_main(
         *igmp,
         *node_rules,
         _IS_REPLY,
-        _queue(rules),
+        *_queue(rules, "other-in" if node_rules else "other-out"),
     )
 
 
@@ -179,7 +187,7 @@ def _iptables_syn_in(rules: EndpointRules, family: Family) -> tuple[str, ...]:
         f"{_IS_FIRST_SYN} -m length --length 0:{MAX_SMALL_SYN_BYTES[family]} -j TRIREME-FROM-NODE",
         f"-m mark --mark {NODE:#x}/{NODE:#x} -g TRIREME-NODE",
         f"-j CONNMARK --restore-mark {_MASKS}",
-        _queue(rules),
+        *_queue(rules, "syn-in"),
     )
 
 
@@ -188,7 +196,7 @@ def _iptables_syn_out(rules: EndpointRules) -> tuple[str, ...]:
         f"{_IS_SYN_ACK} -m connmark --mark {NODE:#x}/{NODE:#x} -j TRIREME-TO-NODE",
         f"-m mark --mark {NODE:#x}/{NODE:#x} -g TRIREME-NODE",
         f"-j CONNMARK --restore-mark {_MASKS}",
-        _queue(rules),
+        *_queue(rules, "syn-out"),
     )
 
 
@@ -212,8 +220,10 @@ def _address_chains(addresses: Iterable[IPAddress], family: Family) -> dict[str,
     }
 
 
-def _queue(rules: EndpointRules) -> str:
-    return f"-j NFQUEUE --queue-num {rules.queue_number}"
+def _queue(rules: EndpointRules, kind: Kind) -> tuple[str, ...]:
+    """Queue what does not come too fast."""
+    limits = iptables_limits(rules.limits, kind, rules.queue_number, is_ingress=kind.endswith("in"))
+    return *limits, f"-j NFQUEUE --queue-num {rules.queue_number}"
 
 
 def _of_family(addresses: Iterable[IPAddress], family: Family) -> list[IPAddress]:
@@ -243,6 +253,8 @@ def render_nft(rules: EndpointRules) -> str:
         f"add set {table} node4 {{ type ipv4_addr; }}",
         f"add set {table} node6 {{ type ipv6_addr; }}",
     ]
+    for kind in _KINDS:
+        lines += nft_sets(table, kind)
     for name, (hook, priority, _) in bases.items():
         lines.append(f"add chain {table} {name} {{ type filter hook {hook} priority {priority}; policy accept; }}")
     regular = _nft_chains(rules)
@@ -280,6 +292,9 @@ def nft_rule_counts(rules: EndpointRules) -> dict[str, int]:
 
 def _nft_chains(rules: EndpointRules) -> dict[str, tuple[str, ...]]:
     queue = f"queue num {rules.queue_number}"
+    limits = {
+        kind: nft_limits(rules.limits, kind, rules.queue_number, is_ingress=kind.endswith("in")) for kind in _KINDS
+    }
     node_bit = f"{NODE:#x}"
     first_syn = "tcp flags & (fin | syn | rst | ack) == syn"
     small = (f"ip length <= {MAX_SMALL_SYN_BYTES[4]}", f"ip6 length <= {MAX_SMALL_SYN_BYTES[6] - 40}")
@@ -301,11 +316,13 @@ def _nft_chains(rules: EndpointRules) -> dict[str, tuple[str, ...]]:
             *rest,
             "meta l4proto != tcp ct state new ip saddr @node4 goto node",
             "meta l4proto != tcp ct state new ip6 saddr @node6 goto node",
+            *limits["other-in"],
             reply,
             queue,
         ),
-        "main_out": (*main, "tcp flags & syn == syn goto syn_out", *rest, reply, queue),
+        "main_out": (*main, "tcp flags & syn == syn goto syn_out", *rest, *limits["other-out"], reply, queue),
         "message": (
+            *limits["message-in"],
             f"ct mark & {OWN_MASK:#x} == 0 {reply}",
             f"ct mark & {OWN_MASK:#x} == 0 {queue}",
             *_nft_copy("meta mark", "ct mark"),
@@ -315,6 +332,7 @@ def _nft_chains(rules: EndpointRules) -> dict[str, tuple[str, ...]]:
         "syn_in": (
             f"ip saddr @node4 {small[0]} {first_syn} goto node",
             f"ip6 saddr @node6 {small[1]} {first_syn} goto node",
+            *limits["syn-in"],
             f"ct mark & {OWN_MASK:#x} == 0 {queue}",
             *_nft_copy("meta mark", "ct mark"),
             queue,
@@ -322,6 +340,7 @@ def _nft_chains(rules: EndpointRules) -> dict[str, tuple[str, ...]]:
         "syn_out": (
             f"tcp flags & (syn | ack) == (syn | ack) ct mark & {node_bit} != 0 ip daddr @node4 goto node",
             f"tcp flags & (syn | ack) == (syn | ack) ct mark & {node_bit} != 0 ip6 daddr @node6 goto node",
+            *limits["syn-out"],
             f"ct mark & {OWN_MASK:#x} == 0 {queue}",
             *_nft_copy("meta mark", "ct mark"),
             queue,

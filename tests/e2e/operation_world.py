@@ -16,6 +16,7 @@ from dataclasses import replace
 from enforcer_daemon.model import PodRef
 from enforcer_daemon.packet.ip import decode_ip
 from enforcer_daemon.packet.tcp import TCP, Segment, decode_segment
+from enforcer_daemon.settings import DataplaneSettings
 from triremectl.lab import Lab, NodeSpec, Outcome, PodSpec, PortSpec
 from triremectl.lab.netns import open_socket
 from triremectl.lab.world import Manifest
@@ -218,9 +219,15 @@ def segments(packets: Sequence[bytes], port: int) -> list[Segment]:
 
 
 def queued_packets(lab: Lab, name: str) -> int:
-    """Return how many packets a pod's queue has ever had; the enforcer's is the only one."""
-    (line,) = lab.run(name, "cat", QUEUE).splitlines()
-    return int(line.split()[7])
+    """Return how many packets a pod's queue has ever had."""
+    return int(queue_fields(lab, name)[7])
+
+
+def queue_fields(lab: Lab, name: str) -> list[str]:
+    """Return what the kernel says of a pod's queue; the enforcer's other one never has a packet."""
+    lines = [line.split() for line in lab.run(name, "cat", QUEUE).splitlines()]
+    (fields,) = [fields for fields in lines if fields[0] == str(DataplaneSettings().queue_number)]
+    return fields
 
 
 def queue_rule_hits(lab: Lab, name: str) -> dict[str, int]:

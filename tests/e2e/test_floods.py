@@ -16,7 +16,7 @@ from enforcer_daemon.handshake.bounds import Bound
 from enforcer_daemon.model import PodRef
 from enforcer_daemon.reasons import Reason
 from tests.e2e.attackers import counters_of, endpoint_of
-from tests.e2e.operation_world import QUEUE, endpoint
+from tests.e2e.operation_world import endpoint, queue_fields
 from triremectl.lab import Lab, PodSpec, Tools, WorldSpec
 
 pytestmark = pytest.mark.kernel
@@ -83,7 +83,7 @@ def lost_packets(lab: Lab) -> int:
 
 def is_at_rest(lab: Lab) -> bool:
     """Tell whether nothing is left of any handshake, in the daemon and in the victim's queue."""
-    waiting = lab.run(VICTIM, "cat", QUEUE).split()[2]
+    waiting = queue_fields(lab, VICTIM)[2]
     tables = [(found["half_open_flows"], found["held_packets"]) for found in lab.node("a").endpoints()]
     return waiting == "0" and set(tables) == {(0, 0)}
 

@@ -25,6 +25,7 @@ from enforcer_daemon.dataplane.addresses import node_addresses
 from enforcer_daemon.dataplane.backends import IptablesBackend, NftBackend, RulesBackend, choose_backend
 from enforcer_daemon.dataplane.netns import new_netns, open_in
 from enforcer_daemon.dataplane.queue import PacketQueue
+from enforcer_daemon.dataplane.ratelimits import QueueLimits
 from enforcer_daemon.dataplane.rules import EndpointRules
 from enforcer_daemon.dataplane.tools import run_in
 from enforcer_daemon.errors import DataplaneError
@@ -35,6 +36,7 @@ from enforcer_daemon.verdict import ACCEPT, Verdict
 
 QUEUE = 4242
 SETTINGS = DataplaneSettings(queue_number=QUEUE)
+LIMITS = QueueLimits(SETTINGS.max_packets_per_s_per_source, SETTINGS.max_packets_per_s)
 POD = {4: "10.77.0.2", 6: "fd77::2"}
 NODE = {4: "10.77.0.1", 6: "fd77::1"}
 NODE_OUTSIDE = {4: "10.88.0.1", 6: "fd88::1"}
@@ -69,7 +71,7 @@ class Lab:
     pod: int
 
     def rules(self) -> EndpointRules:
-        return EndpointRules(("eth0",), QUEUE, open_in(self.node, node_addresses))
+        return EndpointRules(("eth0",), QUEUE, open_in(self.node, node_addresses), LIMITS)
 
     def socket(self, place: int, version: int, kind: int = socket.SOCK_STREAM) -> socket.socket:
         """Make a socket in one of the namespaces."""

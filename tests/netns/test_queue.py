@@ -7,6 +7,7 @@ import asyncio
 import dataclasses
 import os
 import socket
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -16,6 +17,7 @@ import uvloop
 from enforcer_daemon.dataplane.netns import open_in
 from enforcer_daemon.dataplane.queue import PacketQueue
 from enforcer_daemon.dataplane.queuecounters import LostPackets
+from enforcer_daemon.dataplane.ratelimits import QueueLimits
 from enforcer_daemon.dataplane.tools import run_in
 from enforcer_daemon.errors import DataplaneError
 from enforcer_daemon.model import Direction
@@ -23,6 +25,7 @@ from enforcer_daemon.verdict import ACCEPT, DROP, Action, Inject, Settle, Verdic
 from tests.netns.lab import (
     ACK,
     BACKENDS,
+    EVERY_BACKEND,
     POD,
     REMOTE,
     RST,
@@ -31,6 +34,7 @@ from tests.netns.lab import (
     Lab,
     Recorder,
     is_syn,
+    make_backend,
     open_lab,
     serve,
     tcp_packet,
@@ -152,7 +156,8 @@ def test_a_turn_is_bounded_and_shorter_while_there_is_a_backlog(lab: Lab) -> Non
 def waiting(lab: Lab) -> int:
     """Return how many packets wait for a verdict, by the kernel's count."""
     path = Path("/proc/thread-self/net/netfilter/nfnetlink_queue")
-    return int(open_in(lab.pod, lambda: path.read_text(encoding="ascii")).split()[2])
+    lines = open_in(lab.pod, lambda: path.read_text(encoding="ascii")).splitlines()
+    return sum(int(line.split()[2]) for line in lines)
 
 
 def send_datagrams(lab: Lab, count: int, length: int = 1_000) -> None:
@@ -188,6 +193,47 @@ def test_packets_that_the_queue_has_no_room_for_are_counted(lab: Lab) -> None:
         assert wait_until(lambda: queue.read_turn() == 0 and len(judge.seen) == 10)
     finally:
         queue.close()
+
+
+@pytest.mark.parametrize("name", EVERY_BACKEND)
+def test_what_comes_faster_than_its_source_may_send_is_dropped_by_the_kernel_and_counted(name: str) -> None:
+    limits = QueueLimits(per_source=1_000, total=1_000_000)
+    judge = Recorder(lambda *_: DROP)
+    with open_lab() as lab:
+        make_backend(name).apply(lab.pod, dataclasses.replace(lab.rules(), limits=limits))
+        with serve(lab, judge) as queue:
+            flood_s = send_flood(lab)
+            assert wait_until(lambda: waiting(lab) == 0)
+            assert queue.count_lost().limit > 0
+            assert len(judge.seen) <= 1_000 * (1 + flood_s) + 100  # A second's worth at once, and the rate.
+            judge.seen.clear()
+            with lab.socket(lab.remote, 4) as same_source:
+                same_source.setblocking(False)
+                same_source.connect_ex((POD[4], 8080))
+                assert wait_until(lambda: any(is_syn(packet) for packet, _, _ in judge.seen))
+            with lab.socket(lab.remote, 6, socket.SOCK_DGRAM) as other_source:
+                other_source.sendto(b"other", (POD[6], 53))
+                assert wait_until(lambda: any(packet.endswith(b"other") for packet, _, _ in judge.seen))
+
+
+@pytest.mark.parametrize("name", EVERY_BACKEND)
+def test_all_sources_together_have_a_rate_too(name: str) -> None:
+    limits = QueueLimits(per_source=1_000_000, total=1_000)
+    judge = Recorder(lambda *_: DROP)
+    with open_lab() as lab:
+        make_backend(name).apply(lab.pod, dataclasses.replace(lab.rules(), limits=limits))
+        with serve(lab, judge) as queue:
+            flood_s = send_flood(lab)
+            assert wait_until(lambda: waiting(lab) == 0)
+            assert queue.count_lost().limit > 0
+            assert len(judge.seen) <= 1_000 * (1 + flood_s) + 100
+
+
+def send_flood(lab: Lab) -> float:
+    """Send many datagrams from one address; return how long that took, in seconds."""
+    started = time.monotonic()
+    send_datagrams(lab, 10_000, 10)
+    return time.monotonic() - started
 
 
 @pytest.mark.parametrize("loop_factory", [uvloop.new_event_loop, asyncio.new_event_loop], ids=["uvloop", "asyncio"])

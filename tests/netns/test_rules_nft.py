@@ -7,19 +7,25 @@ With a kernel that has the expression, the last tests are of the backend itself.
 
 from __future__ import annotations
 
+import dataclasses
 import re
+import socket
+import time
 from collections.abc import Iterator
 
 import pytest
 
 from enforcer_daemon import marks
 from enforcer_daemon.dataplane.inject import Injector
+from enforcer_daemon.dataplane.overflow import overflow_number
+from enforcer_daemon.dataplane.ratelimits import QueueLimits
 from enforcer_daemon.dataplane.rules import render_nft
 from enforcer_daemon.dataplane.tools import run_in
 from enforcer_daemon.model import Direction
 from enforcer_daemon.verdict import ACCEPT, Action, Verdict
 from tests.netns.lab import (
     ACK,
+    LIMITS,
     NODE,
     POD,
     QUEUE,
@@ -52,11 +58,10 @@ add rule inet repeat others tcp sport 8080 ct mark 0 ct mark set 0x539
 """
 
 
-def install(lab: Lab, judged: str = "counter drop") -> None:
+def install(lab: Lab, judged: str = "counter drop", limits: QueueLimits = LIMITS) -> None:
     """Apply the rules twice, with a chain of the test in place of the queue."""
-    text = (
-        render_nft(lab.rules()).replace(f"queue num {QUEUE}", "goto judged").replace("priority -152", "priority -160")
-    )
+    text = render_nft(dataclasses.replace(lab.rules(), limits=limits)).replace("priority -152", "priority -160")
+    text = text.replace(f"queue num {QUEUE}", "goto judged").replace(f"queue num {overflow_number(QUEUE)}", "drop")
     text = f"add table inet trireme\nadd chain inet trireme judged\n{text}add rule inet trireme judged {judged}\n"
     for _ in range(2):
         run_in(lab.pod, ("nft", "-f", "-"), text)
@@ -77,6 +82,20 @@ def version(request: pytest.FixtureRequest) -> int:
 def judged_packets(lab: Lab) -> int:
     listing = run_in(lab.pod, ("nft", "list", "chain", "inet", "trireme", "judged"))
     return sum(map(int, re.findall(r"packets (\d+)", listing)))
+
+
+@pytest.mark.parametrize(
+    "limits", [QueueLimits(1_000, 1_000_000), QueueLimits(1_000_000, 1_000)], ids=["source", "all"]
+)
+@pytest.mark.parametrize("version", [4, 6], ids=["ipv4", "ipv6"], indirect=True)
+def test_what_comes_too_fast_is_not_judged(lab: Lab, version: int, limits: QueueLimits) -> None:
+    install(lab, limits=limits)
+    started = time.monotonic()
+    with lab.socket(lab.remote, version, socket.SOCK_DGRAM) as client:
+        for _ in range(10_000):
+            client.sendto(b"x", (POD[version], 53))
+    took_s = time.monotonic() - started
+    assert 0 < judged_packets(lab) <= 1_000 * (1 + took_s) + 100
 
 
 def test_only_the_node_reaches_the_pod(lab: Lab, version: int) -> None:

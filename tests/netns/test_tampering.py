@@ -17,7 +17,7 @@ from enforcer_daemon.dataplane.rules import EndpointRules
 from enforcer_daemon.dataplane.tools import run, run_in
 from enforcer_daemon.errors import DataplaneError
 from enforcer_daemon.model import AttachmentId
-from tests.netns.lab import BACKENDS, QUEUE
+from tests.netns.lab import BACKENDS, LIMITS, QUEUE
 
 pytestmark = pytest.mark.kernel
 
@@ -89,7 +89,7 @@ def test_a_guard_that_was_removed_right_after_a_change_comes_back(netns: int) ->
 
 @pytest.mark.parametrize("name", FLUSHES)
 def test_a_change_of_a_pods_rules_is_noticed(netns: int, name: str) -> None:
-    backend, rules = BACKENDS[name](), EndpointRules(("eth0",), QUEUE, ())
+    backend, rules = BACKENDS[name](), EndpointRules(("eth0",), QUEUE, frozenset(), LIMITS)
     backend.apply(netns, rules)
     watch = backend.watch(netns)
     try:
@@ -109,7 +109,7 @@ def test_a_watch_does_not_keep_a_descriptor(netns: int) -> None:
     before = len(list(Path("/proc/self/fd").iterdir()))
     for name in BACKENDS:
         backend = BACKENDS[name]()
-        backend.apply(netns, EndpointRules(("eth0",), QUEUE, ()))
+        backend.apply(netns, EndpointRules(("eth0",), QUEUE, frozenset(), LIMITS))
         watch = backend.watch(netns)
         watch.note()
         watch.close()

@@ -9,6 +9,7 @@ from ipaddress import ip_address
 import pytest
 
 from enforcer_daemon.dataplane.backends import parse_saved
+from enforcer_daemon.dataplane.ratelimits import QueueLimits
 from enforcer_daemon.dataplane.rules import (
     EndpointRules,
     Family,
@@ -24,6 +25,7 @@ RULES = EndpointRules(
     ifnames=("eth0", "net1"),
     queue_number=47474,
     node_addresses=frozenset(map(ip_address, ("10.0.0.9", "10.0.0.1", "fd00::1"))),
+    limits=QueueLimits(per_source=4_000, total=8_000),
 )
 FAMILIES: tuple[Family, ...] = (4, 6)
 

@@ -67,8 +67,13 @@ def test_every_kind_of_value_is_read() -> None:
         ({"node": "n", "networks": {"enforced": ["10.0.0.1/8"]}}, "networks.enforced[0]: 10.0.0.1/8 has host bits"),
         ({"node": "n", "networks": {"masquerade": ["x"]}}, "networks.masquerade[0]: "),
         ({"node": "n", "credentials": {"caKey": "/x"}}, "credentials.caCertificate and credentials.caKey"),
-        ({"node": "n", "dataplane": {"queueNumber": 65_536}}, "dataplane.queueNumber: must be 0 to 65535"),
+        ({"node": "n", "dataplane": {"queueNumber": 65_536}}, "dataplane.queueNumber: must be 0 to 65534"),
         ({"node": "n", "dataplane": {"queueNumber": True}}, "dataplane.queueNumber: must be a number"),
+        ({"node": "n", "dataplane": {"maxPacketsPerS": 999}}, "dataplane.maxPacketsPerS: must be 1000 to 1000000"),
+        (
+            {"node": "n", "dataplane": {"maxPacketsPerSPerSource": 1_000_001}},
+            "dataplane.maxPacketsPerSPerSource: must be 1000 to 1000000",
+        ),
         ({"node": "n", "dataplane": {"packetsPerTurn": 0}}, "dataplane.packetsPerTurn: must be more than 0"),
         (
             {"node": "n", "handshake": {"tokenLifetimeS": 86_401}},
