@@ -30,6 +30,7 @@ from trireme_signer.cluster import CONFLICT, Cluster
 from trireme_signer.judging import Grant
 from trireme_signer.rotation import Schedule
 from trireme_signer.service import Service, SignerSettings
+from trireme_signer.startup import DEFAULT_TAINT
 
 _LEASE_S, _RENEW_S, _RETRY_S = 15, 10, 2
 """How long a lease lasts without renewal, how long renewing is tried, and the pause between tries, seconds."""
@@ -57,6 +58,12 @@ _LEADS = prometheus_client.Gauge("trireme_signer_leads", "Whether this replica i
     "--authority-days", default=365.0, show_default=True, help="Life of an authority; replaced at half of it."
 )
 @click.option("--overlap-hours", default=24.0, show_default=True, help="From making an authority until it signs.")
+@click.option(
+    "--startup-taint",
+    default=DEFAULT_TAINT,
+    show_default=True,
+    help="Key of the taint that a node loses when its enforcer is ready; empty: none.",
+)
 @click.option("--metrics-port", default=9471, show_default=True, help="HTTP port for metrics and liveness; 0: none.")
 @click.option("--identity", default=socket.gethostname, help="This replica's name in the lease.  [default: the host's]")
 def main(
@@ -93,7 +100,10 @@ def _settings(extra_bundle: Path | None, options: Mapping[str, Any]) -> SignerSe
     extra = "" if extra_bundle is None else extra_bundle.read_text(encoding="ascii")
     if extra:
         TrustBundle(x509.load_pem_x509_certificates(extra.encode()))  # Nobody is told of what cannot be read.
-    return SignerSettings(grant, Schedule(life, overlap, certificate), options["secret"], options["bundle"], extra)
+    schedule = Schedule(life, overlap, certificate)
+    return SignerSettings(
+        grant, schedule, options["secret"], options["bundle"], extra, startup_taint=options["startup_taint"]
+    )
 
 
 async def _run(api: ClusterApi, settings: SignerSettings, identity: str, log: Logger) -> None:

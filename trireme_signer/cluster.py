@@ -12,6 +12,7 @@ Manifest = dict[str, Any]
 CONFLICT = 409
 """HTTP status: the object was changed, or made, by somebody else meanwhile."""
 _SILENCE_S = 30.0
+_MERGE_PATCH = "application/merge-patch+json"
 
 
 class Requests(Protocol):
@@ -19,7 +20,7 @@ class Requests(Protocol):
 
     async def get(self, path: str, query: dict[str, str], silence_s: float) -> bytes: ...
 
-    async def send(self, method: str, path: str, body: bytes, silence_s: float) -> bytes: ...
+    async def send(self, method: str, path: str, body: bytes, silence_s: float, content_type: str = ...) -> bytes: ...
 
 
 class Cluster:
@@ -44,6 +45,11 @@ class Cluster:
     async def replace(self, path: str, manifest: Manifest) -> Manifest:
         """Replace an object, if it still has the manifest's version; else raise ApiError with status CONFLICT."""
         return _decoded(await self._api.send("PUT", path, json.dumps(manifest).encode(), _SILENCE_S))
+
+    async def patch(self, path: str, patch: Manifest) -> Manifest:
+        """Change an object by a JSON merge patch (RFC 7386), if it still has the patch's version; else CONFLICT."""
+        body = json.dumps(patch).encode()
+        return _decoded(await self._api.send("PATCH", path, body, _SILENCE_S, _MERGE_PATCH))
 
 
 def _decoded(body: bytes) -> Manifest:

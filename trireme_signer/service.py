@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The signer at work: keeps the authorities, publishes the bundle, and serves requests while it leads."""
+"""The signer at work: keeps the authorities, publishes the bundle, serves requests, and frees nodes, while it leads."""
 
 from __future__ import annotations
 
@@ -22,6 +22,7 @@ from trireme_signer.custody import CustodyError, bundle_pem, read_custody
 from trireme_signer.judging import Grant
 from trireme_signer.requests import PATH, RequestDesk
 from trireme_signer.rotation import Authorities, Schedule
+from trireme_signer.startup import StartupTaints
 
 _TEND_S = 30.0
 """How often the authorities are looked at, seconds; more often where their steps are shorter."""
@@ -41,6 +42,8 @@ class SignerSettings:
     """ConfigMap that the bundle is published in, in the grant's namespace."""
     extra_bundle: str = ""
     """PEM of authorities of other trust domains, which nodes are to believe too."""
+    startup_taint: str = ""
+    """Key of the taint that nodes lose when their enforcer is ready; empty: nodes are left alone."""
 
 
 def request_resource() -> Resource[Manifest]:
@@ -61,15 +64,20 @@ class Service:
         log: Logger,
         roll: Callable[[], float],
     ) -> None:
-        self._cluster = Cluster(api)
+        self._cluster = cluster = Cluster(api)
         self._settings = settings
         self._log = log
         self._authorities: Authorities | None = None
         self._wake = asyncio.Event()
         self._desk = RequestDesk(self._cluster, settings.grant, self._signer, log, _now)
-        shared = Surroundings(api, kubernetes, log, self._wake.set, roll)
+
+        def shared(on_change: Callable[[], None]) -> Surroundings:
+            return Surroundings(api, kubernetes, log, on_change, roll)
+
         selector = f"spec.signerName={settings.grant.signer_name}"
-        self._requests: Reflector[Manifest] = Reflector(Table(request_resource()), shared, selector)
+        self._requests: Reflector[Manifest] = Reflector(Table(request_resource()), shared(self._wake.set), selector)
+        taint = settings.startup_taint
+        self._taints = StartupTaints(cluster, settings.grant, taint, shared, log) if taint else None
 
     def _signer(self) -> Authority:
         if self._authorities is None:
@@ -83,6 +91,8 @@ class Service:
             tasks.create_task(self._tend_forever(), name="authorities")
             tasks.create_task(self._requests.run(), name="requests")
             tasks.create_task(self._serve(), name="desk")
+            if self._taints is not None:
+                tasks.create_task(self._taints.run(), name="startup taints")
 
     async def _until_done(self, work: Callable[[], Awaitable[None]]) -> None:
         while True:

@@ -33,6 +33,7 @@ CREDENTIALS = {
         "bundleConfigMap": f"{NAMESPACE}/trireme-trust-bundle",
     }
 }
+TAINT = {"key": "trireme.io/agent-not-ready", "effect": "NoSchedule"}
 ALLOW = policy("allow", "server", ingress=[{"from": [app("client")]}])
 PODS = (pod("client", "a"), pod("server", "b"), pod("other", "a"))
 
@@ -46,6 +47,7 @@ class SignedLab(KubeLab):
         super()._start_api()
         for node in self.world.nodes:
             token = add_node(self.api, node.name)
+            self.api.patch("Node", "", node.name, {"spec": {"taints": [TAINT]}})
             for address in node.addresses:
                 self.api.users[str(address)] = self.api.users[token]
         kubeconfig = self.api.write_kubeconfig(self.directory / "signer.kubeconfig", "signer")
@@ -122,6 +124,7 @@ def test_the_shipped_roles_grant_what_is_used_and_no_more(lab: SignedLab, accoun
         return any((asked.verb, asked.resource) == ("patch", "events") for asked in lab.api.asked)
 
     await_that(is_event_repeated, "no event was told again")
+    await_that(lambda: all("taints" not in node["spec"] for node in lab.api.all("Node")), "nodes keep their taint")
     with pytest.raises(LabError, match="stranger"):  # A pod that the watch does not bring is asked for by name.
         Lab.add_pod(lab, pod("stranger", "a"))
     granted = grants(yaml.safe_load_all((ROOT / "install" / "trireme.yaml").read_text()), account)

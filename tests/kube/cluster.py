@@ -37,7 +37,7 @@ def add_node(api: FakeApi, node: str) -> str:
                 "ownerReferences": [{"kind": "DaemonSet", "name": ACCOUNT, "uid": "uid-set", "controller": True}],
             },
             "spec": {"nodeName": node, "serviceAccountName": ACCOUNT},
-            "status": {"phase": "Running"},
+            "status": {"phase": "Running", "conditions": [{"type": "Ready", "status": "True"}]},
         },
     )
     token = f"token-{node}"
