@@ -13,6 +13,7 @@ from enforcer_daemon.daemon.flowstore import FlowStore
 from enforcer_daemon.daemon.node import Node
 from enforcer_daemon.daemon.reconsider import Reconsideration
 from enforcer_daemon.daemon.sandbox import Sandbox
+from enforcer_daemon.daemon.service import QueueService
 from enforcer_daemon.daemon.world import CompiledWorld
 from enforcer_daemon.datapath.context import EndpointContext
 from enforcer_daemon.datapath.endpoint import EndpointDatapath
@@ -73,6 +74,7 @@ class Endpoint:
         """Why the endpoint cannot open connections at present; empty where it can."""
         self._node = node
         self._queue: PacketQueue | None = None
+        self._service: QueueService | None = None
         self._watch: RulesWatch | None = None
         # No larger than what the queue shows of a packet: a frame must be read, written and taken off whole.
         self.mtu = min(MAX_COPIED_BYTES, *(interface(sandbox.netns_fd, name).mtu for name in sandbox.ifnames))
@@ -96,7 +98,7 @@ class Endpoint:
             log.error("packet dropped by an internal error", error=repr(err))
 
         queue = PacketQueue.open(self.sandbox.netns_fd, settings, self._judge, on_error=on_error)
-        asyncio.get_running_loop().add_reader(queue.fileno(), queue.read_turn)
+        self._service = QueueService(queue, asyncio.get_running_loop())
         self._queue = queue
 
     def rules(self, settings: DataplaneSettings) -> EndpointRules:
@@ -202,7 +204,9 @@ class Endpoint:
     def close(self) -> None:
         """Stop serving and let go of the namespace; its rules stay, so that nothing passes unjudged."""
         if self._queue is not None:
-            asyncio.get_running_loop().remove_reader(self._queue.fileno())
+            if self._service is not None:
+                self._service.close()
+                self._service = None
             self._queue.close()
             self._queue = None
             if self._repeating is not None:

@@ -62,7 +62,8 @@ class PacketQueue:
     """One endpoint's queue, bound inside its network namespace. For the event loop's thread alone."""
 
     __slots__ = ("_counters", "_held", "_injector", "_is_backlogged", "_judge", "_on_error", "_overflow",
-                 "_packets_per_turn", "_queue", "_sock", "_turn", "errors", "lost")  # fmt: skip
+                 "_packets_per_turn", "_queue", "_refused", "_sock", "_turn", "errors", "is_mostly_refused",
+                 "lost")  # fmt: skip
 
     def __init__(
         self,
@@ -81,6 +82,9 @@ class PacketQueue:
         self._on_error = on_error
         self._packets_per_turn = packets_per_turn
         self._is_backlogged = False
+        self._refused = 0
+        self.is_mostly_refused = False
+        """Whether more waited at the end of the last turn, and most of it was dropped: others should come first."""
         self._held: dict[int, Packet] = {}
         self._counters: QueueCounters | None = None
         self._overflow: Overflow | None = None
@@ -169,8 +173,10 @@ class PacketQueue:
         if self._is_backlogged:
             bound = max(1, bound // _BACKLOG_DIVISOR)
         turn.left = bound
+        self._refused = 0
         self._queue.run_socket(cast(socket.socket, turn))
         self._is_backlogged = turn.left <= 0
+        self.is_mostly_refused = self._is_backlogged and 2 * self._refused > bound
         return bound - turn.left
 
     def carry_out(self, effects: tuple[Settle | Inject, ...]) -> None:
@@ -216,6 +222,7 @@ class PacketQueue:
         action, payload, mark, hold_id, _ = verdict
         if action is Action.DROP:
             packet.drop()
+            self._refused += 1
             return
         if action is Action.HOLD:
             if hold_id in self._held:

@@ -153,6 +153,21 @@ def test_a_turn_is_bounded_and_shorter_while_there_is_a_backlog(lab: Lab) -> Non
         queue.close()
 
 
+@pytest.mark.parametrize(("verdict", "is_refused"), [(DROP, True), (ACCEPT, False)], ids=["dropped", "accepted"])
+def test_a_backlog_of_what_is_refused_is_told_from_one_of_honest_load(
+    lab: Lab, verdict: Verdict, *, is_refused: bool
+) -> None:
+    settings = dataclasses.replace(SETTINGS, packets_per_turn=16)
+    queue = PacketQueue.open(lab.pod, settings, Recorder(lambda *_: verdict), on_error=silent)
+    try:
+        send_datagrams(lab, 17, 10)
+        assert wait_until(lambda: waiting(lab) == 17)
+        assert (queue.read_turn(), queue.is_mostly_refused) == (16, is_refused)
+        assert (queue.read_turn(), queue.is_mostly_refused) == (1, False)
+    finally:
+        queue.close()
+
+
 def waiting(lab: Lab) -> int:
     """Return how many packets wait for a verdict, by the kernel's count."""
     path = Path("/proc/thread-self/net/netfilter/nfnetlink_queue")
