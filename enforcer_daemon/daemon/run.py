@@ -128,6 +128,8 @@ class Daemon:
             # A pod that was deleted meanwhile may lack its interfaces already: there is nothing to adopt.
             drained = await drain(self._deletions, self._endpoints.delete)
             await self._endpoints.adopt()
+            # Asking for the next world says that the first is in force; before, the cluster admits no pod.
+            tasks.create_task(self._follow_worlds(worlds), name="policies")
             if self._enrolment is not None:
                 await self._enrolment.look(is_start=True)
                 tasks.create_task(self._enrol(self._enrolment), name="enrolment")
@@ -140,7 +142,6 @@ class Daemon:
             tasks.create_task(self._tend(), name="tend")
             tasks.create_task(self._upkeep(), name="upkeep")
             tasks.create_task(self._keep_rules(), name="rules")
-            tasks.create_task(self._follow_worlds(worlds), name="policies")
             tasks.create_task(self._follow_addresses(addresses), name="addresses")
 
     def _worlds(self) -> AsyncIterator[World]:

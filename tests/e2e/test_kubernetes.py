@@ -307,3 +307,15 @@ def test_a_daemon_with_neither_server_nor_kept_state_is_not_ready_and_says_why(l
     assert not reaches(lab, "x/client")
     lab.apply(ALLOW)
     assert reaches(lab, "x/client")
+
+
+def test_a_pod_that_nobody_registered_is_enforced_when_the_daemon_is_ready(lab: KubeLab) -> None:
+    """The node's first daemon finds pods from before it; what the cluster says of them is in force by then."""
+    node = lab.node("b")
+    node.stop()
+    for record in (node.directories.run / "endpoints").iterdir():
+        record.unlink()
+    node.start()
+    node.wait_ready()
+    assert [found["pod"] for found in node.endpoints()] == ["server"]
+    assert "pod not enrolled" not in [record["event"] for record in node.log_records()]
