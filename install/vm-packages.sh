@@ -2,7 +2,7 @@
 # Install what tests/vm/boot.py needs to boot Debian's own kernel in software emulation.
 set -eu
 
-packages="qemu-system-x86 busybox-static cpio"
+packages="qemu-system-x86 busybox-static cpio squashfs-tools"
 missing=""
 for package in $packages; do
     [ "$(dpkg-query -W -f='${db:Status-Status}' "$package" 2>/dev/null)" = installed ] || missing="$missing $package"

@@ -13,16 +13,16 @@ import time
 from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import aiohttp
 import yaml
-from kubernetes.aio.client import ApiClient, Configuration
-from kubernetes.aio.config import ConfigException, load_kube_config
-from kubernetes.aio.config.incluster_config import InClusterConfigLoader
 
 from enforcer_daemon.errors import EnforcerError, SettingsError
 from enforcer_daemon.settings import KubernetesSettings
+
+if TYPE_CHECKING:
+    from kubernetes.aio.client import ApiClient
 
 SERVICE_ACCOUNT = Path("/var/run/secrets/kubernetes.io/serviceaccount")
 """Where kubelet mounts a pod's token, the cluster's authority and the pod's namespace."""
@@ -92,6 +92,11 @@ class ClusterApi:
 
     async def open(self) -> None:
         """Read the credentials; raise SettingsError where they cannot be used."""
+        # Some hundreds of modules, which nobody need wait for whose policies come from a directory.
+        from kubernetes.aio.client import ApiClient, Configuration
+        from kubernetes.aio.config import ConfigException, load_kube_config
+        from kubernetes.aio.config.incluster_config import InClusterConfigLoader
+
         configuration = Configuration()
         try:
             if self._settings.kubeconfig is None:

@@ -56,7 +56,7 @@ WORLD = WorldSpec(
         pod("stranger", "a", app="client"),
         pod("ask-outside", "a"),
     ),
-    hosts=(OUTSIDE,),
+    hosts=(OUTSIDE, HostSpec("client", node="a"), HostSpec("dns", node="b")),
     services=(SERVICE,),
     manifests=MANIFESTS,
 )

@@ -11,14 +11,13 @@ import os
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 
+from tests.e2e.bad_network import bad_network
 from tests.e2e.operation_world import FAMILIES, HTTP, NODES, app, connection, in_background, pod, policy, transfer
-from triremectl.lab import HostSpec, Lab, LabError, Tools, WorldSpec
-from triremectl.lab.network import UPLINK
+from triremectl.lab import HostSpec, Lab, Tools, WorldSpec
 
 pytestmark = [pytest.mark.kernel, pytest.mark.slow, pytest.mark.stock_kernel]
 
@@ -50,24 +49,6 @@ def lab(plugin: Path) -> Iterator[Lab]:
         yield lab
 
 
-@contextmanager
-def _bad_network(lab: Lab, *what: str) -> Iterator[None]:
-    """Let what leaves either node for the other go through the emulator; skip where the kernel has none."""
-    places = [f"node:{name}" for name in "ab"]
-    try:
-        for place in places:
-            lab.run(place, "tc", "qdisc", "replace", "dev", UPLINK, "root", "netem", *what)
-    except LabError as err:
-        if "qdisc kind is unknown" not in str(err):
-            raise
-        pytest.skip("this kernel has no network emulator (CONFIG_NET_SCH_NETEM)")
-    try:
-        yield
-    finally:
-        for place in places:
-            lab.run(place, "tc", "qdisc", "delete", "dev", UPLINK, "root")
-
-
 def _exchange_s(lab: Lab, ends: tuple[str, str], version: int, *, speaks: bool) -> float:
     """Connect, hear the server's banner, and, where the client speaks too, the echo; return how long it took."""
     source, target = ends
@@ -97,7 +78,7 @@ def test_five_percent_loss_each_way(lab: Lab) -> None:
     what a first round leaves in doubt, a second one decides.
     """
     took: dict[tuple[str, str], list[float]] = {PLAIN: [], ENFORCED: []}
-    with _bad_network(lab, "delay", "10ms", "loss", "5%"):
+    with bad_network(lab, "delay", "10ms", "loss", "5%"):
         for _ in range(ROUNDS):
             for ends, seconds in _alternate(lab, CONNECTIONS):
                 took[ends].append(seconds)
@@ -132,7 +113,7 @@ def _alternate(lab: Lab, count: int) -> Iterator[tuple[tuple[str, str], float]]:
     ids=["delay", "duplicates", "reordering", "all together"],
 )
 def test_connections_come_about(lab: Lab, what: tuple[str, ...], version: int, *, speaks: bool) -> None:
-    with _bad_network(lab, *what), ThreadPoolExecutor(AT_ONCE) as executor:
+    with bad_network(lab, *what), ThreadPoolExecutor(AT_ONCE) as executor:
         futures = [executor.submit(_exchange_s, lab, ENFORCED, version, speaks=speaks) for _ in range(50)]
         assert all(future.result() < GIVE_UP_S for future in futures)
 
@@ -140,7 +121,7 @@ def test_connections_come_about(lab: Lab, what: tuple[str, ...], version: int, *
 @pytest.mark.parametrize("version", VERSIONS)
 def test_what_is_transferred_arrives_as_it_was(lab: Lab, version: int) -> None:
     with (
-        _bad_network(lab, "delay", "5ms", "3ms", "duplicate", "5%", "reorder", "20%", "loss", "1%"),
+        bad_network(lab, "delay", "5ms", "3ms", "duplicate", "5%", "reorder", "20%", "loss", "1%"),
         connection(lab, *ENFORCED, version) as (client, server),
         in_background(lambda: transfer(client, server, 1)),
     ):

@@ -1,17 +1,19 @@
 # SPDX-License-Identifier: Apache-2.0
 """SCTP, and protocols without ports: judged by address alone, and never let through by a rule that they cannot meet.
 
-Raw sockets at both ends, so that the kernel needs no SCTP of its own.
+Raw sockets at both ends, so that the kernel needs no SCTP of its own; and its own sockets, where it has them.
 """
 
 from __future__ import annotations
 
+import errno
 import secrets
+import select
 import socket
 import struct
 import time
 from collections.abc import Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from pathlib import Path
 
 import pytest
@@ -49,6 +51,9 @@ ALLOWED = {
 NAMES = ("open", "closed", *RULES)
 PATIENCE_S = 10.0
 LATE_S = 0.05
+REPEATED_AFTER_S = 3.5
+"""The kernel repeats the first packet of an association after three seconds (RFC 9260, RTO.Initial)."""
+Way = tuple[str, str]
 
 
 def _out(rule: dict[str, object]) -> dict[str, object]:
@@ -136,3 +141,75 @@ def test_only_rules_by_address_reach_what_has_no_identity(lab: Lab, protocol: in
     for name in ("closed", "labels"):
         for place in (f"x/in-{name}", f"x/out-{name}"):
             assert denials(lab, place)[-1] == "protocol-not-authenticated"
+
+
+@pytest.fixture
+def association_lab(lab: Lab) -> Lab:
+    try:
+        socket.socket(socket.AF_INET, socket.SOCK_STREAM, SCTP_NUMBER).close()
+    except OSError as err:
+        if err.errno != errno.EPROTONOSUPPORT:
+            raise
+        pytest.skip("this kernel has no SCTP (CONFIG_IP_SCTP)")
+    return lab
+
+
+@pytest.mark.stock_kernel
+@pytest.mark.parametrize("version", VERSIONS)
+def test_the_kernels_own_associations_come_about_where_rules_by_address_allow_them(
+    association_lab: Lab, version: int
+) -> None:
+    lab = association_lab
+    ways = [("x/client", f"x/in-{name}") for name in NAMES] + [(f"x/out-{name}", "x/target") for name in NAMES]
+    expected = {way for way in ways if _is_allowed(way, SCTP_NUMBER)}
+    with ExitStack() as stack:
+
+        def bound(place: str, port: int) -> socket.socket:
+            there = lab.place(place)
+            sock = stack.enter_context(open_socket(there.netns, FAMILIES[version], socket.SOCK_STREAM, SCTP_NUMBER))
+            sock.settimeout(PATIENCE_S)
+            sock.bind((str(there.address(version)), port))
+            return sock
+
+        listeners = {target: bound(target, PORT) for _, target in ways}
+        for listener in listeners.values():
+            listener.listen(len(ways))
+        clients = {way: bound(way[0], 0) for way in ways}
+        for (_, target), client in clients.items():
+            client.setblocking(False)
+            with suppress(BlockingIOError):
+                client.connect((str(lab.address_of(target, version)), PORT))
+        assert _associated(clients, expected) == expected
+        _hear_words_both_ways(clients, listeners, expected)
+    for name in ("closed", "labels"):
+        for place in (f"x/in-{name}", f"x/out-{name}"):
+            assert denials(lab, place)[-1] == "protocol-not-authenticated"
+
+
+def _associated(clients: dict[Way, socket.socket], expected: set[Way]) -> set[Way]:
+    """Return the ways that came about, when all have that should, and the others had time to."""
+    deadline = time.monotonic() + PATIENCE_S
+    while True:
+        writable = select.select([], clients.values(), [], 0)[1]
+        associated = {way for way, client in clients.items() if client in writable}
+        if expected <= associated or time.monotonic() > deadline:
+            break
+        time.sleep(LATE_S)
+    time.sleep(REPEATED_AFTER_S)
+    writable = select.select([], clients.values(), [], 0)[1]
+    return {way for way, client in clients.items() if client in writable}
+
+
+def _hear_words_both_ways(
+    clients: dict[Way, socket.socket], listeners: dict[str, socket.socket], associated: set[Way]
+) -> None:
+    for way in associated:
+        clients[way].settimeout(PATIENCE_S)
+        clients[way].sendall(repr(way).encode())
+    for _, target in associated:
+        accepted, _ = listeners[target].accept()
+        with accepted:
+            accepted.settimeout(PATIENCE_S)
+            accepted.sendall(accepted.recv(1_000))
+    for way in associated:
+        assert clients[way].recv(1_000) == repr(way).encode()

@@ -18,6 +18,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from ipaddress import ip_address
+from pathlib import Path
 
 import pytest
 
@@ -107,30 +108,46 @@ def open_lab() -> Iterator[Lab]:
         for _ in range(3):
             fds.append(new_netns())
         lab = Lab(*fds)
-        for fd in fds:  # a forwarded packet needs a link-local address that is not tentative
-            run_in(fd, ("sysctl", "-qw", "net.ipv6.conf.default.accept_dad=0", "net.ipv6.conf.all.accept_dad=0"))
-        _link(lab.node, "pod0", lab.pod, "eth0", NODE, POD)
-        _link(lab.node, "out0", lab.remote, "eth0", NODE_OUTSIDE, REMOTE)
-        for place, gateway in ((lab.pod, NODE), (lab.remote, NODE_OUTSIDE)):
-            ip(place, f"-4 route add default via {gateway[4]}")
-            ip(place, f"-6 route add default via {gateway[6]}")
-        run_in(lab.node, ("sysctl", "-qw", "net.ipv4.ip_forward=1", "net.ipv6.conf.all.forwarding=1"))
+        for fd in fds:
+            open_in(fd, _set_parameters)
+        links = _link("pod0", lab.pod, "eth0") + _link("out0", lab.remote, "eth0")
+        _ip_batch(lab.node, [*links, *_addresses("pod0", NODE), *_addresses("out0", NODE_OUTSIDE)])
+        for place, addresses, gateway in ((lab.pod, POD, NODE), (lab.remote, REMOTE, NODE_OUTSIDE)):
+            routes = [f"route add default via {gateway[version]}" for version in FAMILIES]
+            _ip_batch(place, [*_addresses("eth0", addresses), *routes])
         yield lab
     finally:
         for fd in fds:
             os.close(fd)
 
 
-def _link(
-    left: int, left_name: str, right: int, right_name: str, lefts: dict[int, str], rights: dict[int, str]
-) -> None:
-    ip(left, f"link add {left_name} type veth peer name {right_name}")
-    ip(left, f"link set {right_name} netns /proc/{os.getpid()}/fd/{right}")
-    for place, name, addresses in ((left, left_name, lefts), (right, right_name, rights)):
-        ip(place, f"addr add {addresses[4]}/24 dev {name}")
-        ip(place, f"addr add {addresses[6]}/64 dev {name} nodad")
-        ip(place, f"link set {name} up")
-        ip(place, "link set lo up")
+def _set_parameters() -> None:
+    """Let a namespace forward; a forwarded packet needs a link-local address that is not tentative."""
+    for name in ("ipv4/ip_forward", "ipv6/conf/all/forwarding"):
+        Path("/proc/sys/net", name).write_text("1", encoding="ascii")
+    for name in ("default", "all"):
+        Path("/proc/sys/net/ipv6/conf", name, "accept_dad").write_text("0", encoding="ascii")
+
+
+def _link(left: str, place: int, right: str) -> list[str]:
+    return [
+        f"link add {left} type veth peer name {right}",
+        f"link set {right} netns /proc/{os.getpid()}/fd/{place}",
+    ]
+
+
+def _addresses(name: str, addresses: dict[int, str]) -> list[str]:
+    return [
+        f"addr add {addresses[4]}/24 dev {name}",
+        f"addr add {addresses[6]}/64 dev {name} nodad",
+        f"link set {name} up",
+        "link set lo up",
+    ]
+
+
+def _ip_batch(place: int, commands: list[str]) -> None:
+    """One program for all: to start one for each takes most of a test's time on an emulated processor."""
+    run_in(place, ("ip", "-batch", "-"), "\n".join(commands) + "\n")
 
 
 def ip(place: int, arguments: str) -> None:
