@@ -29,9 +29,9 @@ demo: plugin ## two nodes, real pods, a policy change: who may reach whom (as ro
 test: plugin lint ## all tests that this kernel can run (as root)
 	$(PYTEST) tests
 
-test-vm: plugin ## tests marked stock_kernel, on Debian's own kernel under qemu: about ten minutes (as root)
+test-vm: plugin ## tests marked stock_kernel, on Debian's own kernel under qemu (as root)
 	install/vm-packages.sh
-	$(BIN)/python -m compileall -q enforcer_daemon cni_plugin triremectl
+	$(BIN)/python tests/vm/suite.py --compile
 	$(BIN)/python tests/vm/boot.py --timeout $(VM_TIMEOUT) .venv/bin/python tests/vm/suite.py
 
 check: lint ## format, lint, types, import rules, unit tests: seconds, no root
