@@ -17,6 +17,8 @@ from triremectl.lab.network import ROUTED_GATEWAY_V6
 SHIPPED_CONFLIST = Path(__file__).resolve().parents[2] / "conf" / "10-trireme.conflist"
 TRIREME = "trireme"
 """Type of our plugin's entry."""
+ADD_TIMEOUT_S = 45
+"""How long a pod waits for its registration, unless the given chain says it: an emulated machine is slow."""
 
 
 def load_conflist(path: Path) -> dict[str, Any]:
@@ -49,6 +51,7 @@ def node_conflist(
     for plugin in plugins:
         if plugin.get("type") == TRIREME:
             plugin["runDir"] = str(run_dir)
+            plugin.setdefault("addTimeoutSeconds", ADD_TIMEOUT_S)
         if "ipam" in plugin and is_routed:
             plugin |= {"isGateway": False, "ipam": _routed_ipam(networks)}
         elif "ipam" in plugin:

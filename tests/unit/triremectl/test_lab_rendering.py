@@ -11,7 +11,7 @@ import yaml
 
 from enforcer_daemon.model import PodRef
 from enforcer_daemon.settings import decode_settings
-from triremectl.lab.chain import SHIPPED_CONFLIST, load_conflist, node_conflist
+from triremectl.lab.chain import ADD_TIMEOUT_S, SHIPPED_CONFLIST, load_conflist, node_conflist
 from triremectl.lab.errors import LabError, ScenarioError
 from triremectl.lab.manifests import ObjectRef, object_ref, put_manifest, remove_manifest
 from triremectl.lab.network import fabric_lines, node_rules, uplink_lines
@@ -51,7 +51,7 @@ def test_a_nodes_chain_is_the_shipped_one_with_its_own_networks_and_directories(
     bridge, *_, trireme = chain["plugins"]
     assert bridge["ipam"]["ranges"] == [[{"subnet": "10.244.1.0/24"}], [{"subnet": "fd00:10:244:1::/64"}]]
     assert bridge["ipam"]["dataDir"] == "/d/ipam"
-    assert trireme == {"type": "trireme", "runDir": "/d/run"}
+    assert trireme == {"type": "trireme", "runDir": "/d/run", "addTimeoutSeconds": ADD_TIMEOUT_S}
 
 
 def test_without_enforcement_only_our_plugin_is_left_out() -> None:
