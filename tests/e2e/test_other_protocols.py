@@ -171,7 +171,7 @@ def test_the_kernels_own_associations_come_about_where_rules_by_address_allow_th
             sock.bind((str(there.address(version)), port))
             return sock
 
-        listeners = {target: bound(target, PORT) for _, target in ways}
+        listeners = {target: bound(target, PORT) for target in {target for _, target in ways}}
         for listener in listeners.values():
             listener.listen(len(ways))
         clients = {way: bound(way[0], 0) for way in ways}
