@@ -15,9 +15,10 @@ import uvloop
 
 from enforcer_daemon.daemon.preflight import find_problems
 from enforcer_daemon.daemon.run import serve
+from enforcer_daemon.daemon.withdrawal import withdraw as withdraw_all
 from enforcer_daemon.errors import EnforcerError
 from enforcer_daemon.settings import Settings, load_settings
-from enforcer_daemon.telemetry.logs import open_log
+from enforcer_daemon.telemetry.logs import Logger, open_log
 
 EXIT_FAILED = 1
 EXIT_SETTINGS = 2
@@ -39,7 +40,12 @@ EXIT_SETTINGS = 2
     is_flag=True,
     help="Say what is wrong with the settings and with the files that they name, and end.",
 )
-def main(config: Path, node: str | None, *, check_config: bool) -> None:
+@click.option(
+    "--withdraw",
+    is_flag=True,
+    help="Take the rules out of all pods and the guard off the node, and end: nobody judges the pods' traffic then.",
+)
+def main(config: Path, node: str | None, *, check_config: bool, withdraw: bool) -> None:
     """Enforce NetworkPolicy on this node's pods by who they are."""
     try:
         settings = load_settings(config, node)
@@ -53,6 +59,9 @@ def main(config: Path, node: str | None, *, check_config: bool) -> None:
         click.echo("trireme-enforcer: must run as root: it enters the pods' network namespaces", err=True)
         sys.exit(EXIT_FAILED)
     log = open_log(settings.log, node=settings.node)
+    if withdraw:
+        _withdraw(settings, log)
+        return
     try:
         with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
             runner.run(serve(settings, log))
@@ -69,6 +78,18 @@ def _check(config: Path, settings: Settings) -> None:
     if problems:
         sys.exit(EXIT_SETTINGS)
     click.echo(f"{config}: valid")
+
+
+def _withdraw(settings: Settings, log: Logger) -> None:
+    try:
+        left = withdraw_all(settings, log)
+    except EnforcerError as err:
+        left = [str(err)]
+    for problem in left:
+        log.error("not withdrawn", error=problem)
+    if left:
+        sys.exit(EXIT_FAILED)
+    log.info("withdrawn")
 
 
 def _leaves(error: BaseException) -> Iterator[BaseException]:

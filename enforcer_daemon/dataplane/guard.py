@@ -211,7 +211,9 @@ class Guard:
 
     def remove_tables(self) -> None:
         """Take the guard away as a whole, as when the product is removed from the node; not when the daemon stops."""
-        _nft(_text(f"{verb} table {table}" for table in _tables(self._on_links) for verb in ("add", "delete")))
+        self._look_at_kernel()
+        if self._has_nft:
+            _nft(_text(f"{verb} table {table}" for table in _tables(self._on_links) for verb in ("add", "delete")))
         self._applied, self._left = {}, ()
 
     def drops(self) -> dict[str, int]:

@@ -90,6 +90,18 @@ def test_one_enforcer_at_a_time_runs_on_a_node() -> None:
     assert strategy["rollingUpdate"]["maxSurge"] == 0
 
 
+def test_removal_takes_the_plugin_out_before_the_rules_and_leaves_no_enforcer() -> None:
+    daemon_set = objects(render({"uninstall": True}))["DaemonSet", "trireme-enforcer"]
+    assert daemon_set["spec"]["updateStrategy"]["rollingUpdate"] == {"maxSurge": 0, "maxUnavailable": "100%"}
+    pod = pod_of(daemon_set)
+    steps = [[*container["command"], *container.get("args", ())] for container in pod["initContainers"]]
+    assert [(step[0], step[-1]) for step in steps] == [
+        ("trireme-install", "uninstall"),
+        ("trireme-enforcer", "--withdraw"),
+    ]
+    assert [container["name"] for container in pod["containers"]] == ["installer"]
+
+
 @pytest.mark.parametrize("changed", CHANGES, ids=str)
 def test_every_volume_is_there_and_every_command_exists(changed: dict[str, Any]) -> None:
     for (kind, _), found in objects(render(changed)).items():
@@ -97,9 +109,10 @@ def test_every_volume_is_there_and_every_command_exists(changed: dict[str, Any])
             continue
         pod = pod_of(found)
         volumes = {volume["name"] for volume in pod["volumes"]}
-        mounted = {mount["name"] for container in pod["containers"] for mount in container["volumeMounts"]}
+        containers = [*pod.get("initContainers", ()), *pod["containers"]]
+        mounted = {mount["name"] for container in containers for mount in container["volumeMounts"]}
         assert volumes == mounted
-        for container in pod["containers"]:
+        for container in containers:
             assert container["command"][0] in {*PROJECT["scripts"], "trireme-signer"}
 
 

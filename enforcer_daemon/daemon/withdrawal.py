@@ -1,0 +1,61 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Takes everything of ours out of the node, when the product is removed: pods go on, and nobody judges them."""
+
+from __future__ import annotations
+
+import os
+
+from enforcer_daemon.daemon.adoption import Adoption
+from enforcer_daemon.daemon.flowstore import FlowStore
+from enforcer_daemon.daemon.sandbox import Sandbox
+from enforcer_daemon.dataplane.backends import RulesBackend, choose_backend
+from enforcer_daemon.dataplane.guard import Guard
+from enforcer_daemon.errors import DataplaneError, NetnsError
+from enforcer_daemon.model import NetnsId
+from enforcer_daemon.registration.admin import AdminServer
+from enforcer_daemon.registration.registry import Registry
+from enforcer_daemon.settings import Settings
+from enforcer_daemon.telemetry.logs import Logger
+
+
+def withdraw(settings: Settings, log: Logger) -> list[str]:
+    """Remove the rules of all recorded pods, the records and the guard; give what is left, each with its cause.
+
+    Raise EnforcerError where a daemon runs, which would put everything back, or where the kernel cannot be asked.
+    """
+    run_dir = settings.registration.run_dir
+    with AdminServer(run_dir / "admin.sock", {}):  # Its lock is the daemon's.
+        backend = choose_backend(settings.dataplane.rules_backend)
+        registry = Registry(run_dir / "endpoints")
+        adoption = Adoption(registry, log)
+        adoption.load()
+
+        def forget_flows(netns: NetnsId) -> None:
+            FlowStore(run_dir / "flows" / f"{netns.device}-{netns.inode}.jsonl", log).remove()
+
+        left = [f"record {aside.path}: {aside.problem}" for aside in registry.set_aside]
+        for sandbox in adoption.sandboxes(lambda _: False, forget_flows):
+            problem = _remove_rules(sandbox, backend)
+            if problem:
+                left.append(problem)
+                continue
+            for attachment in sandbox.requests:
+                registry.remove(attachment)
+            forget_flows(sandbox.netns)
+            log.info("rules removed", pod=_pod(sandbox))
+        Guard().remove_tables()
+    return left
+
+
+def _remove_rules(sandbox: Sandbox, backend: RulesBackend) -> str:
+    try:
+        backend.remove(sandbox.netns_fd)
+    except (DataplaneError, NetnsError) as err:
+        return f"pod {_pod(sandbox)}: {err}"
+    finally:
+        os.close(sandbox.netns_fd)
+    return ""
+
+
+def _pod(sandbox: Sandbox) -> str:
+    return str(next(iter(sandbox.requests.values())).pod)
