@@ -14,7 +14,7 @@ from enforcer_daemon.model import IPNetwork
 from triremectl.lab.errors import LabError
 from triremectl.lab.network import ROUTED_GATEWAY_V6
 
-SHIPPED_CONFLIST = Path(__file__).resolve().parents[2] / "conf" / "10-trireme.conflist"
+SHIPPED_CONFLIST = Path(__file__).with_name("10-trireme.conflist")
 TRIREME = "trireme"
 """Type of our plugin's entry."""
 ADD_TIMEOUT_S = 45
