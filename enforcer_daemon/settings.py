@@ -211,6 +211,9 @@ class DataplaneSettings:
     """Packets of one endpoint before the next endpoint has its turn; an eighth of it where more wait all the time."""
     receive_buffer_bytes: int = 4 * 1024 * 1024
     """Socket buffer of one queue; beyond it the kernel drops. Both are counted."""
+    sysctl_dir: Path = Path("/proc/sys/net")
+    """Where conntrack's settings in the pods' namespaces are set; in a container, where the node's are mounted, since
+    its own cannot be written."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -91,7 +91,7 @@ class Endpoint:
 
     def open(self, settings: DataplaneSettings, log: Logger) -> None:
         """Bind the queue inside the namespace and serve it from the running loop; raise DataplaneError."""
-        for message in tune_conntrack(self.sandbox.netns_fd):
+        for message in tune_conntrack(self.sandbox.netns_fd, settings.sysctl_dir):
             log.warning("a setting of the pod's network namespace was refused", error=message)
 
         def on_error(err: Exception) -> None:

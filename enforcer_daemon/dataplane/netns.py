@@ -24,6 +24,8 @@ CLONE_NEWNET = 0x4000_0000  # linux/sched.h
 _NS_GET_NSTYPE = 0xB703  # linux/nsfs.h
 _libc = ctypes.CDLL(None, use_errno=True)
 
+SYSCTL_DIR = Path("/proc/sys/net")
+
 CONNTRACK_SYSCTLS = {
     # A frame in the SYN and a proof in the ACK are not in the window that conntrack reckons with.
     "nf_conntrack_tcp_be_liberal": "1",
@@ -102,20 +104,20 @@ def netns_id(fd: int) -> NetnsId:
     return NetnsId(stat.st_dev, stat.st_ino)
 
 
-def read_sysctl(netns_fd: int, name: str) -> str:
+def read_sysctl(netns_fd: int, name: str, directory: Path = SYSCTL_DIR) -> str:
     """Read a setting below net, such as `netfilter.nf_conntrack_max`; raise NetnsError that names it."""
     try:
-        return open_in(netns_fd, lambda: _sysctl_path(name).read_text(encoding="ascii").strip())
+        return open_in(netns_fd, lambda: _sysctl_path(name, directory).read_text(encoding="ascii").strip())
     except OSError as err:
         raise NetnsError(f"net.{name}: cannot be read: {err.strerror}") from err
 
 
-def write_sysctl(netns_fd: int, name: str, value: str) -> None:
-    """Set a setting below net; raise NetnsError that names it (in many containers /proc/sys is read-only)."""
+def write_sysctl(netns_fd: int, name: str, value: str, directory: Path = SYSCTL_DIR) -> None:
+    """Set a setting below net; raise NetnsError that names it (a container's own /proc/sys is read-only)."""
 
     def write() -> None:
         # Unbuffered, so that the kernel's refusal is an error here and not at close; and never O_CREAT.
-        fd = os.open(_sysctl_path(name), os.O_WRONLY | os.O_CLOEXEC)
+        fd = os.open(_sysctl_path(name, directory), os.O_WRONLY | os.O_CLOEXEC)
         try:
             os.write(fd, value.encode("ascii"))
         finally:
@@ -127,7 +129,7 @@ def write_sysctl(netns_fd: int, name: str, value: str) -> None:
         raise NetnsError(f"net.{name}: cannot be set to {value}: {err.strerror}") from err
 
 
-def tune_conntrack(netns_fd: int) -> tuple[str, ...]:
+def tune_conntrack(netns_fd: int, directory: Path = SYSCTL_DIR) -> tuple[str, ...]:
     """Set the pod's conntrack as the handshake wants it; return one message for each setting that was refused.
 
     A refusal is not an error: enforcement holds without, but a busy pod may fill its conntrack table.
@@ -135,13 +137,13 @@ def tune_conntrack(netns_fd: int) -> tuple[str, ...]:
     refusals: list[str] = []
     for name, value in CONNTRACK_SYSCTLS.items():
         try:
-            if read_sysctl(netns_fd, f"netfilter.{name}") != value:
-                write_sysctl(netns_fd, f"netfilter.{name}", value)
+            if read_sysctl(netns_fd, f"netfilter.{name}", directory) != value:
+                write_sysctl(netns_fd, f"netfilter.{name}", value, directory)
         except EnforcerError as err:
             refusals.append(str(err))
     return tuple(refusals)
 
 
-def _sysctl_path(name: str) -> Path:
-    # The kernel resolves /proc/sys/net by the namespace of the thread that opens it.
-    return Path("/proc/sys/net", *name.split("."))
+def _sysctl_path(name: str, directory: Path) -> Path:
+    # The kernel resolves /proc/sys/net by the namespace of the thread that opens it, wherever it is mounted.
+    return directory.joinpath(*name.split("."))

@@ -5,6 +5,8 @@ from __future__ import annotations
 
 import asyncio
 import os
+import subprocess
+import sys
 from collections.abc import Iterator
 from ipaddress import ip_address
 from pathlib import Path
@@ -94,6 +96,26 @@ def test_conntrack_is_tuned_inside_alone(netns: int) -> None:
         assert read_sysctl(here, name) == before
     finally:
         os.close(here)
+
+
+def test_conntrack_is_tuned_where_proc_is_read_only(netns: int, tmp_path: Path) -> None:
+    """As in a container, which the node's directory is mounted into at another place."""
+    script = f"""
+import sys
+from pathlib import Path
+from enforcer_daemon.dataplane.netns import read_sysctl, tune_conntrack
+assert len(tune_conntrack({netns})) == 3
+assert tune_conntrack({netns}, Path(sys.argv[1])) == ()
+print(read_sysctl({netns}, "netfilter.nf_conntrack_tcp_be_liberal"))
+"""
+    mounts = (
+        f"mount --bind /proc/sys/net {tmp_path} && mount --bind /proc/sys /proc/sys"
+        ' && mount -o remount,bind,ro /proc/sys && exec "$0" -c "$1" "$2"'
+    )
+    choose_backend(RulesBackend.AUTO)
+    command = ("unshare", "--mount", "sh", "-c", mounts, sys.executable, script, str(tmp_path))
+    done = subprocess.run(command, pass_fds=[netns], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "1\n", "")
 
 
 def test_a_setting_that_is_refused_is_named(netns: int) -> None:

@@ -151,3 +151,13 @@ def test_no_rule_grants_everything() -> None:
                 assert not is_secret or rule["resourceNames"] == ["trireme-authority"]
     daemon = objects(render({}))["ClusterRole", "trireme-enforcer"]["rules"]
     assert not any("secrets" in rule["resources"] for rule in daemon)
+
+
+def test_the_enforcer_can_set_what_is_below_its_sysctl_directory() -> None:
+    found = objects(render({}))
+    settings = yaml.safe_load(found["ConfigMap", "trireme-enforcer"]["data"]["enforcer.yaml"])
+    pod = pod_of(found["DaemonSet", "trireme-enforcer"])
+    volume = next(v["name"] for v in pod["volumes"] if v.get("hostPath", {}).get("path") == "/proc/sys/net")
+    enforcer_ = next(container for container in pod["containers"] if container["name"] == "enforcer")
+    mount = next(mount for mount in enforcer_["volumeMounts"] if mount["name"] == volume)
+    assert mount == {"name": volume, "mountPath": settings["dataplane"]["sysctlDir"]}
