@@ -7,7 +7,7 @@ from enforcer_daemon.datapath.binding import require_dialled
 from enforcer_daemon.datapath.context import EndpointContext, bare_reset, reset_local
 from enforcer_daemon.datapath.judging import Destination, Ruling
 from enforcer_daemon.errors import PeerError, TokenError
-from enforcer_daemon.handshake.flows import FlowTable, InitiatorFlow
+from enforcer_daemon.handshake.flows import FlowTable, InitiatorFlow, fragmentation_of
 from enforcer_daemon.handshake.frames import (
     decode_syn_ack,
     find_proof,
@@ -18,6 +18,7 @@ from enforcer_daemon.handshake.frames import (
 from enforcer_daemon.handshake.machine import Event, State
 from enforcer_daemon.marks import OWN_MASK, RELEASED
 from enforcer_daemon.model import Decision, Direction
+from enforcer_daemon.packet.ip import NOT_TO_BE_CUT
 from enforcer_daemon.packet.tcp import ACK, RST, Segment, build, with_options_and_payload, without_fast_open
 from enforcer_daemon.reasons import Reason
 from enforcer_daemon.settings import DenyWith
@@ -93,7 +94,8 @@ class Initiator:
 
     def _attach_frame(self, segment: Segment, flow: InitiatorFlow, mark: int) -> Verdict:
         """Replace the SYN's payload; Fast Open data among it is sent again by the kernel, after the handshake."""
-        packet = with_options_and_payload(segment, without_fast_open(segment.options), flow.frame)
+        options = without_fast_open(segment.options)
+        packet = with_options_and_payload(segment, options, flow.frame, fragmentation_of(flow.nonce))
         if len(packet) > self._context.mtu:
             raise PeerError(Reason.IDENTITY_TOO_LARGE, f"{len(packet)} bytes, MTU {self._context.mtu}")
         return Verdict(Action.FORGET if mark & OWN_MASK else Action.ACCEPT, packet)
@@ -262,7 +264,8 @@ def _deliver(segment: Segment) -> Verdict:
     """Take off what was added, so that the pod's kernel sees its peer's SYN-ACK."""
     if not is_frame(segment.payload):
         return ACCEPT
-    return Verdict(Action.ACCEPT, with_options_and_payload(segment, without_fast_open(segment.options), b""))
+    options = without_fast_open(segment.options)
+    return Verdict(Action.ACCEPT, with_options_and_payload(segment, options, b"", NOT_TO_BE_CUT))
 
 
 def _lone_proof(segment: Segment, flow: InitiatorFlow) -> Inject:

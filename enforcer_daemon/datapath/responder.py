@@ -9,7 +9,7 @@ from enforcer_daemon.datapath.binding import require_source
 from enforcer_daemon.datapath.context import EndpointContext, bare_reset
 from enforcer_daemon.datapath.unproven import Unproven
 from enforcer_daemon.errors import PeerError, TokenError
-from enforcer_daemon.handshake.flows import FlowTable, Offer, ResponderFlow
+from enforcer_daemon.handshake.flows import FlowTable, Offer, ResponderFlow, fragmentation_of
 from enforcer_daemon.handshake.frames import (
     SYN_ACK_OVERHEAD,
     FoundProof,
@@ -21,6 +21,7 @@ from enforcer_daemon.handshake.machine import Event, State
 from enforcer_daemon.handshake.proofs import frame_hash
 from enforcer_daemon.marks import NODE, OWN_MASK, RELEASED
 from enforcer_daemon.model import Decision, Direction
+from enforcer_daemon.packet.ip import NOT_TO_BE_CUT
 from enforcer_daemon.packet.tcp import (
     ACK,
     FIN,
@@ -142,7 +143,8 @@ class Responder:
             flow.answers_from = key[-2:]
         if flow.state in (State.OFFERED, State.ANSWERED):
             flow.advance(Event.SYN_ACK_SENT)
-        packet = with_options_and_payload(segment, without_fast_open(segment.options), flow.frame)
+        options = without_fast_open(segment.options)
+        packet = with_options_and_payload(segment, options, flow.frame, fragmentation_of(flow.nonce_r))
         if len(packet) > self._context.mtu:
             raise PeerError(Reason.IDENTITY_TOO_LARGE, f"{len(packet)} bytes, MTU {self._context.mtu}")
         return Verdict(Action.ACCEPT, packet)
@@ -154,15 +156,17 @@ class Responder:
         peer's address and port name the flow, and the number that the answer must have. From its SYN-ACK on, the flow
         has that one port: what the pod sends to its peer from another was judged by nobody.
         """
-        flow = self.flows.get(key)
-        if flow is not None:
-            return flow
-        flow = self.flows.by_remote(key)
-        if flow is None or (flow.answers_from and flow.answers_from != key[-2:]):
-            return None
-        acknowledges = bool(segment.flags & ACK) and segment.ack == (flow.offer.isn + 1) & _NUMBERS
-        follows = bool(segment.flags & RST) and segment.seq == (flow.isn_r + 1) & _NUMBERS
-        return flow if acknowledges or follows else None
+        named = self.flows.get(key)
+        if named is not None:
+            return named
+        for flow in reversed(self.flows.by_remote(key)):
+            if flow.answers_from and flow.answers_from != key[-2:]:
+                continue
+            acknowledges = bool(segment.flags & ACK) and segment.ack == (flow.offer.isn + 1) & _NUMBERS
+            follows = bool(segment.flags & RST) and segment.seq == (flow.isn_r + 1) & _NUMBERS
+            if acknowledges or follows:
+                return flow
+        return None
 
     def _answer(self, segment: Segment, flow: ResponderFlow, now: float) -> None:
         """Make the frame of a SYN-ACK, and keep what its repetition needs."""
@@ -290,7 +294,7 @@ class Responder:
 
 def _deliver_syn(segment: Segment, mark: int) -> Verdict:
     """Take off the frame; an earlier release of the same ports and addresses is taken back with it."""
-    packet = with_options_and_payload(segment, without_fast_open(segment.options), b"")
+    packet = with_options_and_payload(segment, without_fast_open(segment.options), b"", NOT_TO_BE_CUT)
     return Verdict(Action.FORGET if mark & OWN_MASK else Action.ACCEPT, packet)
 
 
@@ -310,4 +314,5 @@ def _repeat_syn_ack(flow: ResponderFlow) -> Inject:
     remote, own, (sport, dport) = flow.key[:half], flow.key[half:-4], _PORTS.unpack(flow.key[-4:])
     numbers = flow.isn_r, (flow.offer.isn + 1) & _NUMBERS
     bare = build(own, remote, (dport, sport), numbers, SYN_ACK, flow.window, flow.options)
-    return Inject(with_options_and_payload(decode_tcp(bare), flow.options, flow.frame))
+    fragmentation = fragmentation_of(flow.nonce_r)
+    return Inject(with_options_and_payload(decode_tcp(bare), flow.options, flow.frame, fragmentation))

@@ -16,6 +16,8 @@ from enforcer_daemon.model import Direction, Protocol
 from enforcer_daemon.reasons import Reason
 from enforcer_daemon.verdict import DROP, Inject
 
+_MAX_OF_ONE_REMOTE = 8
+"""Flows of one remote address and port that are found without the pod's own port, which few have more than one of."""
 MAX_SETTLED_FLOWS = 4_096
 """Released flows that are remembered a while, to answer for a lost proof."""
 
@@ -52,6 +54,15 @@ class Flow:
     def advance(self, event: Event) -> None:
         """Move by the table; raise IllegalEventError and stay where it has no entry."""
         self.state = next_state(self.state, event)
+
+
+def fragmentation_of(nonce: bytes) -> bytes:
+    """Give identification, flags and offset of the IPv4 packet with a nonce's frame: routers may cut it.
+
+    The pod's kernel forbids that for a packet that it knows to be small. Pieces belong together by the identification,
+    so it must differ between connections. A repetition has the same one, and is the same beyond its first piece.
+    """
+    return nonce[:2] + b"\x00\x00"
 
 
 class InitiatorFlow(Flow):
@@ -145,8 +156,8 @@ class FlowTable(Generic[_AnyFlow]):
     def __init__(self, max_half_open: int, max_per_source: int) -> None:
         self._open: FairTable[bytes, _AnyFlow] = FairTable(max_half_open, max_per_source)
         self._settled: dict[bytes, _AnyFlow] = {}
-        self._by_remote: dict[bytes, _AnyFlow] = {}
-        """The latest flow of each remote end, by the key without the pod's own port."""
+        self._by_remote: dict[bytes, tuple[_AnyFlow, ...]] = {}
+        """The latest flows of each remote end, oldest first, by the key without the pod's own port."""
 
     def __len__(self) -> int:
         return len(self._open)
@@ -155,20 +166,22 @@ class FlowTable(Generic[_AnyFlow]):
         """Find a flow, unfinished or settled."""
         return self._open.get(key) or self._settled.get(key)
 
-    def by_remote(self, key: bytes) -> _AnyFlow | None:
-        """Find the latest flow with this remote end, whichever port of the pod it was opened to."""
-        return self._by_remote.get(key[:-2])
+    def by_remote(self, key: bytes) -> tuple[_AnyFlow, ...]:
+        """Find the latest flows with this remote end, whichever port of the pod each was opened to."""
+        return self._by_remote.get(key[:-2], ())
 
     def add(self, flow: _AnyFlow) -> Evicted[_AnyFlow] | None:
         """Keep an unfinished flow; give the one that makes room for it: of its source, else of the greediest one."""
-        earlier = self._settled.pop(flow.key, None)
+        earlier = self.get(flow.key)
         if earlier is not None:
+            self._settled.pop(flow.key, None)
             self._forget_remote(earlier)
         evicted = self._open.put(flow.key, flow, flow.source)
         if evicted is not None:
             evicted.value.advance(Event.EXPIRED)
             self._forget_remote(evicted.value)
-        self._by_remote[flow.key[:-2]] = flow
+        remote = flow.key[:-2]
+        self._by_remote[remote] = (*self._by_remote.get(remote, ())[1 - _MAX_OF_ONE_REMOTE :], flow)
         return evicted
 
     def settle(self, flow: _AnyFlow) -> None:
@@ -198,5 +211,9 @@ class FlowTable(Generic[_AnyFlow]):
         return [*self._open, *self._settled.values()]
 
     def _forget_remote(self, flow: _AnyFlow) -> None:
-        if self._by_remote.get(flow.key[:-2]) is flow:
-            del self._by_remote[flow.key[:-2]]
+        remote = flow.key[:-2]
+        left = tuple(other for other in self._by_remote.get(remote, ()) if other is not flow)
+        if left:
+            self._by_remote[remote] = left
+        else:
+            self._by_remote.pop(remote, None)

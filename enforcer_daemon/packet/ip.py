@@ -13,6 +13,8 @@ IPV6_HEADER = 40
 _MAX_EXTENSION_HEADERS = 8
 """More than any sane sender uses; a chain beyond it is refused, so that one packet cannot cost much."""
 
+NOT_TO_BE_CUT = b"\x00\x00\x40\x00"
+"""Identification, flags and offset of an IPv4 packet that routers must not cut; it needs no number (RFC 6864)."""
 _HOP_BY_HOP = 0
 _ROUTING = 43
 _FRAGMENT = 44
@@ -78,10 +80,13 @@ def _extension_length(packet: bytes, kind: int, offset: int) -> int:
     return (packet[offset + 1] + 1) * 8
 
 
-def with_length(packet: bytes, offset: int, length: int) -> bytes:
-    """Copy the IP header (and extension headers) for a transport part of another length."""
+def with_length(packet: bytes, offset: int, length: int, fragmentation: bytes = b"") -> bytes:
+    """Copy the IP header (and extension headers) for a transport part of another length.
+
+    `fragmentation`: an IPv4 packet's identification, flags and offset; empty: as the sender has them.
+    """
     if packet[0] >> 4 == 6:
         return packet[:4] + (offset - IPV6_HEADER + length).to_bytes(2, "big") + packet[6:offset]
-    head = packet[:2] + (offset + length).to_bytes(2, "big") + packet[4:10]
+    head = packet[:2] + (offset + length).to_bytes(2, "big") + (fragmentation or packet[4:8]) + packet[8:10]
     tail = packet[12:offset]
     return head + complement(ones_sum(head + tail)).to_bytes(2, "big") + tail

@@ -88,10 +88,10 @@ def decode_segment(packet: bytes, header: IPHeader) -> Segment:
     return Segment(packet, src, dst, offset, data, end, sport, dport, seq, ack, flags, window)
 
 
-def with_options_and_payload(segment: Segment, options: bytes, payload: bytes) -> bytes:
+def with_options_and_payload(segment: Segment, options: bytes, payload: bytes, fragmentation: bytes = b"") -> bytes:
     """Write the segment again with these options (a multiple of 4 bytes, at most 40) and this payload.
 
-    Raise PacketError where only the beginning of the packet is at hand.
+    `fragmentation` is that of `with_length`. Raise PacketError where only the beginning of the packet is at hand.
     """
     packet, offset = segment.packet, segment.offset
     if segment.end > len(packet):
@@ -103,7 +103,14 @@ def with_options_and_payload(segment: Segment, options: bytes, payload: bytes) -
     urgent = packet[offset + 18 : offset + 20]
     total = ones_sum(segment.src + segment.dst + fixed + urgent + options) + ones_sum(payload) + TCP + length
     return b"".join(
-        (with_length(packet, offset, length), fixed, complement(total).to_bytes(2, "big"), urgent, options, payload)
+        (
+            with_length(packet, offset, length, fragmentation),
+            fixed,
+            complement(total).to_bytes(2, "big"),
+            urgent,
+            options,
+            payload,
+        )
     )
 
 

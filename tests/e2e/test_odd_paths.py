@@ -13,6 +13,7 @@ import string
 import struct
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -22,7 +23,15 @@ from scapy.layers.inet6 import IPv6, IPv6ExtHdrFragment, fragment6
 from enforcer_daemon.dataplane.queue import MAX_COPIED_BYTES
 from enforcer_daemon.model import PodRef
 from enforcer_daemon.packet.tcp import SYN, TCP_MIN_HEADER, Segment, announced_mss
-from tests.e2e.odd_world import RESET_ON_CLOSE, VERSIONS, carries_words, denied, odd_world, sysctls, wait_until
+from tests.e2e.odd_world import (
+    RESET_ON_CLOSE,
+    VERSIONS,
+    carries_words,
+    denied,
+    odd_world,
+    sysctls,
+    wait_until,
+)
 from tests.e2e.operation_world import (
     HTTP,
     NODES,
@@ -128,6 +137,42 @@ def test_a_path_that_cuts_handshake_and_data_into_fragments(lab: Lab) -> None:
     first_pieces = [p for p in arrived if p[12:16] == source and p[6] & 0x20 and not (p[6] & 0x1F or p[7])]
     assert any(piece[33] & SYN for piece in first_pieces)
     assert len(first_pieces) > 100
+
+
+NARROW_BYTES = 1_280
+"""As IPv6 demands of every path; less than a handshake packet of pods with many labels."""
+
+
+@contextmanager
+def narrow_path(lab: Lab) -> Iterator[None]:
+    """Let the network take no more than `NARROW_BYTES` of IPv4 at once, both ways, and leave all else as it is."""
+    fabric = f"{lab.name}-fabric"
+    networks = [network for node in NODES for network in node.pod_networks if network.version == 4]
+    routes = [run(["ip", "-n", fabric, "route", "show", str(network)]).strip() for network in networks]
+    ip_batch([f"route replace {route} mtu lock {NARROW_BYTES}" for route in routes], fabric)
+    try:
+        yield
+    finally:
+        ip_batch([f"route replace {route}" for route in routes], fabric)
+
+
+def test_a_path_that_is_narrower_than_a_handshake_packet(lab: Lab) -> None:
+    """Both kernels forbid routers to cut their packets, which by themselves would fit."""
+    for name, node, role in (("wide-client", "a", "client"), ("wide-server", "b", "server")):
+        described = _many_labels(name, 6)
+        lab.add_pod(replace(described, node=node, labels={**described.labels, "app": role}))
+        assert int(str(endpoint(lab, f"x/{name}")["identity_bytes"])) > NARROW_BYTES - TCP_MIN_HEADER
+    with (
+        narrow_path(lab),
+        lab.capture("node:b") as capture,
+        connection(lab, "x/wide-client", "x/wide-server") as (client, server),
+    ):
+        assert carries_words(client, server)
+        transfer(client, server, 1)
+        transfer(server, client, 1)
+        seen = capture.close()
+    pieces = [packet for packet in seen if packet[0] >> 4 == 4 and packet[6] & 0x20 and packet[33] & SYN]
+    assert any(piece[33] == SYN for piece in pieces)
 
 
 @pytest.mark.parametrize("version", VERSIONS)

@@ -37,6 +37,24 @@ def test_syn_and_syn_ack_carry_frames() -> None:
     assert is_frame(segment(syn_ack).payload)
 
 
+def test_routers_may_cut_what_carries_a_frame_and_nothing_else() -> None:
+    """The pods' kernels forbid it for packets that are small; pieces are told apart by the identification."""
+    identifications = set()
+    for port in range(40_000, 40_004):
+        connection = Connection(*make_pair(), sport=port)
+        (syn,) = connection.client.send(connection.syn())
+        (again,) = connection.client.send(connection.syn())
+        connection.server.receive(syn)
+        (syn_ack,) = connection.server.send(connection.syn_ack())
+        assert again == syn
+        assert syn[6:8] == syn_ack[6:8] == bytes(2)
+        identifications |= {syn[4:6], syn_ack[4:6]}
+        connection.client.receive(syn_ack)
+        (ack,) = connection.client.send(connection.ack())
+        assert ack[6:8] == connection.ack()[6:8] == b"\x40\x00"
+    assert len(identifications) > 1
+
+
 def test_ingress_denied_at_the_syn() -> None:
     connection = Connection(*make_pair(server_policy=FakePolicy(ingress=Rules(frozenset({"other"})))))
     (syn,) = connection.client.send(connection.syn())

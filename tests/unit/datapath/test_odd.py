@@ -163,6 +163,23 @@ def test_the_answer_of_a_sidecar_is_the_flows() -> None:
     connect_to_sidecar(Connection(*make_pair()))
 
 
+@pytest.mark.parametrize("is_later_first", [False, True])
+def test_a_sidecar_answers_two_ports_that_were_dialled_at_the_same_moment(is_later_first: bool) -> None:
+    """From one port of the client; only the number that is acknowledged tells which SYN was answered."""
+    client, server = make_pair()
+    both = [Connection(client, server, dport=80, isn_i=1_000), Connection(client, server, dport=81, isn_i=2_000)]
+    for connection in both:
+        (syn,) = client.send(connection.syn())
+        assert server.receive(syn) == [connection.syn()]
+    for connection in reversed(both) if is_later_first else both:
+        (framed,) = server.send(by_sidecar(connection, connection.syn_ack()))
+        dialled = with_payload(segment(connection.syn_ack()), segment(framed).payload)
+        assert client.receive(dialled) == [connection.syn_ack()]
+        (ack,) = client.send(connection.ack())
+        assert server.receive(ack) == [connection.ack()]
+    assert server.datapath.half_open_flows == 0
+
+
 def test_what_a_sidecar_refuses_is_refused() -> None:
     connection = Connection(*make_pair())
     (syn,) = connection.client.send(connection.syn())

@@ -85,17 +85,20 @@ def test_flows_expire_in_the_order_of_their_deadlines() -> None:
     assert [old.key for old in table.expire(9.0)] == [b"2"]
 
 
-def test_the_latest_flow_of_a_remote_end_is_found_until_it_is_forgotten(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_latest_flows_of_a_remote_end_are_found_until_they_are_forgotten(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(flows, "MAX_SETTLED_FLOWS", 1)
     table: FlowTable[Flow] = FlowTable(10, 10)
     one, other = flow(b"remote80", 1.0), flow(b"remote81", 1.0)
     table.add(one)
     table.add(other)
-    assert table.by_remote(b"remote99") is other
+    assert table.by_remote(b"remote99") == (one, other)
     table.discard(one)
-    assert table.by_remote(b"remote99") is other
-    assert list(table.expire(2.0)) == [other]
-    assert table.by_remote(b"remote99") is None
+    assert table.by_remote(b"remote99") == (other,)
+    again = flow(b"remote81", 1.0)
+    table.add(again)
+    assert table.by_remote(b"remote99") == (again,)
+    assert list(table.expire(2.0)) == [again]
+    assert table.by_remote(b"remote99") == ()
     for key in (b"first-80", b"later-80", b"third-80"):
         settled = flow(key, 9.0)
         table.add(settled)
@@ -103,6 +106,16 @@ def test_the_latest_flow_of_a_remote_end_is_found_until_it_is_forgotten(monkeypa
     assert len(table._by_remote) == 1
     table.add(flow(b"third-80", 9.0))
     assert len(table._by_remote) == 1
+
+
+def test_few_flows_of_one_remote_end_are_found_without_a_port() -> None:
+    table: FlowTable[Flow] = FlowTable(100, 100)
+    all_flows = [flow(b"remote%02d" % port, 1.0) for port in range(20)]
+    for added in all_flows:
+        table.add(added)
+    assert table.by_remote(b"remote99") == tuple(all_flows[-8:])
+    assert list(table.expire(2.0)) == all_flows
+    assert not table._by_remote
 
 
 def test_a_pair_key_is_derived_once_and_differs_by_role(monkeypatch: pytest.MonkeyPatch) -> None:
