@@ -46,6 +46,9 @@ class Verdict(NamedTuple):
     mark: int = 0
     hold_id: int = 0
     effects: tuple[Settle | Inject, ...] = ()
+    when_drained: bool = False
+    """Whether `mark` is set only if no more packets wait in the queue: some may be of the same flow, and what comes
+    after the mark would overtake them."""
 
 
 ACCEPT = Verdict(Action.ACCEPT)

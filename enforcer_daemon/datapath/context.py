@@ -192,6 +192,7 @@ class EndpointContext:
     def inject(self, key: bytes, segment: bytes, flags: int, numbers: tuple[int, int]) -> Inject:
         """Send a packet of our own towards the peer, and know it again when it passes the queue."""
         if len(self._injected) >= _MAX_INJECTED:
+            self.node.bound_hits[Bound.OWN_PACKETS] += 1
             del self._injected[next(iter(self._injected))]
         self._injected[(key, flags, *numbers)] = None
         return Inject(segment)
@@ -212,6 +213,7 @@ class EndpointContext:
         surplus = encode_option(UDP_HEADER, LONE_EXID, content)
         packet = build_udp(key[half:-4], key[:half], (near_port, far_port), b"", surplus)
         if len(self._own_datagrams) >= _MAX_INJECTED:
+            self.node.bound_hits[Bound.OWN_PACKETS] += 1
             del self._own_datagrams[next(iter(self._own_datagrams))]
         self._own_datagrams[key + content] = None
         return Inject(packet, is_untracked=True)
@@ -262,7 +264,7 @@ class EndpointContext:
         address_length = (len(flow.key) - 4) // 2
         far_port, near_port = _PORTS.unpack(flow.key[-4:])
         port = far_port if direction is Direction.EGRESS else near_port
-        decision = Decision(False, reason, direction)
+        decision = Decision(False, reason, direction, flow.rules)
         self.report(direction, flow.key[:address_length], port, decision, protocol=flow.protocol, detail=detail)
 
     def give_up(self, flow: Flow, is_own: bool) -> tuple[Settle, ...]:
@@ -281,7 +283,7 @@ class EndpointContext:
         if len(flow.held) >= self.node.settings.max_held_packets:
             hits[Bound.HELD_PACKETS_PER_FLOW] += 1
             raise PeerError(Reason.HOLD_QUEUE_FULL, Bound.HELD_PACKETS_PER_FLOW.value)
-        self._hold_ids += 1
+        self.next_hold_id()
         flow.held.append(self._hold_ids)
         evicted = self._held.put(self._hold_ids, _Held(self._hold_ids, now + HOLD_S, flow), flow.source)
         if evicted is not None:
@@ -292,6 +294,11 @@ class EndpointContext:
             self.report_flow(dropped.flow, Reason.HOLD_QUEUE_FULL, bound.value)
             effects = (*effects, Settle(dropped.hold_id, DROP))
         return Verdict(Action.HOLD, hold_id=self._hold_ids, effects=effects)
+
+    def next_hold_id(self) -> int:
+        """Give a number that no held packet has had; one that is settled at once needs no place among them."""
+        self._hold_ids += 1
+        return self._hold_ids
 
     @property
     def held_packets(self) -> int:

@@ -51,7 +51,7 @@ class Datagrams:
             raise FrameError(Reason.MALFORMED_FRAME, "a message that the pod made itself")
         answered = self.responder.find(key, now)
         if answered is not None and answered.state is State.RELEASED:
-            return answered.release
+            return answered.let_go(now)
         if mark & REPLY and self.initiator.find(key, now) is None:
             raise PeerError(Reason.UNKNOWN_FLOW, "a reply in a flow that is not released")
         return self.initiator.datagram_out(datagram, key, now)
@@ -69,9 +69,9 @@ class Datagrams:
             case kind if kind == TYPE_OFFER:
                 return self.responder.offer_in(datagram, found, key, mark, now)
             case kind if kind == TYPE_PROOF:
-                return self.responder.proof_in(datagram, found, key, now)
+                return self.responder.proof_in(datagram, found, key, mark, now)
             case kind if kind == TYPE_ANSWER and is_lone:
-                return self.initiator.answer_in(datagram, content, key, now)
+                return self.initiator.answer_in(datagram, content, key, mark, now)
             case kind if kind == TYPE_AGAIN and is_lone:
                 return self.initiator.again_in(content, key, mark, now)
             case kind:

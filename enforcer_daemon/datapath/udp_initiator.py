@@ -10,8 +10,10 @@ from __future__ import annotations
 
 from enforcer_daemon.datapath.binding import require_dialled
 from enforcer_daemon.datapath.context import EndpointContext
+from enforcer_daemon.datapath.cuts import first_cut, may_be_cut
 from enforcer_daemon.datapath.judging import Destination
 from enforcer_daemon.errors import PeerError, TokenError
+from enforcer_daemon.handshake.bounds import Bound, BoundHits
 from enforcer_daemon.handshake.datagrams import RIDING_EXID, DatagramInitiatorFlow
 from enforcer_daemon.handshake.flows import FlowTable
 from enforcer_daemon.handshake.frames import TYPE_ANSWER, decode_again, decode_syn_ack
@@ -34,15 +36,22 @@ _PATIENCE_S = 0.2
 MAX_MESSAGE_PACKET_BYTES = 4_016
 """The queue's copy of a packet: a longer one could not be read on its arrival."""
 _MAX_AGAIN_PER_S = 64.0
-"""Requests to shake hands again that an endpoint follows in a second, and at once."""
+"""Handshakes again that an endpoint begins, or asks for, in a second, and at once."""
+DRAIN_S = 0.05
+"""How long after its release a flow may stay in the queue, seconds: its first burst passes in order, one without
+end goes to the kernel all the same."""
 
 
 class Allowance:
-    """So many a second, and as many at once."""
+    """So many handshakes again a second, and as many at once.
 
-    __slots__ = ("_left", "_rate", "_since")
+    Constants, and no settings: a flow is in need of one only after a loss of state, once.
+    """
 
-    def __init__(self, rate: float) -> None:
+    __slots__ = ("_hits", "_left", "_rate", "_since")
+
+    def __init__(self, hits: BoundHits, rate: float = _MAX_AGAIN_PER_S) -> None:
+        self._hits = hits
         self._rate = rate
         self._left = rate
         self._since = 0.0
@@ -52,6 +61,7 @@ class Allowance:
         self._left = min(self._rate, self._left + max(0.0, now - self._since) * self._rate)
         self._since = now
         if self._left < 1.0:
+            self._hits[Bound.HANDSHAKES_AGAIN] += 1
             return False
         self._left -= 1.0
         return True
@@ -68,7 +78,7 @@ class DatagramInitiator:
         )
         self._waiting: dict[bytes, DatagramInitiatorFlow] = {}
         """Flows for which something is to be done when their time comes."""
-        self._again = Allowance(_MAX_AGAIN_PER_S)
+        self._again = Allowance(context.node.bound_hits)
 
     def find(self, key: bytes, now: float) -> DatagramInitiatorFlow | None:
         """Find a flow; a released one is remembered for a short time only."""
@@ -82,7 +92,7 @@ class DatagramInitiator:
         """Let a datagram out: with our offer, or after the answer, into the enforced networks; by address elsewhere."""
         flow = self.find(key, now)
         if flow is not None:
-            return flow.release if flow.state is State.RELEASED else self._let_wait(datagram, flow, now)
+            return flow.let_go(now) if flow.state is State.RELEASED else self._let_wait(datagram, flow, now)
         judge, dst, dport = self._context.judge, datagram.dst, datagram.dport
         destination = self._context.node.networks.destination(dst)
         decision, release = judge.egress(None, dst, dport, Protocol.UDP)
@@ -107,26 +117,35 @@ class DatagramInitiator:
         return flow, () if evicted is None else context.give_up(*evicted)
 
     def _let_wait(self, datagram: UDPDatagram, flow: DatagramInitiatorFlow, now: float) -> Verdict:
-        if flow.is_external_allowed and not flow.held and self._has_room(datagram, flow.offer):
-            return Verdict(Action.ACCEPT, with_option(datagram, RIDING_EXID, flow.offer))
-        effects = () if flow.held else self._send_offer(flow, now)
+        has_room = self._has_room(datagram, flow.offer)
+        if flow.is_external_allowed and not flow.held:
+            if has_room and (flow.is_overdue or not may_be_cut(datagram, flow.riding, flow.last_bytes)):
+                flow.riding, flow.last_bytes = flow.riding + 1, datagram.tail
+                return Verdict(Action.ACCEPT, with_option(datagram, RIDING_EXID, flow.offer))
+            if flow.is_overdue:
+                return ACCEPT
+        effects: tuple[Inject, ...] = ()
+        if not flow.held:
+            self._await_answer(flow, now)
+            if not flow.riding:
+                effects = (self._context.send_message(flow.key, flow.offer),)
         verdict = self._context.hold(flow, now, effects)
-        if flow.first is None or flow.first[0] not in flow.held:
-            flow.first = verdict.hold_id, datagram
+        if len(flow.waiting) >= len(flow.held):
+            flow.waiting = {hold_id: found for hold_id, found in flow.waiting.items() if hold_id in flow.held}
+        flow.waiting[verdict.hold_id] = datagram
         return verdict
 
     def _has_room(self, datagram: UDPDatagram, message: bytes) -> bool:
         length = datagram.end + 1 + SURPLUS_OVERHEAD + len(message)
         return not datagram.has_surplus and length <= min(self._context.mtu, MAX_MESSAGE_PACKET_BYTES)
 
-    def _send_offer(self, flow: DatagramInitiatorFlow, now: float) -> tuple[Inject, ...]:
-        """Send the offer alone, and again after a time that grows."""
+    def _await_answer(self, flow: DatagramInitiatorFlow, now: float) -> None:
+        """Send the offer again after a time that grows, or do without an answer where policy allows that."""
         flow.repeats = 0
         flow.repeat_at = now + (_PATIENCE_S if flow.is_external_allowed else REPEAT_S)
         self._waiting[flow.key] = flow
-        return (self._context.send_message(flow.key, flow.offer),)
 
-    def answer_in(self, datagram: UDPDatagram, message: bytes, key: bytes, now: float) -> Verdict:
+    def answer_in(self, datagram: UDPDatagram, message: bytes, key: bytes, mark: int, now: float) -> Verdict:
         """Verify who answers, judge egress, prove, and release what waits; the answer itself ends here."""
         flow = self.find(key, now)
         if flow is None:
@@ -147,24 +166,39 @@ class DatagramInitiator:
         flow.release = release
         if flow.state is State.OPENING:
             self._settle(flow, Event.ANSWER_VERIFIED, now)
-        return Verdict(Action.CONSUME, mark=release.mark, effects=self._release(flow))
+        if flow.held:  # What waits goes first, and takes the flow with it.
+            return DROP._replace(effects=self._let_go(flow, flow.proof, flow.let_go(now)))
+        effects = (context.send_message(flow.key, flow.proof),)
+        return Verdict(Action.CONSUME, mark=release.mark, effects=effects, when_drained=not mark & RELEASED)
 
     def _settle(self, flow: DatagramInitiatorFlow, event: Event, now: float) -> None:
         flow.advance(event)
         self._waiting.pop(flow.key, None)
         self.flows.settle(flow)
-        flow.deadline = now + REMEMBERED_S
+        flow.deadline, flow.drained_at = now + REMEMBERED_S, now + DRAIN_S
 
-    def _release(self, flow: DatagramInitiatorFlow) -> tuple[Settle | Inject, ...]:
-        """Give the proof to the oldest datagram that waits, or send it alone; then let the others follow."""
-        first = flow.first
-        settled = self._context.settle_held(flow, flow.release)
-        if first is not None and settled and self._has_room(first[1], flow.proof):
-            proven = flow.release._replace(payload=with_option(first[1], RIDING_EXID, flow.proof))
-            found = [Settle(hold_id, proven if hold_id == first[0] else verdict) for hold_id, verdict in settled]
-            if any(settle.verdict is proven for settle in found):
-                return tuple(found)
-        return (self._context.send_message(flow.key, flow.proof), *settled)
+    def _let_go(self, flow: DatagramInitiatorFlow, proof: bytes, last: Verdict) -> tuple[Settle | Inject, ...]:
+        """Let what waits leave in order, the oldest beside the proof or after it; the last has a verdict of its own.
+
+        What the kernel would drop is sent anew instead. That comes to the queue again, and all after it likewise.
+        """
+        waiting, flow.waiting = flow.waiting, {}
+        held = [settle.hold_id for settle in self._context.settle_held(flow, ACCEPT)]
+        datagrams = [waiting[hold_id] for hold_id in held]
+        cut = first_cut(datagrams, self._context.mtu)
+        effects: list[Settle | Inject] = []
+        for n, (hold_id, datagram) in enumerate(zip(held, datagrams, strict=True)):
+            verdict = last if n + 1 == len(held) else ACCEPT
+            if n == 0 and proof:
+                if self._has_room(datagram, proof):
+                    verdict = verdict._replace(payload=with_option(datagram, RIDING_EXID, proof))
+                else:
+                    effects.append(self._context.send_message(flow.key, proof))
+            if n < cut:
+                effects.append(Settle(hold_id, verdict))
+            else:
+                effects += Settle(hold_id, DROP), Inject(datagram.packet[: datagram.end])
+        return tuple(effects)
 
     def datagram_in(self, datagram: UDPDatagram, flow: DatagramInitiatorFlow, now: float) -> Verdict:
         """Let in what comes back without an identity: from an address that policy allows, or once somebody showed one.
@@ -172,7 +206,7 @@ class DatagramInitiator:
         An answer can overtake the other enforcer's, so the address is not taken for the peer at once.
         """
         if flow.state is State.RELEASED:
-            return flow.release
+            return flow.let_go(now)
         decision, release = self._context.judge.egress(None, datagram.src, datagram.sport, Protocol.UDP)
         if not decision.is_allowed:
             return self._context.hold(flow, now)
@@ -193,7 +227,7 @@ class DatagramInitiator:
             self._forget(flow)
             return self._context.settle_held(flow, DROP)
         self._settle(flow, Event.TAKEN_AS_ADDRESS, now)
-        return self._context.settle_held(flow, flow.release)
+        return self._let_go(flow, b"", flow.let_go(now))
 
     def again_in(self, message: bytes, key: bytes, mark: int, now: float) -> Verdict:
         """Shake hands again for a flow that the pod opened and that was released here, while it goes on.
@@ -212,7 +246,8 @@ class DatagramInitiator:
         if not self._context.judge.could_allow_egress(destination, address, port, Protocol.UDP):
             return Verdict(Action.CONSUME)
         flow, effects = self._open(key, now)
-        return DROP._replace(effects=effects + self._send_offer(flow, now))
+        self._await_answer(flow, now)
+        return DROP._replace(effects=(*effects, self._context.send_message(key, flow.offer)))
 
     def expire(self, now: float) -> tuple[Settle | Inject, ...]:
         """Send offers again, give up waiting for enforcers that need not be there, and forget what took too long."""
@@ -231,8 +266,9 @@ class DatagramInitiator:
             if flow.release is not DROP:
                 return self._take_as_address(flow, now)
             # Nothing came back at all: they may be too large to carry the offer, and the peer without an enforcer.
-            self._forget(flow)
-            return self._context.settle_held(flow, ACCEPT)
+            del self._waiting[flow.key]
+            flow.is_overdue = True
+            return self._let_go(flow, b"", ACCEPT)
         if flow.repeats >= MAX_REPEATS or not flow.held:
             del self._waiting[flow.key]
             return ()

@@ -9,8 +9,9 @@ from __future__ import annotations
 
 from enforcer_daemon.datapath.binding import require_source
 from enforcer_daemon.datapath.context import EndpointContext
-from enforcer_daemon.datapath.udp_initiator import MAX_REPEATS, REMEMBERED_S, REPEAT_S, UNFINISHED_S, Allowance
+from enforcer_daemon.datapath.udp_initiator import DRAIN_S, MAX_REPEATS, REMEMBERED_S, REPEAT_S, UNFINISHED_S, Allowance
 from enforcer_daemon.errors import PeerError, ProofError, TokenError
+from enforcer_daemon.handshake.bounds import Bound
 from enforcer_daemon.handshake.datagrams import DatagramResponderFlow
 from enforcer_daemon.handshake.flows import FlowTable
 from enforcer_daemon.handshake.frames import TYPE_OFFER, decode_proof, decode_syn, encode_again
@@ -20,14 +21,12 @@ from enforcer_daemon.marks import NODE, OWN_MASK, RELEASED, REPLY
 from enforcer_daemon.model import Decision, Direction, Protocol
 from enforcer_daemon.packet.udp import UDPDatagram, decode_udp, without_surplus
 from enforcer_daemon.reasons import Reason
-from enforcer_daemon.verdict import DROP, Action, Inject, Settle, Verdict
+from enforcer_daemon.verdict import ACCEPT, DROP, Action, Inject, Settle, Verdict
 
 _MAX_ASKED = 256
 """Flows of one endpoint whose sender was asked to shake hands again, at one moment."""
 _MAX_HELD_ASKED = 8
 """Datagrams of such a flow that wait."""
-_MAX_ASKED_PER_S = 64.0
-"""Such requests that one endpoint sends in a second, and at once."""
 _RELEASE_NODE = Verdict(Action.RELEASE, mark=RELEASED | NODE)
 
 
@@ -43,7 +42,7 @@ class DatagramResponder:
         self._asked: FlowTable[DatagramResponderFlow] = FlowTable(_MAX_ASKED, _MAX_ASKED)
         self._waiting: dict[bytes, DatagramResponderFlow] = {}
         """Flows with datagrams that wait for a proof."""
-        self._asking = Allowance(_MAX_ASKED_PER_S)
+        self._asking = Allowance(context.node.bound_hits)
 
     def __len__(self) -> int:
         return len(self.flows) + len(self._asked)
@@ -128,7 +127,7 @@ class DatagramResponder:
             flow.repeat_at = now + REPEAT_S
             self._waiting[flow.key] = flow
 
-    def proof_in(self, datagram: UDPDatagram, found: tuple[bytes, bool], key: bytes, now: float) -> Verdict:
+    def proof_in(self, datagram: UDPDatagram, found: tuple[bytes, bool], key: bytes, mark: int, now: float) -> Verdict:
         """Release the flow, and what waits for it in order, once the initiator's enforcer has proven itself."""
         message, is_lone = found
         nonce, proof = decode_proof(message)
@@ -147,23 +146,32 @@ class DatagramResponder:
         flow.advance(Event.PROOF_VERIFIED)
         self._waiting.pop(key, None)
         self.flows.settle(flow)
-        flow.deadline = now + REMEMBERED_S
-        effects = self._release_held(flow)
+        flow.deadline, flow.drained_at = now + REMEMBERED_S, now + DRAIN_S
         if is_lone:
-            return Verdict(Action.CONSUME, mark=flow.release.mark, effects=effects)
-        return flow.release._replace(payload=without_surplus(datagram), effects=effects)
+            if flow.held:
+                return DROP._replace(effects=self._let_go(flow, now))
+            return Verdict(Action.CONSUME, mark=flow.release.mark, when_drained=not mark & RELEASED)
+        if not flow.held:
+            return flow.let_go(now)._replace(payload=without_surplus(datagram))
+        # Others came before it: it takes its place behind them.
+        own = self._context.next_hold_id()
+        flow.bare[own] = without_surplus(datagram)
+        return Verdict(Action.HOLD, hold_id=own, effects=self._let_go(flow, now, (own,)))
 
-    def _release_held(self, flow: DatagramResponderFlow) -> tuple[Settle, ...]:
+    def _let_go(self, flow: DatagramResponderFlow, now: float, own: tuple[int, ...] = ()) -> tuple[Settle, ...]:
+        """Let what waits go on in order, as the pod's peer sent it; the last one takes the flow with it."""
         bare, flow.bare = flow.bare, {}
+        waiting = [*(settle.hold_id for settle in self._context.settle_held(flow, ACCEPT)), *own]
+        verdicts = [*[ACCEPT] * (len(waiting) - 1), flow.let_go(now)]
         return tuple(
             Settle(hold_id, verdict._replace(payload=bare.get(hold_id)))
-            for hold_id, verdict in self._context.settle_held(flow, flow.release)
+            for hold_id, verdict in zip(waiting, verdicts, strict=True)
         )
 
     def datagram_in(self, datagram: UDPDatagram, flow: DatagramResponderFlow, now: float) -> Verdict:
         """Let a datagram of a known flow wait for the proof."""
         if flow.state is State.RELEASED:
-            return flow.release
+            return flow.let_go(now)
         if flow.state is State.ASKED:
             if len(flow.held) >= _MAX_HELD_ASKED:
                 raise PeerError(Reason.HOLD_QUEUE_FULL, "of a flow that is not known")
@@ -182,7 +190,7 @@ class DatagramResponder:
         else:
             decision, release = context.judge.ingress(None, address, datagram.dport, Protocol.UDP)
         if not decision.is_allowed and self._may_ask(datagram, now):
-            return self._ask_again(key, now)
+            return self._ask_again(key, decision, now)
         context.report(Direction.INGRESS, address, datagram.dport, decision, protocol=Protocol.UDP)
         return release if decision.is_allowed else DROP
 
@@ -193,11 +201,16 @@ class DatagramResponder:
     def _may_ask(self, datagram: UDPDatagram, now: float) -> bool:
         """Only of a pod that has shown an identity before: another's application would get an empty datagram."""
         is_known = self._context.judge.has_met(datagram.src) and self.is_own_address(datagram.dst)
-        return is_known and len(self._asked) < _MAX_ASKED and self._asking.take(now)
+        if is_known and len(self._asked) >= _MAX_ASKED:
+            self._context.node.bound_hits[Bound.HANDSHAKES_AGAIN] += 1
+            return False
+        return is_known and self._asking.take(now)
 
-    def _ask_again(self, key: bytes, now: float) -> Verdict:
+    def _ask_again(self, key: bytes, refusal: Decision, now: float) -> Verdict:
+        """Let a datagram wait for a handshake; `refusal` is what becomes of it where none comes."""
         context = self._context
         flow = DatagramResponderFlow(key, context.local, now + UNFINISHED_S)
+        flow.refusal = refusal
         self._asked.add(flow)
         return context.hold(flow, now, (context.send_message(key, encode_again(context.node.random(16))),))
 

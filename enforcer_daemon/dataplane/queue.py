@@ -219,7 +219,9 @@ class PacketQueue:
             self._fail(packet, err)
 
     def _answer(self, packet: Packet, verdict: Verdict) -> None:
-        action, payload, mark, hold_id, _ = verdict
+        action, payload, mark, hold_id, _, when_drained = verdict
+        if when_drained and self._has_more():
+            action = Action.DROP if action is Action.CONSUME else Action.ACCEPT
         if action is Action.DROP:
             packet.drop()
             self._refused += 1
@@ -244,6 +246,13 @@ class PacketQueue:
         else:
             packet.set_mark(packet.mark & _OTHERS_MASK | FORGET)
             packet.repeat()
+
+    def _has_more(self) -> bool:
+        try:
+            self._sock.recv(1, socket.MSG_PEEK | socket.MSG_DONTWAIT)
+        except BlockingIOError:
+            return False
+        return True
 
     def _fail(self, packet: Packet, err: Exception) -> None:
         self.errors += 1

@@ -25,6 +25,8 @@ class Bound(Enum):
     VERIFICATIONS = "verifications"
     VERIFICATIONS_PER_SOURCE = "verifications-per-source"
     REPORTS = "reports"
+    HANDSHAKES_AGAIN = "handshakes-again"
+    OWN_PACKETS = "own-packets"
 
     __hash__ = object.__hash__  # Members are single objects; Enum's own hash is in Python.
 

@@ -30,9 +30,10 @@ from enforcer_daemon.handshake.local import LocalToken
 from enforcer_daemon.handshake.machine import DATAGRAM_TRANSITIONS, Event, State, next_state
 from enforcer_daemon.handshake.peers import Peer
 from enforcer_daemon.handshake.proofs import frame_hash, require_equal
-from enforcer_daemon.model import Direction, Protocol
+from enforcer_daemon.model import Decision, Direction, Protocol, RuleRef
 from enforcer_daemon.packet.udp import UDPDatagram, find_option
 from enforcer_daemon.reasons import Reason
+from enforcer_daemon.verdict import Verdict
 
 RIDING_EXID = 0x5452
 """ExID of a message beside a datagram of the pod's."""
@@ -68,10 +69,13 @@ def initiator_proof(key: bytes, nonces: bytes, proof_r: bytes) -> bytes:
     return hmac.digest(key, b"datagram-proof" + nonces + proof_r, "sha256")[:PROOF_BYTES]
 
 
+_UNKNOWN = Decision(False, Reason.UNIDENTIFIED_PEER, Direction.INGRESS)
+
+
 class DatagramFlow(Flow):
     """What both kinds have in common: the table of states, and a message that is repeated while it is owed."""
 
-    __slots__ = ("repeat_at", "repeats")
+    __slots__ = ("drained_at", "repeat_at", "repeats")
 
     protocol: ClassVar[int] = Protocol.UDP
 
@@ -80,6 +84,12 @@ class DatagramFlow(Flow):
         self.repeat_at = 0.0
         """When the enforcer's message is to be sent again, monotonic seconds."""
         self.repeats = 0
+        self.drained_at = 0.0
+        """Until when a released flow may stay in the queue to keep the order of its datagrams, monotonic seconds."""
+
+    def let_go(self, now: float) -> Verdict:
+        """Give the verdict for a datagram of a released flow: it takes the flow with it into the kernel."""
+        return self.release if now >= self.drained_at else self.release._replace(when_drained=True)
 
     def advance(self, event: Event) -> None:
         """Move by the table; raise IllegalEventError and stay where it has no entry."""
@@ -89,7 +99,17 @@ class DatagramFlow(Flow):
 class DatagramInitiatorFlow(DatagramFlow):
     """A flow that the pod opens."""
 
-    __slots__ = ("first", "is_external_allowed", "nonce", "offer", "opened_at", "proof")
+    __slots__ = (
+        "is_external_allowed",
+        "is_overdue",
+        "last_bytes",
+        "nonce",
+        "offer",
+        "opened_at",
+        "proof",
+        "riding",
+        "waiting",
+    )
 
     direction: ClassVar[Direction] = Direction.EGRESS
 
@@ -107,8 +127,14 @@ class DatagramInitiatorFlow(DatagramFlow):
         self.opened_at = now
         self.is_external_allowed = False
         """Whether policy lets the pod reach this address whoever is there: then its datagrams need not wait."""
-        self.first: tuple[int, UDPDatagram] | None = None
-        """The oldest datagram of the pod's own that waits, which the proof can ride on."""
+        self.is_overdue = False
+        """Whether an answer was waited for in vain: what policy allows by address then waits no longer."""
+        self.riding = 0
+        """How many datagrams left with the offer beside them."""
+        self.last_bytes = -1
+        """Length of the last of them."""
+        self.waiting: dict[int, UDPDatagram] = {}
+        """Datagrams of the pod's own that wait, by hold id; some may have been dropped meanwhile."""
 
     def verify(self, message: bytes, answer: SynAckFrame, peer: Peer) -> None:
         """Check proof_r and compute proof_i; raise ProofError where it was made by another, or for another offer."""
@@ -121,17 +147,24 @@ class DatagramInitiatorFlow(DatagramFlow):
 class DatagramResponderFlow(DatagramFlow):
     """A flow that is opened to the pod."""
 
-    __slots__ = ("answer", "bare", "expected", "nonce_i", "peer")
+    __slots__ = ("answer", "bare", "expected", "nonce_i", "peer", "refusal")
 
     direction: ClassVar[Direction] = Direction.INGRESS
 
     @property
     def overdue(self) -> Reason:
         """What was asked for an identity showed none, or what showed one did not prove it."""
-        return Reason.UNIDENTIFIED_PEER if self.state is State.ASKED else Reason.PROOF_MISSING
+        return Reason.PROOF_MISSING if self.state is not State.ASKED else self.refusal.reason
+
+    @property
+    def rules(self) -> tuple[RuleRef, ...]:
+        """The policies that denied the peer while it was an address."""
+        return self.refusal.rules if self.state is State.ASKED else ()
 
     def __init__(self, key: bytes, local: LocalToken, deadline: float) -> None:
         super().__init__(key, local, State.ASKED, deadline)
+        self.refusal = _UNKNOWN
+        """What became of the flow by its peer's address alone."""
         self.nonce_i = b""
         self.peer: Peer | None = None
         self.answer = b""

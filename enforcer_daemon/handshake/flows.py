@@ -12,7 +12,7 @@ from enforcer_daemon.handshake.local import LocalToken
 from enforcer_daemon.handshake.machine import Event, State, next_state
 from enforcer_daemon.handshake.peers import Peer
 from enforcer_daemon.handshake.proofs import Transcript, frame_hash, initiator_proof, require_equal, responder_proof
-from enforcer_daemon.model import Direction, Protocol
+from enforcer_daemon.model import Direction, Protocol, RuleRef
 from enforcer_daemon.reasons import Reason
 from enforcer_daemon.verdict import DROP, Inject
 
@@ -50,6 +50,11 @@ class Flow:
     def overdue(self) -> Reason:
         """Why what waits for the flow is dropped when its time is over."""
         return Reason.PROOF_MISSING
+
+    @property
+    def rules(self) -> tuple[RuleRef, ...]:
+        """The policies that a denial of the flow names."""
+        return ()
 
     def advance(self, event: Event) -> None:
         """Move by the table; raise IllegalEventError and stay where it has no entry."""

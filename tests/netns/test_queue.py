@@ -20,6 +20,7 @@ from enforcer_daemon.dataplane.queuecounters import LostPackets
 from enforcer_daemon.dataplane.ratelimits import QueueLimits
 from enforcer_daemon.dataplane.tools import run_in
 from enforcer_daemon.errors import DataplaneError
+from enforcer_daemon.marks import released_mark
 from enforcer_daemon.model import Direction
 from enforcer_daemon.verdict import ACCEPT, DROP, Action, Inject, Settle, Verdict
 from tests.netns.lab import (
@@ -101,6 +102,32 @@ def test_held_packets_are_settled_in_the_order_of_the_effects(lab: Lab) -> None:
             client.sendto(text, (POD[4], 53))
         assert [service.recv(16), service.recv(16)] == [b"2", b"1"]
         assert queue.held_packets == 0
+
+
+def test_a_flow_is_released_when_nothing_more_waits(lab: Lab) -> None:
+    """So that what comes after the release overtakes nothing that came before it."""
+    released = Verdict(Action.RELEASE, mark=released_mark(0), when_drained=True)
+    one_a_turn = dataclasses.replace(SETTINGS, packets_per_turn=1)
+    queue = PacketQueue.open(lab.pod, one_a_turn, lambda *_: released, on_error=silent)
+    try:
+        with (
+            lab.socket(lab.pod, 4, socket.SOCK_DGRAM) as service,
+            lab.socket(lab.remote, 4, socket.SOCK_DGRAM) as client,
+        ):
+            service.bind((POD[4], 53))
+            client.connect((POD[4], 53))
+            client.send(b"1")
+            client.send(b"2")
+            assert wait_until(lambda: waiting(lab) == 2)
+            assert queue.read_turn() == 1
+            client.send(b"3")
+            assert wait_until(lambda: waiting(lab) == 2)
+            assert [queue.read_turn(), queue.read_turn()] == [1, 1]
+            client.send(b"4")
+            assert [service.recv(16) for _ in range(4)] == [b"1", b"2", b"3", b"4"]
+            assert queue.read_turn() == 0
+    finally:
+        queue.close()
 
 
 def test_a_judge_that_fails_lets_nothing_pass(lab: Lab) -> None:

@@ -10,12 +10,13 @@ from enum import Enum
 import pytest
 
 from enforcer_daemon.datapath.udp_initiator import MAX_REPEATS
+from enforcer_daemon.handshake.bounds import Bound
 from enforcer_daemon.handshake.datagrams import RIDING_EXID, find_message
 from enforcer_daemon.handshake.frames import TYPE_PROOF, encode_again, encode_proof, frame_type
 from enforcer_daemon.marks import RELEASED, REPLY
 from enforcer_daemon.model import Direction
 from enforcer_daemon.packet.udp import UDP_HEADER, build_udp, decode_udp, encode_option, with_option, without_surplus
-from enforcer_daemon.verdict import DROP, Action, Settle
+from enforcer_daemon.verdict import DROP, Action, Settle, Verdict
 from tests.unit.datapath.pair import Endpoint, FakePolicy, Rules, make_pair
 
 PORTS = 40_000, 53
@@ -228,7 +229,7 @@ def test_a_forged_proof_releases_nothing() -> None:
 
 def test_what_waits_for_one_flow_is_bounded() -> None:
     client, server = make_pair(OPEN, ADMITTING, max_held_packets=4)
-    packets = [client.send(build_udp(client.address, server.address, PORTS, b"%d" % n))[0] for n in range(9)]
+    packets = [client.send(build_udp(client.address, server.address, PORTS, bytes(n)))[0] for n in range(9)]
     for packet in packets:
         assert server.receive(packet) == []
     assert len(server.held) == 4
@@ -274,3 +275,128 @@ def test_a_message_that_the_pod_makes_itself_does_not_leave() -> None:
     )
     assert client.verdict(own, Direction.EGRESS) == DROP
     assert client.reasons() == ["malformed-frame"]
+
+
+def first_verdict(endpoint: Endpoint, packet: bytes, direction: Direction) -> Verdict:
+    """Give the verdict for a packet, and settle what waits for it as the queue does."""
+    verdict = endpoint.verdict(packet, direction)
+    for effect in verdict.effects:
+        if isinstance(effect, Settle):
+            endpoint.held.pop(effect.hold_id, None)
+        else:
+            endpoint.injected.append(effect.packet)
+    return verdict
+
+
+def settled(verdict: Verdict) -> list[tuple[Action, bool]]:
+    """Give what becomes of each packet that waited, in order, and whether it takes the flow with it."""
+    return [(e.verdict.action, e.verdict.when_drained) for e in verdict.effects if isinstance(e, Settle)]
+
+
+def answer_to(client: Endpoint, server: Endpoint) -> bytes:
+    """Let the client's offer arrive; give the answer."""
+    for offer in client.flush_injected():
+        server.receive(offer)
+    (answer,) = server.flush_injected()
+    return answer
+
+
+def test_what_waited_goes_first_and_the_last_of_it_takes_the_flow_into_the_kernel() -> None:
+    client, server = make_pair(BOUND, ADMITTING)
+    queries = [build_udp(client.address, server.address, PORTS, bytes(n)) for n in range(3)]
+    for query in queries:
+        assert client.send(query) == []
+    verdict = first_verdict(client, answer_to(client, server), Direction.INGRESS)
+    assert (verdict.action, verdict.mark) == (Action.DROP, 0)
+    assert settled(verdict) == [(Action.ACCEPT, False), (Action.ACCEPT, False), (Action.RELEASE, True)]
+    later = client.verdict(build_udp(client.address, server.address, PORTS, b"later"), Direction.EGRESS)
+    assert (later.action, later.when_drained) == (Action.RELEASE, True)
+    at_last = client.verdict(build_udp(client.address, server.address, PORTS, b"later"), Direction.EGRESS, 1.5)
+    assert (at_last.action, at_last.when_drained) == (Action.RELEASE, False)
+
+
+def test_at_the_responder_too() -> None:
+    client, server = make_pair(OPEN, ADMITTING)
+    framed = [client.send(build_udp(client.address, server.address, PORTS, bytes(n)))[0] for n in range(3)]
+    for packet in framed:
+        assert server.receive(packet) == []
+    (answer,) = server.flush_injected()
+    client.receive(answer)
+    (proof,) = client.flush_injected()
+    verdict = first_verdict(server, proof, Direction.INGRESS)
+    assert verdict.action is Action.DROP
+    assert settled(verdict) == [(Action.ACCEPT, False), (Action.ACCEPT, False), (Action.RELEASE, True)]
+    assert server.context.held_packets == 0
+
+
+def test_a_proof_that_rides_takes_its_place_behind_what_waits() -> None:
+    client, server = make_pair(OPEN, ADMITTING)
+    small = build_udp(client.address, server.address, PORTS, b"small")
+    (framed,) = client.send(small)
+    large = build_udp(client.address, server.address, PORTS, bytes(1_100))
+    assert client.send(large) == []
+    server.receive(framed)
+    (answer,) = server.flush_injected()
+    (proven,) = client.receive(answer)
+    assert server.receive(proven) == [small, large]
+
+
+def test_what_the_kernel_may_have_cut_is_sent_anew_and_so_is_all_after_it() -> None:
+    """It would drop all but the first and the last datagram of the second send."""
+    client, server = make_pair(BOUND, ADMITTING)
+    sizes = [100, 300, 300, 300, 200, 50]
+    queries = [build_udp(client.address, server.address, PORTS, bytes(size)) for size in sizes]
+    for query in queries:
+        assert client.send(query) == []
+    verdict = first_verdict(client, answer_to(client, server), Direction.INGRESS)
+    kept, dropped = (Action.ACCEPT, False), (Action.DROP, False)
+    assert settled(verdict) == [kept, kept, dropped, dropped, dropped, dropped]
+    assert client.injected == queries[2:]
+    assert client.flush_injected() == queries[2:]
+
+
+def test_only_two_datagrams_of_a_length_leave_beside_the_offer() -> None:
+    """A resolver's two queries; more could be one send that the kernel has cut."""
+    client, server = make_pair(OPEN, ADMITTING)
+    queries = [build_udp(client.address, server.address, PORTS, b"%d" % n) for n in range(6)]
+    left = [packet for query in queries for packet in client.send(query)]
+    assert [bare(packet) for packet in left] == queries[:2]
+    assert client.injected == []  # The offer has left: a peer without an enforcer gets no empty datagram.
+    overdue = client.datapath.expire(1.25)
+    assert [effect.hold_id for effect in overdue if isinstance(effect, Settle)] == list(client.held)
+    anew = [effect.packet for effect in overdue if not isinstance(effect, Settle)]
+    assert [bare(packet) for query in anew for packet in client.send(query, 1.25)] == queries[4:]
+
+
+def test_a_denial_of_what_was_asked_for_its_identity_names_the_policies() -> None:
+    exchange = make("goes alone")
+    exchange.say(b"first")
+    exchange.server.reasons()
+    exchange.now = 100.0
+    assert exchange.server.receive(exchange.query(b"second"), exchange.now) == []
+    exchange.server.datapath.expire(exchange.now + 1.1)
+    (report,) = exchange.server.datapath.take_reports()
+    assert (report.reason.value, [str(rule) for rule in report.rules]) == ("unidentified-peer", ["default/fake[0]"])
+
+
+def test_requests_to_shake_hands_again_are_bounded_and_counted() -> None:
+    client, server = make_pair(OPEN, ADMITTING)
+    exchange = Exchange(client, server)
+    exchange.say(b"met")
+    hits = server.node.context.bound_hits
+    for n in range(300):
+        stray = build_udp(client.address, server.address, (10_000 + n, 53), b"stray")
+        assert server.receive(stray, 50.0) == []
+    assert len(server.held) == len(server.injected) == 64
+    assert hits[Bound.HANDSHAKES_AGAIN] == 300 - 64
+    for effect in server.datapath.expire(51.5):
+        assert effect.verdict == DROP
+    server.datapath.expire(54.0)
+    assert server.datapath.half_open_flows == 0
+
+
+def test_own_messages_that_never_came_to_the_queue_are_bounded_and_counted() -> None:
+    client, _ = make_pair(OPEN, ADMITTING)
+    for n in range(300):
+        client.context.send_message(bytes(8) + n.to_bytes(4, "big"), b"lost")
+    assert client.node.context.bound_hits[Bound.OWN_PACKETS] == 300 - 256
