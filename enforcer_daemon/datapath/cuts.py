@@ -29,11 +29,16 @@ def may_be_cut(datagram: UDPDatagram, before: int, last_bytes: int) -> bool:
 def first_cut(datagrams: Sequence[UDPDatagram], mtu: int) -> int:
     """Give the place from which on waiting datagrams must be sent anew, to keep their order; their number for none.
 
-    Only what is at hand and fits a packet of the interface can be sent anew.
+    Only what is at hand and fits a packet of the interface can be sent anew. What has a message beside it has come here
+    by itself.
     """
     if len(datagrams) >= _LEAST:
         for n in range(2, len(datagrams) - 1):
             before, this, after = (datagram.end for datagram in datagrams[n - 1 : n + 2])
-            if before == this >= after and all(d.end <= min(mtu, len(d.packet)) for d in datagrams[n:]):
+            if (
+                before == this >= after
+                and not datagrams[n].has_surplus
+                and all(d.end <= min(mtu, len(d.packet)) for d in datagrams[n:])
+            ):
                 return n
     return len(datagrams)

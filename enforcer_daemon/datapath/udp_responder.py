@@ -9,7 +9,16 @@ from __future__ import annotations
 
 from enforcer_daemon.datapath.binding import require_source
 from enforcer_daemon.datapath.context import EndpointContext
-from enforcer_daemon.datapath.udp_initiator import DRAIN_S, MAX_REPEATS, REMEMBERED_S, REPEAT_S, UNFINISHED_S, Allowance
+from enforcer_daemon.datapath.cuts import first_cut
+from enforcer_daemon.datapath.udp_initiator import (
+    DRAIN_S,
+    MAX_MESSAGE_PACKET_BYTES,
+    MAX_REPEATS,
+    REMEMBERED_S,
+    REPEAT_S,
+    UNFINISHED_S,
+    Allowance,
+)
 from enforcer_daemon.errors import PeerError, ProofError, TokenError
 from enforcer_daemon.handshake.bounds import Bound
 from enforcer_daemon.handshake.datagrams import DatagramResponderFlow
@@ -114,11 +123,15 @@ class DatagramResponder:
     def _keep(self, datagram: UDPDatagram, flow: DatagramResponderFlow, is_lone: bool, now: float) -> Verdict:
         if is_lone:
             return DROP
-        verdict = self._context.hold(flow, now)
+        verdict = self._hold(datagram, flow, now)
         self._await(flow, now)
-        if datagram.has_surplus:
-            flow.bare = {hold_id: packet for hold_id, packet in flow.bare.items() if hold_id in flow.held}
-            flow.bare[verdict.hold_id] = without_surplus(datagram)
+        return verdict
+
+    def _hold(self, datagram: UDPDatagram, flow: DatagramResponderFlow, now: float) -> Verdict:
+        verdict = self._context.hold(flow, now)
+        if len(flow.waiting) >= len(flow.held):
+            flow.waiting = {hold_id: found for hold_id, found in flow.waiting.items() if hold_id in flow.held}
+        flow.waiting[verdict.hold_id] = datagram
         return verdict
 
     def _await(self, flow: DatagramResponderFlow, now: float) -> None:
@@ -155,18 +168,29 @@ class DatagramResponder:
             return flow.let_go(now)._replace(payload=without_surplus(datagram))
         # Others came before it: it takes its place behind them.
         own = self._context.next_hold_id()
-        flow.bare[own] = without_surplus(datagram)
+        flow.waiting[own] = datagram
         return Verdict(Action.HOLD, hold_id=own, effects=self._let_go(flow, now, (own,)))
 
-    def _let_go(self, flow: DatagramResponderFlow, now: float, own: tuple[int, ...] = ()) -> tuple[Settle, ...]:
-        """Let what waits go on in order, as the pod's peer sent it; the last one takes the flow with it."""
-        bare, flow.bare = flow.bare, {}
-        waiting = [*(settle.hold_id for settle in self._context.settle_held(flow, ACCEPT)), *own]
-        verdicts = [*[ACCEPT] * (len(waiting) - 1), flow.let_go(now)]
-        return tuple(
-            Settle(hold_id, verdict._replace(payload=bare.get(hold_id)))
-            for hold_id, verdict in zip(waiting, verdicts, strict=True)
-        )
+    def _let_go(
+        self, flow: DatagramResponderFlow, now: float, own: tuple[int, ...] = ()
+    ) -> tuple[Settle | Inject, ...]:
+        """Let what waits go on in order, as the pod's peer sent it; the last one takes the flow with it.
+
+        What the kernel would drop is sent anew instead, to the pod by its loopback.
+        """
+        waiting, flow.waiting = flow.waiting, {}
+        held = [*(settle.hold_id for settle in self._context.settle_held(flow, ACCEPT)), *own]
+        datagrams = [waiting[hold_id] for hold_id in held]
+        cut = first_cut(datagrams, MAX_MESSAGE_PACKET_BYTES)
+        effects: list[Settle | Inject] = []
+        for n, (hold_id, datagram) in enumerate(zip(held, datagrams, strict=True)):
+            bare = without_surplus(datagram) if datagram.has_surplus else None
+            if n < cut:
+                verdict = flow.let_go(now) if n + 1 == len(held) else ACCEPT
+                effects.append(Settle(hold_id, verdict._replace(payload=bare)))
+            else:
+                effects += Settle(hold_id, DROP), Inject(bare or datagram.packet[: datagram.end])
+        return tuple(effects)
 
     def datagram_in(self, datagram: UDPDatagram, flow: DatagramResponderFlow, now: float) -> Verdict:
         """Let a datagram of a known flow wait for the proof."""
@@ -175,7 +199,7 @@ class DatagramResponder:
         if flow.state is State.ASKED:
             if len(flow.held) >= _MAX_HELD_ASKED:
                 raise PeerError(Reason.HOLD_QUEUE_FULL, "of a flow that is not known")
-            return self._context.hold(flow, now)
+            return self._hold(datagram, flow, now)
         return self._keep(datagram, flow, False, now)
 
     def plain_in(self, datagram: UDPDatagram, key: bytes, now: float) -> Verdict:
@@ -190,7 +214,7 @@ class DatagramResponder:
         else:
             decision, release = context.judge.ingress(None, address, datagram.dport, Protocol.UDP)
         if not decision.is_allowed and self._may_ask(datagram, now):
-            return self._ask_again(key, decision, now)
+            return self._ask_again(datagram, key, decision, now)
         context.report(Direction.INGRESS, address, datagram.dport, decision, protocol=Protocol.UDP)
         return release if decision.is_allowed else DROP
 
@@ -206,13 +230,14 @@ class DatagramResponder:
             return False
         return is_known and self._asking.take(now)
 
-    def _ask_again(self, key: bytes, refusal: Decision, now: float) -> Verdict:
+    def _ask_again(self, datagram: UDPDatagram, key: bytes, refusal: Decision, now: float) -> Verdict:
         """Let a datagram wait for a handshake; `refusal` is what becomes of it where none comes."""
         context = self._context
         flow = DatagramResponderFlow(key, context.local, now + UNFINISHED_S)
         flow.refusal = refusal
         self._asked.add(flow)
-        return context.hold(flow, now, (context.send_message(key, encode_again(context.node.random(16))),))
+        again = context.send_message(key, encode_again(context.node.random(16)))
+        return self._hold(datagram, flow, now)._replace(effects=(again,))
 
     def expire(self, now: float) -> tuple[Settle | Inject, ...]:
         """Send answers again for which datagrams wait, and forget handshakes that took too long."""

@@ -147,7 +147,7 @@ class DatagramInitiatorFlow(DatagramFlow):
 class DatagramResponderFlow(DatagramFlow):
     """A flow that is opened to the pod."""
 
-    __slots__ = ("answer", "bare", "expected", "nonce_i", "peer", "refusal")
+    __slots__ = ("answer", "expected", "nonce_i", "peer", "refusal", "waiting")
 
     direction: ClassVar[Direction] = Direction.INGRESS
 
@@ -168,8 +168,8 @@ class DatagramResponderFlow(DatagramFlow):
         self.nonce_i = b""
         self.peer: Peer | None = None
         self.answer = b""
-        self.bare: dict[int, bytes] = {}
-        """Datagrams that wait, by hold id, as they were before a message was put beside them."""
+        self.waiting: dict[int, UDPDatagram] = {}
+        """Datagrams that wait, by hold id; some may have been dropped meanwhile."""
         self.expected = b""
 
     def accept(self, offer: bytes, nonce_i: bytes, peer: Peer, end: tuple[bytes, int], nonce_r: bytes) -> None:

@@ -400,3 +400,20 @@ def test_own_messages_that_never_came_to_the_queue_are_bounded_and_counted() -> 
     for n in range(300):
         client.context.send_message(bytes(8) + n.to_bytes(4, "big"), b"lost")
     assert client.node.context.bound_hits[Bound.OWN_PACKETS] == 300 - 256
+
+
+def test_at_the_responder_what_was_cut_reaches_the_pod_by_its_loopback() -> None:
+    """A send overtakes the proof: the queue cuts it, and the kernel would drop its middle."""
+    client, server = make_pair(OPEN, ADMITTING)
+    (framed,) = client.send(build_udp(client.address, server.address, PORTS, b"first"))
+    server.receive(framed)
+    (answer,) = server.flush_injected()
+    client.receive(answer)
+    burst = [build_udp(client.address, server.address, PORTS, bytes(300)) for _ in range(4)]
+    for packet in burst:
+        assert server.receive(packet) == []
+    (proof,) = client.flush_injected()
+    verdict = first_verdict(server, proof, Direction.INGRESS)
+    kept, dropped = (Action.ACCEPT, False), (Action.DROP, False)
+    assert settled(verdict) == [kept, kept, dropped, dropped, dropped]
+    assert server.injected == burst[1:]
