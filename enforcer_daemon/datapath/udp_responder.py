@@ -28,7 +28,7 @@ from enforcer_daemon.handshake.machine import Event, State
 from enforcer_daemon.handshake.peers import Peer
 from enforcer_daemon.marks import NODE, OWN_MASK, RELEASED, REPLY
 from enforcer_daemon.model import Decision, Direction, Protocol
-from enforcer_daemon.packet.udp import UDPDatagram, decode_udp, without_surplus
+from enforcer_daemon.packet.udp import UDPDatagram, without_surplus
 from enforcer_daemon.reasons import Reason
 from enforcer_daemon.verdict import ACCEPT, DROP, Action, Inject, Settle, Verdict
 
@@ -148,7 +148,10 @@ class DatagramResponder:
         if flow is None or flow.state is State.ASKED:
             if is_lone:
                 raise PeerError(Reason.UNKNOWN_FLOW, "a proof of no handshake")
-            return self.plain_in(decode_udp(without_surplus(datagram)), key, now)
+            verdict = self.plain_in(datagram, key, now)
+            if verdict.action is Action.RELEASE:
+                return verdict._replace(payload=without_surplus(datagram))
+            return verdict
         if nonce != flow.nonce_i:
             raise ProofError(Reason.PROOF_INVALID, "of another handshake")
         flow.verify(proof)

@@ -21,6 +21,7 @@ from enforcer_daemon.handshake.frames import find_proof
 from enforcer_daemon.model import PodRef
 from enforcer_daemon.packet.tcp import walk_options
 from tests.e2e.operation_world import (
+    FAMILIES,
     HTTP,
     NODES,
     app,
@@ -265,8 +266,28 @@ def test_a_small_mtu(plugin: Path, tmp_path: Path, mtu: int) -> None:
             with connection(lab, "x/client", "x/server", version) as (client, server):
                 transfer(client, server, 5)
                 transfer(server, client, 5)
+            _exchange_datagrams(lab, version)
         if mtu == 1280:
             _assert_large_identity_is_refused(lab)
+
+
+def _exchange_datagrams(lab: Lab, version: int) -> None:
+    """Send what QUIC begins with, many before the first answer."""
+    burst = [bytes((n,)) * 1_200 for n in range(20)]
+    with (
+        lab.open_socket("x/server", FAMILIES[version], socket.SOCK_DGRAM) as server,
+        lab.open_socket("x/client", FAMILIES[version], socket.SOCK_DGRAM) as client,
+    ):
+        for end in (server, client):
+            end.settimeout(10.0)
+        server.bind((str(lab.address_of("x/server", version)), 0))
+        client.connect(server.getsockname()[:2])
+        for datagram in burst:
+            client.send(datagram)
+        received = [server.recvfrom(2_048) for _ in burst]
+        assert sorted(datagram for datagram, _ in received) == burst
+        server.sendto(burst[0], received[0][1])
+        assert client.recv(2_048) == burst[0]
 
 
 def _large(name: str, count: int) -> PodSpec:

@@ -247,11 +247,12 @@ def test_named_files_exist(path: Path) -> None:
     assert [name for name in named if not any(ROOT.glob(name.rstrip("/")))] == []
 
 
-def test_odd_tcp_cases_name_tests_that_exist() -> None:
-    text = read("docs/tcp.md")
+@pytest.mark.parametrize(("page", "least"), [("tcp", 30), ("udp", 25)])
+def test_odd_cases_name_tests_that_exist(page: str, least: int) -> None:
+    text = read(f"docs/{page}.md")
     named = re.findall(r"`(tests/[\w/]+\.py)::(\w+)` \|$", text, re.MULTILINE)
     cases = [line for line in text.splitlines() if line.startswith("| ") and not line.startswith("| case |")]
-    assert len(named) == len(cases) > 30
+    assert len(named) == len(cases) > least
     assert [f"{path}::{name}" for path, name in named if f"def {name}(" not in read(path)] == []
 
 

@@ -417,3 +417,16 @@ def test_at_the_responder_what_was_cut_reaches_the_pod_by_its_loopback() -> None
     kept, dropped = (Action.ACCEPT, False), (Action.DROP, False)
     assert settled(verdict) == [kept, kept, dropped, dropped, dropped]
     assert server.injected == burst[1:]
+
+
+def test_a_proof_of_no_handshake_does_not_reach_the_pod_with_the_datagram_that_it_rode_on() -> None:
+    exchange = make("goes alone")
+    exchange.say(b"first")
+    exchange.now = 100.0
+    lost = exchange.query(b"second")
+    proof = with_option(decode_udp(lost), RIDING_EXID, encode_proof(bytes(16), bytes(16)))
+    assert exchange.server.receive(proof, exchange.now) == []
+    (request,) = exchange.server.flush_injected(exchange.now)
+    exchange.client.receive(request, exchange.now, RELEASED | REPLY)
+    exchange.flush()
+    assert exchange.delivered[1:] == [lost]
