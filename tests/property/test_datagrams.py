@@ -181,6 +181,16 @@ class Datagrams(RuleBasedStateMachine):
             message[at % len(message)] ^= change
             self.attack(bytes(message), port, True, at_server)
 
+    @rule(port=PORTS, at=PICK, change=st.integers(1, 255))
+    def tamper_with_an_answer(self, port: int, at: int, change: int) -> None:
+        """The answer that the client waits for comes with a byte of it changed."""
+        self.query(port, b"query")
+        self.send_own_packets()
+        while self.wire:
+            self.deliver(0)
+        self.send_own_packets()
+        self.tamper(0, at, change, port, False)
+
     def attack(self, message: bytes, port: int, is_lone: bool, at_server: bool) -> None:
         ends = (self.client.address, self.server.address) if at_server else (self.server.address, self.client.address)
         ports = (port, DNS) if at_server else (DNS, port)
