@@ -295,6 +295,32 @@ def test_a_client_that_gave_up_refuses_the_answer(lab: Lab, version: int) -> Non
 
 
 @pytest.mark.parametrize("version", VERSIONS)
+def test_a_server_that_closed_meanwhile_refuses_the_third_segment(lab: Lab, version: int) -> None:
+    """The client's enforcer stands still between the SYN and the answer, so the third segment is sure to come late."""
+    before = half_open(lab)
+    with lab.capture("x/server") as capture, listening(lab, "x/server", version) as listener:
+        port = listener.getsockname()[1]
+        with paused(lab, "a"):
+            client = _connecting(lab, listener)
+        with client:
+            wait_until(lambda: any(s.flags & SYN for s in segments(capture.packets(), port)), "the SYN has arrived")
+            with paused(lab, "a"):
+                listener.close()
+            wait_until(lambda: _has_ended(client), "the client is told")
+    wait_until(lambda: half_open(lab) <= before, "both enforcers forget it")
+
+
+def _has_ended(client: socket.socket) -> bool:
+    try:
+        client.setblocking(False)
+        return client.recv(1) == b""
+    except BlockingIOError:
+        return False
+    except OSError as err:
+        return err.errno in (errno.ECONNRESET, errno.ECONNREFUSED)
+
+
+@pytest.mark.parametrize("version", VERSIONS)
 def test_a_closed_port_refuses_whatever_was_there(lab: Lab, version: int) -> None:
     before = half_open(lab)
     assert outcome(lab, "x/client", "x/server", 9, version) is Outcome.REFUSED
