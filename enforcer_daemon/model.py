@@ -32,6 +32,14 @@ class Protocol(IntEnum):
     SCTP = 132
 
 
+def protocol_name(number: int) -> str:
+    """Name an IP protocol for people: TCP, UDP, SCTP, ICMP, ICMPv6, or its number."""
+    return _PROTOCOL_NAMES.get(number) or f"protocol {number}"
+
+
+_PROTOCOL_NAMES = {protocol.value: protocol.name for protocol in Protocol} | {1: "ICMP", 58: "ICMPv6"}
+
+
 @dataclass(frozen=True, slots=True, order=True)
 class PodRef:
     """A pod by name."""

@@ -25,6 +25,9 @@ _UNREADABLE = (OSError, yaml.YAMLError, ValueError, ArithmeticError, LookupError
 nesting without end."""
 MAX_TOKEN_LIFETIME_S = 86_400.0
 """The longest validity of a token that is accepted as a setting: that of a node's certificate by default."""
+MIN_CERTIFICATE_LIFETIME_S = 5.0
+MIN_REQUESTED_LIFETIME_S = 600.0
+"""expirationSeconds of a CertificateSigningRequest (certificates.k8s.io/v1)."""
 MIN_PACKETS_PER_S = 1_000
 """A rate below it would keep pods from what they do honestly, as many connections at once."""
 MAX_PACKETS_PER_S = 1_000_000
@@ -319,7 +322,6 @@ def _check_bounds(settings: Settings) -> None:
         "handshake.maxCachedPeers": handshake.max_cached_peers,
         "handshake.maxVerificationsPerS": handshake.max_verifications_per_s,
         "handshake.maxTotalVerificationsPerS": handshake.max_total_verifications_per_s,
-        "credentials.certificateLifetimeS": credentials.certificate_lifetime_s,
         "kubernetes.pageSize": kubernetes.page_size,
         "kubernetes.requestTimeoutS": kubernetes.request_timeout_s,
         "kubernetes.watchSilenceS": kubernetes.watch_silence_s,
@@ -339,16 +341,14 @@ def _check_bounds(settings: Settings) -> None:
             raise SettingsError(f"{name}: must be more than 0")
     _check_times(handshake)
     _check_rates(settings.dataplane)
+    _check_lifetime(credentials)
 
 
 def _check_rates(dataplane: DataplaneSettings) -> None:
-    rates = {
-        "dataplane.maxPacketsPerSPerSource": dataplane.max_packets_per_s_per_source,
-        "dataplane.maxPacketsPerS": dataplane.max_packets_per_s,
-    }
+    rates = {"PerSource": dataplane.max_packets_per_s_per_source, "": dataplane.max_packets_per_s}
     for name, rate in rates.items():
         if not MIN_PACKETS_PER_S <= rate <= MAX_PACKETS_PER_S:
-            raise SettingsError(f"{name}: must be {MIN_PACKETS_PER_S} to {MAX_PACKETS_PER_S}")
+            raise SettingsError(f"dataplane.maxPacketsPerS{name}: must be {MIN_PACKETS_PER_S} to {MAX_PACKETS_PER_S}")
 
 
 def split_listen(text: str) -> tuple[str, int]:
@@ -372,6 +372,14 @@ def _check_times(handshake: HandshakeSettings) -> None:
         )
     if handshake.clock_leeway_s < 0:
         raise SettingsError("handshake.clockLeewayS: must not be negative")
+
+
+def _check_lifetime(credentials: CredentialSettings) -> None:
+    least, why = MIN_CERTIFICATE_LIFETIME_S, "it is renewed at two thirds, and looked at once a second"
+    if credentials.source is CredentialSource.KUBERNETES:
+        least, why = MIN_REQUESTED_LIFETIME_S, "the API server takes no request for less"
+    if credentials.certificate_lifetime_s < least:
+        raise SettingsError(f"credentials.certificateLifetimeS: must be at least {least:g}: {why}")
 
 
 def _check_source(credentials: CredentialSettings, has_cluster: bool) -> None:

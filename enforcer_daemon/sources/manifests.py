@@ -12,6 +12,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from enforcer_daemon.errors import PolicyError
 from enforcer_daemon.model import PodRef
 from enforcer_daemon.policy import (
     InvalidObjectError,
@@ -229,7 +230,9 @@ def _decode(manifest: object) -> KubernetesObject:
         return decode_namespace(manifest)
     if kind == "Pod":
         return decode_pod(manifest)
-    # What is none of the kinds is refused as a NetworkPolicy of the wrong kind.
+    if isinstance(kind, str) and kind != "NetworkPolicy":
+        message = f'Invalid value: "{kind}": is not read here; NetworkPolicy, Namespace and Pod are, alone or in a List'
+        raise InvalidObjectError([PolicyError("kind", message)])
     return decode_network_policy(manifest)
 
 

@@ -15,7 +15,7 @@ from enum import Enum
 from ipaddress import ip_address
 
 from enforcer_daemon.datapath.context import FlowReport
-from enforcer_daemon.model import Direction, Protocol
+from enforcer_daemon.model import Direction, protocol_name
 from enforcer_daemon.settings import EventSettings
 
 END_S = 360.0
@@ -26,7 +26,6 @@ MAX_SERIES_PER_SUBJECT = 16
 """Series of one object, so that a scan or forged sources do not fill the table for all."""
 _MAX_POLICIES = 10
 """Policies that a note names."""
-_PROTOCOLS = {protocol.value: protocol.name for protocol in Protocol} | {1: "ICMP", 58: "ICMPv6"}
 
 
 class EventKind(Enum):
@@ -184,7 +183,7 @@ def denial_note(report: FlowReport) -> str:
     """Say of a denied flow who, where, why, and by which policies."""
     address = str(ip_address(report.remote)) if len(report.remote) in (4, 16) else "an unreadable address"
     peer = address if report.peer is None else f"{report.peer.pod} ({address})"
-    protocol = _PROTOCOLS.get(report.protocol, f"protocol {report.protocol}")
+    protocol = protocol_name(report.protocol)
     port = "" if report.port is None else f" port {report.port}"
     way = "from" if report.direction is Direction.INGRESS else "to"
     policies = list(dict.fromkeys(f"{rule.namespace}/{rule.policy}" for rule in report.rules))

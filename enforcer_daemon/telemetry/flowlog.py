@@ -11,7 +11,7 @@ from datetime import UTC, datetime
 from ipaddress import ip_address
 
 from enforcer_daemon.datapath.context import FlowReport
-from enforcer_daemon.model import Direction, PodRef
+from enforcer_daemon.model import Direction, PodRef, protocol_name
 from enforcer_daemon.reasons import Reason
 from enforcer_daemon.telemetry.logs import Logger
 from enforcer_daemon.telemetry.metrics import DecisionKind, Metrics
@@ -149,7 +149,7 @@ class FlowLog:
             "direction": denial.direction,
             "address": denial.address,
             "port": denial.port,
-            "protocol": denial.protocol,
+            "protocol": protocol_name(denial.protocol),
             "reason": denial.reason,
             "rules": list(denial.rules),
         }

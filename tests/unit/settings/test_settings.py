@@ -74,6 +74,18 @@ def test_every_kind_of_value_is_read() -> None:
             {"node": "n", "dataplane": {"maxPacketsPerSPerSource": 1_000_001}},
             "dataplane.maxPacketsPerSPerSource: must be 1000 to 1000000",
         ),
+        (
+            {"node": "n", "credentials": {"certificateLifetimeS": 4.9}},
+            "credentials.certificateLifetimeS: must be at least 5: ",
+        ),
+        (
+            {
+                "node": "n",
+                "credentials": {"source": "kubernetes", "certificateLifetimeS": 599},
+                "kubernetes": {"enabled": True},
+            },
+            "credentials.certificateLifetimeS: must be at least 600: the API server",
+        ),
         ({"node": "n", "dataplane": {"packetsPerTurn": 0}}, "dataplane.packetsPerTurn: must be more than 0"),
         (
             {"node": "n", "handshake": {"tokenLifetimeS": 86_401}},

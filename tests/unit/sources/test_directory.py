@@ -174,7 +174,8 @@ def test_a_list_without_items_and_other_kinds_are_problems(tmp_path: Path):
     write(tmp_path / "a.yaml", {"apiVersion": "v1", "kind": "List"}, {**policy("a"), "kind": "Deployment"})
     world = DirectorySource(tmp_path).read()
     assert [p.message for p in world.problems] == [
-        "items of a List must be a list", 'Invalid value: "Deployment": must be NetworkPolicy',
+        "items of a List must be a list",
+        'Invalid value: "Deployment": is not read here; NetworkPolicy, Namespace and Pod are, alone or in a List',
     ]  # fmt: skip
 
 

@@ -50,7 +50,7 @@ def test_a_denial_is_a_line_that_names_everything(capsys: pytest.CaptureFixture[
     del line["timestamp"]
     assert line == {
         "event": "flow denied", "level": "info", "pod": "shop/db", "direction": "ingress", "address": "10.0.0.1",
-        "port": 80, "protocol": 6, "reason": "ingress-denied", "rules": ["shop/deny"], "peer": "shop/web",
+        "port": 80, "protocol": "TCP", "reason": "ingress-denied", "rules": ["shop/deny"], "peer": "shop/web",
         "detail": "why",
     }  # fmt: skip
 
