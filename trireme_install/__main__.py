@@ -20,7 +20,7 @@ from trireme_install.directory import locked
 from trireme_install.doctor import Level, diagnose
 from trireme_install.errors import InstallError
 from trireme_install.examination import examine
-from trireme_install.layouts import LAYOUTS, Layout
+from trireme_install.layouts import LAYOUTS, runtime_configs
 from trireme_install.node import Keeper, Target, install, is_ready, remove
 from trireme_install.plan import OWNED_NAME, Mode, Outcome, Wanted
 
@@ -49,7 +49,7 @@ class Place:
 
     conf_dir: Path
     bin_dir: Path
-    layout: Layout
+    runtime_configs: tuple[Path, ...]
 
 
 @click.group(context_settings={"max_content_width": 120})
@@ -61,7 +61,7 @@ class Place:
 def main(context: click.Context, layout: str, conf_dir: Path | None, bin_dir: Path | None) -> None:
     """Install the CNI plugin `trireme` on this node."""
     known = LAYOUTS[layout]
-    context.obj = Place(conf_dir or known.conf_dir, bin_dir or known.bin_dir, known)
+    context.obj = Place(conf_dir or known.conf_dir, bin_dir or known.bin_dir, runtime_configs(layout))
 
 
 def _entry_options(command: Callable[..., None]) -> Callable[..., None]:
@@ -138,7 +138,7 @@ def uninstall(place: Place, *, binary: bool, stay: bool, ready_file: Path) -> No
 def doctor(place: Place, run_dir: Path) -> None:
     """Say what this node's runtime does with a new pod; exit status 1 where something is wrong."""
     with _reported():
-        findings = diagnose(examine(place.conf_dir, place.bin_dir, run_dir, place.layout.runtime_configs))
+        findings = diagnose(examine(place.conf_dir, place.bin_dir, run_dir, place.runtime_configs))
     for finding in findings:
         click.echo(f"{_MARKS[finding.level]}  {finding.text}")
     sys.exit(1 if any(finding.level is Level.PROBLEM for finding in findings) else 0)

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import socket
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 
 from trireme_install.bundle import check_program
@@ -26,8 +27,26 @@ def examine(conf_dir: Path, bin_dir: Path, run_dir: Path, runtime_configs: tuple
         listing=read_listing(conf_dir),
         program_fault=_program_fault(bin_dir / PLUGIN),
         daemon_fault=_daemon_fault(run_dir / "registration.sock"),
-        runtimes=tuple(runtimes),
+        runtimes=tuple(_named_as(settings, conf_dir, bin_dir) for settings in runtimes),
         runtime_faults=tuple(faults),
+    )
+
+
+def _named_as(settings: RuntimeSettings, conf_dir: Path, bin_dir: Path) -> RuntimeSettings:
+    """Name our directories as we do where the runtime means the same: a snap's `current` is a link to its revision."""
+
+    def same(path: str, ours: Path) -> str:
+        return str(ours) if Path(path).resolve() == ours.resolve() else path
+
+    classes = tuple(
+        replace(entry, conf_dir=None if entry.conf_dir is None else same(entry.conf_dir, conf_dir))
+        for entry in settings.classes
+    )
+    return replace(
+        settings,
+        conf_dir=None if settings.conf_dir is None else same(settings.conf_dir, conf_dir),
+        bin_dirs=tuple(same(path, bin_dir) for path in settings.bin_dirs),
+        classes=classes,
     )
 
 

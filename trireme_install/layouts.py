@@ -22,12 +22,15 @@ class Layout:
 
 _NET_D = Path("/etc/cni/net.d")
 _K3S = Path("/var/lib/rancher/k3s")
+_RKE2 = Path("/var/lib/rancher/rke2")
 _MICROK8S = Path("/var/snap/microk8s/current")
 
 LAYOUTS = {
     "default": Layout(_NET_D, Path("/opt/cni/bin")),
     "debian": Layout(_NET_D, Path("/usr/lib/cni")),
     "k3s": Layout(_K3S / "agent/etc/cni/net.d", _K3S / "data/cni", (_K3S / "agent/etc/containerd/config.toml",)),
+    "rke2": Layout(_NET_D, Path("/opt/cni/bin"), (_RKE2 / "agent/etc/containerd/config.toml",)),
+    "kind": Layout(_NET_D, Path("/opt/cni/bin")),
     "gke": Layout(_NET_D, Path("/home/kubernetes/bin")),
     "microk8s": Layout(
         _MICROK8S / "args/cni-network", _MICROK8S / "opt/cni/bin", (_MICROK8S / "args/containerd.toml",)
@@ -36,3 +39,10 @@ LAYOUTS = {
     "flatcar": Layout(_NET_D, _OWN_BIN),
     "talos": Layout(_NET_D, _OWN_BIN, (Path("/etc/cri/containerd.toml"), Path("/etc/cri/conf.d"))),
 }
+
+
+def runtime_configs(name: str) -> tuple[Path, ...]:
+    """Give where a layout's node has its runtime's settings: of `default`, which names no distribution, all places."""
+    if name != "default":
+        return LAYOUTS[name].runtime_configs
+    return tuple(dict.fromkeys(path for layout in LAYOUTS.values() for path in layout.runtime_configs))

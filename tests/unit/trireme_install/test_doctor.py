@@ -14,6 +14,7 @@ from trireme_install.__main__ import main
 from trireme_install.doctor import Facts, Level, diagnose
 from trireme_install.errors import InstallError
 from trireme_install.examination import examine
+from trireme_install.layouts import LAYOUTS, runtime_configs
 from trireme_install.netd import Listing, Runtime
 from trireme_install.plan import Mode, Wanted, apply_step, plan_install
 from trireme_install.runtimes import RuntimeSettings, decode_containerd, decode_crio, merged
@@ -153,3 +154,35 @@ def test_a_real_node_is_examined(tmp_path: Path) -> None:
         daemon.listen()
         after = examine(conf_dir, bin_dir, run_dir, ())
     assert (after.program_fault, after.daemon_fault, after.runtimes) == (None, None, ())
+
+
+def test_directories_are_the_runtimes_also_by_another_name(tmp_path: Path) -> None:
+    """A snap's settings name its revision, to which `current` is a link."""
+    revision, current = tmp_path / "7180", tmp_path / "current"
+    (revision / "cni-network").mkdir(parents=True)
+    current.symlink_to(revision)
+    (revision / "containerd.toml").write_text(
+        f'[plugins.cri.cni]\nconf_dir = "{revision}/cni-network"\nbin_dir = "{revision}/bin"\n'
+        f'[plugins.cri.containerd.runtimes.own]\ncni_conf_dir = "{revision}/cni-network"\n'
+    )
+    facts = examine(current / "cni-network", current / "bin", tmp_path, (current / "containerd.toml",))
+    problems = "\n".join(finding.text for finding in diagnose(facts) if finding.level is Level.PROBLEM)
+    assert "reads" not in problems
+    assert "looks for plugins" not in problems
+    other = examine(tmp_path, tmp_path, tmp_path, (current / "containerd.toml",))
+    assert f"containerd reads {revision}/cni-network" in "\n".join(finding.text for finding in diagnose(other))
+
+
+def test_without_a_named_distribution_the_runtime_is_looked_for_in_all_places() -> None:
+    for name, layout in LAYOUTS.items():
+        assert set(layout.runtime_configs) <= set(runtime_configs("default"))
+        assert name == "default" or runtime_configs(name) == layout.runtime_configs
+
+
+def test_a_k3s_node_taken_for_a_default_one_is_told_its_directories() -> None:
+    k3s = LAYOUTS["k3s"]
+    text = f'version = 3\n[plugins."io.containerd.cri.v1.runtime".cni]\nbin_dirs = ["{k3s.bin_dir}"]\n'
+    text += f'conf_dir = "{k3s.conf_dir}"\n'
+    problems = texts(installed(listing(FLANNEL)), Level.PROBLEM, decode_containerd("config.toml", text.encode()))
+    assert f"containerd reads {k3s.conf_dir} (config.toml), not /etc/cni/net.d: give --conf-dir" in problems
+    assert f"looks for plugins in {k3s.bin_dir}" in problems
