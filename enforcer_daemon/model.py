@@ -72,6 +72,8 @@ class Identity:
     service_account: str = "default"
     trust_domain: str = "cluster.local"
     named_ports: tuple[NamedPort, ...] = ()
+    uid: str = ""
+    """The cluster's name for this very pod; empty where nobody compares it."""
 
 
 @dataclass(frozen=True, slots=True, order=True)

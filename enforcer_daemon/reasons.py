@@ -38,6 +38,8 @@ class Reason(Enum):
     TOKEN_NOT_YET_VALID = "token-not-yet-valid"  # noqa: S105 - a reason, not a secret
     SOURCE_MISMATCH = "source-mismatch"
     RESPONDER_MISMATCH = "responder-mismatch"
+    MISPLACED_POD = "misplaced-pod"
+    NODE_DENIED = "node-denied"
     OWN_IDENTITY = "own-identity"
     REPLAYED_NONCE = "replayed-nonce"
     PROOF_MISSING = "proof-missing"
@@ -93,6 +95,9 @@ _TEXTS: dict[Reason, str] = {
     "that is not configured.",
     Reason.RESPONDER_MISMATCH: "The pod that answered is not at the address that was dialled, and that address is not "
     "configured as virtual.",
+    Reason.MISPLACED_POD: "The cluster does not have the token's pod on the node that signed for it.",
+    Reason.NODE_DENIED: "The peer's node claimed pods that are not its own, and is not believed for some time. Its key "
+    "may be stolen.",
     Reason.OWN_IDENTITY: "The pod's own token came back to it from elsewhere: a reflection.",
     Reason.REPLAYED_NONCE: "The handshake was seen before on another connection: a replay.",
     Reason.PROOF_MISSING: "The connection went on without the proof that its peer holds the keys of its token.",

@@ -168,6 +168,21 @@ class EventSettings:
 
 
 @dataclass(frozen=True, slots=True)
+class PlacementSettings:
+    """Whether the pods that other nodes' tokens name are looked up in the cluster."""
+
+    enabled: bool = False
+    """Off by default: it costs each node a look-up for each pod that its own talk to, and each token some 30 bytes.
+    Set it on all nodes: tokens without a UID are compared by name alone."""
+    max_per_s: float = 10.0
+    """Look-ups of the node in a second."""
+    retry_s: float = 5.0
+    """After this time a pod that was not found is looked up once more before that counts, seconds."""
+    denial_s: float = 3_600.0
+    """How long a node that claimed other nodes' pods is not believed, seconds."""
+
+
+@dataclass(frozen=True, slots=True)
 class KubernetesSettings:
     """The cluster's API as the source of policies, namespaces, pods and networks."""
 
@@ -193,6 +208,7 @@ class KubernetesSettings:
     keep_every_s: float = 5.0
     """The shortest time between two writings of what is in force to disk, seconds."""
     events: EventSettings = field(default_factory=EventSettings)
+    placement: PlacementSettings = field(default_factory=PlacementSettings)
 
 
 @dataclass(frozen=True, slots=True)
@@ -303,9 +319,15 @@ def _check(settings: Settings) -> None:
         split_listen(settings.metrics.listen)
     if not 0 <= settings.dataplane.queue_number <= 65_534:
         raise SettingsError("dataplane.queueNumber: must be 0 to 65534: the next number is used too")
+    _check_cluster(settings)
+    _check_bounds(settings)
+
+
+def _check_cluster(settings: Settings) -> None:
     if settings.kubernetes.enabled and settings.policy_dir is not None:
         raise SettingsError("policyDir and kubernetes.enabled: policies come from one of them, not from both")
-    _check_bounds(settings)
+    if settings.kubernetes.placement.enabled and not settings.kubernetes.enabled:
+        raise SettingsError("kubernetes.placement.enabled: needs kubernetes.enabled")
 
 
 def _check_bounds(settings: Settings) -> None:
@@ -332,6 +354,9 @@ def _check_bounds(settings: Settings) -> None:
         "kubernetes.events.maxPerMinute": kubernetes.events.max_per_minute,
         "kubernetes.events.maxPerMinutePerObject": kubernetes.events.max_per_minute_per_object,
         "kubernetes.events.repeatS": kubernetes.events.repeat_s,
+        "kubernetes.placement.maxPerS": kubernetes.placement.max_per_s,
+        "kubernetes.placement.retryS": kubernetes.placement.retry_s,
+        "kubernetes.placement.denialS": kubernetes.placement.denial_s,
         "dataplane.queueLength": settings.dataplane.queue_length,
         "dataplane.packetsPerTurn": settings.dataplane.packets_per_turn,
         "dataplane.receiveBufferBytes": settings.dataplane.receive_buffer_bytes,

@@ -12,6 +12,7 @@ _COMMANDS = {
     "lab": "triremectl.lab.command",
     "metrics": "triremectl.metrics",
     "reasons": "triremectl.reasons",
+    "release": "triremectl.release",
     "simulate": "triremectl.simulate",
     "status": "triremectl.status",
     "validate": "triremectl.validate",

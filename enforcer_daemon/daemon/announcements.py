@@ -33,6 +33,18 @@ class Announcements:
             subject, EventKind.IDENTITY_TOO_LARGE, lambda: Notice(subject, EventKind.IDENTITY_TOO_LARGE, text)
         )
 
+    def note_problems(self, pods: Iterable[tuple[Mapping[AttachmentId, AddRequest], str]]) -> None:
+        """Take note of the pods that cannot open connections at present; the others' problem is empty."""
+        for requests, problem in pods:
+            if problem:
+                self.note_identity(requests, problem)
+
+    def note_denied_node(self, node: str, why: str) -> None:
+        """Tell that a node is believed no longer; `kubectl describe node` asks for its name in place of a UID."""
+        subject = Subject("v1", "Node", "", node, node)
+        text = f"{Reason.NODE_DENIED.value}: {why}"
+        self._book.note(subject, why, lambda: Notice(subject, EventKind.NODE_DENIED, text))
+
     def note_refused(self, policies: Iterable[RefusedPolicy]) -> None:
         """Take note of the policies that are refused at present."""
         for policy in policies:

@@ -151,7 +151,7 @@ class Endpoint:
 
     async def reconsider(self, world: CompiledWorld, change: Change) -> list[ReleasedFlow]:
         """End the established flows that are no longer allowed, in a thread; raise DataplaneError or NetnsError."""
-        question = Reconsideration(self.identity, self.policy, self.flows, world, change.is_identity_new)
+        question = self._reconsideration(world, change)
         indexes = tuple(index for index, _ in self.flows)  # The thread must not walk what the loop adds to.
         netns_fd = os.dup(self.sandbox.netns_fd)  # The endpoint may be closed meanwhile, and its number used again.
 
@@ -167,12 +167,16 @@ class Endpoint:
 
     def forget_unfinished(self, world: CompiledWorld, change: Change) -> None:
         """Give up the handshakes that are no longer allowed; call it before `reconsider`, on the loop."""
-        question = Reconsideration(self.identity, self.policy, self.flows, world, change.is_identity_new)
+        question = self._reconsideration(world, change)
         if change.is_identity_new:
             self.datapath.forget_opening()
         effects = self.datapath.forget_unfinished(question.is_index_denied)
         if effects and self._queue is not None:
             self._queue.carry_out(effects)
+
+    def _reconsideration(self, world: CompiledWorld, change: Change) -> Reconsideration:
+        is_denied = self._node.is_peer_denied
+        return Reconsideration(self.identity, self.policy, self.flows, world, change.is_identity_new, is_denied)
 
     def sign(self) -> None:
         """Use a fresh token for new flows; one that is too large leaves the pod without a new one, and says so."""

@@ -324,6 +324,14 @@ class Endpoints:
             for endpoint in reguarded:
                 self._leave_unsettled(endpoint, err)
 
+    async def judge_again(self) -> None:
+        """End flows with peers that are believed no longer."""
+        world, change = self._require_world(), Change(False, True, False)
+        async with asyncio.TaskGroup() as tasks:
+            for endpoint in self._by_netns.values():
+                endpoint.forget_unfinished(world, change)
+                tasks.create_task(self._rejudging.judge(endpoint, world, change))
+
     async def follow_addresses(self) -> None:
         """Tell every endpoint's rules the node's present addresses."""
         async with self._changing:
@@ -360,12 +368,6 @@ class Endpoints:
         for endpoint in self._by_netns.values():
             if is_forced or endpoint.token_signed_at < latest or endpoint.token_signed_at > time.time():
                 endpoint.sign()
-
-    def announce_problems(self) -> None:
-        """Tell the cluster which pods cannot open connections, and why; call it about once a second."""
-        for endpoint in self._by_netns.values():
-            if endpoint.problem and self.announcements is not None:
-                self.announcements.note_identity(endpoint.sandbox.requests, endpoint.problem)
 
     def tend(self) -> None:
         """Give up what took too long on every endpoint."""

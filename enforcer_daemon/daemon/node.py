@@ -84,6 +84,11 @@ class Node:
             self.verifier.replace_bundle(self.keys.bundle)
             self._log.warning("the wall clock was set; peers are verified anew", step_s=round(step, 1))
 
+    def is_peer_denied(self, identity: Identity) -> bool:
+        """Tell whether a pod's node is believed no longer."""
+        placement = self.context.placement
+        return placement is not None and placement.is_denied(identity, time.monotonic())
+
     def set_addresses(self, addresses: Iterable[IPAddress]) -> None:
         """Take over the addresses of the node's own interfaces."""
         self.addresses = frozenset(addresses)

@@ -7,7 +7,7 @@ the peer's node knows the old labels until the next handshake; every node has al
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
 
 from enforcer_daemon.daemon.world import CompiledWorld
@@ -28,6 +28,8 @@ class Reconsideration:
     flows: FlowIndex
     world: CompiledWorld
     is_identity_new: bool
+    is_peer_denied: Callable[[Identity], bool] = lambda _: False
+    """Tells whether a peer is believed no longer, whatever policy says."""
     _known: dict[int, bool] = field(default_factory=dict)
     """Indexes, and whether their flows are allowed as a whole."""
 
@@ -65,6 +67,8 @@ class Reconsideration:
         peer = flow.peer
         if peer.pod == self.own.pod and peer.trust_domain == self.own.trust_domain:
             return False
+        if self.is_peer_denied(peer):
+            return True
         is_local = peer.trust_domain == self.own.trust_domain
         if is_local:
             peer = replace(peer, namespace_labels=self.world.world.labels_of(peer.pod.namespace))

@@ -19,6 +19,7 @@ from enforcer_daemon.daemon.endpoints import Endpoints
 from enforcer_daemon.daemon.enrolment import Enrolment
 from enforcer_daemon.daemon.kernel import Kernel
 from enforcer_daemon.daemon.node import Node
+from enforcer_daemon.daemon.placement import PlacementGuard
 from enforcer_daemon.daemon.registrar import Registrar
 from enforcer_daemon.daemon.status import Status
 from enforcer_daemon.daemon.world import CompiledWorld, compile_world
@@ -28,6 +29,7 @@ from enforcer_daemon.dataplane.guard import Guard
 from enforcer_daemon.errors import DataplaneError, SettingsError
 from enforcer_daemon.kube.credentials import ClusterCredentials
 from enforcer_daemon.kube.events import EventSender
+from enforcer_daemon.kube.placement import PlacementCheck
 from enforcer_daemon.kube.source import ClusterSource
 from enforcer_daemon.model import IPAddress
 from enforcer_daemon.registration.admin import AdminServer
@@ -86,10 +88,16 @@ class Daemon:
             book = EventBook(settings.kubernetes.events, time.monotonic)
             self._announcements = self._endpoints.announcements = Announcements(book)
             self._events = EventSender(self._cluster.api, book, settings.node, log, self._metrics)
+        self._placement: PlacementGuard | None = None
+        if self._cluster is not None and settings.kubernetes.placement.enabled:
+            check = PlacementCheck(settings.kubernetes.placement, self._cluster.api, log, self._metrics)
+            self._node.context.placement = check.open(settings)
+            self._placement = PlacementGuard(check, self._endpoints, self._announcements)
         self._registrar = Registrar(self._endpoints, settings, self._cluster)
         results = settings.registration.cni_results_dir
         self._enrolment = None if results is None else Enrolment(results, self._registrar, self._endpoints.knows, log)
         self._status = Status(settings, self._node, self._registrar, self._metrics, self._kernel)
+        self._status.placement = self._placement
         self._admin = AdminServer(run_dir / "admin.sock", self._status.commands())
         self._registration = RegistrationServer(run_dir / "registration.sock", self._registrar)
         self._networks: NetworkSettings | None = None
@@ -118,6 +126,8 @@ class Daemon:
             if self._cluster is not None:
                 await self._cluster.open()
                 tasks.create_task(self._cluster.run(), name="cluster")
+            if self._placement is not None:
+                tasks.create_task(self._placement.run(), name="placement")
             if self._events is not None:
                 tasks.create_task(self._events.run(), name="events")
             # Operators are answered while the first world is awaited, which takes as long as the API server is away.
@@ -219,7 +229,10 @@ class Daemon:
             await self._endpoints.forget_gone()
             await self._endpoints.settle()
             await self._follow_networks()
-            self._endpoints.announce_problems()
+            if self._announcements is not None:
+                self._announcements.note_problems(
+                    (endpoint.sandbox.requests, endpoint.problem) for endpoint in self._endpoints
+                )
             self._measure()
 
     def _measure(self) -> None:
@@ -227,6 +240,8 @@ class Daemon:
         for endpoint in self._endpoints:
             for where, count in endpoint.count_lost()._asdict().items():
                 self._metrics.lost_packets.labels(where).inc(count)
+        if self._placement is not None:
+            self._placement.measure()
         datapaths = [endpoint.datapath for endpoint in self._endpoints]
         self._metrics.half_open_flows.set(sum(datapath.half_open_flows for datapath in datapaths))
         self._metrics.held_packets.set(sum(datapath.held_packets for datapath in datapaths))

@@ -15,6 +15,7 @@ from cryptography import x509
 from enforcer_daemon.daemon.endpoint import Endpoint
 from enforcer_daemon.daemon.kernel import Kernel
 from enforcer_daemon.daemon.node import Node
+from enforcer_daemon.daemon.placement import PlacementGuard
 from enforcer_daemon.daemon.registrar import Registrar
 from enforcer_daemon.daemon.world import CompiledWorld
 from enforcer_daemon.dataplane.guard_links import passed_by_tc
@@ -41,10 +42,14 @@ class Status:
         self._kernel = kernel
         self._since = time.time()
         self.world: CompiledWorld | None = None
+        self.placement: PlacementGuard | None = None
+        """Where placement is looked up."""
 
     def commands(self) -> Mapping[str, Command]:
         """Give the commands by name."""
-        return {"status": self._status, "endpoints": self._list_endpoints, "metrics": self._render_metrics}
+        return {"status": self._status, "endpoints": self._list_endpoints, "metrics": self._render_metrics} | {
+            "release": self._release
+        }
 
     async def _status(self, arguments: dict[str, Any]) -> object:
         _require_no_arguments(arguments)
@@ -71,6 +76,7 @@ class Status:
             "key_problems": self._node.key_problems(),
             "networks": _describe_networks(self._settings.networks if cluster is None else cluster.networks()),
             "cluster": None if cluster is None else cluster.status(),
+            "denied_nodes": [] if self.placement is None else self.placement.denied(),
             "endpoints": len(self._endpoints),
             "pods_without_labels": [
                 str(endpoint.identity.pod) for endpoint in self._endpoints if self._is_bare(endpoint)
@@ -111,6 +117,15 @@ class Status:
             for endpoint in sorted(self._endpoints, key=lambda endpoint: endpoint.identity.pod)
             if wanted in (None, str(endpoint.identity.pod))
         ]
+
+    async def _release(self, arguments: dict[str, Any]) -> object:
+        node = arguments.pop("node", None)
+        _require_no_arguments(arguments)
+        if not isinstance(node, str):
+            raise AdminError("node: must be the name of a node")
+        if self.placement is None or not self.placement.release(node):
+            raise AdminError(f"node {node} is not denied")
+        return {"released": node}
 
     async def _render_metrics(self, arguments: dict[str, Any]) -> object:
         _require_no_arguments(arguments)

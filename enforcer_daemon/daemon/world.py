@@ -21,6 +21,8 @@ class CompiledWorld:
     snapshot: PolicySnapshot
     node: str
     trust_domain: str
+    has_uids: bool = False
+    """Whether identities state their pods' UIDs, for nodes that look up where these are."""
 
     def identity_of(self, requests: Mapping[AttachmentId, AddRequest], last: Identity | None = None) -> Identity:
         """Give the identity of the pod that these attachments belong to, and which was `last` until now.
@@ -43,6 +45,7 @@ class CompiledWorld:
             service_account="default" if pod is None else pod.service_account,
             trust_domain=self.trust_domain,
             named_ports=() if pod is None else pod.named_ports,
+            uid=request.uid if self.has_uids else "",
         )
 
     def knows_labels(self, requests: Mapping[AttachmentId, AddRequest]) -> bool:
@@ -60,4 +63,5 @@ def compile_world(world: World, settings: Settings, previous: CompiledWorld | No
     generation = 1 if previous is None else previous.snapshot.generation + 1
     before = None if previous is None else previous.snapshot
     snapshot = compile_snapshot(world.policies, generation, before)
-    return CompiledWorld(world, snapshot, settings.node, settings.trust_domain)
+    has_uids = world.is_cluster and settings.kubernetes.placement.enabled
+    return CompiledWorld(world, snapshot, settings.node, settings.trust_domain, has_uids)

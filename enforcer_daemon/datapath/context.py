@@ -14,6 +14,7 @@ from enforcer_daemon.handshake.datagrams import LONE_EXID
 from enforcer_daemon.handshake.flows import Flow
 from enforcer_daemon.handshake.local import LocalToken
 from enforcer_daemon.handshake.peers import Peer, PeerVerifier
+from enforcer_daemon.handshake.placement import Placement
 from enforcer_daemon.model import Decision, Direction, Identity, PodRef, RuleRef
 from enforcer_daemon.packet.tcp import ACK, RST, SYN, Segment, build, with_payload
 from enforcer_daemon.packet.udp import UDP_HEADER, build_udp, encode_option
@@ -72,6 +73,7 @@ class NodeContext:
         "bound_hits",
         "deny_with",
         "networks",
+        "placement",
         "random",
         "settings",
         "true_source",
@@ -100,6 +102,8 @@ class NodeContext:
         self.wall_offset_s = 0.0
         """Unix time less monotonic time."""
         self.bound_hits = verifier.bound_hits
+        self.placement: Placement | None = None
+        """Whether pods are where their nodes say; None: that is not looked up."""
         self._nonces: FairTable[bytes, bytes] = FairTable(_MAX_NONCES, _MAX_NONCES)
 
     def trace(self, protocol: int, source: tuple[bytes, int], destination: tuple[bytes, int]) -> tuple[bytes, bool]:
@@ -113,7 +117,10 @@ class NodeContext:
     def verify(self, block: bytes, source: bytes, now: float) -> Peer:
         """Give the peer of an identity block that came from an address; raise PeerError where it does not hold."""
         is_pod = self.networks.destination(source) is Destination.ENFORCED
-        return self.verifier.verify(block, source, now, now + self.wall_offset_s, is_pod=is_pod)
+        peer = self.verifier.verify(block, source, now, now + self.wall_offset_s, is_pod=is_pod)
+        if self.placement is not None:
+            self.placement.require(peer.identity, now)
+        return peer
 
     def finish_nonce(self, nonce: bytes, source: bytes) -> None:
         """Let no SYN with this nonce be offered again: its connection was released."""

@@ -104,6 +104,8 @@ def _claims_to_json(claims: Claims, nonce: bytes) -> dict[str, Any]:
         "labels": dict(sorted(identity.labels.items())),
         "nsl": dict(sorted(identity.namespace_labels.items())),
     }
+    if identity.uid:
+        tree["uid"] = identity.uid
     if identity.named_ports:
         tree["ports"] = [[port.name, port.number, port.protocol.value] for port in identity.named_ports]
     return tree
@@ -127,6 +129,7 @@ def _claims_from_json(tree: dict[str, Any], credential: Credential) -> Claims:
             service_account=service_account,
             trust_domain=credential.trust_domain,
             named_ports=tuple(_named_port(*port) for port in _list(tree.get("ports", []))),
+            uid=_text(tree.get("uid", "")),
         )
         return Claims(identity, ephemeral_key, _number(tree["iat"]), _number(tree["exp"]))
     except (KeyError, ValueError, TypeError) as err:

@@ -34,6 +34,7 @@ class EventKind(Enum):
     FLOW_DENIED = ("FlowDenied", "Deny")
     POLICY_REFUSED = ("PolicyRefused", "Refuse")
     IDENTITY_TOO_LARGE = ("IdentityTooLarge", "SignToken")
+    NODE_DENIED = ("NodeDenied", "Deny")
 
     def __init__(self, reason: str, action: str) -> None:
         self.reason = reason

@@ -124,6 +124,17 @@ class Metrics:
         )
         for result in ("sent", "failed", "limited"):
             self.events.labels(result)
+        self.placement = Counter(
+            "enforcer_placement_checks",
+            "Look-ups of pods that other nodes' tokens name, by what was found.",
+            ("result",),
+            registry=self.registry,
+        )
+        for result in ("here", "elsewhere", "absent", "unknown", "skipped"):
+            self.placement.labels(result)
+        self.denied_nodes = Gauge(
+            "enforcer_denied_nodes", "Nodes that are not believed because of false claims.", registry=self.registry
+        )
         self.guard_drops: dict[str, int] = {}
         """Packets that the guard dropped, by reason, as of the last look at the kernel."""
         self.registry.register(_GuardCollector(self.guard_drops))

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Two nodes with certificates from the cluster's signer talk under policy, also while the authority changes."""
+"""Two nodes with certificates from the cluster's signer: under policy, as the authority changes, and one that lies."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import yaml
 
-from tests.e2e.operation_world import HTTP, NODES, RESET, app, pod, policy
+from tests.e2e.operation_world import HTTP, NODES, RESET, app, connection, denials, pod, policy
 from tests.kube.cluster import NAMESPACE, add_node
 from tests.kube.lab import KubeLab
 from tests.kube.rbac import grants
@@ -31,7 +31,8 @@ CREDENTIALS = {
         "caCertificate": None,
         "caKey": None,
         "bundleConfigMap": f"{NAMESPACE}/trireme-trust-bundle",
-    }
+    },
+    "kubernetes": {"placement": {"enabled": True, "retryS": 0.2}},
 }
 TAINT = {"key": "trireme.io/agent-not-ready", "effect": "NoSchedule"}
 ALLOW = policy("allow", "server", ingress=[{"from": [app("client")]}])
@@ -134,6 +135,32 @@ def test_the_shipped_roles_grant_what_is_used_and_no_more(lab: SignedLab, accoun
     idle = {grant for grant in granted if not any(grant.covers(asked) for asked in used)}
     # Kubernetes' own admission asks for these verbs when a signer writes, and they have no request of their own.
     assert {grant for grant in idle if grant.resource != "signers"} == set()
+
+
+def test_a_node_that_claims_another_nodes_pod_is_denied_until_it_is_released(lab: SignedLab) -> None:
+    lab.add_pod(pod("liar", "a", app="client"))
+    try:
+        with connection(lab, "x/client", "x/server") as ends:
+            assert status(lab.node("b"))["denied_nodes"] == []
+            lab.api.patch("Pod", "x", "liar", {"spec": {"nodeName": "b"}})
+            lab.probe("x/liar", "x/server", HTTP.number)  # The first contact waits for no answer.
+            await_that(lambda: status(lab.node("b"))["denied_nodes"], "the claim was not looked up")
+            for end in ends:
+                with pytest.raises(ConnectionError):
+                    end.recv(1)
+        (denied,) = status(lab.node("b"))["denied_nodes"]
+        assert (denied["node"], denied["why"]) == ("a", "it claims pod x/liar, which is on node b")
+        for client in ("x/liar", "x/client"):
+            assert lab.probe(client, "x/server", HTTP.number).outcome.is_denied
+        assert "node-denied" in denials(lab, "x/server")
+        await_that(lambda: any(event["reason"] == "NodeDenied" for event in lab.api.all("Event")), "no event")
+        events = [event for event in lab.api.all("Event") if event["reason"] == "NodeDenied"]
+        assert [(event["regarding"]["name"], event["reportingInstance"]) for event in events] == [("a", "b")]
+    finally:
+        lab.remove_pod("x/liar")
+    lab.node("b").admin("release", node="a")
+    assert status(lab.node("b"))["denied_nodes"] == []
+    assert lab.probe("x/client", "x/server", HTTP.number).outcome is Outcome.CONNECTED
 
 
 def test_a_restart_needs_neither_signer_nor_api_server(lab: SignedLab) -> None:

@@ -8,11 +8,13 @@ import os
 import subprocess
 import time
 from collections.abc import Callable, Iterator, Mapping
+from ipaddress import ip_address
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from enforcer_daemon.model import PodRef
 from tests.e2e.operation_world import (
     HTTP,
     NODES,
@@ -27,16 +29,25 @@ from tests.e2e.operation_world import (
     policy,
 )
 from tests.kube.lab import KubeLab, cluster_pod
-from triremectl.lab import Lab, LabError, Outcome, Tools, WorldSpec
+from triremectl.lab import Lab, LabError, Outcome, ServicePort, ServiceSpec, Tools, WorldSpec
 from triremectl.lab.chain import SHIPPED_CONFLIST
 from triremectl.lab.manifests import ObjectRef
 from triremectl.lab.node import Node
+from triremectl.lab.world import Manifest
 
 pytestmark = pytest.mark.kernel
 
 DENY = policy("deny-all", ingress=[])
 ALLOW = policy("allow", "server", ingress=[{"from": [app("client")]}])
-PODS = (pod("client", "a"), pod("server", "b"), pod("other", "a", namespace="y"))
+PODS = (pod("client", "a"), pod("server", "b"), pod("near", "b", app="client"), pod("other", "a", namespace="y"))
+NODE_PORT = 30080
+SERVICES = tuple(
+    ServiceSpec(
+        "x", name, (ip_address(address),), (PodRef("x", "server"),), (ServicePort(80, HTTP.number, node_port=port),)
+    )
+    for name, address, port in (("in", "10.97.0.10", None), ("out", "198.51.100.10", NODE_PORT))
+)
+"""What nodes translate, of which the API server says nothing at first; outside the default ServiceCIDR."""
 ADD_TIMEOUT_S = 2
 _PATIENCE_S = 20.0
 
@@ -48,7 +59,7 @@ def lab(plugin: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Kube
     path = tmp_path_factory.mktemp("chain") / "10-trireme.conflist"
     path.write_text(json.dumps(conflist))
     namespaces: Mapping[str, Mapping[str, str]] = {"x": {}, "y": {"team": "red"}}
-    world = WorldSpec(NODES, namespaces, pods=PODS, manifests=(DENY,), settings=RESET)
+    world = WorldSpec(NODES, namespaces, pods=PODS, services=SERVICES, manifests=(DENY,), settings=RESET)
     with KubeLab(world, Tools(plugin=plugin, conflist=path)) as lab:
         yield lab
 
@@ -225,6 +236,39 @@ def test_an_identity_that_grew_too_large_is_an_event_of_the_pod(lab: KubeLab) ->
         lab.remove_pod("x/guest")
 
 
+def service(**spec: object) -> Manifest:
+    metadata = {"name": "web", "namespace": "x"}
+    return {"apiVersion": "v1", "kind": "Service", "metadata": metadata, "spec": {"clusterIP": "10.97.0.10", **spec}}
+
+
+def test_addresses_of_services_come_and_go_with_what_the_api_server_has(lab: KubeLab) -> None:
+    """Where one is not known, connections to it carry no identity, and a rule by label allows none."""
+    cidr = {
+        "apiVersion": "networking.k8s.io/v1", "kind": "ServiceCIDR", "metadata": {"name": "more"},
+        "spec": {"cidrs": ["10.97.0.0/24"]},
+    }  # fmt: skip
+    ways = {"in": ("x/client", "service:x/in", 80), "out": ("x/client", "service:x/out", 80)}
+    ways["node"] = ("x/near", "node:b", NODE_PORT)
+
+    def open_ways() -> set[str]:
+        found = {name: outcome(lab, *way) for name, way in ways.items()}
+        assert set(found.values()) <= {Outcome.CONNECTED, Outcome.REFUSED}
+        return {name for name, result in found.items() if result is Outcome.CONNECTED}
+
+    lab.apply(ALLOW)
+    assert open_ways() == set()
+    lab.apply(service(ports=[{"port": 80}], externalIPs=["198.51.100.10"]))
+    assert open_ways() == {"out"}
+    lab.apply(cidr)
+    assert open_ways() == {"in", "out"}
+    lab.apply(service(type="NodePort", ports=[{"port": 80, "nodePort": NODE_PORT}]))
+    assert open_ways() == {"in", "node"}
+    assert "10.97.0.0/24" in lab.run("node:a", "nft", "list", "table", "netdev", "trireme_guard")
+    lab.remove(ObjectRef("Service", "x", "web"), ObjectRef("ServiceCIDR", "", "more"))
+    wait_for(lambda: open_ways() == set())
+    assert "10.97.0.0/24" not in lab.run("node:a", "nft", "list", "table", "netdev", "trireme_guard")
+
+
 def cni_status(plugin: Path, node: Node) -> subprocess.CompletedProcess[str]:
     config = {"cniVersion": "1.1.0", "name": "n", "type": "trireme", "runDir": str(node.directories.run)}
     env = {**os.environ, "CNI_COMMAND": "STATUS", "CNI_PATH": str(plugin.parent)}
@@ -242,7 +286,7 @@ def test_the_last_state_stays_while_the_api_server_is_away(lab: KubeLab, plugin:
             assert not reaches(lab, "y/other")
             # A new sandbox of a known pod: the runtime makes one also without the API server.
             Lab.remove_pod(lab, "y/other")
-            Lab.add_pod(lab, PODS[2])
+            Lab.add_pod(lab, PODS[3])
             assert not reaches(lab, "y/other")
             with pytest.raises(LabError, match=r"code 11.*is not known here"):
                 Lab.add_pod(lab, pod("unknown", "a"))

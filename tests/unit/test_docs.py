@@ -228,7 +228,7 @@ def test_claims_table_is_what_a_token_states() -> None:
     named = {
         name for cell in re.findall(r"^\| (`.*?) \|", section, re.MULTILINE) for name in re.findall(r"`(\w+)`", cell)
     }
-    assert named == set(example_claims()) | {"ports"}
+    assert named == set(example_claims()) | {"ports", "uid"}
 
 
 # All documents.

@@ -72,6 +72,16 @@ def test_what_was_signed_is_read() -> None:
         assert getattr(found.identity, field) == getattr(IDENTITY, field)
 
 
+def test_a_uid_is_stated_only_where_there_is_one() -> None:
+    named = replace(CLAIMS, identity=replace(IDENTITY, uid="6d4cf56d-0001"))
+    sizes = []
+    for claims in (CLAIMS, named):
+        wire = encode_token(claims, b"nonce", CREDENTIAL, KEY)
+        assert decode_token(wire, CREDENTIAL, WALL, 30.0).identity.uid == claims.identity.uid
+        sizes.append(len(wire))
+    assert sizes[0] < sizes[1]
+
+
 def test_fourteen_common_labels_leave_room_in_a_packet() -> None:
     labels = {
         "app.kubernetes.io/name": "checkout", "app.kubernetes.io/instance": "checkout-prod",

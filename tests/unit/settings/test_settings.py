@@ -164,3 +164,15 @@ def test_a_place_to_listen_at_is_an_address_and_a_port(text: str) -> None:
 @pytest.mark.parametrize(("text", "found"), [("127.0.0.1:9475", ("127.0.0.1", 9475)), ("[::1]:1", ("::1", 1))])
 def test_a_place_to_listen_at_is_split(text: str, found: tuple[str, int]) -> None:
     assert split_listen(text) == found
+
+
+def test_placement_needs_a_cluster() -> None:
+    with pytest.raises(SettingsError, match=r"kubernetes\.placement\.enabled: needs kubernetes\.enabled"):
+        decode_settings({"node": "a", "kubernetes": {"placement": {"enabled": True}}})
+
+
+@pytest.mark.parametrize("key", ["events.repeatS", "events.maxPerMinute", "placement.maxPerS", "placement.denialS"])
+def test_bounds_of_what_is_told_and_asked_must_be_positive(key: str) -> None:
+    group, _, name = key.partition(".")
+    with pytest.raises(SettingsError, match=rf"kubernetes\.{group}\.{name}: must be more than 0"):
+        decode_settings({"node": "a", "kubernetes": {group: {name: 0}}})

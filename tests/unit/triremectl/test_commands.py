@@ -142,6 +142,11 @@ def test_every_subcommand_loads() -> None:
         assert _run(name, "--help").exit_code == 0
 
 
+def test_release_believes_a_node_again(daemon: Daemon) -> None:
+    result = _run("release", "--run-dir", str(daemon({"release": {"released": "b"}})), "b")
+    assert (result.exit_code, result.stdout) == (0, "node b is believed again\n")
+
+
 def test_metrics_are_printed_as_they_are(daemon: Daemon) -> None:
     result = _run("metrics", "--run-dir", str(daemon({"metrics": "enforcer_endpoints 1.0\n"})))
     assert (result.stdout, result.exit_code) == ("enforcer_endpoints 1.0\n", 0)
