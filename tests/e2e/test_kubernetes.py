@@ -39,7 +39,7 @@ pytestmark = pytest.mark.kernel
 
 DENY = policy("deny-all", ingress=[])
 ALLOW = policy("allow", "server", ingress=[{"from": [app("client")]}])
-PODS = (pod("client", "a"), pod("server", "b"), pod("near", "b", app="client"), pod("other", "a", namespace="y"))
+PODS = (pod("client", "a"), pod("server", "b"), pod("other", "a", namespace="y"))
 NODE_PORT = 30080
 SERVICES = tuple(
     ServiceSpec(
@@ -248,11 +248,11 @@ def test_addresses_of_services_come_and_go_with_what_the_api_server_has(lab: Kub
         "spec": {"cidrs": ["10.97.0.0/24"]},
     }  # fmt: skip
     ways = {"in": ("x/client", "service:x/in", 80), "out": ("x/client", "service:x/out", 80)}
-    ways["node"] = ("x/near", "node:b", NODE_PORT)
+    ways["node"] = ("x/client", "node:b", NODE_PORT)
 
     def open_ways() -> set[str]:
-        found = {name: outcome(lab, *way) for name, way in ways.items()}
-        assert set(found.values()) <= {Outcome.CONNECTED, Outcome.REFUSED}
+        # What comes masqueraded and without an identity is dropped on the node: nobody refuses it.
+        found = {name: outcome(lab, *way, timeout_s=1.5) for name, way in ways.items()}
         return {name for name, result in found.items() if result is Outcome.CONNECTED}
 
     lab.apply(ALLOW)
@@ -286,7 +286,7 @@ def test_the_last_state_stays_while_the_api_server_is_away(lab: KubeLab, plugin:
             assert not reaches(lab, "y/other")
             # A new sandbox of a known pod: the runtime makes one also without the API server.
             Lab.remove_pod(lab, "y/other")
-            Lab.add_pod(lab, PODS[3])
+            Lab.add_pod(lab, PODS[2])
             assert not reaches(lab, "y/other")
             with pytest.raises(LabError, match=r"code 11.*is not known here"):
                 Lab.add_pod(lab, pod("unknown", "a"))
