@@ -14,7 +14,7 @@ from enforcer_daemon.dataplane.netns import open_in
 from triremectl.lab.errors import LabError
 
 NETNS_DIR = Path("/run/netns")
-_COMMAND_TIMEOUT_S = 30.0
+_COMMAND_TIMEOUT_S = 180.0
 
 T = TypeVar("T")
 
