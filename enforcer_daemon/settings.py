@@ -198,7 +198,8 @@ class KubernetesSettings:
     request_timeout_s: float = 30.0
     """Silence after which a list is given up, seconds."""
     watch_silence_s: float = 150.0
-    """Silence after which a watch is opened anew, seconds; the API server sends a bookmark about every 60."""
+    """Silence after which a watch is opened anew, seconds; the API server sends a bookmark about every 60, but only of
+    a kind that changed since it started."""
     max_backoff_s: float = 30.0
     """The longest wait before the API server is asked again, seconds."""
     sync_timeout_s: float = 10.0

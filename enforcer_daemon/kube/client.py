@@ -11,7 +11,7 @@ import json
 import shutil
 import time
 from collections.abc import AsyncIterator, Mapping
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -157,14 +157,15 @@ class ClusterApi:
             return await response.read()
 
     async def lines(self, path: str, query: Mapping[str, str], silence_s: float) -> AsyncIterator[bytes]:
-        """Give the lines of an answer as they come, until the server ends it; raise ApiError.
+        """Give the lines of an answer as they come, until the server ends it or has said nothing for so long.
 
-        The first is empty and comes at once when the server has agreed.
+        The first is empty and comes at once when the server has agreed. Raises ApiError. A silence is none: of a kind
+        that never changes a server may have nothing to say, and whether it is still there shows when it is asked again.
         """
         async with self._answer(path, query, silence_s) as response:
             yield b""
             rest = b""
-            async for piece in response.content.iter_any():
+            async for piece in _until_silence(response):
                 *whole, rest = (rest + piece).split(b"\n")
                 for line in whole:
                     yield line
@@ -195,6 +196,12 @@ class ClusterApi:
         finally:
             session.answers -= 1
             await session.close_if_idle()
+
+
+async def _until_silence(response: aiohttp.ClientResponse) -> AsyncIterator[bytes]:
+    with suppress(aiohttp.SocketTimeoutError):
+        async for piece in response.content.iter_any():
+            yield piece
 
 
 @asynccontextmanager

@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import structlog
+from structlog.testing import capture_logs
 
 from cni_plugin import messages
 from enforcer_daemon.errors import RegistrationError, SettingsError
@@ -160,6 +161,24 @@ def test_a_watch_goes_on_from_the_last_bookmark(api: FakeApi, tmp_path: Path) ->
                     path.startswith(start) and f"resourceVersion={version}&" in path for _, path in api.requests
                 )
             )
+
+    asyncio.run(work())
+
+
+def test_a_watch_on_which_nothing_happens_is_opened_anew_and_not_lost(api: FakeApi, tmp_path: Path) -> None:
+    """A server that has seen no event of a kind since it started sends no bookmarks of it either."""
+    quick = settings_for(api, tmp_path)
+    settings = replace(quick, kubernetes=replace(quick.kubernetes, watch_silence_s=1.2))
+    start = "/apis/networking.k8s.io/v1/networkpolicies?watch=true"
+
+    async def work() -> None:
+        with capture_logs() as logs:
+            async with running(settings) as found:
+                await found.until(lambda: sum(path.startswith(start) for _, path in api.requests) > 1)
+                assert found.metric("enforcer_watch_up", "networkpolicies") == 1
+                await asyncio.to_thread(api.put, policy("p1"))
+                await found.until(lambda: found.policies == ["p1"])
+        assert "watch lost" not in [entry["event"] for entry in logs]
 
     asyncio.run(work())
 
