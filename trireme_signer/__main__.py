@@ -34,6 +34,8 @@ from trireme_signer.startup import DEFAULT_TAINT
 
 _LEASE_S, _RENEW_S, _RETRY_S = 15, 10, 2
 """How long a lease lasts without renewal, how long renewing is tried, and the pause between tries, seconds."""
+_SERVER_ERRORS = 500
+"""HTTP statuses from here on are the server's own trouble, and pass."""
 _LEASE = "trireme-signer"
 _LEADS = prometheus_client.Gauge("trireme_signer_leads", "Whether this replica is the one that signs.")
 
@@ -71,6 +73,7 @@ def main(
 ) -> None:
     """Sign the certificates of the cluster's nodes for the enforcer's DaemonSet."""
     log = open_log(LogSettings(), replica=identity)
+    status = 0
     try:
         settings = _settings(extra_bundle, options)
         if metrics_port:
@@ -81,7 +84,8 @@ def main(
     except* (EnforcerError, OSError, ValueError) as group:
         for problem in group.exceptions:
             log.error("cannot go on", error=str(problem))
-        sys.exit(1)
+        status = 1
+    sys.exit(status)  # Within the block above it would become part of a group, and be shown with a traceback.
 
 
 def _settings(extra_bundle: Path | None, options: Mapping[str, Any]) -> SignerSettings:
@@ -136,7 +140,7 @@ async def _stand(api: ClusterApi, settings: SignerSettings, identity: str, log: 
     async def stop() -> None:
         _LEADS.set(0)
 
-    await _ensure_lease(Cluster(api), settings.grant.namespace)
+    await _until_lease(Cluster(api), settings.grant.namespace, log)
     lock = LeaseLock(_LEASE, settings.grant.namespace, identity, api.client)
     config = Config(lock, _LEASE_S, _RENEW_S, _RETRY_S, lead, stop)
     election = asyncio.ensure_future(LeaderElection(config).run())
@@ -148,6 +152,21 @@ async def _stand(api: ClusterApi, settings: SignerSettings, identity: str, log: 
         if ended.done() and (err := ended.exception()) is not None:
             raise EnforcerError(f"cannot lead: {err}") from err
     raise EnforcerError("the lease was lost: another replica leads")
+
+
+async def _until_lease(cluster: Cluster, namespace: str, log: Logger) -> None:
+    """Wait for the API server. Ending instead would have kubelet wait ever longer, also when the server is back."""
+    said = ""
+    while True:
+        try:
+            return await _ensure_lease(cluster, namespace)
+        except ApiError as err:
+            if 0 < err.status < _SERVER_ERRORS:
+                raise
+            if str(err) != said:
+                said = str(err)
+                log.warning("waits for the API server", error=said)
+        await asyncio.sleep(_RETRY_S)
 
 
 async def _ensure_lease(cluster: Cluster, namespace: str) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -50,6 +51,18 @@ def test_a_node_is_freed_when_its_enforcer_is_ready(api: FakeApi, tmp_path: Path
         assert taints(api, "node-2") == [OTHER, OURS]
         set_ready(api, "node-2", "True")
         wait_until_freed(api, "node-2")
+
+
+def test_a_signer_waits_for_an_api_server_that_is_away(api: FakeApi, tmp_path: Path) -> None:
+    with ExitStack() as stack:
+        with api.away():
+            signer = stack.enter_context(running_signer(api, tmp_path))
+            deadline = time.monotonic() + 30
+            while "waits for the API server" not in (tmp_path / "signer.log").read_text():
+                assert time.monotonic() < deadline
+                time.sleep(0.05)
+        wait_until_freed(api, "node-1")
+        assert signer.poll() is None
 
 
 def test_a_change_by_somebody_else_is_not_undone(api: FakeApi, tmp_path: Path) -> None:
