@@ -180,6 +180,8 @@ class DatagramInitiator:
     def _let_go(self, flow: DatagramInitiatorFlow, proof: bytes, last: Verdict) -> tuple[Settle | Inject, ...]:
         """Let what waits leave in order, the oldest beside the proof or after it; the last has a verdict of its own.
 
+        Without an answer each that has room carries the offer: a plain one would be judged by its address.
+
         What the kernel would drop is sent anew instead. That comes to the queue again, and all after it likewise.
         """
         waiting, flow.waiting = flow.waiting, {}
@@ -194,6 +196,8 @@ class DatagramInitiator:
                     verdict = verdict._replace(payload=with_option(datagram, RIDING_EXID, proof))
                 else:
                     effects.append(self._context.send_message(flow.key, proof))
+            elif flow.state is State.OPENING and self._has_room(datagram, flow.offer):
+                verdict = verdict._replace(payload=with_option(datagram, RIDING_EXID, flow.offer))
             if n < cut:
                 effects.append(Settle(hold_id, verdict))
             else:

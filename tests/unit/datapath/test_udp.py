@@ -364,6 +364,8 @@ def test_only_two_datagrams_of_a_length_leave_beside_the_offer() -> None:
     assert client.injected == []  # The offer has left: a peer without an enforcer gets no empty datagram.
     overdue = client.datapath.expire(1.25)
     assert [effect.hold_id for effect in overdue if isinstance(effect, Settle)] == list(client.held)
+    leaving = [effect.verdict.payload for effect in overdue if isinstance(effect, Settle)]
+    assert [bare(packet) for packet in leaving[:2] if packet] == queries[2:4]  # With the offer: who is it from?
     anew = [effect.packet for effect in overdue if not isinstance(effect, Settle)]
     assert [bare(packet) for query in anew for packet in client.send(query, 1.25)] == queries[4:]
 
