@@ -4,8 +4,8 @@
 Inside the pod the node's own address is let through, for kubelet's probes. But a client outside that comes through a
 node port, or a pod that comes through a load balancer's address, is masqueraded to that same address. Here, after
 source NAT, the flow's first packet still shows the address it came with: a frame-sized SYN passes, since the pod's
-enforcer judges its token; the rest needs an address rule of the pod's policies. What the node itself sends was not
-forwarded, and passes.
+enforcer judges its token; the rest needs an address rule of the pod's policies. What the node itself sends comes
+from one of its own sockets, and passes.
 
 Needs Linux 5.7 (the input interface is known in postrouting from there on).
 """
@@ -43,8 +43,9 @@ def skeleton() -> list[str]:
         *counted_drops(TABLE, (Reason.UNIDENTIFIED_PEER,)),
         f"add chain {TABLE} masqueraded {{ {_HOOK} }}",
         f"add chain {TABLE} judge",
-        # Without an input interface (`iif 0`) a process of the node sent it.
-        f"add rule {TABLE} masqueraded ct state new ct direction original ct status snat iif != 0 goto judge",
+        # A process of the node sent it. No input interface alone does not tell: bridged packets have none here either.
+        f"add rule {TABLE} masqueraded iif 0 meta skuid >= 0 accept",
+        f"add rule {TABLE} masqueraded ct state new ct direction original ct status snat goto judge",
         f"add rule {TABLE} judge ip daddr vmap @endpoints4",
         f"add rule {TABLE} judge ip6 daddr vmap @endpoints6",
     ]

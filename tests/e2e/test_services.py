@@ -13,6 +13,7 @@ import pytest
 
 from enforcer_daemon.model import PodRef
 from tests.e2e.operation_world import FAMILIES, HTTP, NODES, RESET, app, block, denials, outcome, pod, policy
+from tests.e2e.raw_pod import RawPod, Scene, arrives, fresh_marker, hearing, plain_syn
 from triremectl.lab import HostSpec, Lab, Outcome, ServicePort, ServiceSpec, Tools, WorldSpec
 from triremectl.lab.manifests import object_ref
 
@@ -208,3 +209,29 @@ def test_a_pod_is_judged_by_its_identity_through_any_node_port(
     assert outcome(lab, "x/to-web", f"node:{dialled}", port, version) is Outcome.CONNECTED
     assert outcome(lab, "x/stranger", f"node:{dialled}", port, version, timeout_s=0.3).is_denied
     assert outcome(lab, "x/to-others", f"node:{dialled}", port, version, timeout_s=0.3).is_denied
+
+
+@pytest.mark.parametrize("version", VERSIONS)
+def test_a_pod_does_not_pass_for_the_node_by_a_node_port_where_bridges_are_filtered(lab: Lab, version: int) -> None:
+    """With br_netfilter a packet that is translated to a pod of the same bridge shows no input interface."""
+    marker = fresh_marker()
+    scene = Scene(lab, "x/stranger", "node:a", "", "node:a", version)
+    (syn,) = plain_syn(scene, marker)
+    syn.payload.dport = NODE_PORT["web-a"]
+    with _filtered_bridges(lab, "node:a"):
+        assert outcome(lab, "x/client", "node:a", NODE_PORT["web-a"], version) is Outcome.CONNECTED
+        assert outcome(lab, "node:a", "node:a", NODE_PORT["web-a"], version) is Outcome.CONNECTED
+        with hearing(lab, "x/web-a") as heard, RawPod(lab, "x/stranger") as raw:
+            raw.send("node:a", [syn])
+            assert not arrives(lab, heard, marker[:4], ("node:a", "x/web-a"))
+
+
+@contextmanager
+def _filtered_bridges(lab: Lab, node: str) -> Iterator[None]:
+    settings = [f"net.bridge.bridge-nf-call-{tool}" for tool in ("iptables", "ip6tables")]
+    before = [lab.run(node, "sysctl", "-n", name).strip() for name in settings]
+    try:
+        lab.run(node, "sysctl", "-qw", *(f"{name}=1" for name in settings))
+        yield
+    finally:
+        lab.run(node, "sysctl", "-qw", *(f"{name}={value}" for name, value in zip(settings, before, strict=True)))
