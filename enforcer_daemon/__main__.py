@@ -17,7 +17,8 @@ from enforcer_daemon.daemon.preflight import find_problems
 from enforcer_daemon.daemon.run import serve
 from enforcer_daemon.daemon.withdrawal import withdraw as withdraw_all
 from enforcer_daemon.errors import EnforcerError
-from enforcer_daemon.settings import Settings, load_settings
+from enforcer_daemon.settings import Settings
+from enforcer_daemon.settings_file import load_settings
 from enforcer_daemon.telemetry.logs import Logger, open_log
 
 EXIT_FAILED = 1

@@ -36,7 +36,8 @@ from enforcer_daemon.registration.admin import AdminServer
 from enforcer_daemon.registration.deletions import drain
 from enforcer_daemon.registration.registry import Registry
 from enforcer_daemon.registration.server import RegistrationServer
-from enforcer_daemon.settings import CredentialSource, NetworkSettings, Settings, split_listen
+from enforcer_daemon.settings import CredentialSource, NetworkSettings, Settings
+from enforcer_daemon.settings_file import split_listen
 from enforcer_daemon.sources.directory import DirectorySource
 from enforcer_daemon.sources.manifests import World
 from enforcer_daemon.telemetry.events import EventBook

@@ -12,7 +12,7 @@ from pathlib import Path
 from enforcer_daemon.errors import SettingsError
 from enforcer_daemon.model import Identity, PodRef, Protocol
 from enforcer_daemon.policy import compile_snapshot
-from enforcer_daemon.settings import load_settings
+from enforcer_daemon.settings_file import load_settings
 from enforcer_daemon.sources.manifests import World, assemble, decode_file, unique_objects
 
 _PEER = Identity(PodRef("shop", "cart-1"), (ip_address("10.1.0.2"),), {"app": "cart"}, {"team": "a"}, "node-1")

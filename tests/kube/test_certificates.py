@@ -24,7 +24,8 @@ from enforcer_daemon.identity.given import open_given_identity
 from enforcer_daemon.identity.request import read_request
 from enforcer_daemon.kube.certificates import PATH, CertificateRefusedError, CertificateRequests
 from enforcer_daemon.kube.client import ClusterApi
-from enforcer_daemon.settings import KubernetesSettings, LogSettings, Settings, decode_settings
+from enforcer_daemon.settings import KubernetesSettings, LogSettings, Settings
+from enforcer_daemon.settings_file import decode_settings
 from enforcer_daemon.telemetry.logs import open_log
 from tests.kube.api import FakeApi
 from tests.kube.cluster import NAMESPACE, add_node, running_signer

@@ -13,7 +13,7 @@ from enforcer_daemon.errors import CredentialError, SettingsError, TokenError
 from enforcer_daemon.identity.credential import decode_credential
 from enforcer_daemon.identity.tokens import Claims, decode_token, encode_token
 from enforcer_daemon.model import Identity, NamedPort, PodRef, Protocol
-from enforcer_daemon.settings import decode_settings
+from enforcer_daemon.settings_file import decode_settings
 from tests.unit.identity.certificates import WALL, authority, credential, new_key
 from tests.unit.identity.test_tokens import CREDENTIAL as OTHER
 from tests.unit.identity.test_tokens import TREE, wire_of, wire_of_packed

@@ -18,7 +18,7 @@ from enforcer_daemon.errors import PeerError
 from enforcer_daemon.handshake.local import LocalToken
 from enforcer_daemon.identity.authority import Authority
 from enforcer_daemon.model import Identity, PodRef
-from enforcer_daemon.settings import decode_settings
+from enforcer_daemon.settings_file import decode_settings
 from tests.unit.identity.certificates import WALL, authority
 
 SOURCE = b"\x0a\x00\x00\x01"

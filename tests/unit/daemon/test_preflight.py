@@ -9,7 +9,8 @@ import pytest
 
 from enforcer_daemon.daemon.preflight import find_problems
 from enforcer_daemon.errors import SettingsError
-from enforcer_daemon.settings import Settings, decode_settings
+from enforcer_daemon.settings import Settings
+from enforcer_daemon.settings_file import decode_settings
 
 
 def settings_in(tmp_path: Path, **more: object) -> Settings:

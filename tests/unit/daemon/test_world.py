@@ -11,7 +11,7 @@ import pytest
 from enforcer_daemon.daemon.world import compile_world
 from enforcer_daemon.model import AttachmentId, PodRef
 from enforcer_daemon.registration.request import AddRequest
-from enforcer_daemon.settings import decode_settings
+from enforcer_daemon.settings_file import decode_settings
 from enforcer_daemon.sources.manifests import assemble, decode_file, unique_objects
 
 POD = b"{apiVersion: v1, kind: Pod, metadata: {name: web, namespace: shop}, spec: {containers: [{name: c, image: i}]}}"

@@ -13,7 +13,8 @@ from enforcer_daemon.datapath.judging import Networks
 from enforcer_daemon.errors import SettingsError
 from enforcer_daemon.identity.authority import make_authority
 from enforcer_daemon.packet.tcp import SYN, build, with_payload
-from enforcer_daemon.settings import NetworkSettings, decode_settings
+from enforcer_daemon.settings import NetworkSettings
+from enforcer_daemon.settings_file import decode_settings
 from tests.unit.datapath.pair import WALL, Connection, Endpoint, Node, segment
 
 SETTINGS = NetworkSettings((IPv4Network("10.0.0.0/8"),), (IPv4Network("10.96.0.0/12"),), require_identity=True)

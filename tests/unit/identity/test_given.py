@@ -14,7 +14,8 @@ from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption,
 from enforcer_daemon.errors import SettingsError
 from enforcer_daemon.identity.given import open_given_identity
 from enforcer_daemon.identity.renewal import NodeKeys
-from enforcer_daemon.settings import Settings, decode_settings
+from enforcer_daemon.settings import Settings
+from enforcer_daemon.settings_file import decode_settings
 from tests.unit.identity.certificates import DAY, WALL, authority, credential, new_key
 
 SIGNER = authority()

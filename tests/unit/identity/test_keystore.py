@@ -12,7 +12,8 @@ from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption,
 
 from enforcer_daemon.errors import SettingsError
 from enforcer_daemon.identity.keystore import check_files, open_node_identity
-from enforcer_daemon.settings import Settings, decode_settings
+from enforcer_daemon.settings import Settings
+from enforcer_daemon.settings_file import decode_settings
 from tests.unit.identity.certificates import WALL, authority, new_key
 
 

@@ -15,7 +15,8 @@ from enforcer_daemon.handshake.local import sign_local_token
 from enforcer_daemon.identity.keystore import open_node_identity
 from enforcer_daemon.model import PodRef
 from enforcer_daemon.reasons import Reason
-from enforcer_daemon.settings import LogSettings, decode_settings
+from enforcer_daemon.settings import LogSettings
+from enforcer_daemon.settings_file import decode_settings
 from enforcer_daemon.telemetry.flowlog import FlowLog
 from enforcer_daemon.telemetry.logs import open_log
 from enforcer_daemon.telemetry.metrics import Metrics

@@ -19,7 +19,8 @@ from enforcer_daemon.identity.credential import TrustBundle, is_issued_by
 from enforcer_daemon.identity.keystore import open_node_identity
 from enforcer_daemon.identity.renewal import NodeKeys, Renewal
 from enforcer_daemon.reasons import Reason
-from enforcer_daemon.settings import Settings, decode_settings
+from enforcer_daemon.settings import Settings
+from enforcer_daemon.settings_file import decode_settings
 from tests.unit.identity.certificates import NOW, WALL, authority, credential, new_key
 
 NOTHING = Renewal()

@@ -14,7 +14,7 @@ import yaml
 from click.testing import CliRunner
 
 from enforcer_daemon.__main__ import main as enforcer
-from enforcer_daemon.settings import decode_settings
+from enforcer_daemon.settings_file import decode_settings
 from install.render import CHART, HERE, RENDERED, render
 from trireme_install.__main__ import main as installer
 

@@ -22,7 +22,8 @@ from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption,
 from enforcer_daemon.errors import SettingsError
 from enforcer_daemon.kube.client import UNAUTHORIZED, ApiError, ClusterApi
 from enforcer_daemon.kube.credentials import ClusterCredentials, own_namespace
-from enforcer_daemon.settings import KubernetesSettings, Settings, decode_settings
+from enforcer_daemon.settings import KubernetesSettings, Settings
+from enforcer_daemon.settings_file import decode_settings
 from tests.kube.api import FakeApi
 
 FIRST, SECOND = "first-token", "second-token"

@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 
 from enforcer_daemon.errors import SettingsError
-from enforcer_daemon.settings import DenyWith, RulesBackend, decode_settings, load_settings, split_listen
+from enforcer_daemon.settings import DenyWith, RulesBackend
+from enforcer_daemon.settings_file import decode_settings, load_settings, split_listen
 
 
 def test_a_node_name_is_all_that_is_needed() -> None:

@@ -10,7 +10,7 @@ import pytest
 import yaml
 
 from enforcer_daemon.model import PodRef
-from enforcer_daemon.settings import decode_settings
+from enforcer_daemon.settings_file import decode_settings
 from triremectl.lab.chain import ADD_TIMEOUT_S, SHIPPED_CONFLIST, load_conflist, node_conflist
 from triremectl.lab.errors import LabError, ScenarioError
 from triremectl.lab.manifests import ObjectRef, object_ref, put_manifest, remove_manifest

@@ -10,7 +10,8 @@ from typing import get_type_hints
 
 import yaml
 
-from enforcer_daemon.settings import Settings, load_settings
+from enforcer_daemon.settings import Settings
+from enforcer_daemon.settings_file import load_settings
 
 EXAMPLE = Path(__file__).parents[3] / "conf" / "enforcer.yaml"
 
