@@ -37,6 +37,8 @@ MAX_MESSAGE_PACKET_BYTES = 4_016
 """The queue's copy of a packet: a longer one could not be read on its arrival."""
 _MAX_AGAIN_PER_S = 64.0
 """Handshakes again that an endpoint begins, or asks for, in a second, and at once."""
+_MAX_ANEW = 1_024
+"""Datagrams of one flow that are sent anew and on their way, at a time."""
 DRAIN_S = 0.05
 """How long after its release a flow may stay in the queue, seconds: its first burst passes in order, one without
 end goes to the kernel all the same."""
@@ -92,7 +94,11 @@ class DatagramInitiator:
         """Let a datagram out: with our offer, or after the answer, into the enforced networks; by address elsewhere."""
         flow = self.find(key, now)
         if flow is not None:
-            return flow.let_go(now) if flow.state is State.RELEASED else self._let_wait(datagram, flow, now)
+            return (
+                self._follow(datagram, flow, now)
+                if flow.state is State.RELEASED
+                else self._let_wait(datagram, flow, now)
+            )
         judge, dst, dport = self._context.judge, datagram.dst, datagram.dport
         destination = self._context.node.networks.destination(dst)
         decision, release = judge.egress(None, dst, dport, Protocol.UDP)
@@ -134,6 +140,25 @@ class DatagramInitiator:
             flow.waiting = {hold_id: found for hold_id, found in flow.waiting.items() if hold_id in flow.held}
         flow.waiting[verdict.hold_id] = datagram
         return verdict
+
+    def _follow(self, datagram: UDPDatagram, flow: DatagramInitiatorFlow, now: float) -> Verdict:
+        """Let a datagram of a released flow go; one that was in the queue before the release may be of a cut send.
+
+        Then it is sent anew, and so is what follows, behind what was sent anew before it.
+        """
+        is_like, payload = datagram.tail == flow.last_bytes, hash(datagram.payload)
+        flow.last_bytes = datagram.tail
+        if payload in flow.anew:
+            flow.anew[payload] -= 1
+            if not flow.anew[payload]:
+                del flow.anew[payload]
+            return flow.let_go(now)
+        may_be_cut_off = now < flow.drained_at and (is_like or flow.anew) and len(flow.anew) < _MAX_ANEW
+        fits = datagram.end <= min(self._context.mtu, len(datagram.packet)) and not datagram.has_surplus
+        if not may_be_cut_off or not fits:
+            return flow.let_go(now)
+        flow.anew[payload] += 1
+        return DROP._replace(effects=(Inject(datagram.packet[: datagram.end]),))
 
     def _has_room(self, datagram: UDPDatagram, message: bytes) -> bool:
         length = datagram.end + 1 + SURPLUS_OVERHEAD + len(message)
@@ -202,6 +227,8 @@ class DatagramInitiator:
                 effects.append(Settle(hold_id, verdict))
             else:
                 effects += Settle(hold_id, DROP), Inject(datagram.packet[: datagram.end])
+                if flow.state is State.RELEASED:
+                    flow.anew[hash(datagram.payload)] += 1
         return tuple(effects)
 
     def datagram_in(self, datagram: UDPDatagram, flow: DatagramInitiatorFlow, now: float) -> Verdict:

@@ -10,6 +10,7 @@ again    "your flow is not known here, shake hands again"  alone
 from __future__ import annotations
 
 import hmac
+from collections import Counter
 from typing import ClassVar
 
 from enforcer_daemon.errors import FrameError
@@ -100,6 +101,7 @@ class DatagramInitiatorFlow(DatagramFlow):
     """A flow that the pod opens."""
 
     __slots__ = (
+        "anew",
         "is_external_allowed",
         "is_overdue",
         "last_bytes",
@@ -132,7 +134,9 @@ class DatagramInitiatorFlow(DatagramFlow):
         self.riding = 0
         """How many datagrams left with the offer beside them."""
         self.last_bytes = -1
-        """Length of the last of them."""
+        """Length of the last of them, and after the release of the last that came to the queue."""
+        self.anew: Counter[int] = Counter()
+        """Datagrams that were sent anew and did not come to the queue again yet, by a hash of their data."""
         self.waiting: dict[int, UDPDatagram] = {}
         """Datagrams of the pod's own that wait, by hold id; some may have been dropped meanwhile."""
 

@@ -115,10 +115,10 @@ def test_datagrams_arrive_in_order_as_they_were_and_the_flow_is_released(mode: s
     assert exchange.delivered == []
     exchange.flush()
     assert exchange.delivered == [first, second]
-    third = exchange.client.verdict(exchange.query(b"third"), Direction.EGRESS, 1.0)
+    third = exchange.client.verdict(exchange.query(b"the third"), Direction.EGRESS, 1.0)
     assert third.action is Action.RELEASE
     assert third.mark & RELEASED
-    assert exchange.server.verdict(exchange.query(b"third"), Direction.INGRESS, 1.0).mark & RELEASED
+    assert exchange.server.verdict(exchange.query(b"the third"), Direction.INGRESS, 1.0).mark & RELEASED
     assert exchange.client.reasons()[0] == ("not-isolated" if mode == "rides" else "policy")
     assert exchange.server.reasons() == ["policy"]
 
@@ -353,6 +353,21 @@ def test_what_the_kernel_may_have_cut_is_sent_anew_and_so_is_all_after_it() -> N
     assert settled(verdict) == [kept, kept, dropped, dropped, dropped, dropped]
     assert client.injected == queries[2:]
     assert client.flush_injected() == queries[2:]
+
+
+def test_what_came_to_the_queue_before_the_release_is_sent_anew_too() -> None:
+    client, server = make_pair(BOUND, ADMITTING)
+    queries = [build_udp(client.address, server.address, PORTS, bytes((n,)) * 300) for n in range(12)]
+    for query in queries[:6]:
+        assert client.send(query) == []
+    verdict = first_verdict(client, answer_to(client, server), Direction.INGRESS)
+    assert [action for action, _ in settled(verdict)] == [Action.ACCEPT] * 2 + [Action.DROP] * 4
+    for query in queries[6:]:
+        assert client.send(query) == []
+    assert client.flush_injected() == queries[2:]
+    assert client.injected == []
+    late = [build_udp(client.address, server.address, PORTS, bytes((n,)) * 300) for n in range(3)]
+    assert [packet for query in late for packet in client.send(query, 1.5)] == late
 
 
 def test_only_two_datagrams_of_a_length_leave_beside_the_offer() -> None:
