@@ -345,6 +345,13 @@ def _nft_chains(rules: EndpointRules) -> dict[str, tuple[str, ...]]:
             *_nft_copy("meta mark", "ct mark"),
             queue,
         ),
+        **_nft_marking(),
+    }
+
+
+def _nft_marking() -> dict[str, tuple[str, ...]]:
+    """Give the chains that carry a verdict's mark over to the flow, and end there."""
+    return {
         "repeated": (
             f"meta mark & {CONSUME:#x} == {CONSUME:#x} goto consume",
             f"meta mark & {FORGET:#x} != 0 ct mark set ct mark & {OTHERS_MASK:#x} goto done",
@@ -354,7 +361,7 @@ def _nft_chains(rules: EndpointRules) -> dict[str, tuple[str, ...]]:
         ),
         "consume": (*_nft_copy("ct mark", "meta mark", _SAVED_MASK), "drop"),
         "node": (
-            f"ct mark set ct mark & {OTHERS_MASK:#x} | {node_bit}",
+            f"ct mark set ct mark & {OTHERS_MASK:#x} | {NODE:#x}",
             "goto done",
         ),
         "done": (_nft_clear(), "accept"),

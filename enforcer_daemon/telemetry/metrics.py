@@ -84,7 +84,7 @@ class Metrics:
         self.registry.register(_DecisionCollector(self.decisions))
         self.lost_packets = Counter(
             "enforcer_lost_packets",
-            "Packets that the kernel dropped before they were judged: the queue or its socket's buffer was full.",
+            "Packets that the kernel dropped before they were judged: queue or buffer was full, or they came too fast.",
             labelnames=("where",),
             registry=self.registry,
         )
@@ -116,6 +116,23 @@ class Metrics:
             registry=self.registry,
         )
         self.count_refused(0, 0)
+        self.guard_drops: dict[str, int] = {}
+        """Packets that the guard dropped, by reason, as of the last look at the kernel."""
+        self.registry.register(_GuardCollector(self.guard_drops))
+        self.update_seconds = Histogram(
+            "enforcer_policy_update_seconds",
+            "From a change's arrival to its being in force on all endpoints.",
+            buckets=_LATENCY_BUCKETS,
+            registry=self.registry,
+        )
+        self.registration_seconds = Histogram(
+            "enforcer_registration_seconds", "Time to enforce a new endpoint.", buckets=_LATENCY_BUCKETS,
+            registry=self.registry,
+        )  # fmt: skip
+        self._open_of_cluster()
+
+    def _open_of_cluster(self) -> None:
+        """Expose what only a node of a cluster has."""
         self.events = Counter(
             "enforcer_kubernetes_events",
             "Events for the API server, by what became of them.",
@@ -135,20 +152,6 @@ class Metrics:
         self.denied_nodes = Gauge(
             "enforcer_denied_nodes", "Nodes that are not believed because of false claims.", registry=self.registry
         )
-        self.guard_drops: dict[str, int] = {}
-        """Packets that the guard dropped, by reason, as of the last look at the kernel."""
-        self.registry.register(_GuardCollector(self.guard_drops))
-        self.update_seconds = Histogram(
-            "enforcer_policy_update_seconds",
-            "From a change's arrival to its being in force on all endpoints.",
-            buckets=_LATENCY_BUCKETS,
-            registry=self.registry,
-        )
-        self.registration_seconds = Histogram(
-            "enforcer_registration_seconds", "Time to enforce a new endpoint.", buckets=_LATENCY_BUCKETS,
-            registry=self.registry,
-        )  # fmt: skip
-
         self._watch_up = Gauge(
             "enforcer_watch_up", "Whether a kind is followed at the API server.", ("resource",), registry=self.registry
         )

@@ -10,7 +10,7 @@ from __future__ import annotations
 import socket
 import struct
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -111,19 +111,16 @@ def test_segments_of_one_send_arrive_as_datagrams(lab: Lab, target: str, version
 @pytest.mark.parametrize("version", VERSIONS)
 @pytest.mark.parametrize("target", SERVERS)
 @pytest.mark.parametrize("source", CLIENTS)
-def test_three_such_sends_at_once_open_a_flow_and_arrive(lab: Lab, source: str, target: str, version: int) -> None:
-    """Of three flows one may lose some: the kernel's own loss, which is made good as far as the queue shows it."""
+def test_three_such_sends_at_once_open_a_flow_and_lose_nothing(
+    lab: Lab, source: str, target: str, version: int
+) -> None:
     segment_size = [(socket.SOL_UDP, UDP_SEGMENT, struct.pack("=H", INITIAL_BYTES))]
     burst = _numbered(3 * BURST, INITIAL_BYTES)
-    whole = 0
     for _ in range(3):
-        with _ends(lab, source, target, version) as (client, server), suppress(TimeoutError):
-            server.settimeout(3.0)
+        with _ends(lab, source, target, version) as (client, server):
             for start in range(0, len(burst), BURST):
                 client.sendmsg([b"".join(burst[start : start + BURST])], segment_size)
             assert sorted(server.recv(65_535) for _ in burst) == burst
-            whole += 1
-    assert whole >= 2
 
 
 @pytest.mark.parametrize("version", VERSIONS)

@@ -14,22 +14,9 @@ from enforcer_daemon.marks import RELEASED
 from enforcer_daemon.model import Direction
 from enforcer_daemon.packet.tcp import ACK, RST, build, with_payload
 from enforcer_daemon.verdict import Action
-from tests.unit.datapath.pair import Connection, Endpoint, make_pair, segment
+from tests.unit.datapath.pair import Connection, Endpoint, connect, make_pair, release, segment
 
 SIDECAR_PORT = 15_006
-
-
-def connect(connection: Connection) -> None:
-    (syn,) = connection.client.send(connection.syn())
-    connection.server.receive(syn)
-    (syn_ack,) = connection.server.send(connection.syn_ack())
-    connection.client.receive(syn_ack)
-
-
-def release(connection: Connection) -> None:
-    connect(connection)
-    (ack,) = connection.client.send(connection.ack())
-    connection.server.receive(ack)
 
 
 def refusal(connection: Connection, port: int | None = None) -> bytes:
