@@ -70,12 +70,14 @@ class Signer:
     credential: Credential
 
     @classmethod
-    def make(cls, authority: Authority, node: str, age: timedelta = timedelta(0)) -> Signer:
-        """Make a node with a credential that was issued `age` ago for an hour."""
+    def make(
+        cls, authority: Authority, node: str, age: timedelta = timedelta(0), lifetime: timedelta = timedelta(hours=1)
+    ) -> Signer:
+        """Make a node with a credential that was issued `age` ago."""
         key = ec.generate_private_key(ec.SECP256R1())
         name = node_spiffe_id(TRUST_DOMAIN, node)
         issued = datetime.now(UTC) - age
-        certificate = issue_credential(authority, key.public_key(), name, issued, timedelta(hours=1))
+        certificate = issue_credential(authority, key.public_key(), name, issued, lifetime)
         return cls(key, decode_credential(certificate.public_bytes(Encoding.DER)))
 
     def token(self, identity: Identity, age_s: float = 0.0) -> LocalToken:

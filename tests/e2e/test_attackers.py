@@ -209,7 +209,9 @@ def test_a_token_from_the_future(world: Lab, port: int) -> None:
 @attacking
 def test_an_expired_credential(world: Lab, port: int, host: str) -> None:
     with attack_from(world, host, port) as attack:
-        signer = Signer.make(read_authority(world), "made-up", age=timedelta(hours=2))
+        # At a time when the authority was valid already: else that would be what is wrong.
+        ages = timedelta(minutes=3), timedelta(minutes=1)
+        signer = Signer.make(read_authority(world), "made-up", *ages)
         attack.framed(signer.token(identity([attack.wire.ip], "made-up"))).send_framed_syn()
         attack.refused_for(Reason.CREDENTIAL_EXPIRED)
 
