@@ -18,7 +18,8 @@ FORGET = 0x2000_0000
 CONSUME = FORGET | NODE
 """On a repeated packet: save its other bits to the connection, and drop it."""
 REPLY = FORGET
-"""On a datagram that comes to the queue: it goes against the direction in which its flow was opened."""
+"""On a datagram or an arriving SYN that comes to the queue: it goes against the direction in which its flow was
+opened."""
 UNTRACKED = RELEASED | NODE | FORGET
 """On a packet of the enforcer's own as it leaves: conntrack takes no notice of it. Whoever else sets it gains nothing:
 what is untracked has no released connection, so it is queued and judged."""

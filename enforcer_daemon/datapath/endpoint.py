@@ -11,7 +11,7 @@ from enforcer_daemon.datapath.initiator import Initiator
 from enforcer_daemon.datapath.responder import Responder
 from enforcer_daemon.errors import PacketError, PeerError
 from enforcer_daemon.handshake.machine import Event, State
-from enforcer_daemon.marks import INDEX_MASK, INDEX_SHIFT, NODE, RELEASED
+from enforcer_daemon.marks import INDEX_MASK, INDEX_SHIFT, NODE, RELEASED, REPLY
 from enforcer_daemon.model import Decision, Direction
 from enforcer_daemon.packet.ip import IPHeader, decode_ip
 from enforcer_daemon.packet.tcp import ACK, FIN, RST, SYN, SYN_ACK, TCP, Segment, build, decode_segment
@@ -120,8 +120,11 @@ class EndpointDatapath:
         key = _flow_key(segment, direction)
         kind = segment.flags & (SYN | ACK | RST | FIN)
         if kind == SYN:
-            side = self._initiator.syn_out if direction is Direction.EGRESS else self._responder.syn_in
-            return side(segment, key, mark, now)
+            if direction is Direction.EGRESS:
+                return self._initiator.syn_out(segment, key, mark, now)
+            # Conntrack knows the pod's SYN longer than we do, and also one that an earlier daemon judged.
+            is_answer = bool(mark & REPLY) or self._initiator.awaits_answer(key)
+            return self._responder.syn_in(segment, key, mark & ~REPLY, now, is_answer=is_answer)
         if kind == SYN_ACK:
             if direction is Direction.INGRESS:
                 return self._initiator.syn_ack_in(segment, key, mark, now)

@@ -237,6 +237,11 @@ class Initiator:
         self._settle(flow)
         return flow.release._replace(effects=self._context.settle_held(flow, flow.release))
 
+    def awaits_answer(self, key: bytes) -> bool:
+        """Tell whether the pod opens a connection with these ends, which is not released yet."""
+        flow = self.flows.get(key)
+        return flow is not None and flow.state is not State.RELEASED
+
     def forget(self, key: bytes) -> None:
         """Forget a handshake that needs no end of its own any more."""
         flow = self.flows.get(key)

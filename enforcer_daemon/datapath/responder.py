@@ -7,6 +7,7 @@ from struct import Struct
 
 from enforcer_daemon.datapath.binding import require_source
 from enforcer_daemon.datapath.context import EndpointContext, bare_reset
+from enforcer_daemon.datapath.judging import Ruling
 from enforcer_daemon.datapath.unproven import Unproven
 from enforcer_daemon.errors import PeerError, TokenError
 from enforcer_daemon.handshake.flows import FlowTable, Offer, ResponderFlow, fragmentation_of
@@ -18,6 +19,7 @@ from enforcer_daemon.handshake.frames import (
     is_frame,
 )
 from enforcer_daemon.handshake.machine import Event, State
+from enforcer_daemon.handshake.peers import Peer
 from enforcer_daemon.handshake.proofs import frame_hash
 from enforcer_daemon.marks import NODE, OWN_MASK, RELEASED
 from enforcer_daemon.model import Decision, Direction
@@ -64,12 +66,16 @@ class Responder:
         self.unproven = Unproven(context.node.settings.max_half_open_flows)
         self._unknown_syn_acks: dict[tuple[bytes, int], int] = {}
 
-    def syn_in(self, segment: Segment, key: bytes, mark: int, now: float) -> Verdict:
-        """Let a SYN in: verified and judged by its frame, or by its address where it has none."""
+    def syn_in(self, segment: Segment, key: bytes, mark: int, now: float, *, is_answer: bool = False) -> Verdict:
+        """Let a SYN in: verified and judged by its frame, or by its address where it has none.
+
+        `is_answer`: the pod has dialled the same ends. Its kernel takes the SYN for the other half of a simultaneous
+        open (RFC 9293, section 3.5), and connect() returns.
+        """
         payload = segment.payload
         flow = self.flows.get(key)
         if not is_frame(payload):
-            return self._plain_syn(segment, key, flow)
+            return self._plain_syn(segment, key, flow, is_answer=is_answer)
         syn_hash = frame_hash(payload)
         if flow is not None and (flow.offer.isn, flow.offer.syn_hash) == (segment.seq, syn_hash):
             return _deliver_again(segment, flow)
@@ -78,9 +84,9 @@ class Responder:
         peer = context.node.verify(frame.block, segment.src, now)
         source, destination = (segment.src, segment.sport), (segment.dst, segment.dport)
         address = require_source(context, TCP, source, destination, peer)
-        decision, release = context.judge.ingress(peer, address, segment.dport)
+        decision, release = self._judge_syn(peer, address, segment, is_answer=is_answer)
         if not decision.is_allowed:
-            context.report(Direction.INGRESS, segment.src, segment.dport, decision, peer=peer.identity)
+            self._report_syn(segment.src, segment, decision, peer)
             return self._deny_syn(segment, key)
         self._require_room(segment)
         if now + context.node.wall_offset_s > context.local.expires_at:
@@ -103,7 +109,21 @@ class Responder:
         if mss is not None and length + _MAX_OPTIONS > mss + TCP_MIN_HEADER:
             raise PeerError(Reason.IDENTITY_TOO_LARGE, f"frame of {length} bytes, the initiator's MSS is {mss}")
 
-    def _plain_syn(self, segment: Segment, key: bytes, flow: ResponderFlow | None) -> Verdict:
+    def _judge_syn(self, peer: Peer | None, address: bytes, segment: Segment, *, is_answer: bool) -> Ruling:
+        """Ask for ingress; where the SYN answers the pod's own, also whether the pod may reach who answers."""
+        judge = self._context.judge
+        ruling = judge.ingress(peer, address, segment.dport)
+        if is_answer and ruling.decision.is_allowed:
+            answered = judge.egress(peer, address, segment.sport)
+            return ruling if answered.decision.is_allowed else answered
+        return ruling
+
+    def _report_syn(self, address: bytes, segment: Segment, decision: Decision, peer: Peer | None = None) -> None:
+        direction = decision.direction
+        port = segment.dport if direction is Direction.INGRESS else segment.sport
+        self._context.report(direction, address, port, decision, peer=None if peer is None else peer.identity)
+
+    def _plain_syn(self, segment: Segment, key: bytes, flow: ResponderFlow | None, *, is_answer: bool) -> Verdict:
         context = self._context
         source, destination = (segment.src, segment.sport), (segment.dst, segment.dport)
         address, is_node = context.node.trace(TCP, source, destination)
@@ -112,8 +132,8 @@ class Responder:
         elif context.node.networks.must_show_identity(address):
             decision, release = Decision(False, Reason.IDENTITY_REQUIRED, Direction.INGRESS), DROP
         else:
-            decision, release = context.judge.ingress(None, address, segment.dport)
-        context.report(Direction.INGRESS, address, segment.dport, decision)
+            decision, release = self._judge_syn(None, address, segment, is_answer=is_answer)
+        self._report_syn(address, segment, decision)
         if not decision.is_allowed:
             return self._deny_syn(segment, key)  # A stranger's SYN ends nobody's handshake.
         if flow is not None:

@@ -32,7 +32,7 @@ MAX_COPIED_BYTES = 4_016
 Judge = Callable[[bytes, Direction, int], Verdict]
 """Judges a packet: its bytes (MAX_COPIED_BYTES at most), its direction, and our bits of
 its mark: of a packet with SYN, or of a datagram with a handshake's message, what its connection was released with
-before; of a datagram also REPLY; else 0."""
+before; of a datagram, or a SYN that arrives, also REPLY; else 0."""
 
 _OTHERS_MASK = OWN_MASK ^ 0xFFFF_FFFF
 _SOL_NETLINK, _NETLINK_NO_ENOBUFS = 270, 5  # linux/netlink.h

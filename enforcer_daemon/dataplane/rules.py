@@ -8,7 +8,8 @@ Both renderings say the same, for packets of the registered interfaces alone, in
     fragment   of an IPv4 packet that conntrack did not put together (IP_NODEFRAG): drop
     SYN        small, from the node, inwards: the connection is the node's; go on
     SYN-ACK    of the node's connection, outwards, to the node: go on
-    SYN        any other: the connection's bits into the packet's mark, to the enforcer
+    SYN        any other: the connection's bits into the packet's mark, to the enforcer; one that arrives against its
+               connection's direction is told by a bit
     message    of a handshake beside a datagram, inwards: likewise
     released   or the node's connection: go on
     ICMP       ICMPv6 (NDP, MLD) and IGMP: go on; no NetworkPolicy speaks of them
@@ -98,7 +99,8 @@ _TO_SURPLUS: dict[Family, str] = {4: "0x0>>0x16&0x3c@0x4>>0x10@", 6: "0x0>>0x1c&
 _SURPLUS_AT: dict[Family, int] = {4: 0, 6: 8}
 _MAGIC_AT = (8, 9)
 """Where a message begins in the surplus area, for even and odd UDP lengths (enforcer_daemon/packet/udp.py)."""
-_IS_REPLY = f"-p udp -m conntrack --ctdir REPLY -j MARK --set-xmark {REPLY:#x}/{REPLY:#x}"
+_TELL_REPLY = f"-m conntrack --ctdir REPLY -j MARK --set-xmark {REPLY:#x}/{REPLY:#x}"
+_IS_REPLY = f"-p udp {_TELL_REPLY}"
 
 
 def render_iptables(rules: EndpointRules, family: Family) -> str:
@@ -187,6 +189,7 @@ def _iptables_syn_in(rules: EndpointRules, family: Family) -> tuple[str, ...]:
         f"{_IS_FIRST_SYN} -m length --length 0:{MAX_SMALL_SYN_BYTES[family]} -j TRIREME-FROM-NODE",
         f"-m mark --mark {NODE:#x}/{NODE:#x} -g TRIREME-NODE",
         f"-j CONNMARK --restore-mark {_MASKS}",
+        _TELL_REPLY,
         *_queue(rules, "syn-in"),
     )
 
@@ -298,7 +301,8 @@ def _nft_chains(rules: EndpointRules) -> dict[str, tuple[str, ...]]:
     node_bit = f"{NODE:#x}"
     first_syn = "tcp flags & (fin | syn | rst | ack) == syn"
     small = (f"ip length <= {MAX_SMALL_SYN_BYTES[4]}", f"ip6 length <= {MAX_SMALL_SYN_BYTES[6] - 40}")
-    reply = f"meta l4proto udp ct direction reply meta mark set meta mark | {REPLY:#x}"
+    against = f"ct direction reply meta mark set meta mark | {REPLY:#x}"
+    reply = f"meta l4proto udp {against}"
     main = (
         f"meta mark & {FORGET | RELEASED:#x} != 0 goto repeated",
         "ip frag-off & 0x1fff != 0 drop",
@@ -333,8 +337,10 @@ def _nft_chains(rules: EndpointRules) -> dict[str, tuple[str, ...]]:
             f"ip saddr @node4 {small[0]} {first_syn} goto node",
             f"ip6 saddr @node6 {small[1]} {first_syn} goto node",
             *limits["syn-in"],
+            f"ct mark & {OWN_MASK:#x} == 0 {against}",
             f"ct mark & {OWN_MASK:#x} == 0 {queue}",
             *_nft_copy("meta mark", "ct mark"),
+            against,
             queue,
         ),
         "syn_out": (

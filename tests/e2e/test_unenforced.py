@@ -11,8 +11,10 @@ from pathlib import Path
 import pytest
 
 from enforcer_daemon.handshake.frames import is_frame
-from enforcer_daemon.packet.tcp import SYN
-from tests.e2e.operation_world import HTTP, NODES, RESET, block, denials, outcome, pod, policy, segments
+from enforcer_daemon.packet.tcp import ACK, SYN, SYN_ACK, build
+from enforcer_daemon.reasons import Reason
+from tests.e2e.attackers import SYN_OPTIONS, Wire, await_denial, silenced
+from tests.e2e.operation_world import FAMILIES, HTTP, NODES, RESET, block, denials, outcome, pod, policy, segments
 from triremectl.lab import HostSpec, Lab, Outcome, PodSpec, PortSpec, Tools, WorldSpec
 
 pytestmark = pytest.mark.kernel
@@ -134,3 +136,31 @@ def test_a_pod_that_may_reach_no_address_shows_its_identity_to_no_stranger(lab: 
         assert outcome(lab, "x/out-closed", host, HTTP.number).is_denied
         time.sleep(0.02)
         assert segments(capture.close(), HTTP.number) == []
+
+
+@pytest.mark.parametrize("version", [4, 6])
+@pytest.mark.parametrize(("pod", "is_allowed"), [("x/out-for-pods", False), ("x/out-for-their-blocks", True)])
+def test_a_host_that_answers_a_syn_by_a_syn_is_judged_as_one_that_answers(
+    lab: Lab, pod: str, version: int, *, is_allowed: bool
+) -> None:
+    """To the pod's kernel both have opened at once: connect() returns, whoever may connect to the pod."""
+    port, isn = HTTP.number, 77_000
+    with (
+        silenced(lab, "host:inside", version),
+        Wire(lab, "host:inside", version) as wire,
+        lab.open_socket(pod, FAMILIES[version]) as client,
+    ):
+        client.setblocking(False)
+        client.connect_ex((str(wire.ip), port))
+        syn = wire.await_segment(lambda found: found.flags == SYN and found.dport == port)
+        wire.send(build(wire.address, syn.src, (port, syn.sport), (isn, 0), SYN, 64_240, SYN_OPTIONS))
+        if not is_allowed:
+            await_denial(lab, pod, Reason.UNIDENTIFIED_PEER, port, address=wire.ip)
+            assert wire.find_segment(lambda found: found.flags == SYN_ACK and found.dport == port, 0.2) is None
+            return
+        answer = wire.await_segment(lambda found: found.flags == SYN_ACK and found.dport == port)
+        numbers = isn + 1, answer.seq + 1 & 0xFFFF_FFFF
+        wire.send(build(wire.address, syn.src, (port, syn.sport), numbers, ACK, 64_240))
+        client.settimeout(10)
+        assert client.send(b"hello") == 5
+        wire.await_segment(lambda found: found.dport == port and found.payload == b"hello")

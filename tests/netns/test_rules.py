@@ -106,8 +106,49 @@ def test_udp_of_the_node_and_its_answer_pass_and_other_udp_does_not(lab: Lab, ve
 
 @pytest.mark.parametrize("mark", [marks.RELEASED, marks.FORGET, marks.NODE, marks.OWN_MASK, marks.released_mark(9)])
 def test_a_mark_that_a_process_sets_gains_it_nothing(lab: Lab, version: int, mark: int) -> None:
-    with lab.listen(lab.remote, version):
-        assert not lab.connects(lab.pod, (REMOTE[version], 8080), 0.3, mark=mark)
+    judge = Recorder(lambda *_: DROP)
+    with (
+        serve(lab, judge),
+        lab.socket(lab.pod, version) as stream,
+        lab.socket(lab.pod, version, socket.SOCK_DGRAM) as datagrams,
+    ):
+        for sock in (stream, datagrams):
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_MARK, struct.pack("=I", mark))
+        stream.setblocking(False)
+        stream.connect_ex((REMOTE[version], 8080))
+        datagrams.sendto(b"let me out", (REMOTE[version], 8080))
+        protocol_at = 9 if version == 4 else 6
+        assert wait_until(lambda: {packet[protocol_at] for packet, _, _ in judge.seen} == {6, 17})
+    assert {seen for _, _, seen in judge.seen} == {0}
+
+
+def test_a_syn_that_answers_the_pods_own_shows_it(lab: Lab, version: int) -> None:
+    silent = {4: "10.88.0.99", 6: "fd88::99"}[version]  # Nobody refuses the SYN.
+    judge = Recorder(lambda _, direction, __: ACCEPT if direction is Direction.EGRESS else DROP)
+    injector = Injector(lab.remote)
+    try:
+        with serve(lab, judge), lab.socket(lab.pod, version) as client:
+            client.bind((POD[version], 4_000))
+            client.setblocking(False)
+            client.connect_ex((silent, 4_001))
+            assert wait_until(lambda: bool(judge.seen))
+            for port in (4_001, 4_002):
+                assert injector.send(tcp_packet((silent, port), (POD[version], 4_000), SYN))
+            assert wait_until(lambda: _arrived(judge) == {4_001: marks.REPLY, 4_002: 0})
+    finally:
+        injector.close()
+
+
+def _arrived(judge: Recorder) -> dict[int, int]:
+    """Give the marks of what arrived, by source port."""
+    seen = [(packet, mark) for packet, direction, mark in judge.seen if direction is Direction.INGRESS]
+    return {
+        int.from_bytes(packet[at : at + 2], "big"): mark for packet, mark in seen for at in (_transport_at(packet),)
+    }
+
+
+def _transport_at(packet: bytes) -> int:
+    return 20 if packet[0] >> 4 == 4 else 40
 
 
 def test_a_connections_mark_that_a_sidecar_restores_does_not_release_a_syn(lab: Lab) -> None:
