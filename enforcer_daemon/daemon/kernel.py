@@ -11,7 +11,7 @@ from enforcer_daemon.daemon.sandbox import Sandbox
 from enforcer_daemon.dataplane.backends import RulesBackend
 from enforcer_daemon.dataplane.guard import Guard
 from enforcer_daemon.dataplane.guard_rules import GuardedEndpoint
-from enforcer_daemon.model import AttachmentId
+from enforcer_daemon.model import AttachmentId, IPAddress
 from enforcer_daemon.policy.evaluate import PodPolicy
 from enforcer_daemon.settings import NetworkSettings
 
@@ -49,6 +49,11 @@ class Kernel:
         """Forget a sandbox by its name on the host."""
         async with self._guarding:
             await asyncio.to_thread(self._guard.remove, name)
+
+    async def guard_node(self, addresses: Iterable[IPAddress]) -> None:
+        """Let nobody pass for the node under these addresses; raise DataplaneError."""
+        async with self._guarding:
+            await asyncio.to_thread(self._guard.set_node_addresses, addresses)
 
     def set_networks(self, networks: NetworkSettings) -> None:
         """Take over the networks that frames are sent to; the guard, when it is replaced next."""

@@ -133,7 +133,7 @@ class Daemon:
                 tasks.create_task(self._events.run(), name="events")
             # Operators are answered while the first world is awaited, which takes as long as the API server is away.
             tasks.create_task(self._admin.serve(), name="admin")
-            self._node.set_addresses(await anext(addresses))
+            await self._take_addresses(await anext(addresses))
             await self._take(await anext(worlds))
             self._endpoints.load()
             # A pod that was deleted meanwhile may lack its interfaces already: there is nothing to adopt.
@@ -207,9 +207,16 @@ class Daemon:
 
     async def _follow_addresses(self, addresses: AsyncIterator[frozenset[IPAddress]]) -> None:
         async for current in addresses:
-            self._node.set_addresses(current)
+            await self._take_addresses(current)
             await self._endpoints.follow_addresses()
             self._log.info("node addresses", addresses=sorted(map(str, current)))
+
+    async def _take_addresses(self, addresses: frozenset[IPAddress]) -> None:
+        self._node.set_addresses(addresses)
+        try:
+            await self._kernel.guard_node(addresses)
+        except DataplaneError as err:
+            self._log.error("guard not changed, will try again", error=str(err))
 
     async def _enrol(self, enrolment: Enrolment) -> None:
         while True:

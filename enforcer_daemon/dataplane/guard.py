@@ -3,7 +3,8 @@
 
 A pod with CAP_NET_RAW passes by the rules of its own namespace, and a masqueraded client passes them under the node's
 address. The guard stands where neither can: on the pod's interface in the node's namespace (guard_spoofing), before the
-node routes what the pod sent (guard_egress), and after its source NAT (guard_masquerade).
+node routes what the pod sent (guard_egress), where it forwards (guard_forged), and after its source NAT
+(guard_masquerade).
 
 The tables stay in the kernel while the daemon is down, and are replaced as a whole when it starts.
 """
@@ -16,18 +17,19 @@ import socket
 from collections.abc import Container, Iterable, Mapping
 from dataclasses import replace
 
-from enforcer_daemon.dataplane import guard_egress, guard_masquerade, guard_spoofing
+from enforcer_daemon.dataplane import guard_egress, guard_forged, guard_masquerade, guard_spoofing
 from enforcer_daemon.dataplane.guard_rules import NAME, GuardedEndpoint
 from enforcer_daemon.dataplane.netlink import NETLINK_NETFILTER, open_netlink
 from enforcer_daemon.dataplane.tampering import NFPROTO_INET, NFPROTO_NETDEV, common_state, generation
 from enforcer_daemon.dataplane.tools import run
 from enforcer_daemon.errors import DataplaneError
-from enforcer_daemon.model import AttachmentId, IPNetwork
+from enforcer_daemon.model import AttachmentId, IPAddress, IPNetwork
 
 _TABLES = (guard_spoofing.TABLE, guard_masquerade.TABLE)
 _CHAINS = (
     (NFPROTO_INET, NAME, "framed"),
     (NFPROTO_INET, NAME, "sent"),
+    (NFPROTO_INET, NAME, "forwarded"),
     (NFPROTO_INET, NAME, "masqueraded"),
     (NFPROTO_NETDEV, NAME, "framed"),
 )
@@ -43,11 +45,12 @@ def render_replace(
     *,
     on_links: bool,
     absent: Container[str] = (),
+    node_addresses: Iterable[IPAddress] = (),
 ) -> str:
     """Return the transaction that replaces whatever is there by exactly these endpoints."""
     known = tuple(networks)
     lines = [f"{verb} table {table}" for table in _tables(on_links) for verb in ("add", "delete", "add")]
-    lines += guard_masquerade.skeleton() + guard_egress.skeleton(known)
+    lines += guard_masquerade.skeleton() + guard_egress.skeleton(known) + guard_forged.skeleton(node_addresses)
     lines += guard_spoofing.skeleton(known) if on_links else []
     parts = (render_apply(None, endpoint, on_links=on_links, absent=absent) for endpoint in endpoints)
     return _text(lines) + "".join(parts)
@@ -57,13 +60,15 @@ def render_apply(
     before: GuardedEndpoint | None, after: GuardedEndpoint, *, on_links: bool, absent: Container[str] = ()
 ) -> str:
     """Return the transaction that brings an endpoint from what was applied before (None: nothing) to `after`."""
-    lines = guard_masquerade.apply_lines(before, after) + guard_egress.apply_lines(before, after)
+    parts = guard_masquerade, guard_egress, guard_forged
+    lines = [line for part in parts for line in part.apply_lines(before, after)]
     return _text(lines + (guard_spoofing.apply_lines(before, after, absent) if on_links else []))
 
 
 def render_remove(before: GuardedEndpoint, *, on_links: bool) -> str:
     """Return the transaction that takes an endpoint away."""
-    lines = guard_masquerade.remove_lines(before) + guard_egress.remove_lines(before)
+    parts = guard_masquerade, guard_egress, guard_forged
+    lines = [line for part in parts for line in part.remove_lines(before)]
     return _text(lines + (guard_spoofing.remove_lines(before) if on_links else []))
 
 
@@ -82,11 +87,21 @@ class Guard:
     nothing has changed, neither there nor here.
     """
 
-    __slots__ = ("_applied", "_generation", "_has_nft", "_left", "_networks", "_on_links", "problem")
+    __slots__ = (
+        "_applied",
+        "_generation",
+        "_has_nft",
+        "_left",
+        "_networks",
+        "_node_addresses",
+        "_on_links",
+        "problem",
+    )
 
     def __init__(self, networks: Iterable[IPNetwork] = ()) -> None:
         """Guard pods that may send a SYN with a frame to these networks."""
         self._networks = tuple(networks)
+        self._node_addresses: frozenset[IPAddress] = frozenset()
         self._applied: dict[AttachmentId, GuardedEndpoint] = {}
         self._has_nft = True
         self._on_links = True
@@ -99,6 +114,17 @@ class Guard:
     def set_networks(self, networks: Iterable[IPNetwork]) -> None:
         """Take over the networks that frames are sent to; they are in the kernel after the next `replace`."""
         self._networks = tuple(networks)
+
+    def set_node_addresses(self, addresses: Iterable[IPAddress]) -> None:
+        """Take over the node's own addresses, under which nobody else may reach a pod."""
+        self._node_addresses = frozenset(addresses)
+        if not self._left:
+            return  # `replace` brings them to the kernel.
+        try:
+            self._bring(_text(guard_forged.address_lines(self._node_addresses)), dict(self._applied))
+        except DataplaneError:
+            self._left = (None,)  # `restore` tries again.
+            raise
 
     def replace(self, endpoints: Iterable[GuardedEndpoint]) -> None:
         """Put exactly these endpoints in place, whatever an earlier daemon left; call it once before the others."""
@@ -119,7 +145,13 @@ class Guard:
 
     def _replacement(self, wanted: Mapping[AttachmentId, GuardedEndpoint]) -> str:
         absent = _absent(wanted.values())
-        return render_replace(wanted.values(), self._networks, on_links=self._on_links, absent=absent)
+        return render_replace(
+            wanted.values(),
+            self._networks,
+            on_links=self._on_links,
+            absent=absent,
+            node_addresses=self._node_addresses,
+        )
 
     def _look_at_kernel(self) -> None:
         if shutil.which("nft") is None:

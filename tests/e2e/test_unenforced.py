@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import socket
 import time
 from collections.abc import Iterator
 from ipaddress import ip_address
@@ -12,6 +13,7 @@ import pytest
 
 from enforcer_daemon.handshake.frames import is_frame
 from enforcer_daemon.packet.tcp import ACK, SYN, SYN_ACK, build
+from enforcer_daemon.packet.udp import build_udp
 from enforcer_daemon.reasons import Reason
 from tests.e2e.attackers import SYN_OPTIONS, Wire, await_denial, silenced
 from tests.e2e.operation_world import FAMILIES, HTTP, NODES, RESET, block, denials, outcome, pod, policy, segments
@@ -23,6 +25,7 @@ OTHER = PortSpec(9090)
 OUTSIDE = HostSpec("outside", (ip_address("203.0.113.7"), ip_address("2001:db8::7")), (HTTP, OTHER))
 INSIDE = HostSpec("inside", (ip_address("10.244.2.200"), ip_address("fd00:10:244:2::200")), (HTTP, OTHER), node="b")
 HOSTS = ("host:outside", "host:inside")
+BESIDE = HostSpec("beside", node="a")
 
 ANY_POD: list[dict[str, object]] = [{"podSelector": {}, "namespaceSelector": {}}]
 THEIR_BLOCKS = block("203.0.113.0/24", "10.244.2.200/32", "2001:db8::/64", "fd00:10:244:2::200/128")
@@ -60,7 +63,7 @@ def lab(plugin: Path) -> Iterator[Lab]:
         *(policy(f"in-{name}", f"in-{name}", ingress=rules) for name, rules in _rules("from").items()),
         *(policy(f"out-{name}", f"out-{name}", egress=rules) for name, rules in _rules("to").items()),
     )
-    world = WorldSpec(NODES, {"x": {}}, tuple(_pods()), (OUTSIDE, INSIDE), manifests=manifests, settings=RESET)
+    world = WorldSpec(NODES, {"x": {}}, tuple(_pods()), (OUTSIDE, INSIDE, BESIDE), manifests=manifests, settings=RESET)
     with Lab(world, Tools(plugin=plugin)) as lab:
         yield lab
 
@@ -136,6 +139,27 @@ def test_a_pod_that_may_reach_no_address_shows_its_identity_to_no_stranger(lab: 
         assert outcome(lab, "x/out-closed", host, HTTP.number).is_denied
         time.sleep(0.02)
         assert segments(capture.close(), HTTP.number) == []
+
+
+@pytest.mark.parametrize("version", [4, 6])
+@pytest.mark.parametrize("host", [*HOSTS, "host:beside"])
+def test_a_host_that_states_the_nodes_address_is_not_the_node(lab: Lab, host: str, version: int) -> None:
+    node, target = lab.place("node:a").address(version), lab.place("x/in-closed").address(version)
+    with (
+        lab.open_socket("x/in-closed", FAMILIES[version], socket.SOCK_DGRAM) as service,
+        lab.open_socket("node:a", FAMILIES[version], socket.SOCK_DGRAM) as true_node,
+        Wire(lab, host, version) as wire,
+    ):
+        service.bind((str(target), 0))
+        service.settimeout(10)
+        port = service.getsockname()[1]
+        wire.send(build_udp(node.packed, target.packed, (port, port), b"forged"))
+        wire.send(build(node.packed, target.packed, (port, HTTP.number), (1, 0), SYN, 64_240))
+        time.sleep(0.1)
+        true_node.sendto(b"true", (str(target), port))
+        assert service.recv(100) == b"true"
+    entries = lab.run("x/in-closed", "conntrack", "-L", "-p", "tcp", "--orig-port-src", str(port))
+    assert entries.strip() == ""
 
 
 @pytest.mark.parametrize("version", [4, 6])

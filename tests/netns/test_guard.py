@@ -6,17 +6,20 @@ from __future__ import annotations
 import socket
 from collections.abc import Callable, Iterator
 from ipaddress import ip_address, ip_network
+from typing import TypeVar
 
 import pytest
 
+from enforcer_daemon.dataplane.addresses import node_addresses
 from enforcer_daemon.dataplane.conntrack import Conntrack
 from enforcer_daemon.dataplane.guard import Guard
-from enforcer_daemon.dataplane.guard_rules import GuardedEndpoint
+from enforcer_daemon.dataplane.guard_rules import ALLOWS_ALL, GuardedEndpoint
 from enforcer_daemon.dataplane.inject import Injector
 from enforcer_daemon.dataplane.netns import open_in
 from enforcer_daemon.dataplane.tools import run_in
 from enforcer_daemon.errors import DataplaneError
 from enforcer_daemon.model import AttachmentId, Protocol
+from enforcer_daemon.packet.udp import build_udp
 from enforcer_daemon.policy.evaluate import AddressRule
 from enforcer_daemon.verdict import DROP
 from tests.netns.lab import (
@@ -36,6 +39,7 @@ from tests.netns.lab import (
 
 pytestmark = pytest.mark.kernel
 
+T = TypeVar("T")
 ATTACHMENT = AttachmentId("c1", "eth0")
 REMOTE_NETWORK = {4: ip_network("10.88.0.0/24"), 6: ip_network("fd88::/64")}
 NODE_PORT = 30080
@@ -62,9 +66,9 @@ def lab() -> Iterator[Lab]:
         yield lab
 
 
-def act(lab: Lab, change: Callable[[], None]) -> None:
+def act(lab: Lab, change: Callable[[], T]) -> T:
     """Do what the daemon does in its own namespace, the host's."""
-    open_in(lab.node, change)
+    return open_in(lab.node, change)
 
 
 def guarded(*rules: AddressRule) -> GuardedEndpoint:
@@ -145,6 +149,48 @@ def test_a_framed_syn_reaches_the_queue_and_its_true_source_can_be_found(lab: La
         node, pod = ip_address(NODE[version]), ip_address(POD[version])
         assert conntrack.original_source(6, node, port, pod, 8080) == ip_address(REMOTE[version])
         assert conntrack.original_source(6, node, port ^ 1, pod, 8080) is None
+
+
+def test_nobody_passes_for_the_node_from_outside(lab: Lab, version: int) -> None:
+    """Linux routes what states an address of its own as source, in IPv6."""
+    guard, injector = Guard(), Injector(lab.remote)
+    act(lab, lambda: guard.set_node_addresses(open_in(lab.node, node_addresses)))
+    act(lab, lambda: guard.replace([GuardedEndpoint(ATTACHMENT, guarded().addresses, ALLOWS_ALL)]))
+    judge = Recorder(lambda *_: DROP)
+    try:
+        with lab.socket(lab.pod, version, socket.SOCK_DGRAM) as service, serve(lab, judge):
+            service.bind((POD[version], 8080))
+            for source in (NODE, NODE_OUTSIDE):
+                for length in (0, 600):
+                    ends = (source[version], 4_000 + length), (POD[version], 8080)
+                    assert injector.send(tcp_packet(*ends, SYN, bytes(length)))
+                    assert injector.send(_datagram(*ends, bytes(length)))
+            with lab.socket(lab.node, version, socket.SOCK_DGRAM) as node:
+                node.sendto(b"the node", (POD[version], 8080))
+            assert service.recv(1024) == b"the node"
+    finally:
+        injector.close()
+    assert judge.seen == []
+    assert act(lab, guard.drops)["spoofed-source"] == (8 if version == 6 else 0)
+
+
+def test_an_address_that_the_node_got_later_is_nobody_elses_either(lab: Lab) -> None:
+    guard, injector = Guard(), Injector(lab.remote)
+    act(lab, lambda: guard.replace([guarded()]))
+    act(lab, lambda: guard.set_node_addresses([ip_address("fd99::1")]))
+    try:
+        assert injector.send(_datagram(("fd99::1", 4_000), (POD[6], 8080), b"forged"))
+        assert wait_until(lambda: act(lab, guard.drops)["spoofed-source"] == 1)
+        act(lab, lambda: guard.set_node_addresses([ip_address("fd99::2")]))
+        for source in ("fd99::1", "fd99::2"):
+            assert injector.send(_datagram((source, 4_000), (POD[6], 8080), b"forged"))
+        assert wait_until(lambda: act(lab, guard.drops)["spoofed-source"] == 2)
+    finally:
+        injector.close()
+
+
+def _datagram(source: tuple[str, int], target: tuple[str, int], payload: bytes) -> bytes:
+    return build_udp(ip_address(source[0]).packed, ip_address(target[0]).packed, (source[1], target[1]), payload)
 
 
 def test_an_endpoint_that_is_removed_is_no_longer_guarded(lab: Lab) -> None:

@@ -95,7 +95,10 @@ def test_only_addresses_that_changed_are_touched() -> None:
     elements = [line for line in render_apply(WEB, moved, on_links=False).splitlines() if "element" in line]
     assert elements[0] == "delete element inet trireme_guard endpoints4 { 10.0.0.5 }"
     assert elements[1].startswith("add element inet trireme_guard endpoints4 { 10.0.0.6 : goto endpoint_")
-    assert len(elements) == 2
+    assert elements[2:] == [
+        "delete element inet trireme_guard pods4 { 10.0.0.5 }",
+        "add element inet trireme_guard pods4 { 10.0.0.6 }",
+    ]
 
 
 def test_remove_takes_elements_before_the_chains_they_lead_to() -> None:
@@ -109,6 +112,7 @@ def test_remove_takes_elements_before_the_chains_they_lead_to() -> None:
 
 
 def test_replace_begins_with_nothing() -> None:
-    lines = render_replace((), (), on_links=True).splitlines()
+    lines = render_replace((), (), on_links=True, node_addresses=(ip_address("fd00::1"),)).splitlines()
+    assert "add element inet trireme_guard node6 { fd00::1 }" in lines
     assert lines[:3] == [f"{verb} table netdev trireme_guard" for verb in ("add", "delete", "add")]
     assert lines[3:6] == [f"{verb} table inet trireme_guard" for verb in ("add", "delete", "add")]
