@@ -47,6 +47,9 @@ _SETS = {
 _MAPS = {"stated": "type ifname : verdict", "opened": "type ifname : verdict"}
 _UNNAMED = "{ mld-listener-report, mld-listener-done, mld2-listener-report }"
 """What a host sends before it has an address, beside its solicitations."""
+_MAY_HIDE_TCP = "{ 6, 0, 43, 44, 51, 60, 135 }"
+"""What the fragmented part of a packet of IPv6 begins with, which each of its pieces says: TCP, or an extension header
+(RFC 8200), behind which TCP may follow in another piece."""
 
 
 def skeleton(networks: Iterable[IPNetwork]) -> list[str]:
@@ -85,7 +88,7 @@ def _opening_rules() -> tuple[str, ...]:
     return (
         # A port that is not in the first fragment can be judged by nobody; TCP is not fragmented by its sender.
         f"ip protocol tcp ip frag-off & 0x3fff != 0 iifname @isolated {refusal}",
-        f"exthdr frag exists meta l4proto tcp iifname @isolated {refusal}",
+        f"frag nexthdr {_MAY_HIDE_TCP} iifname @isolated {refusal}",
         *framed_syns(),
         f"{FIRST_SYN} iifname vmap @opened",
         "accept",

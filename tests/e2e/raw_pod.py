@@ -20,8 +20,12 @@ from scapy.layers.inet6 import (
     ICMPv6NDOptDstLLAddr,
     ICMPv6NDOptPrefixInfo,
     IPv6,
+    IPv6ExtHdrDestOpt,
+    IPv6ExtHdrFragment,
+    PadN,
 )
 from scapy.layers.l2 import ARP, Dot1Q, Ether
+from scapy.packet import Raw
 
 from enforcer_daemon.dataplane.addresses import interface
 from enforcer_daemon.handshake.frames import MAGIC
@@ -93,6 +97,22 @@ def fragmented_syn(scene: Scene, marker: bytes) -> Sequence[Any]:
     pieces = fragment(_tcp(scene, marker, "S"), fragsize=16)
     assert len(pieces) > 1
     return list(pieces)
+
+
+def syn_in_fragments_behind_options(scene: Scene, marker: bytes) -> Sequence[Any]:
+    """No piece says that it is of TCP: the first ends with the options, and the second begins in the middle."""
+    segment = _tcp(scene, marker, "S")[TCP]
+    options = IPv6ExtHdrDestOpt(options=[PadN(optdata=bytes(20))])
+    whole = bytes(scene.packet(scene.attacker, scene.target) / options / segment)[40:]
+    cut = 24
+    number = int.from_bytes(marker[:4], "big")
+    pieces = ((0, 1, whole[:cut]), (cut // 8, 0, whole[cut:]))
+    return [
+        scene.packet(scene.attacker, scene.target)
+        / IPv6ExtHdrFragment(nh=60, offset=offset, m=more, id=number)
+        / Raw(piece)
+        for offset, more, piece in pieces
+    ]
 
 
 def datagram(scene: Scene, marker: bytes) -> Sequence[Any]:

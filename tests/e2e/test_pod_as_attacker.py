@@ -175,6 +175,33 @@ def test_a_syn_in_fragments(lab: Lab, target: str) -> None:
     assert not _succeeds(lab, raw_pod.fragmented_syn, "x/caged", target, 4)
 
 
+BRIDGED: list[tuple[Attack, int]] = [
+    (raw_pod.plain_syn, 4),
+    (raw_pod.plain_syn, 6),
+    (raw_pod.fragmented_syn, 4),
+    (raw_pod.syn_in_fragments_behind_options, 6),
+]
+
+
+@pytest.mark.parametrize(("attack", "version"), BRIDGED, ids=_names)
+def test_a_syn_to_a_neighbour_on_a_bridge_that_netfilter_does_not_see(lab: Lab, attack: Attack, version: int) -> None:
+    with _hidden_bridge(lab):
+        assert not _succeeds(lab, attack, "x/caged", "x/near", version)
+        assert _comes_through(lab, attack, "x/free", "x/near", version)
+
+
+@contextmanager
+def _hidden_bridge(lab: Lab) -> Iterator[None]:
+    """Have the node's bridge switch between two pods without a look at any rule."""
+    settings = [f"net.bridge.bridge-nf-call-{tool}" for tool in ("iptables", "ip6tables")]
+    before = [lab.run("node:a", "sysctl", "-n", name).strip() for name in settings]
+    try:
+        lab.run("node:a", "sysctl", "-qw", *(f"{name}=0" for name in settings))
+        yield
+    finally:
+        lab.run("node:a", "sysctl", "-qw", *(f"{name}={value}" for name, value in zip(settings, before, strict=True)))
+
+
 def test_a_datagram_with_a_wrong_checksum(lab: Lab) -> None:
     with _tolerant_path(lab):
         assert _comes_through(lab, raw_pod.datagram_with_a_wrong_checksum, "x/free", "host:stranger", 4)
