@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 from enforcer_daemon.daemon.flowstore import FlowStore
 from enforcer_daemon.daemon.node import Node
-from enforcer_daemon.daemon.reconsider import Reconsideration
+from enforcer_daemon.daemon.reconsider import MasqueradedFlows, Reconsideration
 from enforcer_daemon.daemon.sandbox import Sandbox
 from enforcer_daemon.daemon.service import QueueService
 from enforcer_daemon.daemon.world import CompiledWorld
@@ -20,7 +20,8 @@ from enforcer_daemon.datapath.endpoint import EndpointDatapath
 from enforcer_daemon.datapath.judging import Judge
 from enforcer_daemon.dataplane.addresses import interface
 from enforcer_daemon.dataplane.backends import RulesBackend
-from enforcer_daemon.dataplane.established import ReleasedFlow, end_flows, highest_index
+from enforcer_daemon.dataplane.conntrack import Conntrack
+from enforcer_daemon.dataplane.established import ReleasedFlow, end_flows, end_masqueraded, highest_index
 from enforcer_daemon.dataplane.netns import tune_conntrack
 from enforcer_daemon.dataplane.queue import MAX_COPIED_BYTES, PacketQueue
 from enforcer_daemon.dataplane.queuecounters import LostPackets
@@ -160,6 +161,23 @@ class Endpoint:
                 if not change.are_addresses_new and question.is_moot(indexes):
                     return []  # Without a look at the kernel's table, which takes long: most changes end nothing.
                 return end_flows(netns_fd, question)
+            finally:
+                os.close(netns_fd)
+
+        return await asyncio.to_thread(end)
+
+    async def end_masqueraded(self) -> list[ReleasedFlow]:
+        """End the flows of clients that came as the node and are no longer allowed, as `reconsider` does."""
+        if not self.policy.ingress.is_isolated:
+            return []
+        home, ingress = self._node.addresses.union(self.identity.ips), self.policy.ingress
+        netns_fd = os.dup(self.sandbox.netns_fd)
+
+        def end() -> list[ReleasedFlow]:
+            try:
+                with Conntrack() as conntrack:
+                    flows = MasqueradedFlows(home, ingress, conntrack.original_source)
+                    return end_masqueraded(netns_fd, flows.is_ended)
             finally:
                 os.close(netns_fd)
 

@@ -151,8 +151,8 @@ class Endpoints:
                 await self._kernel.guard(endpoint)
 
     def _flow_store(self, netns: NetnsId) -> FlowStore:
-        name = f"{netns.device}-{netns.inode}.jsonl"
-        return FlowStore(self._settings.registration.run_dir / "flows" / name, self._log)
+        flows = self._settings.registration.run_dir / "flows"
+        return FlowStore(flows / f"{netns.device}-{netns.inode}.jsonl", self._log)
 
     async def _resize(self, endpoint: Endpoint, sandbox: Sandbox) -> None:
         before = guard_name(endpoint.sandbox)
@@ -299,7 +299,7 @@ class Endpoints:
         else:
             self._log.info("endpoint adopted", pod=str(endpoint.identity.pod))
             # Policies and labels may have changed while no daemon ran.
-            await self._rejudging.judge(endpoint, self._require_world(), Change(True, True, True))
+            await self._rejudging.judge_all(endpoint, self._require_world())
 
     async def follow(self, world: CompiledWorld) -> None:
         """Judge by another world from now on: new flows at once, established ones right after, then the guard."""
@@ -323,6 +323,7 @@ class Endpoints:
         except DataplaneError as err:
             for endpoint in reguarded:
                 self._leave_unsettled(endpoint, err)
+        await self._rejudging.judge_masqueraded(reguarded)
 
     async def judge_again(self) -> None:
         """End flows with peers that are believed no longer."""

@@ -17,6 +17,32 @@ from enforcer_daemon.model import Direction, Identity, IPAddress, Protocol
 from enforcer_daemon.policy.evaluate import DirectionPolicy, PodPolicy
 
 _PROTOCOLS = frozenset(Protocol)
+TrueSource = Callable[[int, IPAddress, int, IPAddress, int], IPAddress | None]
+"""(protocol, source, source port, destination, destination port) of a flow as the pod sees it -> who opened it; None
+where the node does not know."""
+
+
+@dataclass(frozen=True, slots=True)
+class MasqueradedFlows:
+    """Flows of one endpoint that were let in as the node's, and of which some are those of masqueraded clients.
+
+    The guard let these in by their own address, and by that they are judged again.
+    """
+
+    home: frozenset[IPAddress]
+    """Addresses of the node and of the pod itself, who may always reach it."""
+    ingress: DirectionPolicy
+    true_source: TrueSource
+
+    def is_ended(self, flow: ReleasedFlow) -> bool:
+        """Tell whether a flow is another's than the node's, who is no longer allowed."""
+        if flow.protocol not in _PROTOCOLS:
+            return False
+        ends = flow.source, flow.source_port, flow.destination, flow.destination_port
+        source = self.true_source(flow.protocol, *ends)
+        if source is None or source in self.home:
+            return False
+        return not self.ingress.judge(None, source, flow.destination_port, Protocol(flow.protocol)).is_allowed
 
 
 @dataclass(slots=True)

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 from enforcer_daemon.daemon.endpoint import Change, Endpoint
 from enforcer_daemon.daemon.world import CompiledWorld
@@ -44,9 +44,23 @@ class Rejudging:
                 self._left[netns] = change.also(self._left.get(netns, change))
                 self._log.error("established flows not judged again, will try again", pod=pod, error=str(err))
                 return
+        self._note(pod, len(ended))
+
+    async def judge_masqueraded(self, endpoints: Iterable[Endpoint]) -> None:
+        """End flows of masqueraded clients that are no longer allowed; call it when the guard lets in no more."""
+        for endpoint in endpoints:
+            if endpoint.is_open:
+                pod = str(endpoint.identity.pod)
+                try:
+                    self._note(pod, len(await endpoint.end_masqueraded()))
+                except (DataplaneError, NetnsError) as err:
+                    self._left[endpoint.sandbox.netns] = Change(False, True, True)
+                    self._log.error("masqueraded flows not judged again, will try again", pod=pod, error=str(err))
+
+    def _note(self, pod: str, ended: int) -> None:
         if ended:
-            self._metrics.ended_flows.inc(len(ended))
-            self._log.info("established flows ended", pod=pod, flows=len(ended))
+            self._metrics.ended_flows.inc(ended)
+            self._log.info("established flows ended", pod=pod, flows=ended)
 
     async def retry(self, endpoints: Mapping[NetnsId, Endpoint], world: CompiledWorld) -> None:
         """Judge again where the kernel refused before."""
@@ -56,3 +70,9 @@ class Rejudging:
                 del self._left[netns]
             else:
                 await self.judge(endpoint, world, change)
+                await self.judge_masqueraded([endpoint])
+
+    async def judge_all(self, endpoint: Endpoint, world: CompiledWorld) -> None:
+        """Judge whatever an earlier daemon left of an endpoint."""
+        await self.judge(endpoint, world, Change(True, True, True))
+        await self.judge_masqueraded([endpoint])

@@ -12,6 +12,7 @@ from __future__ import annotations
 import errno
 import socket
 import struct
+from collections.abc import Callable
 from dataclasses import dataclass
 from ipaddress import ip_address
 from pathlib import Path
@@ -96,6 +97,23 @@ def end_flows(netns_fd: int, judge: FlowJudge) -> list[ReleasedFlow]:
     return open_in(netns_fd, lambda: _end_flows(judge))
 
 
+def end_masqueraded(netns_fd: int, is_ended: Callable[[ReleasedFlow], bool]) -> list[ReleasedFlow]:
+    """End the flows that were let in as the node's and may not go on; return them.
+
+    A client that the node masquerades comes under its address, and only the node's own conntrack knows his. Blocks and
+    raises as `end_flows` does.
+    """
+
+    def end() -> list[ReleasedFlow]:
+        flows = (decode_flow(body, NODE) for body in _dump(NODE))
+        ended = [flow for flow in flows if flow is not None and is_ended(flow)]
+        if ended:
+            _end_all(ended)
+        return ended
+
+    return open_in(netns_fd, end)
+
+
 def highest_index(netns_fd: int) -> int:
     """Return the highest index in the marks of a namespace's released flows, 0 where there are none."""
     return open_in(netns_fd, lambda: max((_index_of(body) or 0 for body in _dump()), default=0))
@@ -139,12 +157,15 @@ def _end_all(flows: list[ReleasedFlow]) -> None:
         ) from failures[0]
 
 
-def _dump() -> list[bytes]:
-    """Return the entries with our mark. The kernel walks the table of all namespaces: 9 ms, however few there are."""
+def _dump(opened_by: int = RELEASED) -> list[bytes]:
+    """Return the entries with our mark: those that we released, or the node's.
+
+    The kernel walks the table of all namespaces: 9 ms, however few there are.
+    """
     if not _has_entries():
         return []
     request = struct.pack("=BBH", socket.AF_UNSPEC, 0, 0)
-    request += encode_attribute(_CTA_MARK, struct.pack(">I", RELEASED))
+    request += encode_attribute(_CTA_MARK, struct.pack(">I", opened_by))
     request += encode_attribute(_CTA_MARK_MASK, struct.pack(">I", RELEASED | NODE))
     try:
         return dump(NETLINK_NETFILTER, _CT_GET, request)
@@ -159,8 +180,8 @@ def _has_entries() -> bool:
         return True  # Not knowing, look.
 
 
-def _index_of(body: bytes) -> int | None:
-    """Read the index out of an entry's mark; None for one that is not ours to judge.
+def _index_of(body: bytes, opened_by: int = RELEASED) -> int | None:
+    """Read the index out of an entry's mark; None for one that is of another kind.
 
     The kernel's filter by mark is a hint only: old kernels do not know it.
     """
@@ -169,16 +190,16 @@ def _index_of(body: bytes) -> int | None:
         length, kind = _NLA_HEADER.unpack_from(body, offset)
         if kind == _CTA_MARK:
             mark = int.from_bytes(body[offset + 4 : offset + 8], "big")
-            return (mark & INDEX_MASK) >> INDEX_SHIFT if mark & (RELEASED | NODE) == RELEASED else None
+            return (mark & INDEX_MASK) >> INDEX_SHIFT if mark & (RELEASED | NODE) == opened_by else None
         if length < 4:
             raise DataplaneError(f"conntrack: attribute {kind} has length {length}")
         offset += (length + 3) & ~3
     return None
 
 
-def decode_flow(body: bytes) -> ReleasedFlow | None:
-    """Decode an entry; None for one that is not ours to judge."""
-    index = _index_of(body)
+def decode_flow(body: bytes, opened_by: int = RELEASED) -> ReleasedFlow | None:
+    """Decode an entry; None for one that is of another kind."""
+    index = _index_of(body, opened_by)
     if index is None:
         return None
     entry = decode_attributes(body[_NFGENMSG_BYTES:])

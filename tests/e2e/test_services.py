@@ -189,6 +189,24 @@ def test_a_client_outside_is_judged_by_its_own_address_at_the_pods_node(lab: Lab
     assert _attempts(lab, way) == [False] * 2
 
 
+@pytest.mark.parametrize("version", VERSIONS)
+def test_a_masqueraded_connection_is_ended_by_a_change_and_the_nodes_own_is_not(lab: Lab, version: int) -> None:
+    dialled = str(lab.place("node:a").address(version)), NODE_PORT["web-a"]
+    with (
+        lab.open_socket("host:outside", FAMILIES[version]) as client,
+        lab.open_socket("node:a", FAMILIES[version]) as node,
+    ):
+        with _also(lab, "the-client", block(*_cidrs(lab, "host:outside"))):
+            for end in (client, node):
+                end.settimeout(20)
+                end.connect(dialled)
+                assert end.recv(100) == b"x/web-a\n"
+        with pytest.raises(ConnectionError):
+            assert client.recv(100) == b""
+        node.sendall(b"still here\n")
+        assert node.recv(100) == b"still here\n"
+
+
 def test_through_another_node_a_client_outside_is_that_nodes_address(lab: Lab) -> None:
     """Only the node that masquerades knows the client; what the pod's node sees is what is judged."""
     way = [("b", "web-a")]

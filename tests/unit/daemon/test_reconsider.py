@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from enforcer_daemon.daemon.reconsider import Reconsideration
+from enforcer_daemon.daemon.reconsider import MasqueradedFlows, Reconsideration
 from enforcer_daemon.daemon.world import CompiledWorld
 from enforcer_daemon.datapath.flowindex import BY_ADDRESS, UNKNOWN, FlowIndex, JudgedFlow
 from enforcer_daemon.dataplane.established import ReleasedFlow
@@ -188,3 +188,26 @@ def test_where_all_peers_may_go_on_the_kernel_is_not_asked():
     full = reconsideration(flows=flows)
     full.flows.is_complete = False
     assert not full.is_moot((2, 3))
+
+
+NODE, NODE_OUTSIDE = ip_address("10.1.0.254"), ip_address("192.168.0.1")
+
+
+@pytest.mark.parametrize(
+    ("source", "protocol", "ended"),
+    [
+        (OUTSIDE, 6, True),
+        (OUTSIDE, 17, True),
+        (OUTSIDE, 47, False),  # has no ports to be found by
+        (ip_address("198.51.100.1"), 6, False),
+        (NODE, 6, False),
+        (NODE_OUTSIDE, 6, False),  # the node masquerades itself where it dials its own node port
+        (DB.ips[0], 6, False),
+        (None, 6, False),
+    ],
+)
+def test_who_came_masqueraded_is_judged_by_his_own_address(source: object, protocol: int, *, ended: bool) -> None:
+    policy_for_one = policy("db", ingress=[{"from": [{"ipBlock": {"cidr": "198.51.100.0/24"}}]}])
+    ingress = reconsideration(policy_for_one).policy.ingress
+    flows = MasqueradedFlows(frozenset({NODE, NODE_OUTSIDE, *DB.ips}), ingress, lambda *_: source)  # type: ignore[arg-type, return-value]
+    assert flows.is_ended(released(0, remote=NODE, protocol=protocol)) is ended
