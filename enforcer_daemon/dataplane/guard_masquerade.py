@@ -46,6 +46,8 @@ def skeleton() -> list[str]:
         # A process of the node sent it. No input interface alone does not tell: bridged packets have none here either.
         f"add rule {TABLE} masqueraded iif 0 meta skuid >= 0 accept",
         f"add rule {TABLE} masqueraded ct state new ct direction original ct status snat goto judge",
+        # Conntrack takes no notice of one on the ports of a connection that it still knows.
+        f"add rule {TABLE} masqueraded {FIRST_SYN} ct direction original ct status snat goto judge",
         f"add rule {TABLE} judge ip daddr vmap @endpoints4",
         f"add rule {TABLE} judge ip6 daddr vmap @endpoints6",
     ]

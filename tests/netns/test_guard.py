@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import socket
+import struct
 from collections.abc import Callable, Iterator
 from ipaddress import ip_address, ip_network
 from typing import TypeVar
@@ -88,6 +89,32 @@ def test_a_masqueraded_client_needs_an_address_rule(lab: Lab, version: int) -> N
         assert not lab.connects(lab.remote, via_node_port)
         act(lab, lambda: guard.apply(guarded(AddressRule(REMOTE_NETWORK[version], (), Protocol.TCP, (8000, 8080)))))
         assert lab.connects(lab.remote, via_node_port)
+
+
+def test_a_client_that_the_pod_reset_is_judged_again_on_the_same_ports(lab: Lab, version: int) -> None:
+    """To conntrack, whose entry lives on for ten seconds, his next SYN is none of a new connection."""
+    guard = Guard()
+    act(lab, lambda: guard.replace([guarded(AddressRule(REMOTE_NETWORK[version]))]))
+    with lab.listen(lab.pod, version) as listener:
+        with _reusing_client(lab, version) as client:
+            client.connect((NODE_OUTSIDE[version], NODE_PORT))
+            server, _ = listener.accept()
+            server.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+            server.close()
+            with pytest.raises(ConnectionResetError):
+                client.recv(1)
+        act(lab, lambda: guard.apply(guarded()))
+        with _reusing_client(lab, version) as client:
+            client.settimeout(1.5)
+            with pytest.raises(TimeoutError):
+                client.connect((NODE_OUTSIDE[version], NODE_PORT))
+
+
+def _reusing_client(lab: Lab, version: int) -> socket.socket:
+    client = lab.socket(lab.remote, version)
+    client.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    client.bind((REMOTE[version], 7_100))
+    return client
 
 
 @pytest.mark.parametrize(
