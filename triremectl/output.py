@@ -30,8 +30,10 @@ RUN_DIR = click.option(
 
 def make_console() -> Console:
     """Return a console; where no terminal tells its width, one that is wide enough for our tables."""
-    console = Console(highlight=False, emoji=False)
-    return console if console.is_terminal else Console(highlight=False, emoji=False, width=_WIDTH_WITHOUT_TERMINAL)
+    console = Console(highlight=False, emoji=False, markup=False)
+    if console.is_terminal:
+        return console
+    return Console(highlight=False, emoji=False, markup=False, width=_WIDTH_WITHOUT_TERMINAL)
 
 
 def daemon_options(function: F) -> F:
@@ -51,11 +53,16 @@ def ask(run_dir: Path, question: str, **arguments: object) -> object:
     try:
         return call(run_dir, question, **arguments)
     except AdminError as err:
-        raise click.ClickException(str(err)) from err
+        raise click.ClickException(printable(str(err))) from err
 
 
 def print_json(value: object) -> None:
     click.echo(json.dumps(value, indent=2, sort_keys=True))
+
+
+def printable(text: str) -> str:
+    """Show what would steer a terminal, or turn a line round: names come from other nodes and other clusters."""
+    return text if text.isprintable() else "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
 
 
 def as_text(value: object) -> str:
@@ -66,9 +73,9 @@ def as_text(value: object) -> str:
         case bool():
             return "yes" if value else "no"
         case Mapping():
-            return ", ".join(f"{key}={as_text(item)}" for key, item in value.items())
+            return ", ".join(f"{as_text(key)}={as_text(item)}" for key, item in value.items())
         case str():
-            return value
+            return printable(value)
         case Sequence():
             return ", ".join(map(as_text, value))
         case _:

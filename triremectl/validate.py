@@ -9,6 +9,7 @@ from pathlib import Path
 import click
 
 from enforcer_daemon.sources.manifests import ManifestFile, decode_file, manifest_files, read_file, unique_objects
+from triremectl.output import printable
 
 
 @click.command("validate")
@@ -22,7 +23,7 @@ def command(paths: tuple[Path, ...]) -> None:
     files = [file for path in paths for file in _read(path)]
     found, problems = unique_objects(files)
     for problem in problems:
-        click.echo(str(problem))
+        click.echo(printable(str(problem)))
     if not any(file.entries or file.problem for file in files):
         raise click.ClickException("no manifests there")
     at_fault = sum(entry.object is None for file in files for entry in file.entries)

@@ -158,3 +158,21 @@ def test_endpoints_tells_pods_without_labels_from_pods_of_which_none_are_known(d
     bare, unknown = (next(line for line in result.stdout.splitlines() if name in line) for name in ("bare", "unknown"))
     assert "not known" in unknown
     assert "not known" not in bare
+
+
+@pytest.mark.parametrize(
+    ("peer", "shown"),
+    [
+        ("x/\x1b[2J\x1b]0;owned\x07", r"x/\x1b[2J\x1b]0;owned\x07"),
+        ("x/[/b] [red]", "x/[/b] [red]"),
+        ("x/one\ntwo", r"x/one\ntwo"),
+        ("x/\u202eneves", r"x/\u202eneves"),
+        ("x/é", "x/é"),
+    ],
+)
+def test_a_peers_name_does_not_steer_the_terminal(daemon: Daemon, peer: str, shown: str) -> None:
+    denials = [{"when": 0, "direction": "ingress", "peer": peer, "reason": "ingress-denied"}]
+    run_dir = daemon({"endpoints": [{**ENDPOINT, "recent_denials": denials}]})
+    result = _run("endpoints", "--denials", "--run-dir", str(run_dir))
+    assert result.exit_code == 0
+    assert f" {shown} " in result.output
