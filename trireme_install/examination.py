@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import os
 import socket
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -16,6 +17,8 @@ from trireme_install.netd import MAX_FILE_BYTES, PLUGIN
 from trireme_install.runtimes import RuntimeSettings, decode_containerd, decode_crio, merged
 
 _SOCKET_TIMEOUT_S = 2.0
+_MAX_FILES = 256
+"""Of one runtime's settings, imports included."""
 
 
 def examine(conf_dir: Path, bin_dir: Path, run_dir: Path, runtime_configs: tuple[Path, ...]) -> Facts:
@@ -72,18 +75,39 @@ def _runtimes(paths: tuple[Path, ...]) -> tuple[list[RuntimeSettings], list[str]
     found: list[list[RuntimeSettings]] = []
     faults: list[str] = []
     for path in paths:
-        parts = []
-        for file, decode in _files(path):
-            try:
-                with file.open("rb") as stream:
-                    parts.append(decode(str(file), stream.read(MAX_FILE_BYTES)))
-            except OSError as err:
-                faults.append(f"{file}: cannot be read: {err.strerror}")
-            except InstallError as err:
-                faults.append(str(err))
-        if parts:
+        if parts := list(_parts(path, faults)):
             found.append(parts)
     return [merged(parts) for parts in found], faults
+
+
+def _parts(path: Path, faults: list[str]) -> Iterator[RuntimeSettings]:
+    """Read a runtime's files in the order in which it lays them over one another; name those that cannot be read.
+
+    containerd reads a file's imports after all that it already knows of, and none twice (LoadConfig in
+    cmd/containerd/server/config/config.go). Its releases before 2.0 replace a plugin's whole section by that of a later
+    file; here a later file's values lie over the earlier one's, as in those since.
+    """
+    pending, known = list(_files(path)), set[Path]()
+    while pending and len(known) < _MAX_FILES:
+        file, decode = pending.pop(0)
+        if file in known:
+            continue
+        known.add(file)
+        try:
+            with file.open("rb") as stream:
+                part = decode(str(file), stream.read(MAX_FILE_BYTES))
+        except OSError as err:
+            faults.append(f"{file}: cannot be read: {err.strerror}")
+        except InstallError as err:
+            faults.append(str(err))
+        else:
+            yield part
+            pending += ((imported, decode) for name in part.imports for imported in _imported(file, name))
+
+
+def _imported(file: Path, name: str) -> list[Path]:
+    path = Path(os.path.normpath(file.parent / name))
+    return sorted(Path(path.anchor).glob(str(path.relative_to(path.anchor)))) if "*" in str(path) else [path]
 
 
 def _files(path: Path) -> Iterator[tuple[Path, Callable[[str, bytes], RuntimeSettings]]]:

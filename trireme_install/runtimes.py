@@ -45,11 +45,14 @@ class RuntimeSettings:
     default_network: str | None = None
     """CRI-O's cni_default_network: it then uses this network, whatever sorts first."""
     classes: tuple[RuntimeClass, ...] = ()
+    imports: tuple[str, ...] = ()
+    """containerd's further files, as they are written: patterns, relative to the file's directory or absolute."""
 
 
 def decode_containerd(source: str, data: bytes) -> RuntimeSettings:
     """Read a config.toml; raise InstallError."""
-    plugins = _table(_decode(source, data), "plugins")
+    tree = _decode(source, data)
+    plugins, imports = _table(tree, "plugins"), tree.get("imports")
     sections = [_table(plugins, name) for name in _CRI_SECTIONS if name in plugins]
     cni = {key: value for section in reversed(sections) for key, value in _table(section, "cni").items()}
     listed = cni.get("bin_dirs")
@@ -62,6 +65,7 @@ def decode_containerd(source: str, data: bytes) -> RuntimeSettings:
         tuple(path for path in bin_dirs if isinstance(path, str) and path),
         most if isinstance(most, int) else None,
         classes=tuple(entry for section in sections for entry in _containerd_classes(section)),
+        imports=tuple(path for path in imports if isinstance(path, str)) if isinstance(imports, list) else (),
     )
 
 

@@ -173,6 +173,40 @@ def test_directories_are_the_runtimes_also_by_another_name(tmp_path: Path) -> No
     assert f"containerd reads {revision}/cni-network" in "\n".join(finding.text for finding in diagnose(other))
 
 
+def test_what_containerds_file_imports_lies_over_it(tmp_path: Path) -> None:
+    """By name or pattern, relative or absolute, imports of imports too, each once; what is missing is named."""
+
+    def section(line: str) -> str:
+        return f'[plugins."io.containerd.grpc.v1.cri".cni]\n{line}\n'
+
+    (tmp_path / "conf.d").mkdir()
+    (tmp_path / "config.toml").write_text(
+        f'version = 2\nimports = ["conf.d/*.toml", "{tmp_path}/gone.toml"]\n' + section('conf_dir = "/first"')
+    )
+    (tmp_path / "conf.d" / "10.toml").write_text('imports = ["../config.toml", "../last.toml"]\n')
+    (tmp_path / "conf.d" / "20.toml").write_text(section('conf_dir = "/second"'))
+    (tmp_path / "conf.d" / "30.conf").write_text(section('conf_dir = "/no-match"'))
+    (tmp_path / "last.toml").write_text(section('bin_dir = "/last"'))
+    facts = examine(tmp_path, tmp_path, tmp_path, (tmp_path / "config.toml",))
+    [settings] = facts.runtimes
+    assert (settings.conf_dir, settings.bin_dirs) == ("/second", ("/last",))
+    names = ("config.toml", "conf.d/10.toml", "conf.d/20.toml", "last.toml")
+    assert settings.source == ", ".join(str(tmp_path / name) for name in names)
+    assert facts.runtime_faults == (f"{tmp_path}/gone.toml: cannot be read: No such file or directory",)
+
+
+def test_a_k3s_before_its_fixed_plugin_directory_is_installed_by_its_link(tmp_path: Path) -> None:
+    """Its settings name the directory of the release; `current` is a link there, made anew with each release."""
+    release, current = tmp_path / "data" / "3f9c0a", tmp_path / "data" / "current"
+    (release / "bin").mkdir(parents=True)
+    current.symlink_to(release)
+    (tmp_path / "config.toml").write_text(
+        f'version = 2\n[plugins."io.containerd.grpc.v1.cri".cni]\nbin_dir = "{release}/bin"\n'
+    )
+    facts = examine(tmp_path, current / "bin", tmp_path, (tmp_path / "config.toml",))
+    assert "looks for plugins" not in "\n".join(finding.text for finding in diagnose(facts))
+
+
 def test_without_a_named_distribution_the_runtime_is_looked_for_in_all_places() -> None:
     for name, layout in LAYOUTS.items():
         assert set(layout.runtime_configs) <= set(runtime_configs("default"))
