@@ -233,7 +233,8 @@ class Endpoints:
             try:
                 if endpoint.are_rules_touched():
                     async with self._changing:
-                        if endpoint.is_open:
+                        # What was touched may have been our own change, noted by now.
+                        if endpoint.is_open and endpoint.are_rules_touched():
                             await self._repair(endpoint)
             except (DataplaneError, NetnsError) as err:
                 self._leave_unsettled(endpoint, err)

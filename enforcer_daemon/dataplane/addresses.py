@@ -69,14 +69,17 @@ def interface(netns_fd: int, name: str) -> Interface:
 def node_addresses() -> frozenset[IPAddress]:
     """Return the addresses that are local in the current namespace and that a pod can see as a source.
 
-    Link-local ones are among them; 127.0.0.0/8 and ::1 are not, nor those of Services (NOT_THE_NODES).
+    Not among them are 127.0.0.0/8 and ::1, those of Services (NOT_THE_NODES), and the link-local ones of veths: the
+    port of a bridge speaks for nobody, the link of an uplink ends at the node, and towards a pod's own veth the node
+    takes an address of wider scope (RFC 6724, rule 2). They come and go with each pod, and every change is told to the
+    rules of all pods.
     """
     return frozenset(
         address
         for interface in _read_interfaces()
         if interface.name not in NOT_THE_NODES
         for address in interface.addresses
-        if not address.is_loopback
+        if not (address.is_loopback or (address.is_link_local and interface.kind == "veth"))
     )
 
 

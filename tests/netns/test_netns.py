@@ -135,16 +135,27 @@ def test_an_interface_shows_its_mtu_and_addresses(netns: int) -> None:
         interface(netns, "eth1")
 
 
-def test_node_addresses_hold_link_local_ones_but_no_loopback_and_no_services(netns: int) -> None:
-    for name in ("eth0", "peer0"):
+def test_node_addresses_hold_the_bridges_link_local_one_but_no_loopback_no_services_and_no_veths(netns: int) -> None:
+    run_in(netns, ("ip", "link", "add", "cni0", "type", "bridge"))
+    run_in(netns, ("ip", "link", "set", "peer0", "master", "cni0"))
+    for name in ("eth0", "peer0", "cni0"):
         run_in(netns, ("ip", "link", "set", name, "up"))
-    run_in(netns, ("ip", "addr", "add", "10.1.2.3/24", "dev", "eth0"))
+    for name, address in (
+        ("eth0", "10.1.2.3/24"),
+        ("eth0", "fd01::3/64"),
+        ("cni0", "fe80::1/64"),
+        ("peer0", "fe80::2/64"),
+    ):
+        run_in(netns, ("ip", "addr", "replace", address, "dev", name))
     run_in(netns, ("ip", "link", "add", "kube-ipvs0", "type", "veth", "peer", "name", "peer1"))
     run_in(netns, ("ip", "addr", "add", "10.96.0.1/32", "dev", "kube-ipvs0"))
     found = open_in(netns, node_addresses)
-    assert ip_address("10.1.2.3") in found
-    assert [address.is_link_local for address in found if address.version == 6] == [True, True]
-    assert len(found) == 3
+    assert {ip_address(text) for text in ("10.1.2.3", "fd01::3", "fe80::1")} <= found
+    assert ip_address("fe80::2") not in found
+    own = [address for address in interface(netns, "eth0").addresses if address.is_link_local]
+    assert len(own) == 1
+    assert own[0] not in found
+    assert not found & {ip_address("10.96.0.1"), ip_address("::1")}
 
 
 def test_a_change_of_addresses_is_seen(netns: int) -> None:
