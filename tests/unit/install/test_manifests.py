@@ -16,6 +16,7 @@ from click.testing import CliRunner
 from enforcer_daemon.__main__ import main as enforcer
 from enforcer_daemon.settings_file import decode_settings
 from install.render import CHART, HERE, RENDERED, render
+from trireme_install.__main__ import DEFAULT_RUN_DIR
 from trireme_install.__main__ import main as installer
 
 ROOT = HERE.parent
@@ -125,6 +126,34 @@ def test_the_installer_understands_its_arguments(changed: dict[str, Any]) -> Non
     words = {word.split("=")[0] for word in arguments if word.startswith("--")}
     shown = done.output + CliRunner().invoke(installer, ["--help"]).output
     assert all(word in shown for word in words)
+
+
+def test_doctor_finds_in_the_installers_container_what_it_looks_at() -> None:
+    pod = pod_of(objects(render({}))["DaemonSet", "trireme-enforcer"])
+    of_installer = next(container for container in pod["containers"] if container["name"] == "installer")
+    mounts = {mount["mountPath"]: mount for mount in of_installer["volumeMounts"]}
+    assert {"/etc/cni/net.d", "/opt/cni/bin", DEFAULT_RUN_DIR} <= mounts.keys()
+    assert mounts[DEFAULT_RUN_DIR]["readOnly"] is True
+
+
+def test_another_signer_takes_the_place_of_ours() -> None:
+    """As docs/keys.md says for cert-manager."""
+    credentials = {"source": "kubernetes", "signerName": "clusterissuers.cert-manager.io/trireme"}
+    values = yaml.safe_load((CHART / "values.yaml").read_text())
+    found = objects(render({"signer": False, "settings": {**values["settings"], "credentials": credentials}}))
+    assert not any("signer" in name for _, name in found)
+    text = found["ConfigMap", "trireme-enforcer"]["data"]["enforcer.yaml"]
+    assert decode_settings({**yaml.safe_load(text), "node": "n"}).credentials.signer_name == credentials["signerName"]
+    asked = [rule["resources"] for rule in found["ClusterRole", "trireme-enforcer"]["rules"]]
+    assert ["certificatesigningrequests"] in asked
+    [rule] = found["Role", "trireme-enforcer"]["rules"]
+    assert (rule["resources"], rule["resourceNames"]) == (["configmaps"], ["trireme-trust-bundle"])
+
+
+def test_enforcers_whose_certificates_others_bring_may_not_ask_for_any() -> None:
+    found = objects(render({"signer": False, "certificateRequests": False}))
+    rules = [rule for (kind, _), role in found.items() if kind in ("Role", "ClusterRole") for rule in role["rules"]]
+    assert not any({"certificatesigningrequests", "configmaps"} & set(rule["resources"]) for rule in rules)
 
 
 def test_the_nodes_name_comes_from_the_pod(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
