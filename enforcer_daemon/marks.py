@@ -23,6 +23,10 @@ opened."""
 UNTRACKED = RELEASED | NODE | FORGET
 """On a packet of the enforcer's own as it leaves: conntrack takes no notice of it. Whoever else sets it gains nothing:
 what is untracked has no released connection, so it is queued and judged."""
+UNSUMMED, CUT = 1, 2
+"""Beside our bits of a packet's mark, where it is judged: its checksum is not made yet (offload); the kernel is going
+to cut it into several (GSO), so that it passes as it is or not at all. Numbered as linux/netfilter/nfnetlink_queue.h
+does (NFQA_SKB_CSUMNOTREADY, NFQA_SKB_GSO)."""
 INDEX_MASK = 0x1FFF_F000
 INDEX_SHIFT = 12
 MAX_INDEX = INDEX_MASK >> INDEX_SHIFT

@@ -12,7 +12,7 @@ from enforcer_daemon.errors import FrameError, PeerError
 from enforcer_daemon.handshake.datagrams import find_message
 from enforcer_daemon.handshake.frames import TYPE_AGAIN, TYPE_ANSWER, TYPE_OFFER, TYPE_PROOF, frame_type
 from enforcer_daemon.handshake.machine import State
-from enforcer_daemon.marks import INDEX_MASK, INDEX_SHIFT, NODE, RELEASED, REPLY
+from enforcer_daemon.marks import CUT, INDEX_MASK, INDEX_SHIFT, NODE, RELEASED, REPLY, UNSUMMED
 from enforcer_daemon.model import Direction
 from enforcer_daemon.packet.udp import UDPDatagram, decode_udp, without_surplus
 from enforcer_daemon.reasons import Reason
@@ -33,6 +33,8 @@ class Datagrams:
 
     def process(self, datagram: UDPDatagram, direction: Direction, mark: int, now: float) -> Verdict:
         """Judge one datagram; raise PeerError or PacketError where it does not hold."""
+        if mark & (UNSUMMED | CUT):
+            datagram = datagram._replace(is_unsummed=bool(mark & UNSUMMED), is_cut=bool(mark & CUT))
         found = find_message(datagram)
         key = _flow_key(datagram, direction)
         if direction is Direction.EGRESS:

@@ -131,13 +131,13 @@ class EndpointDatapath:
             return self._responder.syn_ack_out(segment, key, mark, now)
         if kind & SYN:
             raise PacketError("SYN together with RST or FIN")
-        return self._later_segment(segment, direction, key, now)
+        return self._later_segment(segment, direction, key, mark, now)
 
-    def _later_segment(self, segment: Segment, direction: Direction, key: bytes, now: float) -> Verdict:
+    def _later_segment(self, segment: Segment, direction: Direction, key: bytes, mark: int, now: float) -> Verdict:
         if direction is Direction.EGRESS:
             opened = self._initiator.flows.get(key)
             if opened is not None:
-                verdict = self._initiator.segment_out(opened, segment, now)
+                verdict = self._initiator.segment_out(opened, segment, mark, now)
                 return self._released(verdict, key, self._responder)
             if self._context.is_injected(key, segment):
                 return ACCEPT

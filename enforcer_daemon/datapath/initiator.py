@@ -16,7 +16,7 @@ from enforcer_daemon.handshake.frames import (
     proof_option,
 )
 from enforcer_daemon.handshake.machine import Event, State
-from enforcer_daemon.marks import OWN_MASK, RELEASED
+from enforcer_daemon.marks import CUT, OWN_MASK, RELEASED
 from enforcer_daemon.model import Decision, Direction
 from enforcer_daemon.packet.ip import NOT_TO_BE_CUT
 from enforcer_daemon.packet.tcp import ACK, RST, Segment, build, with_options_and_payload, without_fast_open
@@ -194,14 +194,14 @@ class Initiator:
         self.flows.settle(flow)
         flow.frame = b""
 
-    def segment_out(self, flow: InitiatorFlow, segment: Segment, now: float) -> Verdict:
+    def segment_out(self, flow: InitiatorFlow, segment: Segment, mark: int, now: float) -> Verdict:
         """Let the pod's first segment after the SYN-ACK carry the proof, and release the flow with it."""
         if segment.flags & RST:
             self.flows.discard(flow)
             return bare_reset(segment)._replace(effects=self._context.settle_held(flow, DROP))
         match flow.state:
             case State.VERIFIED:
-                return self._prove(segment, flow, now)
+                return self._prove(segment, flow, mark, now)
             case State.PROVING:
                 return self._pass_lone_proof(segment, flow, now)
             case State.RELEASED:
@@ -209,11 +209,11 @@ class Initiator:
             case _:
                 raise PeerError(Reason.UNKNOWN_FLOW, f"segment while {flow.state.name.lower()}")
 
-    def _prove(self, segment: Segment, flow: InitiatorFlow, now: float) -> Verdict:
+    def _prove(self, segment: Segment, flow: InitiatorFlow, mark: int, now: float) -> Verdict:
         options = segment.options
         length = segment.end + len(proof_option(flow.proof, is_lone=False))
         is_small = segment.data == segment.end or length <= len(flow.frame) + _SYN_HEADERS
-        if has_room(options) and is_small:
+        if has_room(options) and is_small and not mark & CUT:
             flow.advance(Event.PROOF_ATTACHED)
             self._settle(flow)
             # First, since nothing counts that follows an end-of-options marker of the pod's stack.
@@ -225,7 +225,7 @@ class Initiator:
         flow.advance(Event.LONE_PROOF_SENT)
         lone = _lone_proof(segment, flow)
         if segment.data == segment.end:
-            flow.again = (lone, Inject(segment.packet))
+            flow.again = (lone, Inject(with_options_and_payload(segment, options, b"")))
         return self._context.hold(flow, now, (lone,))
 
     def _pass_lone_proof(self, segment: Segment, flow: InitiatorFlow, now: float) -> Verdict:

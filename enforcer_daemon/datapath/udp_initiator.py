@@ -10,7 +10,6 @@ from __future__ import annotations
 
 from enforcer_daemon.datapath.binding import require_dialled
 from enforcer_daemon.datapath.context import EndpointContext
-from enforcer_daemon.datapath.cuts import first_cut, may_be_cut
 from enforcer_daemon.datapath.judging import Destination
 from enforcer_daemon.errors import PeerError, TokenError
 from enforcer_daemon.handshake.bounds import Bound, BoundHits
@@ -37,8 +36,6 @@ MAX_MESSAGE_PACKET_BYTES = 4_016
 """The queue's copy of a packet: a longer one could not be read on its arrival."""
 _MAX_AGAIN_PER_S = 64.0
 """Handshakes again that an endpoint begins, or asks for, in a second, and at once."""
-_MAX_ANEW = 1_024
-"""Datagrams of one flow that are sent anew and on their way, at a time."""
 DRAIN_S = 0.05
 """How long after its release a flow may stay in the queue, seconds: its first burst passes in order, one without
 end goes to the kernel all the same."""
@@ -94,11 +91,7 @@ class DatagramInitiator:
         """Let a datagram out: with our offer, or after the answer, into the enforced networks; by address elsewhere."""
         flow = self.find(key, now)
         if flow is not None:
-            return (
-                self._follow(datagram, flow, now)
-                if flow.state is State.RELEASED
-                else self._let_wait(datagram, flow, now)
-            )
+            return flow.let_go(now) if flow.state is State.RELEASED else self._let_wait(datagram, flow, now)
         judge, dst, dport = self._context.judge, datagram.dst, datagram.dport
         destination = self._context.node.networks.destination(dst)
         decision, release = judge.egress(None, dst, dport, Protocol.UDP)
@@ -123,17 +116,16 @@ class DatagramInitiator:
         return flow, () if evicted is None else context.give_up(*evicted)
 
     def _let_wait(self, datagram: UDPDatagram, flow: DatagramInitiatorFlow, now: float) -> Verdict:
-        has_room = self._has_room(datagram, flow.offer)
         if flow.is_external_allowed and not flow.held:
-            if has_room and (flow.is_overdue or not may_be_cut(datagram, flow.riding, flow.last_bytes)):
-                flow.riding, flow.last_bytes = flow.riding + 1, datagram.tail
+            if self._has_room(datagram, flow.offer):
+                flow.is_shown = True
                 return Verdict(Action.ACCEPT, with_option(datagram, RIDING_EXID, flow.offer))
             if flow.is_overdue:
                 return ACCEPT
         effects: tuple[Inject, ...] = ()
         if not flow.held:
             self._await_answer(flow, now)
-            if not flow.riding:
+            if not flow.is_shown:
                 effects = (self._context.send_message(flow.key, flow.offer),)
         verdict = self._context.hold(flow, now, effects)
         if len(flow.waiting) >= len(flow.held):
@@ -141,28 +133,10 @@ class DatagramInitiator:
         flow.waiting[verdict.hold_id] = datagram
         return verdict
 
-    def _follow(self, datagram: UDPDatagram, flow: DatagramInitiatorFlow, now: float) -> Verdict:
-        """Let a datagram of a released flow go; one that was in the queue before the release may be of a cut send.
-
-        Then it is sent anew, and so is what follows, behind what was sent anew before it.
-        """
-        is_like, payload = datagram.tail == flow.last_bytes, hash(datagram.payload)
-        flow.last_bytes = datagram.tail
-        if payload in flow.anew:
-            flow.anew[payload] -= 1
-            if not flow.anew[payload]:
-                del flow.anew[payload]
-            return flow.let_go(now)
-        may_be_cut_off = now < flow.drained_at and (is_like or flow.anew) and len(flow.anew) < _MAX_ANEW
-        fits = datagram.end <= min(self._context.mtu, len(datagram.packet)) and not datagram.has_surplus
-        if not may_be_cut_off or not fits:
-            return flow.let_go(now)
-        flow.anew[payload] += 1
-        return DROP._replace(effects=(Inject(datagram.packet[: datagram.end]),))
-
     def _has_room(self, datagram: UDPDatagram, message: bytes) -> bool:
         length = datagram.end + 1 + SURPLUS_OVERHEAD + len(message)
-        return not datagram.has_surplus and length <= min(self._context.mtu, MAX_MESSAGE_PACKET_BYTES)
+        is_writable = not datagram.has_surplus and not datagram.is_cut
+        return is_writable and length <= min(self._context.mtu, MAX_MESSAGE_PACKET_BYTES)
 
     def _await_answer(self, flow: DatagramInitiatorFlow, now: float) -> None:
         """Send the offer again after a time that grows, or do without an answer where policy allows that."""
@@ -206,15 +180,12 @@ class DatagramInitiator:
         """Let what waits leave in order, the oldest beside the proof or after it; the last has a verdict of its own.
 
         Without an answer each that has room carries the offer: a plain one would be judged by its address.
-
-        What the kernel would drop is sent anew instead. That comes to the queue again, and all after it likewise.
         """
         waiting, flow.waiting = flow.waiting, {}
         held = [settle.hold_id for settle in self._context.settle_held(flow, ACCEPT)]
-        datagrams = [waiting[hold_id] for hold_id in held]
-        cut = first_cut(datagrams, self._context.mtu)
         effects: list[Settle | Inject] = []
-        for n, (hold_id, datagram) in enumerate(zip(held, datagrams, strict=True)):
+        for n, hold_id in enumerate(held):
+            datagram = waiting[hold_id]
             verdict = last if n + 1 == len(held) else ACCEPT
             if n == 0 and proof:
                 if self._has_room(datagram, proof):
@@ -223,12 +194,7 @@ class DatagramInitiator:
                     effects.append(self._context.send_message(flow.key, proof))
             elif flow.state is State.OPENING and self._has_room(datagram, flow.offer):
                 verdict = verdict._replace(payload=with_option(datagram, RIDING_EXID, flow.offer))
-            if n < cut:
-                effects.append(Settle(hold_id, verdict))
-            else:
-                effects += Settle(hold_id, DROP), Inject(datagram.packet[: datagram.end])
-                if flow.state is State.RELEASED:
-                    flow.anew[hash(datagram.payload)] += 1
+            effects.append(Settle(hold_id, verdict))
         return tuple(effects)
 
     def datagram_in(self, datagram: UDPDatagram, flow: DatagramInitiatorFlow, now: float) -> Verdict:

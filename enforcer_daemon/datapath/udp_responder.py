@@ -9,10 +9,8 @@ from __future__ import annotations
 
 from enforcer_daemon.datapath.binding import require_source
 from enforcer_daemon.datapath.context import EndpointContext
-from enforcer_daemon.datapath.cuts import first_cut
 from enforcer_daemon.datapath.udp_initiator import (
     DRAIN_S,
-    MAX_MESSAGE_PACKET_BYTES,
     MAX_REPEATS,
     REMEMBERED_S,
     REPEAT_S,
@@ -177,22 +175,15 @@ class DatagramResponder:
     def _let_go(
         self, flow: DatagramResponderFlow, now: float, own: tuple[int, ...] = ()
     ) -> tuple[Settle | Inject, ...]:
-        """Let what waits go on in order, as the pod's peer sent it; the last one takes the flow with it.
-
-        What the kernel would drop is sent anew instead, to the pod by its loopback.
-        """
+        """Let what waits go on in order, as the pod's peer sent it; the last one takes the flow with it."""
         waiting, flow.waiting = flow.waiting, {}
         held = [*(settle.hold_id for settle in self._context.settle_held(flow, ACCEPT)), *own]
-        datagrams = [waiting[hold_id] for hold_id in held]
-        cut = first_cut(datagrams, MAX_MESSAGE_PACKET_BYTES)
         effects: list[Settle | Inject] = []
-        for n, (hold_id, datagram) in enumerate(zip(held, datagrams, strict=True)):
+        for n, hold_id in enumerate(held):
+            datagram = waiting[hold_id]
             bare = without_surplus(datagram) if datagram.has_surplus else None
-            if n < cut:
-                verdict = flow.let_go(now) if n + 1 == len(held) else ACCEPT
-                effects.append(Settle(hold_id, verdict._replace(payload=bare)))
-            else:
-                effects += Settle(hold_id, DROP), Inject(bare or datagram.packet[: datagram.end])
+            verdict = flow.let_go(now) if n + 1 == len(held) else ACCEPT
+            effects.append(Settle(hold_id, verdict._replace(payload=bare)))
         return tuple(effects)
 
     def datagram_in(self, datagram: UDPDatagram, flow: DatagramResponderFlow, now: float) -> Verdict:

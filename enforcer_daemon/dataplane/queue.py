@@ -20,19 +20,22 @@ from enforcer_daemon.dataplane.inject import Injector
 from enforcer_daemon.dataplane.netns import open_in
 from enforcer_daemon.dataplane.overflow import Overflow
 from enforcer_daemon.dataplane.queuecounters import LostPackets, QueueCounters
+from enforcer_daemon.dataplane.queuemessages import encode_uncut, offloads
 from enforcer_daemon.errors import DataplaneError
-from enforcer_daemon.marks import CONSUME, FORGET, OWN_MASK
+from enforcer_daemon.marks import CONSUME, CUT, FORGET, OWN_MASK
 from enforcer_daemon.model import Direction
 from enforcer_daemon.settings import DataplaneSettings
 from enforcer_daemon.verdict import Action, Inject, Settle, Verdict
 
 MAX_COPIED_BYTES = 4_016
-"""What NetfilterQueue gives of a packet: the end of a jumbo frame is missing, and it cannot be written anew."""
+"""What NetfilterQueue gives of a packet: the end of a jumbo frame, or of a send that is not cut yet, is missing."""
+_MESSAGE_BYTES = MAX_COPIED_BYTES + 512
+"""Room for that and for what stands before it, which is more than NetfilterQueue asks for."""
 
 Judge = Callable[[bytes, Direction, int], Verdict]
 """Judges a packet: its bytes (MAX_COPIED_BYTES at most), its direction, and our bits of
 its mark: of a packet with SYN, or of a datagram with a handshake's message, what its connection was released with
-before; of a datagram, or a SYN that arrives, also REPLY; else 0."""
+before; of a datagram, or a SYN that arrives, also REPLY; else 0. Of any packet UNSUMMED and CUT."""
 
 _OTHERS_MASK = OWN_MASK ^ 0xFFFF_FFFF
 _SOL_NETLINK, _NETLINK_NO_ENOBUFS = 270, 5  # linux/netlink.h
@@ -44,18 +47,20 @@ _PREROUTING = 0  # linux/netfilter.h: NF_INET_PRE_ROUTING; the other hook is NF_
 class _Turn:
     """What NetfilterQueue.run_socket takes for a socket: it ends after so many packets."""
 
-    __slots__ = ("_sock", "left")
+    __slots__ = ("_sock", "left", "message")
 
     def __init__(self, sock: socket.socket) -> None:
         self._sock = sock
         self.left = 0
+        self.message = b""
+        """The last one: that of the packet which is judged."""
 
     def recv(self, size: int) -> bytes:
         if self.left <= 0:
             raise BlockingIOError(errno.EAGAIN, "the turn is over")
-        message = self._sock.recv(size, socket.MSG_DONTWAIT)
+        self.message = self._sock.recv(max(size, _MESSAGE_BYTES), socket.MSG_DONTWAIT)
         self.left -= 1
-        return message
+        return self.message
 
 
 class PacketQueue:
@@ -131,6 +136,7 @@ class PacketQueue:
                 range=0xFFFF,
                 sock_len=settings.receive_buffer_bytes,
             )
+            self._sock.send(encode_uncut(settings.queue_number))
         except OSError as err:
             self.close()
             raise DataplaneError(f"queue {settings.queue_number}: {err}; does another enforcer run here?") from err
@@ -207,11 +213,14 @@ class PacketQueue:
     def _on_packet(self, packet: Packet) -> None:
         try:
             payload = packet.get_payload()
-            mark = packet.mark & OWN_MASK
+            left_to_do = offloads(self._turn.message)
+            mark = packet.mark & OWN_MASK | left_to_do
             if packet.hook == _PREROUTING:
                 verdict = self._judge(payload, Direction.INGRESS, mark)
             else:
                 verdict = self._judge(payload, Direction.EGRESS, mark)
+            if left_to_do & CUT and verdict.payload is not None:
+                raise DataplaneError("a send that is not cut yet cannot be rewritten")
             self._answer(packet, verdict)
             if verdict.effects:
                 self.carry_out(verdict.effects)

@@ -10,7 +10,6 @@ again    "your flow is not known here, shake hands again"  alone
 from __future__ import annotations
 
 import hmac
-from collections import Counter
 from typing import ClassVar
 
 from enforcer_daemon.errors import FrameError
@@ -101,15 +100,13 @@ class DatagramInitiatorFlow(DatagramFlow):
     """A flow that the pod opens."""
 
     __slots__ = (
-        "anew",
         "is_external_allowed",
         "is_overdue",
-        "last_bytes",
+        "is_shown",
         "nonce",
         "offer",
         "opened_at",
         "proof",
-        "riding",
         "waiting",
     )
 
@@ -131,12 +128,8 @@ class DatagramInitiatorFlow(DatagramFlow):
         """Whether policy lets the pod reach this address whoever is there: then its datagrams need not wait."""
         self.is_overdue = False
         """Whether an answer was waited for in vain: what policy allows by address then waits no longer."""
-        self.riding = 0
-        """How many datagrams left with the offer beside them."""
-        self.last_bytes = -1
-        """Length of the last of them, and after the release of the last that came to the queue."""
-        self.anew: Counter[int] = Counter()
-        """Datagrams that were sent anew and did not come to the queue again yet, by a hash of their data."""
+        self.is_shown = False
+        """Whether a datagram left with the offer beside it."""
         self.waiting: dict[int, UDPDatagram] = {}
         """Datagrams of the pod's own that wait, by hold id; some may have been dropped meanwhile."""
 

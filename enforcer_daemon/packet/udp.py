@@ -44,6 +44,10 @@ class UDPDatagram(NamedTuple):
     """Where the packet ends by its IP header; beyond the bytes at hand where only the beginning was copied."""
     sport: int
     dport: int
+    is_unsummed: bool = False
+    """Whether the checksum is left to be made on the way out; a rewritten packet must have one."""
+    is_cut: bool = False
+    """Whether it is a send that will be cut into datagrams (UDP_SEGMENT) on the way out; it cannot be rewritten."""
 
     @property
     def has_surplus(self) -> bool:
@@ -113,25 +117,29 @@ def encode_option(udp_length: int, exid: int, content: bytes) -> bytes:
 def with_option(datagram: UDPDatagram, exid: int, content: bytes) -> bytes:
     """Write the packet again with an option behind the user data, in place of any surplus area.
 
-    Raise PacketError where only the beginning of the packet is at hand. The UDP checksum covers the user data alone, so
-    it stays.
+    Raise PacketError where only the beginning of the packet is at hand, or it will be cut.
     """
-    if datagram.tail > len(datagram.packet):
-        raise PacketError("only the beginning of the packet is at hand")
     surplus = encode_option(datagram.tail - datagram.offset, exid, content)
     return _rewritten(datagram, surplus)
 
 
 def without_surplus(datagram: UDPDatagram) -> bytes:
     """Write the packet again as a stack that knows no surplus area reads it."""
-    if datagram.tail > len(datagram.packet):
-        raise PacketError("only the beginning of the packet is at hand")
     return _rewritten(datagram, b"")
 
 
 def _rewritten(datagram: UDPDatagram, surplus: bytes) -> bytes:
     packet, offset, tail = datagram.packet, datagram.offset, datagram.tail
-    return with_length(packet, offset, tail - offset + len(surplus)) + packet[offset:tail] + surplus
+    if tail > len(packet):
+        raise PacketError("only the beginning of the packet is at hand")
+    if datagram.is_cut:
+        raise PacketError("it will be cut into several datagrams")
+    udp = packet[offset:tail]
+    if datagram.is_unsummed:
+        # Else it stays, since it covers the user data alone: to make it anew would repair what was damaged on the way.
+        total = ones_sum(datagram.src + datagram.dst + udp[:6]) + ones_sum(udp[UDP_HEADER:]) + UDP + len(udp)
+        udp = udp[:6] + complement(total).to_bytes(2, "big") + udp[UDP_HEADER:]
+    return with_length(packet, offset, len(udp) + len(surplus)) + udp + surplus
 
 
 def build_udp(src: bytes, dst: bytes, ports: tuple[int, int], payload: bytes = b"", surplus: bytes = b"") -> bytes:
