@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import socket
 import struct
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -28,6 +29,8 @@ INITIAL_BYTES = 1_200
 BURST = 20
 PATIENCE_S = 10.0
 QUIET_S = 1.0
+MOMENTS_S = tuple(n / 4_000 for n in range(12))
+"""How long after the first datagram others follow: handshakes take a millisecond or two."""
 SERVERS = ("x/near", "x/far")
 CLIENTS = ("x/client", "x/free")
 """One whose datagrams wait for the answer, and one whose first leave at once with the offer beside them."""
@@ -119,6 +122,22 @@ def test_three_such_sends_at_once_open_a_flow_and_lose_nothing(
     for _ in range(3):
         with _ends(lab, source, target, version) as (client, server):
             for start in range(0, len(burst), BURST):
+                client.sendmsg([b"".join(burst[start : start + BURST])], segment_size)
+            assert sorted(server.recv(65_535) for _ in burst) == burst
+
+
+@pytest.mark.parametrize("version", VERSIONS)
+@pytest.mark.parametrize("target", SERVERS)
+@pytest.mark.parametrize("source", CLIENTS)
+def test_such_sends_at_the_moment_of_the_release_lose_nothing(lab: Lab, source: str, target: str, version: int) -> None:
+    """They come while the flow is released at one end, or at none, or at both."""
+    segment_size = [(socket.SOL_UDP, UDP_SEGMENT, struct.pack("=H", INITIAL_BYTES))]
+    burst = _numbered(1 + 2 * BURST, INITIAL_BYTES)
+    for moment_s in MOMENTS_S:
+        with _ends(lab, source, target, version) as (client, server):
+            client.send(burst[0])
+            time.sleep(moment_s)
+            for start in (1, 1 + BURST):
                 client.sendmsg([b"".join(burst[start : start + BURST])], segment_size)
             assert sorted(server.recv(65_535) for _ in burst) == burst
 

@@ -15,13 +15,14 @@ import pytest
 import uvloop
 
 from enforcer_daemon.dataplane.netns import open_in
-from enforcer_daemon.dataplane.queue import PacketQueue
+from enforcer_daemon.dataplane.queue import MAX_COPIED_BYTES, PacketQueue
 from enforcer_daemon.dataplane.queuecounters import LostPackets
 from enforcer_daemon.dataplane.ratelimits import QueueLimits
 from enforcer_daemon.dataplane.tools import run_in
 from enforcer_daemon.errors import DataplaneError
-from enforcer_daemon.marks import released_mark
+from enforcer_daemon.marks import CUT, UNSUMMED, released_mark
 from enforcer_daemon.model import Direction
+from enforcer_daemon.packet.udp import decode_udp
 from enforcer_daemon.verdict import ACCEPT, DROP, Action, Inject, Settle, Verdict
 from tests.netns.lab import (
     ACK,
@@ -43,6 +44,11 @@ from tests.netns.lab import (
 )
 
 pytestmark = [pytest.mark.kernel, pytest.mark.stock_kernel]
+
+UDP_SEGMENT = 103
+"""linux/udp.h: size of the datagrams that one send is cut into."""
+HEADERS = {4: 28, 6: 48}
+"""Bytes of IP and UDP header."""
 
 
 @pytest.fixture
@@ -128,6 +134,63 @@ def test_a_flow_is_released_when_nothing_more_waits(lab: Lab) -> None:
             assert queue.read_turn() == 0
     finally:
         queue.close()
+
+
+def test_a_send_that_the_kernel_will_cut_comes_whole_and_nothing_of_it_is_lost(lab: Lab, version: int) -> None:
+    """Of three before conntrack knows the flow, the kernel would drop most of what it had cut for the queue."""
+    judge = Recorder(lambda *_: Verdict(Action.HOLD, hold_id=len(judge.seen)))
+    queue = PacketQueue.open(lab.pod, SETTINGS, judge, on_error=silent)
+    sends = [[bytes((65 + send, 65 + n)) * 50 for n in range(4)] for send in range(3)]
+    try:
+        with (
+            lab.socket(lab.remote, version, socket.SOCK_DGRAM) as service,
+            lab.socket(lab.pod, version, socket.SOCK_DGRAM) as client,
+        ):
+            service.bind((REMOTE[version], 53))
+            client.connect((REMOTE[version], 53))
+            client.setsockopt(socket.IPPROTO_UDP, UDP_SEGMENT, 100)
+            for send in sends:
+                client.send(b"".join(send))
+            assert wait_until(lambda: bool(queue.read_turn()) and len(judge.seen) == 3)
+            assert [(decode_udp(packet).payload, mark) for packet, _, mark in judge.seen] == [
+                (b"".join(send), UNSUMMED | CUT) for send in sends
+            ]
+            queue.carry_out(tuple(Settle(hold_id, ACCEPT) for hold_id in (1, 2, 3)))
+            assert sorted(service.recv(1_000) for _ in range(12)) == sorted(part for send in sends for part in send)
+    finally:
+        queue.close()
+
+
+def test_a_send_that_the_kernel_will_cut_is_never_rewritten(lab: Lab) -> None:
+    errors: list[Exception] = []
+    judge = Recorder(lambda packet, *_: Verdict(Action.ACCEPT, packet))
+    queue = PacketQueue.open(lab.pod, SETTINGS, judge, on_error=errors.append)
+    try:
+        with lab.socket(lab.pod, 4, socket.SOCK_DGRAM) as client:
+            client.connect((REMOTE[4], 53))
+            client.setsockopt(socket.IPPROTO_UDP, UDP_SEGMENT, 100)
+            client.send(bytes(400))
+            assert wait_until(lambda: queue.read_turn() == 1)
+        assert [str(err) for err in errors] == ["a send that is not cut yet cannot be rewritten"]
+        assert (queue.errors, queue.held_packets) == (1, 0)
+    finally:
+        queue.close()
+
+
+@pytest.mark.parametrize("length", [4_000, 9_000, 60_000])
+def test_a_send_that_is_longer_than_the_copy_of_it_passes(lab: Lab, version: int, length: int) -> None:
+    judge = Recorder()
+    with (
+        serve(lab, judge),
+        lab.socket(lab.pod, version, socket.SOCK_DGRAM) as service,
+        lab.socket(lab.remote, version, socket.SOCK_DGRAM) as client,
+    ):
+        service.bind((POD[version], 53))
+        client.connect((POD[version], 53))
+        client.setsockopt(socket.IPPROTO_UDP, UDP_SEGMENT, 1_000)
+        client.send(bytes(length))
+        assert [len(service.recv(2_000)) for _ in range(length // 1_000)] == [1_000] * (length // 1_000)
+    assert {len(packet) for packet, _, _ in judge.seen} == {min(length + HEADERS[version], MAX_COPIED_BYTES)}
 
 
 def test_a_judge_that_fails_lets_nothing_pass(lab: Lab) -> None:

@@ -12,11 +12,11 @@ import pytest
 from enforcer_daemon.datapath.udp_initiator import MAX_REPEATS
 from enforcer_daemon.handshake.bounds import Bound
 from enforcer_daemon.handshake.datagrams import RIDING_EXID, find_message
-from enforcer_daemon.handshake.frames import TYPE_PROOF, encode_again, encode_proof, frame_type
-from enforcer_daemon.marks import RELEASED, REPLY
+from enforcer_daemon.handshake.frames import TYPE_OFFER, TYPE_PROOF, encode_again, encode_proof, frame_type
+from enforcer_daemon.marks import CUT, RELEASED, REPLY, UNSUMMED
 from enforcer_daemon.model import Direction
 from enforcer_daemon.packet.udp import UDP_HEADER, build_udp, decode_udp, encode_option, with_option, without_surplus
-from enforcer_daemon.verdict import DROP, Action, Settle, Verdict
+from enforcer_daemon.verdict import DROP, Action, Inject, Settle, Verdict
 from tests.unit.datapath.pair import Endpoint, FakePolicy, Rules, make_pair
 
 PORTS = 40_000, 53
@@ -341,48 +341,51 @@ def test_a_proof_that_rides_takes_its_place_behind_what_waits() -> None:
     assert server.receive(proven) == [small, large]
 
 
-def test_what_the_kernel_may_have_cut_is_sent_anew_and_so_is_all_after_it() -> None:
-    """It would drop all but the first and the last datagram of the second send."""
+def test_a_send_that_is_not_cut_yet_passes_as_it_is_behind_the_proof() -> None:
     client, server = make_pair(BOUND, ADMITTING)
-    sizes = [100, 300, 300, 300, 200, 50]
-    queries = [build_udp(client.address, server.address, PORTS, bytes(size)) for size in sizes]
-    for query in queries:
-        assert client.send(query) == []
+    send = build_udp(client.address, server.address, PORTS, bytes(300))
+    assert client.send(send, mark=UNSUMMED | CUT) == []
     verdict = first_verdict(client, answer_to(client, server), Direction.INGRESS)
-    kept, dropped = (Action.ACCEPT, False), (Action.DROP, False)
-    assert settled(verdict) == [kept, kept, dropped, dropped, dropped, dropped]
-    assert client.injected == queries[2:]
-    assert client.flush_injected() == queries[2:]
+    assert [type(effect) for effect in verdict.effects] == [Inject, Settle]
+    assert settled(verdict) == [(Action.RELEASE, True)]
+    assert verdict.effects[1].verdict.payload is None
+    assert [frame_type(found[0]) for own in client.injected if (found := find_message(decode_udp(own)))] == [TYPE_PROOF]
 
 
-def test_what_came_to_the_queue_before_the_release_is_sent_anew_too() -> None:
-    client, server = make_pair(BOUND, ADMITTING)
-    queries = [build_udp(client.address, server.address, PORTS, bytes((n,)) * 300) for n in range(12)]
-    for query in queries[:6]:
-        assert client.send(query) == []
-    verdict = first_verdict(client, answer_to(client, server), Direction.INGRESS)
-    assert [action for action, _ in settled(verdict)] == [Action.ACCEPT] * 2 + [Action.DROP] * 4
-    for query in queries[6:]:
-        assert client.send(query) == []
-    assert client.flush_injected() == queries[2:]
-    assert client.injected == []
-    late = [build_udp(client.address, server.address, PORTS, bytes((n,)) * 300) for n in range(3)]
-    assert [packet for query in late for packet in client.send(query, 1.5)] == late
+def test_a_send_that_is_not_cut_yet_carries_no_offer_however_short() -> None:
+    client, server = make_pair(OPEN, ADMITTING)
+    assert client.send(build_udp(client.address, server.address, PORTS, bytes(300)), mark=UNSUMMED | CUT) == []
+    (offer,) = client.flush_injected()
+    found = find_message(decode_udp(offer))
+    assert found is not None
+    assert (frame_type(found[0]), found[1]) == (TYPE_OFFER, True)
+    assert client.context.held_packets == 1
 
 
-def test_only_two_datagrams_of_a_length_leave_beside_the_offer() -> None:
-    """A resolver's two queries; more could be one send that the kernel has cut."""
+def test_each_datagram_of_a_burst_leaves_beside_the_offer() -> None:
     client, server = make_pair(OPEN, ADMITTING)
     queries = [build_udp(client.address, server.address, PORTS, b"%d" % n) for n in range(6)]
     left = [packet for query in queries for packet in client.send(query)]
-    assert [bare(packet) for packet in left] == queries[:2]
+    assert [bare(packet) for packet in left] == queries
     assert client.injected == []  # The offer has left: a peer without an enforcer gets no empty datagram.
-    overdue = client.datapath.expire(1.25)
-    assert [effect.hold_id for effect in overdue if isinstance(effect, Settle)] == list(client.held)
-    leaving = [effect.verdict.payload for effect in overdue if isinstance(effect, Settle)]
-    assert [bare(packet) for packet in leaving[:2] if packet] == queries[2:4]  # With the offer: who is it from?
-    anew = [effect.packet for effect in overdue if not isinstance(effect, Settle)]
-    assert [bare(packet) for query in anew for packet in client.send(query, 1.25)] == queries[4:]
+
+
+def test_a_checksum_that_is_not_made_yet_is_made_where_a_message_is_put_beside_the_datagram() -> None:
+    client, server = make_pair(OPEN, ADMITTING)
+    query = build_udp(client.address, server.address, PORTS, b"odd")
+    at = decode_udp(query).offset + 6
+    unsummed = query[:at] + b"\x12\x34" + query[at + 2 :]
+    (left,) = client.send(unsummed, mark=UNSUMMED)
+    assert bare(left) == query
+    assert without_surplus(decode_udp(left)._replace(is_unsummed=True)) == query
+
+
+def test_a_checksum_that_shows_damage_stays() -> None:
+    client, server = make_pair(OPEN, ADMITTING)
+    query = build_udp(client.address, server.address, PORTS, b"data")
+    damaged = query[:-1] + b"?"
+    (left,) = client.send(damaged)
+    assert bare(left) == damaged
 
 
 def test_a_denial_of_what_was_asked_for_its_identity_names_the_policies() -> None:
@@ -417,23 +420,6 @@ def test_own_messages_that_never_came_to_the_queue_are_bounded_and_counted() -> 
     for n in range(300):
         client.context.send_message(bytes(8) + n.to_bytes(4, "big"), b"lost")
     assert client.node.context.bound_hits[Bound.OWN_PACKETS] == 300 - 256
-
-
-def test_at_the_responder_what_was_cut_reaches_the_pod_by_its_loopback() -> None:
-    """A send overtakes the proof: the queue cuts it, and the kernel would drop its middle."""
-    client, server = make_pair(OPEN, ADMITTING)
-    (framed,) = client.send(build_udp(client.address, server.address, PORTS, b"first"))
-    server.receive(framed)
-    (answer,) = server.flush_injected()
-    client.receive(answer)
-    burst = [build_udp(client.address, server.address, PORTS, bytes(300)) for _ in range(4)]
-    for packet in burst:
-        assert server.receive(packet) == []
-    (proof,) = client.flush_injected()
-    verdict = first_verdict(server, proof, Direction.INGRESS)
-    kept, dropped = (Action.ACCEPT, False), (Action.DROP, False)
-    assert settled(verdict) == [kept, kept, dropped, dropped, dropped]
-    assert server.injected == burst[1:]
 
 
 def test_a_proof_of_no_handshake_does_not_reach_the_pod_with_the_datagram_that_it_rode_on() -> None:
