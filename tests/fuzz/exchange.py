@@ -31,8 +31,8 @@ MAX_STEPS = 64
 _MAX_RECORDED = 256
 _OPTIONS = (b"", TIMESTAMPS, TIMESTAMPS * 2, TIMESTAMPS * 2 + b"\1\1\1\1", b"\x08\x0a" + bytes(8) + b"\0\0")
 _LATER_FLAGS = (ACK, ACK | PSH, ACK | FIN, RST, RST | ACK, 0)
-_BOUNDS = {"max_half_open_flows": 4, "max_held_packets": 3}
-_ADDRESSES = (("10.1.0.2", "10.2.0.2"), ("fd01::2", "fd02::2"))
+BOUNDS = {"max_half_open_flows": 4, "max_held_packets": 3}
+ADDRESSES = (("10.1.0.2", "10.2.0.2"), ("fd01::2", "fd02::2"))
 """Of client and server, in each family."""
 _NUMBERS = 0xFFFF_FFFF
 _NONCE = slice(8, 24)  # of a frame
@@ -45,12 +45,12 @@ def _node(name: str) -> Node:
     mean the same bytes in every run.
     """
     while True:
-        node = Node(name, _AUTHORITY, **_BOUNDS)
+        node = Node(name, _AUTHORITY, **BOUNDS)
         if len(node.credential.der) == _DER_BYTES:
             return node
 
 
-_NODES = _node("node-1"), _node("node-2")
+NODES = _node("node-1"), _node("node-2")
 
 
 class Script:
@@ -87,9 +87,9 @@ class Exchange:
         self.answered: set[bytes] = set()
         """Proofs that the client's enforcer could compute, each after an answer that it believed."""
         self.own: list[tuple[Endpoint, bytes]] = []
-        one, two = _NODES
-        for seed, node in enumerate(_NODES):
-            _forget(node, seed)
+        one, two = NODES
+        for seed, node in enumerate(NODES):
+            renew(node, seed)
         nobody = Rules(frozenset())
         self.client = one.endpoint(
             "client",
@@ -124,7 +124,7 @@ class Exchange:
                 return
             steps[self.script.number(len(steps))]()
             for endpoint in (self.client, self.server):
-                assert endpoint.datapath.half_open_flows <= 2 * _BOUNDS["max_half_open_flows"]
+                assert endpoint.datapath.half_open_flows <= 2 * BOUNDS["max_half_open_flows"]
 
     # What kernels send.
 
@@ -291,11 +291,11 @@ class Exchange:
 
 def exchange(content: bytes) -> None:
     """Play the script, once in each family."""
-    for addresses in _ADDRESSES:
+    for addresses in ADDRESSES:
         Exchange(Script(content), addresses).run()
 
 
-def _forget(node: Node, seed: int) -> None:
+def renew(node: Node, seed: int) -> None:
     """Give the node's tables and random numbers a fresh start; its key and certificate stay."""
     old = node.context
     node.verifier = PeerVerifier(TrustBundle([_AUTHORITY.certificate]), old.settings)

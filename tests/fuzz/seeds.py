@@ -148,6 +148,21 @@ EXCHANGES = {
     "forged-lone": bytes((0, 0, 0, 2, 11, 0, 3)) + b"not the proof :)",
     "raw": bytes((7, 0, 30)) + build(*V4, (40_000, 80), (1, 0), SYN, 9)[:30],
 }
+DATAGRAMS = {
+    "whole": bytes((0, 0, 5)),
+    "send-that-is-cut": bytes((1, 0, 1, 2, 1, 0, 1, 2, 6, 3, 0, 6, 3, 0, 3, 0, 6, 3, 0)),
+    "held-then-late": bytes((1, 0, 3, 1, 7, 1, 7, 2, 7, 3, 6, 3, 0)),
+    "lost-answer": bytes((1, 0, 1, 0, 6, 3, 0, 3, 0, 6, 5, 0, 7, 1, 6, 3, 0)),
+    "replies": bytes((0, 0, 5, 2, 0, 3, 0, 2, 1, 3, 0)),
+    "policy-change": bytes((0, 0, 3, 8, 1, 1, 0, 1, 0, 8, 0, 7, 4)),
+    "state-lost": bytes((9, 0, 6, 3, 0, 3, 0, 6, 3, 0)),
+    "replayed": bytes((0, 0, 5, 7, 4, 10, 1, 11, 0, 1, 11, 1, 1, 11, 2, 0)),
+    "crossed": bytes((0, 0, 5, 13, 0, 1, 1, 1, 1, 13, 0, 0, 1, 0, 1)),
+    "forged-proof": bytes((1, 0, 1, 0, 6, 3, 0, 3, 0, 6, 3, 0, 14, 0, 0, 1, 1, 14, 0, 0, 0, 1)),
+    "changed-answer": bytes((18, 0, 0, 50, 0, 6, 3, 0)),
+    "raw": bytes((17, 1, 40)) + build_udp(*V4, (40_000, 53), b"data")[:40],
+    "any-message": bytes((16, 40)) + encode_syn(SynFrame(bytes(16), b""))[:40] + bytes((0, 1, 1)),
+}
 
 
 def corpus() -> dict[str, dict[str, bytes]]:
@@ -172,6 +187,7 @@ def corpus() -> dict[str, dict[str, bytes]]:
         },
         "settings": {"every-key": SETTINGS.encode(), "least": b"node: n\n", "twice": b"node: n\nnode: m\n"},
         "exchange": EXCHANGES,
+        "datagrams": DATAGRAMS,
     }
 
 

@@ -12,7 +12,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from tests.fuzz import decoders, documents, exchange
+from tests.fuzz import datagrams, decoders, documents, exchange
 
 FOLDER = Path(__file__).parent
 PACKET_PATH_S = 1e-3
@@ -41,6 +41,7 @@ TARGETS = {
     "policy": Target(documents.policy, CONTROL_PATH_S),
     "settings": Target(documents.settings, CONTROL_PATH_S),
     "exchange": Target(exchange.exchange, CONTROL_PATH_S, 512),
+    "datagrams": Target(datagrams.datagrams, CONTROL_PATH_S, 512),
 }
 
 

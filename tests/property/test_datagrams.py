@@ -1,9 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Flows of datagrams between two endpoints, a wire that loses, repeats and reorders, and an attacker who changes it.
+"""Flows of datagrams under whatever wire and attacker Hypothesis thinks of (tests/unit/datapath/datagram_world.py).
 
-Whatever happens: nothing reaches a kernel, and no flow is released, before the proofs held; nothing raises, and when
-all is over nothing is left. The client's egress and the server's ingress are isolated by labels in one half of the
-runs; in the other the client may send to any address, so that offers ride.
+The client's egress and the server's ingress are isolated by labels in one half of the runs; in the other the client may
+send to any address, so that offers ride.
 """
 
 from __future__ import annotations
@@ -15,331 +14,109 @@ from hypothesis import event, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
-from enforcer_daemon.errors import FrameError, PacketError
-from enforcer_daemon.handshake.datagrams import LONE_EXID, RIDING_EXID, find_message
-from enforcer_daemon.handshake.frames import TYPE_PROOF, encode_again, encode_proof, frame_type
-from enforcer_daemon.handshake.machine import State
 from enforcer_daemon.identity.authority import make_authority
-from enforcer_daemon.marks import INDEX_MASK, RELEASED, REPLY
-from enforcer_daemon.model import Direction
-from enforcer_daemon.packet.udp import UDP_HEADER, UDPDatagram, build_udp, decode_udp, encode_option, with_option
-from enforcer_daemon.reasons import Reason
-from enforcer_daemon.verdict import Action, Inject, Settle, Verdict
-from tests.unit.datapath.pair import WALL, Endpoint, FakePolicy, Node, Rules
+from enforcer_daemon.marks import CUT, UNSUMMED
+from tests.unit.datapath.datagram_world import MAX_HALF_OPEN, MAX_HELD, DatagramWorld
+from tests.unit.datapath.pair import WALL, Node
 
 AUTHORITY = make_authority("cluster.local", datetime.fromtimestamp(WALL, UTC))
-MAX_HALF_OPEN, MAX_HELD = 4, 3
-DNS = 53
 PORTS = st.sampled_from([40_000, 40_001])
 PICK = st.integers(0, 10_000)
 LARGE = b"large " * 190
 """Has no room for an offer beside it."""
-NEVER_S = 1_000.0
-"""Longer than anything is kept, seconds."""
-
-
-def message_of(packet: bytes) -> bytes | None:
-    """Give a handshake's message, where there is one that holds."""
-    try:
-        found = find_message(decode_udp(packet))
-    except (FrameError, PacketError):
-        return None
-    return None if found is None else found[0]
 
 
 class Datagrams(RuleBasedStateMachine):
-    """One client, one server that admits clients alone, their kernels' conntrack, and what is between them."""
+    """The steps, and what they are taken with."""
 
     @initialize(is_free=st.booleans())
     def begin(self, is_free: bool) -> None:
         bounds = {"max_half_open_flows": MAX_HALF_OPEN, "max_held_packets": MAX_HELD}
-        one, two = Node("node-1", AUTHORITY, 1, **bounds), Node("node-2", AUTHORITY, 2, **bounds)
-        apps = None if is_free else frozenset({"server"})
-        self.now = 1.0
-        self.is_free = is_free
-        self.client = one.endpoint(
-            "client", "10.1.0.2", "client", FakePolicy(Rules(frozenset()), Rules(apps, direction=Direction.EGRESS))
-        )
-        self.server = two.endpoint("server", "10.2.0.2", "server", FakePolicy(Rules(frozenset({"client"}))))
-        self.wire: list[tuple[Endpoint, bytes]] = []
-        self.seen: list[bytes] = []
-        self.marks: dict[tuple[str, int], int] = {}
-        """What each kernel's conntrack holds of the flow from a port of the client: the mark of its release."""
-        self.answers: set[bytes] = set()
-        """Answers that the server's enforcer made."""
-        self.proofs: set[bytes] = set()
-        """Proofs that the client's enforcer made."""
-        self.believed: set[bytes] = set()
-        """Proofs that the client's enforcer could compute, each after an answer that it believed."""
+        nodes = Node("node-1", AUTHORITY, 1, **bounds), Node("node-2", AUTHORITY, 2, **bounds)
+        self.world = DatagramWorld(nodes, ("10.1.0.2", "10.2.0.2"), is_free)
 
-    # What two kernels send.
-
-    @rule(port=PORTS, payload=st.sampled_from([b"", b"query", b"other", LARGE]))
-    def query(self, port: int, payload: bytes) -> None:
-        self.send(self.client, build_udp(self.client.address, self.server.address, (port, DNS), payload))
+    @rule(
+        port=PORTS,
+        payload=st.sampled_from([b"", b"query", b"other", LARGE]),
+        offloads=st.sampled_from([0, UNSUMMED, UNSUMMED | CUT]),
+    )
+    def query(self, port: int, payload: bytes, offloads: int) -> None:
+        self.world.query(port, payload, offloads)
 
     @rule(port=PORTS)
     def reply(self, port: int) -> None:
-        self.send(self.server, build_udp(self.server.address, self.client.address, (DNS, port), b"reply"), REPLY)
+        self.world.reply(port)
 
     @rule(port=PORTS, steps=st.integers(1, 6))
     def orderly(self, port: int, steps: int) -> None:
-        """Go some steps of a handshake without any trouble."""
-        self.query(port, b"query")
-        for _ in range(steps):
-            self.send_own_packets()
-            while self.wire:
-                self.deliver(0)
-
-    # What the wire, time and operators do.
+        self.world.orderly(port, steps)
 
     @rule(pick=PICK)
     def deliver(self, pick: int) -> None:
-        if self.wire:
-            self.arrive(*self.wire.pop(pick % len(self.wire)))
+        self.world.deliver(pick)
 
     @rule(pick=PICK)
     def repeat(self, pick: int) -> None:
-        if self.wire:
-            self.wire.append(self.wire[pick % len(self.wire)])
+        self.world.repeat(pick)
 
     @rule(pick=PICK)
     def lose(self, pick: int) -> None:
-        if self.wire:
-            self.wire.pop(pick % len(self.wire))
+        self.world.lose(pick)
 
     @rule()
     def send_own_packets(self) -> None:
-        for endpoint in (self.client, self.server):
-            own, endpoint.__dict__["_injected"] = list(endpoint.injected), []
-            for packet in own:
-                self.send(endpoint, packet)
+        self.world.send_own_packets()
 
     @rule(seconds=st.sampled_from([0.01, 0.15, 0.5, 1.5, 4.0]))
     def time_passes(self, seconds: float) -> None:
-        self.now += seconds
-        for endpoint in (self.client, self.server):
-            self.settle_all(endpoint, endpoint.datapath.expire(self.now))
+        self.world.time_passes(seconds)
 
     @rule(is_server=st.booleans())
     def policy_changes(self, is_server: bool) -> None:
-        endpoint = self.server if is_server else self.client
-        self.settle_all(endpoint, endpoint.datapath.forget_unfinished(lambda index: True))
-        self.forget(is_server)
+        self.world.policy_changes(is_server)
 
     @rule(port=PORTS)
     def lose_state(self, port: int) -> None:
-        """A flow is in use that the server's side has forgotten."""
-        self.orderly(port, 6)
-        self.time_passes(4.0)
-        self.forget(True)
-        self.query(port, b"more")
-        self.query(port, b"and more")
-        while self.wire:
-            self.deliver(0)
+        self.world.lose_state(port)
 
     @rule(is_server=st.booleans())
     def forget(self, is_server: bool) -> None:
-        """Conntrack's table is emptied."""
-        name = "server" if is_server else "client"
-        self.marks = {key: mark for key, mark in self.marks.items() if key[0] != name}
-
-    # What the attacker does, with everything that he ever saw.
+        self.world.forget(is_server)
 
     @rule(pick=PICK, at_server=st.booleans())
     def replay(self, pick: int, at_server: bool) -> None:
-        if self.seen:
-            self.arrive(self.server if at_server else self.client, self.seen[pick % len(self.seen)])
+        self.world.replay(pick, at_server)
 
     @rule(pick=PICK, at=PICK, value=st.integers(0, 255), at_server=st.booleans())
     def change_a_byte(self, pick: int, at: int, value: int, at_server: bool) -> None:
-        if self.seen:
-            packet = self.seen[pick % len(self.seen)]
-            at %= len(packet)
-            self.arrive(self.server if at_server else self.client, packet[:at] + bytes((value,)) + packet[at + 1 :])
+        self.world.change_a_byte(pick, at, value, at_server)
 
     @rule(pick=PICK, from_pick=PICK, port=PORTS, is_lone=st.booleans(), at_server=st.booleans())
     def cross(self, pick: int, from_pick: int, port: int, is_lone: bool, at_server: bool) -> None:
-        """Put a message that was seen beside other data, or on other ports."""
-        messages = [message for message in map(message_of, self.seen) if message]
-        if messages:
-            self.attack(messages[from_pick % len(messages)], port, is_lone, at_server)
+        self.world.cross(pick, from_pick, port, is_lone, at_server)
 
     @rule(pick=PICK, port=PORTS, is_lone=st.booleans(), is_proof=st.booleans())
     def forge(self, pick: int, port: int, is_lone: bool, is_proof: bool) -> None:
-        """Make up a proof for a handshake that was seen, or a request for another one."""
-        nonces = [message[8:24] for message in map(message_of, self.seen) if message] or [bytes(16)]
-        nonce = nonces[pick % len(nonces)]
-        self.attack(encode_proof(nonce, bytes(16)) if is_proof else encode_again(nonce), port, is_lone, is_proof)
+        self.world.forge(pick, port, is_lone, is_proof)
 
     @rule(pick=PICK, at=PICK, change=st.integers(1, 255), port=PORTS, at_server=st.booleans())
     def tamper(self, pick: int, at: int, change: int, port: int, at_server: bool) -> None:
-        """Change a byte of a message that was seen, and its checksum with it."""
-        messages = [message for message in map(message_of, self.seen) if message]
-        if messages:
-            message = bytearray(messages[-1 - pick % len(messages)])
-            message[at % len(message)] ^= change
-            self.attack(bytes(message), port, True, at_server)
+        self.world.tamper(pick, at, change, port, at_server)
 
     @rule(port=PORTS, at=PICK, change=st.integers(1, 255))
     def tamper_with_an_answer(self, port: int, at: int, change: int) -> None:
-        """The answer that the client waits for comes with a byte of it changed."""
-        self.query(port, b"query")
-        self.send_own_packets()
-        while self.wire:
-            self.deliver(0)
-        self.send_own_packets()
-        self.tamper(0, at, change, port, False)
-
-    def attack(self, message: bytes, port: int, is_lone: bool, at_server: bool) -> None:
-        ends = (self.client.address, self.server.address) if at_server else (self.server.address, self.client.address)
-        ports = (port, DNS) if at_server else (DNS, port)
-        if is_lone:
-            packet = build_udp(*ends, ports, b"", encode_option(UDP_HEADER, LONE_EXID, message))
-        else:
-            packet = with_option(decode_udp(build_udp(*ends, ports, b"attack")), RIDING_EXID, message)
-        self.arrive(self.server if at_server else self.client, packet)
-
-    # Carrying it out, and what must hold.
-
-    def mark_of(self, endpoint: Endpoint, datagram: UDPDatagram) -> tuple[tuple[str, int], int]:
-        port = datagram.dport if datagram.sport == DNS else datagram.sport
-        key = endpoint.identity.pod.name, port
-        return key, self.marks.get(key, 0)
-
-    def send(self, endpoint: Endpoint, packet: bytes, mark: int = 0) -> None:
-        key, released = self.mark_of(endpoint, decode_udp(packet))
-        left = [packet]
-        if not released:
-            verdict = endpoint.verdict(packet, Direction.EGRESS, self.now, mark)
-            left = self.carry_out(endpoint, packet, verdict, key)
-        other = self.server if endpoint is self.client else self.client
-        for each in left:
-            self.note(endpoint, each)
-            self.wire.append((other, each))
-
-    def note(self, endpoint: Endpoint, packet: bytes) -> None:
-        """See what an observer on the wire sees."""
-        self.seen.append(packet)
-        message = message_of(packet)
-        if message is None:
-            return
-        if endpoint is self.server:
-            self.answers.add(message)
-        elif frame_type(message) == TYPE_PROOF:
-            self.proofs.add(message[-16:])
-
-    def arrive(self, endpoint: Endpoint, packet: bytes) -> None:
-        try:
-            datagram = decode_udp(packet)
-        except PacketError:
-            assert endpoint.verdict(packet, Direction.INGRESS, self.now).action in (Action.DROP, Action.RELEASE)
-            endpoint.datapath.take_reports()
-            return
-        key, released = self.mark_of(endpoint, datagram)
-        is_message = message_of(packet) is not None
-        if released and not is_message:
-            return
-        reply = REPLY if endpoint is self.client and (released or datagram.sport == DNS) else 0
-        mark = (released & (RELEASED | INDEX_MASK)) | reply
-        verdict = endpoint.verdict(packet, Direction.INGRESS, self.now, mark)
-        for flow in self.client.datapath._datagrams.initiator.flows.known():
-            if flow.proof and flow.proof not in self.believed:
-                assert message_of(packet) in self.answers, "an answer that the server's enforcer never gave"
-                self.believed.add(flow.proof)
-        passed = self.carry_out(endpoint, packet, verdict, key)
-        for each in passed:
-            if decode_udp(each).src in (self.client.address, self.server.address):
-                self.check_delivered(endpoint, decode_udp(each))
-
-    def check_delivered(self, endpoint: Endpoint, datagram: UDPDatagram) -> None:
-        if endpoint is self.server and datagram.dst == self.server.address:
-            assert not datagram.has_surplus or message_of(datagram.packet) is None
-            assert self.is_proven(datagram.sport) or datagram.dport != DNS, "delivered without the initiator's proof"
-            event("delivered to the server's kernel")
-
-    def is_proven(self, port: int) -> bool:
-        return any(
-            flow.key[-4:-2] == port.to_bytes(2, "big") and flow.state is State.RELEASED and flow.expected in self.proofs
-            for flow in self.server.datapath._datagrams.responder.flows.known()
-        )
-
-    def settle_all(self, endpoint: Endpoint, effects: tuple[Settle | Inject, ...]) -> None:
-        other = self.server if endpoint is self.client else self.client
-        for effect in effects:
-            if isinstance(effect, Inject):
-                endpoint.injected.append(effect.packet)
-                continue
-            waiting = endpoint.held.pop(effect.hold_id)
-            key, _ = self.mark_of(endpoint, decode_udp(waiting))
-            for left in self.carry_out(endpoint, waiting, effect.verdict, key):
-                assert endpoint is self.client, "what waited at the server left by a deadline"
-                assert self.is_free, "what waited for an identity left without one"
-                self.note(endpoint, left)
-                self.wire.append((other, left))
-
-    def carry_out(self, endpoint: Endpoint, packet: bytes, verdict: Verdict, key: tuple[str, int]) -> list[bytes]:
-        passed = []
-        if verdict.action is Action.HOLD:
-            assert verdict.hold_id not in endpoint.held
-            endpoint.held[verdict.hold_id] = packet
-        elif verdict.action not in (Action.DROP, Action.CONSUME):
-            passed.append(verdict.payload if verdict.payload is not None else packet)
-        if verdict.action in (Action.RELEASE, Action.CONSUME):
-            self.check_release(endpoint, verdict, key)
-            self.marks[key] = verdict.mark
-        for effect in verdict.effects:
-            if isinstance(effect, Inject):
-                endpoint.injected.append(effect.packet)
-                continue
-            waiting = endpoint.held.pop(effect.hold_id)
-            left = self.carry_out(endpoint, waiting, effect.verdict, key)
-            if decode_udp(waiting).src == endpoint.address and endpoint is self.client:
-                for each in left:
-                    self.note(endpoint, each)
-                    self.wire.append((self.server, each))
-            else:
-                passed += left
-        for report in endpoint.datapath.take_reports():
-            assert report.reason is not Reason.INTERNAL_ERROR, report.detail
-        return passed
-
-    def check_release(self, endpoint: Endpoint, verdict: Verdict, key: tuple[str, int]) -> None:
-        if not verdict.mark:
-            return
-        if endpoint is self.server:
-            assert self.is_proven(key[1]), "released without the initiator's proof"
-        elif not self.is_free:
-            flows = self.client.datapath._datagrams.initiator.flows.known()
-            proven = [
-                flow for flow in flows if flow.state is State.RELEASED and flow.key[-2:] == key[1].to_bytes(2, "big")
-            ]
-            assert any(flow.proof in self.believed for flow in proven), "released without an answer"
+        self.world.tamper_with_an_answer(port, at, change)
 
     @invariant()
     def tables_are_bounded(self) -> None:
-        if not hasattr(self, "client"):
-            return
-        for endpoint in (self.client, self.server):
-            assert endpoint.datapath.half_open_flows <= 3 * MAX_HALF_OPEN
-            assert len(endpoint.held) == endpoint.context.held_packets
-            sides = endpoint.datapath._datagrams
-            flows = [*sides.initiator.flows.known(), *sides.responder.flows.known()]
-            assert all(len(flow.held) <= 8 for flow in flows)
+        if hasattr(self, "world"):
+            self.world.check_bounds()
 
     def teardown(self) -> None:
         """When all has come to its end, nothing is left."""
-        if not hasattr(self, "client"):
-            return
-        for step in range(1, 30):
-            for endpoint in (self.client, self.server):
-                self.settle_all(endpoint, endpoint.datapath.expire(self.now + 0.2 * step))
-        for endpoint in (self.client, self.server):
-            self.settle_all(endpoint, endpoint.datapath.expire(self.now + NEVER_S))
-            sides = endpoint.datapath._datagrams
-            assert endpoint.held == {}
-            assert endpoint.context.held_packets == endpoint.datapath.half_open_flows == 0
-            assert sides.initiator._waiting == sides.responder._waiting == {}
+        if hasattr(self, "world"):
+            event(f"delivered to the server's kernel: {min(self.world.delivered, 3)}")
+            self.world.end()
 
 
 TestDatagrams = pytest.mark.slow(Datagrams.TestCase)

@@ -7,7 +7,9 @@ from pathlib import Path
 
 import pytest
 
+from enforcer_daemon.handshake import datagrams as handshake
 from enforcer_daemon.handshake import flows
+from tests.fuzz.datagrams import datagrams
 from tests.fuzz.exchange import exchange
 from tests.fuzz.targets import TARGETS, Target, cost_s, regressions, seeds
 
@@ -44,3 +46,20 @@ def test_an_exchange_notices_an_enforcer_that_believes_any_proof(
     monkeypatch.setattr(flows, "require_equal", lambda one, other: None)
     with pytest.raises(AssertionError, match=finding):
         exchange(path.read_bytes())
+
+
+@pytest.mark.parametrize(
+    ("seed", "finding"),
+    [
+        ("forged-proof", "without the initiator's proof"),
+        ("changed-answer", "an answer that the server's enforcer never gave"),
+    ],
+)
+def test_flows_of_datagrams_notice_an_enforcer_that_believes_any_proof(
+    seed: str, finding: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (path,) = (path for path in seeds("datagrams") if path.name == seed)
+    datagrams(path.read_bytes())
+    monkeypatch.setattr(handshake, "require_equal", lambda one, other: None)
+    with pytest.raises(AssertionError, match=finding):
+        datagrams(path.read_bytes())
