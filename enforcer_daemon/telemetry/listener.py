@@ -12,7 +12,8 @@ from prometheus_client import CONTENT_TYPE_LATEST
 from enforcer_daemon.errors import SettingsError
 
 _MAX_CONNECTIONS = 16
-"""Scrapes that wait for their turn in the kernel; each connection is closed after its answer."""
+"""Connections that are open at a time, and as many that wait in the kernel; each is closed after its answer, and the
+oldest makes room: who only holds connections open must not use up the daemon's descriptors."""
 _MAX_AT_ONCE = 2
 """Scrapes that are rendered at a time; to read the guard's counters runs nft."""
 
@@ -35,11 +36,24 @@ async def serve_metrics(address: tuple[str, int], render: Callable[[], Awaitable
     runner = web.AppRunner(application, access_log=None, keepalive_timeout=0.0)
     await runner.setup()
     try:
-        site = web.TCPSite(runner, *address, backlog=_MAX_CONNECTIONS)
         try:
-            await site.start()
+            listener = await asyncio.get_running_loop().create_server(
+                lambda: _connection(runner), *address, backlog=_MAX_CONNECTIONS
+            )
         except OSError as err:
             raise SettingsError(f"metrics.listen: {address[0]} port {address[1]}: {err.strerror or err}") from err
-        await asyncio.Event().wait()
+        async with listener:
+            await listener.serve_forever()
     finally:
         await runner.cleanup()
+
+
+def _connection(runner: web.AppRunner) -> asyncio.Protocol:
+    """Begin to serve a connection; the oldest ones make room."""
+    server = runner.server
+    if server is None:
+        raise RuntimeError("the listener serves before it was set up")
+    known = server.connections
+    for oldest in known[: len(known) + 1 - _MAX_CONNECTIONS]:
+        oldest.force_close()
+    return server()
