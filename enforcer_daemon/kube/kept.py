@@ -52,8 +52,8 @@ def load(directory: Path, resource: Resource[Value], scope: str) -> Kept[Value]:
     except (OSError, ValueError, TypeError, AttributeError, RecursionError) as err:
         return Kept(problem=f"{path}: cannot be read: {err}")
     entries = tuple(entry for entry in found if isinstance(entry, Entry) and entry.value is not None)
-    is_whole = len(entries) == len(found)
-    return Kept(entries, "" if is_whole else f"{path}: {len(found) - len(entries)} objects cannot be used", is_whole)
+    unread = len(found) - sum(bool(entry.document) for entry in entries)
+    return Kept(entries, f"{path}: {unread} objects cannot be used" if unread else "", not unread)
 
 
 def save(directory: Path, resource: Resource[Any], scope: str, documents: Iterable[bytes]) -> None:

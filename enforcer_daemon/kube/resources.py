@@ -8,12 +8,14 @@ pod refuses nothing. The spec of a NetworkPolicy is kept whole: a field that is 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from ipaddress import ip_address, ip_network
 from typing import Generic, TypeVar
 
 from enforcer_daemon.model import IPAddress, IPNetwork
 from enforcer_daemon.policy import (
+    InvalidObjectError,
     Namespace,
     NetworkPolicy,
     Pod,
@@ -45,6 +47,8 @@ class Resource(Generic[Value]):
     """Leaves what is kept; must not fail on whatever the object is."""
     decode: Callable[[Manifest], Value]
     """Reads what was left; raises InvalidObjectError."""
+    stand_in: Callable[[Manifest], Value | None] = lambda _: None
+    """Gives what is in force for a bad object of which no version was good."""
     is_optional: bool = False
     """Whether an API server without this kind (404) has none of it."""
 
@@ -141,6 +145,21 @@ def _decode_policy(reduced: Manifest) -> NetworkPolicy:
     return decode_network_policy(_typed(reduced, "networking.k8s.io/v1", "NetworkPolicy", "metadata", "spec"))
 
 
+def _isolate(reduced: Manifest) -> NetworkPolicy | None:
+    """Isolate those whom a policy that cannot be read selects, and allow them nothing.
+
+    The API server took it, so somebody relies on it: without it its pods would be open. What is unknown in it counts as
+    everybody, or as both directions; None where not even its name can be read.
+    """
+    spec = _as_mapping(reduced.get("spec"))
+    stated = spec.get("policyTypes") or (["Ingress", "Egress"] if spec.get("egress") else ["Ingress"])
+    both = ["Ingress", "Egress"]
+    for selector, types in ((spec.get("podSelector"), stated), (spec.get("podSelector"), both), ({}, both)):
+        with suppress(InvalidObjectError):
+            return _decode_policy({**reduced, "spec": {"podSelector": selector, "policyTypes": types}})
+    return None
+
+
 def _decode_namespace(reduced: Manifest) -> Namespace:
     return decode_namespace(_typed(reduced, "v1", "Namespace", "metadata"))
 
@@ -208,6 +227,7 @@ NETWORK_POLICIES = Resource(
     "NetworkPolicy",
     _reduce_policy,
     _decode_policy,
+    _isolate,
 )
 NAMESPACES = Resource("namespaces", "/api/v1/namespaces", "v1", "Namespace", _reduced, _decode_namespace)
 PODS = Resource("pods", "/api/v1/pods", "v1", "Pod", _reduce_pod, _decode_cluster_pod)

@@ -29,6 +29,7 @@ from enforcer_daemon.telemetry.logs import Logger
 from enforcer_daemon.telemetry.metrics import Metrics
 
 _SECURITY = (NETWORK_POLICIES, NAMESPACES, PODS)
+_STANDS_IN = "no version of it is in force, the pods that it selects are isolated"
 """Without these on disk, a start waits for the API server, however long."""
 
 
@@ -256,9 +257,9 @@ class ClusterSource:
 
 
 def told(problems: Iterable[Problem]) -> str:
-    """Say what is wrong with one object, and what is in force instead."""
+    """Say what is wrong with one policy, and what is in force instead."""
     listed = list(problems)
-    instead = "an earlier version stays in force" if listed[0].has_earlier else "no version of it is in force"
+    instead = "an earlier version stays in force" if listed[0].has_earlier else _STANDS_IN
     return f"{instead}: {'; '.join(f'{problem.field}: {problem.message}' for problem in listed)}"
 
 

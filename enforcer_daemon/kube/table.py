@@ -29,7 +29,7 @@ class Entry(Generic[Value]):
     value: Value | None
     """None: no version of it was good."""
     document: bytes
-    """What was kept of the version that `value` is of, as JSON; empty where there is none."""
+    """What was kept of the version that `value` is of, as JSON; empty where none was good: then `value` stands in."""
     problems: tuple[Problem, ...] = ()
     """Of the present version, where it is refused."""
     uid: str = field(default="", compare=False)
@@ -77,12 +77,12 @@ def read_reduced(
         return Entry(key, resource.decode(reduced), document)
     except InvalidObjectError as err:
         label = f"{resource.kind} {'/'.join(filter(None, key))}"
-        has_earlier = before is not None and before.value is not None
+        has_earlier = before is not None and bool(before.document)
         problems = tuple(
             Problem(resource.plural, 0, label, p.field, p.message, has_earlier) for p in err.problems[:_MAX_PROBLEMS]
         )
-        if before is None:
-            return Entry(key, None, b"", problems)
+        if before is None or not has_earlier:
+            return Entry(key, resource.stand_in(reduced), b"", problems)
         return replace(before, problems=problems)
 
 
@@ -103,7 +103,8 @@ class Table(Generic[Value]):
             return self._refuse_unnamed((entry,))
         before = self.entries.get(entry.key)
         self.entries[entry.key] = entry
-        if before is not None and before.document == entry.document and before.problems == entry.problems:
+        is_known = before is not None and before.document == entry.document and before.problems == entry.problems
+        if is_known and before is not None and (entry.document or before.value == entry.value):
             return False  # At most its UID is new.
         self._bad.pop(entry.key, None)
         if entry.problems:

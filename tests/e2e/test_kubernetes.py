@@ -220,7 +220,7 @@ def test_a_refused_policy_has_one_event_of_all_nodes(lab: KubeLab) -> None:
     uid = lab.api.get("NetworkPolicy", "x", "wrong")["metadata"]["uid"]
     (event,) = events(lab, "wrong", "PolicyRefused")
     assert (event["regarding"]["kind"], event["regarding"]["uid"]) == ("NetworkPolicy", uid)
-    assert "no version of it is in force: spec.ingress[0].from[0].ipBlock.cidr" in event["note"]
+    assert "the pods that it selects are isolated: spec.ingress[0].from[0].ipBlock.cidr" in event["note"]
 
 
 def test_an_identity_that_grew_too_large_is_an_event_of_the_pod(lab: KubeLab) -> None:

@@ -144,6 +144,9 @@ def test_a_pod_that_may_reach_no_address_shows_its_identity_to_no_stranger(lab: 
 @pytest.mark.parametrize("version", [4, 6])
 @pytest.mark.parametrize("host", [*HOSTS, "host:beside"])
 def test_a_host_that_states_the_nodes_address_is_not_the_node(lab: Lab, host: str, version: int) -> None:
+    hook = f"/proc/sys/net/bridge/bridge-nf-call-{'iptables' if version == 4 else 'ip6tables'}"
+    if host == "host:beside" and lab.run("node:a", "sh", "-c", f"cat {hook} || true").strip() != "1":
+        pytest.skip("this kernel's bridges switch past netfilter")
     node, target = lab.place("node:a").address(version), lab.place("x/in-closed").address(version)
     with (
         lab.open_socket("x/in-closed", FAMILIES[version], socket.SOCK_DGRAM) as service,

@@ -27,6 +27,7 @@ from enforcer_daemon.kube.resources import (
 )
 from enforcer_daemon.kube.table import Entry, Table, read_entry
 from enforcer_daemon.model import NamedPort, PodRef, Protocol
+from enforcer_daemon.policy.objects import EVERYTHING, NetworkPolicy, Operator, Requirement, Selector
 from enforcer_daemon.settings import NetworkSettings
 from enforcer_daemon.sources.manifests import Problem
 
@@ -88,7 +89,8 @@ def test_a_static_pods_mirror_goes_by_its_config_hash() -> None:
 )
 def test_a_bad_object_is_refused_with_its_field(resource: Resource[Any], manifest: object, field: str) -> None:
     entry = read(resource, manifest)
-    assert entry.value is None
+    assert entry.document == b""
+    assert (entry.value is None) is (resource is not NETWORK_POLICIES)
     assert field in entry.problems[0].field
 
 
@@ -109,6 +111,39 @@ def test_an_object_that_was_never_good_has_no_earlier_version() -> None:
     for wrong in ("Sideways", "Upwards"):
         assert table.put(read(NETWORK_POLICIES, policy(policyTypes=[wrong]), table))
         assert [problem.has_earlier for problem in table.problems()] == [False]
+
+
+CLOSED: tuple[object, ...] = ()
+WEB = Selector((Requirement("app", Operator.IN, frozenset({"web"})),))
+
+
+@pytest.mark.parametrize(
+    ("spec", "selector", "ingress", "egress"),
+    [
+        ({"futureField": 1}, WEB, CLOSED, None),
+        ({"ingress": [{"from": [{"futurePeer": {}}]}]}, WEB, CLOSED, None),
+        ({"egress": [{"to": [{"futurePeer": {}}]}]}, WEB, CLOSED, CLOSED),
+        ({"policyTypes": ["Egress"], "egress": [{}], "futureField": 1}, WEB, None, CLOSED),
+        ({"policyTypes": ["Sideways"]}, WEB, CLOSED, CLOSED),
+        ({"podSelector": {"futureSelector": 1}}, EVERYTHING, CLOSED, CLOSED),
+    ],
+)
+def test_a_policy_that_was_never_good_isolates_and_allows_nothing(
+    spec: dict[str, object], selector: Selector, ingress: object, egress: object
+) -> None:
+    found = read(NETWORK_POLICIES, policy(**{"podSelector": {"matchLabels": {"app": "web"}}, **spec}))
+    assert found.value == NetworkPolicy("x", "p", selector, ingress, egress)  # type: ignore[arg-type]
+    assert not found.problems[0].has_earlier
+
+
+def test_what_stands_in_follows_the_policy_and_goes_with_it() -> None:
+    table: Table[Any] = Table(NETWORK_POLICIES)
+    for app in ("web", "db"):
+        bad = policy(podSelector={"matchLabels": {"app": app}}, futureField=1)
+        assert table.put(read(NETWORK_POLICIES, bad, table))
+        assert app in str(table.values())
+    assert table.put(read(NETWORK_POLICIES, policy(), table))
+    assert (table.values(), table.problems()) == ([read(NETWORK_POLICIES, policy()).value], ())
 
 
 def test_a_complete_list_removes_what_is_not_in_it() -> None:
@@ -139,7 +174,8 @@ values = st.recursive(
 def test_whatever_an_object_is_it_is_read_or_refused(manifest: dict[str, object], resource: Resource[Any]) -> None:
     manifest = {**manifest, "metadata": {**_mapping(manifest.get("metadata")), "name": "n", "namespace": "x"}}
     entry = read(resource, manifest)
-    assert (entry.value is None) == bool(entry.problems)
+    assert bool(entry.document) != bool(entry.problems)
+    assert (entry.value is None) == (bool(entry.problems) and resource is not NETWORK_POLICIES)
 
 
 def _mapping(value: object) -> dict[str, object]:

@@ -207,11 +207,11 @@ def test_a_bad_object_is_refused_alone(api: FakeApi, tmp_path: Path) -> None:
     async def work() -> None:
         async with running(settings_for(api, tmp_path)) as found:
             await found.until(lambda: found.source.is_settled)
-            assert found.policies == ["p0"]
+            assert found.policies == ["bad", "p0"]
             assert "x/bad: spec.policyTypes[0]" in str(found.worlds[-1].problems[0])
             await asyncio.to_thread(api.put, policy("p0", egress="all"), policy("p1"))
             await found.until(lambda: "p1" in found.policies)
-            assert found.policies == ["p0", "p1"]
+            assert found.policies == ["bad", "p0", "p1"]
             assert len(found.worlds[-1].problems) == 2
 
     asyncio.run(work())
