@@ -36,7 +36,18 @@ _KEPT_MODULES = (
 )
 """What the guest can use of the kernel's modules; to search the whole index takes it long."""
 _PRELOADED_MODULES = (
-    *("crc32c_generic", "sctp", "bridge", "veth", "dummy", "sch_netem", "sch_ingress", "cls_matchall", "cls_u32"),
+    *(
+        "crc32c_generic",
+        "sctp",
+        "bridge",
+        "br_netfilter",
+        "veth",
+        "dummy",
+        "sch_netem",
+        "sch_ingress",
+        "cls_matchall",
+        "cls_u32",
+    ),
     *("nfnetlink_queue", "nf_conntrack_netlink", "nft_chain_nat", "nft_compat", "nft_ct", "nft_fib_inet", "nft_limit"),
     *("nft_masq", "nft_nat", "nft_numgen", "nft_queue", "nft_redir", "nft_reject_inet", "nft_dup_netdev"),
     *("xt_CT", "xt_MASQUERADE", "xt_NFQUEUE", "xt_REDIRECT", "xt_addrtype", "xt_comment", "xt_connmark"),

@@ -29,7 +29,15 @@ from triremectl.lab.capture import Capture
 from triremectl.lab.datagrams import ask_all
 from triremectl.lab.errors import LabError
 from triremectl.lab.manifests import ObjectRef, namespace_manifest, pod_manifest, pod_ref
-from triremectl.lab.netns import delete_all, exec_prefix, ip_batch, open_socket, run, write_sysctls
+from triremectl.lab.netns import (
+    delete_all,
+    exec_prefix,
+    ip_batch,
+    load_bridge_filter,
+    open_socket,
+    run,
+    write_sysctls,
+)
 from triremectl.lab.network import (
     ROUTED_BRIDGE_SYSCTLS,
     ROUTER_SYSCTLS,
@@ -49,9 +57,6 @@ from triremectl.lab.tools import Tools
 from triremectl.lab.world import HostSpec, Manifest, PodSpec, PortSpec, WorldSpec
 
 _CONCURRENT_ADDS = 4
-_SETTLE_TIMEOUT_S = 15.0
-_SETTLE_QUIET_S = 0.06
-_POLL_S = 0.01
 _PAYLOAD_BYTES = 16
 
 
@@ -109,6 +114,7 @@ class Lab:
         return "-".join((self.name, *parts))
 
     def _make_network(self) -> None:
+        load_bridge_filter()
         outside = [host for host in self.world.hosts if host.node is None]
         fabric = self._netns("fabric")
         places = [
@@ -322,7 +328,7 @@ class Lab:
                     before[node.name] = node.generation()
         for node in nodes:
             act(node)
-        return all(_wait_for_change(self.nodes[name], generation) for name, generation in before.items())
+        return all(self.nodes[name].wait_for_change(generation) for name, generation in before.items())
 
     # Traffic.
 
@@ -384,16 +390,3 @@ class Lab:
     def capture(self, place: str, ifname: str = IFNAME) -> Capture:
         """Record the packets of an interface until the capture is closed."""
         return Capture(self.place(place).netns, ifname)
-
-
-def _wait_for_change(node: Node, generation: int) -> bool:
-    """Wait until the daemon's snapshot is newer than `generation` and no newer one follows; False if none comes."""
-    deadline = time.monotonic() + _SETTLE_TIMEOUT_S
-    latest, since = generation, time.monotonic()
-    while (now := time.monotonic()) < deadline:
-        if (current := node.generation()) != latest:
-            latest, since = current, now
-        if latest != generation and now - since >= _SETTLE_QUIET_S:
-            return True
-        time.sleep(_POLL_S)
-    return latest != generation

@@ -14,6 +14,7 @@ from enforcer_daemon.dataplane.netns import open_in
 from triremectl.lab.errors import LabError
 
 NETNS_DIR = Path("/run/netns")
+_BRIDGE_FILTER = Path("/proc/sys/net/bridge")
 _COMMAND_TIMEOUT_S = 180.0
 
 T = TypeVar("T")
@@ -57,6 +58,15 @@ def write_sysctls(name: str, values: Mapping[str, str]) -> None:
             (Path("/proc/sys") / path).write_text(value, encoding="ascii")
 
     in_netns(name, write)
+
+
+def load_bridge_filter() -> None:
+    """Have bridged packets pass the node's rules, as Kubernetes demands of a node; LabError where the kernel cannot.
+
+    Without it the answer of a pod that a Service led to, on the client's own bridge, comes under the pod's own address.
+    """
+    if not _BRIDGE_FILTER.is_dir():
+        run(("modprobe", "br_netfilter"))
 
 
 def run(argv: Sequence[str], stdin: str = "") -> str:

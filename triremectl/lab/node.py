@@ -21,6 +21,9 @@ from triremectl.lab.world import Manifest, NodeSpec
 
 _READY_TIMEOUT_S = 180.0
 _POLL_S = 0.02
+_SETTLE_TIMEOUT_S = 15.0
+_SETTLE_QUIET_S = 0.06
+_SETTLE_POLL_S = 0.01
 
 
 @dataclass(frozen=True, slots=True)
@@ -174,3 +177,15 @@ class Node:
         snapshot = self.status().get("snapshot")
         generation = snapshot.get("generation") if isinstance(snapshot, Mapping) else None
         return generation if isinstance(generation, int) else 0
+
+    def wait_for_change(self, generation: int) -> bool:
+        """Wait until the daemon's snapshot is newer than `generation` and no newer one follows; False if none comes."""
+        deadline = time.monotonic() + _SETTLE_TIMEOUT_S
+        latest, since = generation, time.monotonic()
+        while (now := time.monotonic()) < deadline:
+            if (current := self.generation()) != latest:
+                latest, since = current, now
+            if latest != generation and now - since >= _SETTLE_QUIET_S:
+                return True
+            time.sleep(_SETTLE_POLL_S)
+        return latest != generation
