@@ -61,11 +61,14 @@ def nft_sets(table: str, kind: str) -> tuple[str, ...]:
 
 
 def nft_limits(limits: QueueLimits, kind: str, queue_number: int, *, is_ingress: bool) -> tuple[str, ...]:
-    """Write the rules for a chain."""
+    """Write the rules for a chain.
+
+    `update` keeps a source that goes on: what `add` put there is gone after the timeout, and has its burst again.
+    """
     over = f"queue num {overflow_number(queue_number)}"
     rate = f"limit rate over {limits.per_source}/second burst {limits.per_source} packets"
     per_source = tuple(
-        f"add @{_set_name(kind, version)} {{ {family} saddr {rate} }} {over}"
+        f"update @{_set_name(kind, version)} {{ {family} saddr {rate} }} {over}"
         for version, family in ((4, "ip"), (6, "ip6"))
     )
     if not is_ingress:

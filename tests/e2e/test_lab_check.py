@@ -52,7 +52,6 @@ def test_own_cases_of_both_families_nodes_and_pods_that_dial_themselves(plugin: 
     assert status == 0
 
 
-@pytest.mark.stock_kernel
 def test_a_sample_of_published_suites(plugin: Path) -> None:
     status, lines = _check(plugin, SOME_CASES, "--sample", 30, "--seed", 1)
     assert status == 0, lines
@@ -82,7 +81,6 @@ def test_a_difference_is_told_with_its_explanation(plugin: Path) -> None:
     ]
 
 
-@pytest.mark.stock_kernel
 def test_packed_cases_are_read(plugin: Path, tmp_path: Path) -> None:
     file = tmp_path / "cases.jsonl.gz"
     file.write_bytes(gzip.compress(json.dumps(_own_case("IPv6 alone")).encode()))

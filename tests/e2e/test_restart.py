@@ -28,6 +28,8 @@ PODS = ("x/client", "x/near", "x/server")
 DENY = policy("deny-all", ingress=[])
 ALLOW = policy("allow", "server", ingress=[{"from": [app("client")]}])
 ENDINGS = [signal.SIGKILL, signal.SIGTERM]
+_REPEATED_FOR_S = 40.0
+"""A SYN is repeated after 1, 3, 7, 15 and 31 s; an emulated machine takes more than ten to start two enforcers."""
 
 
 @pytest.fixture(scope="module")
@@ -73,7 +75,7 @@ def test_flows_go_on_probes_pass_and_new_flows_wait(lab: Lab, ending: signal.Sig
 def _patient_probe_while_down(lab: Lab, ending: signal.Signals, version: int) -> Iterator[Future[ProbeResult]]:
     """Connect while the enforcers are down, and give up the block's world to them again before the attempt is over."""
     with ThreadPoolExecutor(1) as executor:
-        request = replace(lab.request("x/client", "x/server", HTTP.number, version), timeout_s=10.0)
+        request = replace(lab.request("x/client", "x/server", HTTP.number, version), timeout_s=_REPEATED_FOR_S)
         with _without_enforcers(lab, ending):
             waiting = executor.submit(run_probe, request)
             time.sleep(0.1)  # the first SYN is gone by now, dropped by the kernel
