@@ -21,6 +21,8 @@ class Action(IntEnum):
     """It stays in the kernel's queue under `hold_id` until an effect settles it."""
     CONSUME = 5
     """Repeat the hook: the packet ends there. Its flow is released with `mark`; 0 takes an earlier release back."""
+    TAKE = 6
+    """It ends here, since it was meant for the enforcer, which is the better for it: nothing was refused."""
 
 
 class Settle(NamedTuple):
@@ -53,3 +55,4 @@ class Verdict(NamedTuple):
 
 ACCEPT = Verdict(Action.ACCEPT)
 DROP = Verdict(Action.DROP)
+TAKEN = Verdict(Action.TAKE)

@@ -8,6 +8,7 @@ from struct import Struct
 from typing import NamedTuple
 
 from enforcer_daemon.datapath.judging import Destination, Judge, Networks
+from enforcer_daemon.datapath.own import OwnPackets
 from enforcer_daemon.errors import PeerError
 from enforcer_daemon.handshake.bounds import Bound, FairTable
 from enforcer_daemon.handshake.datagrams import LONE_EXID
@@ -28,8 +29,6 @@ TrueSource = Callable[[int, bytes, int, bytes, int], bytes | None]
 
 HOLD_S = 1.0
 """How long a packet waits for its flow's proof, seconds."""
-_MAX_INJECTED = 256
-"""Own packets on their way to the queue that are still recognised."""
 _MAX_NONCES = 65_536
 """Nonces that a node remembers, to tell a replay; whoever used most is forgotten first."""
 _MAX_REPORTS = 1_024
@@ -146,8 +145,7 @@ class EndpointContext:
     __slots__ = (
         "_held",
         "_hold_ids",
-        "_injected",
-        "_own_datagrams",
+        "_own",
         "judge",
         "local",
         "lost_reports",
@@ -171,8 +169,7 @@ class EndpointContext:
         self._held: FairTable[int, _Held] = FairTable(
             settings.max_held_packets_per_pod, settings.max_held_packets_per_source
         )
-        self._injected: dict[tuple[bytes, int, int, int], None] = {}
-        self._own_datagrams: dict[bytes, None] = {}
+        self._own = OwnPackets(node.bound_hits)
 
     def report(
         self,
@@ -198,17 +195,14 @@ class EndpointContext:
 
     def inject(self, key: bytes, segment: bytes, flags: int, numbers: tuple[int, int]) -> Inject:
         """Send a packet of our own towards the peer, and know it again when it passes the queue."""
-        if len(self._injected) >= _MAX_INJECTED:
-            self.node.bound_hits[Bound.OWN_PACKETS] += 1
-            del self._injected[next(iter(self._injected))]
-        self._injected[(key, flags, *numbers)] = None
+        self._own.add((key, flags, *numbers))
         return Inject(segment)
 
     def is_injected(self, key: bytes, segment: Segment) -> bool:
-        """Tell whether the enforcer itself sent this packet; each is recognised once."""
+        """Tell whether the enforcer itself sent this packet; as often as it did."""
         if segment.data < segment.end:  # Not ours, whatever its numbers.
             return False
-        return self._injected.pop((key, segment.flags, segment.seq, segment.ack), 0) is None
+        return self._own.take((key, segment.flags, segment.seq, segment.ack))
 
     def send_message(self, key: bytes, content: bytes) -> Inject:
         """Send a message alone, in a datagram of our own from the pod to the flow's other end.
@@ -219,15 +213,12 @@ class EndpointContext:
         far_port, near_port = _PORTS.unpack(key[-4:])
         surplus = encode_option(UDP_HEADER, LONE_EXID, content)
         packet = build_udp(key[half:-4], key[:half], (near_port, far_port), b"", surplus)
-        if len(self._own_datagrams) >= _MAX_INJECTED:
-            self.node.bound_hits[Bound.OWN_PACKETS] += 1
-            del self._own_datagrams[next(iter(self._own_datagrams))]
-        self._own_datagrams[key + content] = None
+        self._own.add((key, hash(content)))
         return Inject(packet, is_untracked=True)
 
     def is_own_message(self, key: bytes, content: bytes) -> bool:
-        """Tell whether the enforcer itself sent this message; each is recognised once."""
-        return self._own_datagrams.pop(key + content, 0) is None
+        """Tell whether the enforcer itself sent this message; as often as it did."""
+        return self._own.take((key, hash(content)))
 
     def reset_remote(self, key: bytes, segment: Segment, direction: Direction) -> Inject:
         """Tell the remote end that the connection is refused or unknown: a RST as the pod's kernel would send."""

@@ -22,7 +22,7 @@ from enforcer_daemon.packet.ip import NOT_TO_BE_CUT
 from enforcer_daemon.packet.tcp import ACK, RST, Segment, build, with_options_and_payload, without_fast_open
 from enforcer_daemon.reasons import Reason
 from enforcer_daemon.settings import DenyWith
-from enforcer_daemon.verdict import ACCEPT, DROP, Action, Inject, Settle, Verdict
+from enforcer_daemon.verdict import ACCEPT, DROP, TAKEN, Action, Inject, Settle, Verdict
 
 _NUMBERS = 0xFFFF_FFFF
 _MAX_CLEARED = 1_024
@@ -289,4 +289,4 @@ def _prove_again(segment: Segment, flow: InitiatorFlow) -> Verdict:
     if segment.seq != flow.isn_r:
         raise PeerError(Reason.UNKNOWN_FLOW, "SYN-ACK of another handshake")
     answer = segment._replace(src=segment.dst, dst=segment.src, sport=segment.dport, dport=segment.sport)
-    return DROP._replace(effects=flow.again or (_lone_proof(answer, flow),))
+    return TAKEN._replace(effects=flow.again or (_lone_proof(answer, flow),))

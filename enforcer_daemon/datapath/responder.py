@@ -41,7 +41,7 @@ from enforcer_daemon.packet.tcp import (
 )
 from enforcer_daemon.reasons import Reason
 from enforcer_daemon.settings import DenyWith
-from enforcer_daemon.verdict import ACCEPT, DROP, Action, Inject, Settle, Verdict
+from enforcer_daemon.verdict import ACCEPT, DROP, TAKEN, Action, Inject, Settle, Verdict
 
 _NUMBERS = 0xFFFF_FFFF
 _PORTS = Struct("!HH")
@@ -280,13 +280,13 @@ class Responder:
     def _accept_lone_proof(self, flow: ResponderFlow) -> Verdict:
         """Consume an ACK of the other enforcer's own; what waits, or else the next segment, carries the release."""
         if flow.state is State.RELEASED:
-            return DROP
+            return TAKEN
         flow.advance(Event.LONE_PROOF_VERIFIED)
         effects = self._context.settle_held(flow, flow.release)
         if effects:
             flow.advance(Event.SEGMENT_FOLLOWED)
             self._settle(flow)
-        return DROP._replace(effects=effects)
+        return TAKEN._replace(effects=effects)
 
     def _await_proof(self, segment: Segment, flow: ResponderFlow, now: float) -> Verdict:
         """Unproven: ask for the proof by our SYN-ACK again; data waits for it, a bare ACK does not."""

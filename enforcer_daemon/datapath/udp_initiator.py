@@ -21,7 +21,7 @@ from enforcer_daemon.marks import NODE, RELEASED, REPLY
 from enforcer_daemon.model import Decision, Direction, Protocol
 from enforcer_daemon.packet.udp import SURPLUS_OVERHEAD, UDPDatagram, with_option
 from enforcer_daemon.reasons import Reason
-from enforcer_daemon.verdict import ACCEPT, DROP, Action, Inject, Settle, Verdict
+from enforcer_daemon.verdict import ACCEPT, DROP, TAKEN, Action, Inject, Settle, Verdict
 
 UNFINISHED_S = 3.0
 """How long a handshake may stay unfinished, seconds: longer than anything waits for it."""
@@ -166,7 +166,7 @@ class DatagramInitiator:
         if flow.state is State.OPENING:
             self._settle(flow, Event.ANSWER_VERIFIED, now)
         if flow.held:  # What waits goes first, and takes the flow with it.
-            return DROP._replace(effects=self._let_go(flow, flow.proof, flow.let_go(now)))
+            return TAKEN._replace(effects=self._let_go(flow, flow.proof, flow.let_go(now)))
         effects = (context.send_message(flow.key, flow.proof),)
         return Verdict(Action.CONSUME, mark=release.mark, effects=effects, when_drained=not mark & RELEASED)
 
@@ -244,7 +244,7 @@ class DatagramInitiator:
             return Verdict(Action.CONSUME)
         flow, effects = self._open(key, now)
         self._await_answer(flow, now)
-        return DROP._replace(effects=(*effects, self._context.send_message(key, flow.offer)))
+        return TAKEN._replace(effects=(*effects, self._context.send_message(key, flow.offer)))
 
     def expire(self, now: float) -> tuple[Settle | Inject, ...]:
         """Send offers again, give up waiting for enforcers that need not be there, and forget what took too long."""

@@ -28,7 +28,7 @@ from enforcer_daemon.marks import NODE, OWN_MASK, RELEASED, REPLY
 from enforcer_daemon.model import Decision, Direction, Protocol
 from enforcer_daemon.packet.udp import UDPDatagram, without_surplus
 from enforcer_daemon.reasons import Reason
-from enforcer_daemon.verdict import ACCEPT, DROP, Action, Inject, Settle, Verdict
+from enforcer_daemon.verdict import ACCEPT, DROP, TAKEN, Action, Inject, Settle, Verdict
 
 _MAX_ASKED = 256
 """Flows of one endpoint whose sender was asked to shake hands again, at one moment."""
@@ -115,12 +115,12 @@ class DatagramResponder:
         if flow.state is not State.ANSWERED:
             raise PeerError(Reason.REPLAYED_NONCE, "the offer of a flow that was released")
         if is_lone:
-            return DROP._replace(effects=(self._context.send_message(flow.key, flow.answer),))
+            return TAKEN._replace(effects=(self._context.send_message(flow.key, flow.answer),))
         return self._keep(datagram, flow, is_lone, now)
 
     def _keep(self, datagram: UDPDatagram, flow: DatagramResponderFlow, is_lone: bool, now: float) -> Verdict:
         if is_lone:
-            return DROP
+            return TAKEN
         verdict = self._hold(datagram, flow, now)
         self._await(flow, now)
         return verdict
@@ -163,7 +163,7 @@ class DatagramResponder:
         flow.deadline, flow.drained_at = now + REMEMBERED_S, now + DRAIN_S
         if is_lone:
             if flow.held:
-                return DROP._replace(effects=self._let_go(flow, now))
+                return TAKEN._replace(effects=self._let_go(flow, now))
             return Verdict(Action.CONSUME, mark=flow.release.mark, when_drained=not mark & RELEASED)
         if not flow.held:
             return flow.let_go(now)._replace(payload=without_surplus(datagram))

@@ -222,6 +222,8 @@ class PacketQueue:
             if left_to_do & CUT and verdict.payload is not None:
                 raise DataplaneError("a send that is not cut yet cannot be rewritten")
             self._answer(packet, verdict)
+            if verdict.action is Action.DROP:
+                self._refused += 1
             if verdict.effects:
                 self.carry_out(verdict.effects)
         except Exception as err:  # noqa: BLE001 - the boundary: whatever goes wrong, this packet does not pass
@@ -230,10 +232,9 @@ class PacketQueue:
     def _answer(self, packet: Packet, verdict: Verdict) -> None:
         action, payload, mark, hold_id, _, when_drained = verdict
         if when_drained and self._has_more():
-            action = Action.DROP if action is Action.CONSUME else Action.ACCEPT
-        if action is Action.DROP:
+            action = Action.TAKE if action is Action.CONSUME else Action.ACCEPT
+        if action is Action.DROP or action is Action.TAKE:
             packet.drop()
-            self._refused += 1
             return
         if action is Action.HOLD:
             if hold_id in self._held:
@@ -265,6 +266,7 @@ class PacketQueue:
 
     def _fail(self, packet: Packet, err: Exception) -> None:
         self.errors += 1
+        self._refused += 1
         self._held = {hold_id: held for hold_id, held in self._held.items() if held is not packet}
         with suppress(RuntimeError):  # it has its verdict, and an effect failed
             packet.drop()

@@ -25,7 +25,17 @@ from enforcer_daemon.model import Direction
 from enforcer_daemon.packet.tcp import ACK, FIN, PSH, RST, SYN_ACK, Segment, build, decode_tcp, with_options_and_payload
 from enforcer_daemon.reasons import Reason
 from enforcer_daemon.verdict import Action, Inject, Verdict
-from tests.unit.datapath.pair import SYN_OPTIONS, TIMESTAMPS, WALL, Connection, Endpoint, FakePolicy, Node, Rules
+from tests.unit.datapath.pair import (
+    ENDING,
+    SYN_OPTIONS,
+    TIMESTAMPS,
+    WALL,
+    Connection,
+    Endpoint,
+    FakePolicy,
+    Node,
+    Rules,
+)
 
 MAX_STEPS = 64
 _MAX_RECORDED = 256
@@ -248,7 +258,7 @@ class Exchange:
         if verdict.action is Action.HOLD:
             assert verdict.hold_id not in endpoint.held
             endpoint.held[verdict.hold_id] = packet
-        elif verdict.action is not Action.DROP:
+        elif verdict.action not in ENDING:
             passed.append(packet if verdict.payload is None else verdict.payload)
         if verdict.action is Action.RELEASE:
             self.check_release(endpoint, packet)

@@ -23,7 +23,7 @@ from enforcer_daemon.errors import DataplaneError
 from enforcer_daemon.marks import CUT, UNSUMMED, released_mark
 from enforcer_daemon.model import Direction
 from enforcer_daemon.packet.udp import decode_udp
-from enforcer_daemon.verdict import ACCEPT, DROP, Action, Inject, Settle, Verdict
+from enforcer_daemon.verdict import ACCEPT, DROP, TAKEN, Action, Inject, Settle, Verdict
 from tests.netns.lab import (
     ACK,
     BACKENDS,
@@ -243,7 +243,9 @@ def test_a_turn_is_bounded_and_shorter_while_there_is_a_backlog(lab: Lab) -> Non
         queue.close()
 
 
-@pytest.mark.parametrize(("verdict", "is_refused"), [(DROP, True), (ACCEPT, False)], ids=["dropped", "accepted"])
+@pytest.mark.parametrize(
+    ("verdict", "is_refused"), [(DROP, True), (TAKEN, False), (ACCEPT, False)], ids=["dropped", "taken", "accepted"]
+)
 def test_a_backlog_of_what_is_refused_is_told_from_one_of_honest_load(
     lab: Lab, verdict: Verdict, *, is_refused: bool
 ) -> None:

@@ -23,7 +23,7 @@ from enforcer_daemon.model import Direction
 from enforcer_daemon.packet.tcp import ACK, FIN, RST, SYN, SYN_ACK, Segment, build, with_options_and_payload
 from enforcer_daemon.reasons import Reason
 from enforcer_daemon.verdict import Action, Inject, Settle, Verdict
-from tests.unit.datapath.pair import TIMESTAMPS, WALL, Connection, Endpoint, FakePolicy, Node, Rules, segment
+from tests.unit.datapath.pair import ENDING, TIMESTAMPS, WALL, Connection, Endpoint, FakePolicy, Node, Rules, segment
 
 AUTHORITY = make_authority("cluster.local", datetime.fromtimestamp(WALL, UTC))
 NODE = Node("node-1", AUTHORITY)
@@ -143,7 +143,7 @@ class Wire(RuleBasedStateMachine):
         for endpoint in (self.client, self.server):
             for effect in endpoint.datapath.expire(self.now):
                 assert isinstance(effect, Settle)
-                assert effect.verdict.action is Action.DROP
+                assert effect.verdict.action in ENDING
                 endpoint.held.pop(effect.hold_id)
 
     @rule(is_server=st.booleans())
@@ -151,7 +151,7 @@ class Wire(RuleBasedStateMachine):
         endpoint = self.server if is_server else self.client
         for effect in endpoint.datapath.forget_unfinished(lambda index: True):
             if isinstance(effect, Settle):
-                assert effect.verdict.action is Action.DROP
+                assert effect.verdict.action in ENDING
                 endpoint.held.pop(effect.hold_id)
 
     @rule()
@@ -193,7 +193,7 @@ class Wire(RuleBasedStateMachine):
     @rule(packet=st.binary(max_size=100), at_server=st.booleans(), direction=st.sampled_from(Direction))
     def garbage(self, packet: bytes, at_server: bool, direction: Direction) -> None:
         endpoint = self.server if at_server else self.client
-        assert endpoint.verdict(b"\x45" + packet, direction, self.now).action is Action.DROP
+        assert endpoint.verdict(b"\x45" + packet, direction, self.now).action in ENDING
 
     # Carrying it out, and what must hold.
 
@@ -242,7 +242,7 @@ class Wire(RuleBasedStateMachine):
         if verdict.action is Action.HOLD:
             assert verdict.hold_id not in endpoint.held
             endpoint.held[verdict.hold_id] = packet
-        elif verdict.action not in (Action.DROP, Action.CONSUME):
+        elif verdict.action not in ENDING:
             passed.append(verdict.payload if verdict.payload is not None else packet)
             assert verdict.action is not Action.RELEASE or verdict.mark
         for effect in verdict.effects:

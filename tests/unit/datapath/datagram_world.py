@@ -16,7 +16,7 @@ from enforcer_daemon.model import Direction
 from enforcer_daemon.packet.udp import UDP_HEADER, UDPDatagram, build_udp, decode_udp, encode_option, with_option
 from enforcer_daemon.reasons import Reason
 from enforcer_daemon.verdict import Action, Inject, Settle, Verdict
-from tests.unit.datapath.pair import Endpoint, FakePolicy, Node, Rules
+from tests.unit.datapath.pair import ENDING, Endpoint, FakePolicy, Node, Rules
 
 MAX_HALF_OPEN, MAX_HELD = 4, 3
 DNS = 53
@@ -259,7 +259,7 @@ class DatagramWorld:
         if verdict.action is Action.HOLD:
             assert verdict.hold_id not in endpoint.held
             endpoint.held[verdict.hold_id] = packet
-        elif verdict.action not in (Action.DROP, Action.CONSUME):
+        elif verdict.action not in ENDING:
             assert verdict.payload is None or packet not in self.sends, "rewritten before it was cut"
             passed.append(verdict.payload if verdict.payload is not None else packet)
         if verdict.action in (Action.RELEASE, Action.CONSUME):

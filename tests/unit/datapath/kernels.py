@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from enforcer_daemon.model import Direction
 from enforcer_daemon.packet.tcp import ACK, SYN, SYN_ACK, Segment, build, decode_tcp, with_options_and_payload
 from enforcer_daemon.verdict import Action, Inject, Verdict
-from tests.unit.datapath.pair import SYN_OPTIONS, Endpoint
+from tests.unit.datapath.pair import ENDING, SYN_OPTIONS, Endpoint
 
 WIRE_S = 0.001
 _OPENING_S, _DATA_S, _DELAYED_ACK_S, _TEND_S = 1.0, 0.2, 0.04, 0.1
@@ -91,7 +91,7 @@ class Enforcer:
     def _carry_out(self, packet: bytes, direction: Direction, verdict: Verdict) -> None:
         if verdict.action is Action.HOLD:
             self._held[verdict.hold_id] = packet, direction
-        elif verdict.action is not Action.DROP:
+        elif verdict.action not in ENDING:
             self.is_released |= verdict.action is Action.RELEASE
             self._go_on(verdict.payload or packet, direction)
         for effect in verdict.effects:

@@ -27,6 +27,8 @@ from enforcer_daemon.settings import DenyWith, HandshakeSettings, NetworkSetting
 from enforcer_daemon.verdict import Action, Inject, Settle, Verdict
 
 WALL = 1_800_000_000.0
+ENDING = (Action.DROP, Action.CONSUME, Action.TAKE)
+"""After these a packet goes no further."""
 TIMESTAMPS = b"\x01\x01\x08\x0a" + bytes(8)
 SYN_OPTIONS = b"\x02\x04\x05\xb4\x04\x02\x08\x0a" + bytes(8) + b"\x01\x03\x03\x07"
 
@@ -145,7 +147,7 @@ class Endpoint:
         out: list[bytes] = []
         if verdict.action is Action.HOLD:
             self.held[verdict.hold_id] = packet
-        elif verdict.action not in (Action.DROP, Action.CONSUME):
+        elif verdict.action not in ENDING:
             out.append(verdict.payload or packet)
         for effect in verdict.effects:
             match effect:

@@ -9,6 +9,7 @@ from enum import Enum
 
 import pytest
 
+from enforcer_daemon.datapath.own import MAX_OWN_PACKETS
 from enforcer_daemon.datapath.udp_initiator import MAX_REPEATS
 from enforcer_daemon.handshake.bounds import Bound
 from enforcer_daemon.handshake.datagrams import RIDING_EXID, find_message
@@ -244,7 +245,7 @@ def test_a_request_to_shake_hands_again_starts_one_handshake_and_only_for_a_rele
         assert client.verdict(again, Direction.INGRESS, mark=mark) == DROP
         assert client.reasons() == ["unknown-flow"]
     offered = client.verdict(again, Direction.INGRESS, mark=RELEASED | REPLY)
-    assert (offered.action, len(offered.effects)) == (Action.DROP, 1)
+    assert (offered.action, len(offered.effects)) == (Action.TAKE, 1)
     assert client.verdict(again, Direction.INGRESS, mark=RELEASED | REPLY) == DROP
 
 
@@ -307,7 +308,7 @@ def test_what_waited_goes_first_and_the_last_of_it_takes_the_flow_into_the_kerne
     for query in queries:
         assert client.send(query) == []
     verdict = first_verdict(client, answer_to(client, server), Direction.INGRESS)
-    assert (verdict.action, verdict.mark) == (Action.DROP, 0)
+    assert (verdict.action, verdict.mark) == (Action.TAKE, 0)
     assert settled(verdict) == [(Action.ACCEPT, False), (Action.ACCEPT, False), (Action.RELEASE, True)]
     later = client.verdict(build_udp(client.address, server.address, PORTS, b"later"), Direction.EGRESS)
     assert (later.action, later.when_drained) == (Action.RELEASE, True)
@@ -324,7 +325,7 @@ def test_at_the_responder_too() -> None:
     client.receive(answer)
     (proof,) = client.flush_injected()
     verdict = first_verdict(server, proof, Direction.INGRESS)
-    assert verdict.action is Action.DROP
+    assert verdict.action is Action.TAKE
     assert settled(verdict) == [(Action.ACCEPT, False), (Action.ACCEPT, False), (Action.RELEASE, True)]
     assert server.context.held_packets == 0
 
@@ -415,11 +416,22 @@ def test_requests_to_shake_hands_again_are_bounded_and_counted() -> None:
     assert server.datapath.half_open_flows == 0
 
 
+def test_a_message_that_was_sent_twice_before_it_passed_passes_twice() -> None:
+    client, server = make_pair(OPEN, ADMITTING)
+    key = server.address + client.address + (53).to_bytes(2, "big") + (4_000).to_bytes(2, "big")
+    sent = [client.context.send_message(key, b"again").packet for _ in range(2)]
+    assert [client.verdict(packet, Direction.EGRESS).action for packet in (*sent, sent[0])] == [
+        Action.ACCEPT,
+        Action.ACCEPT,
+        Action.DROP,
+    ]
+
+
 def test_own_messages_that_never_came_to_the_queue_are_bounded_and_counted() -> None:
     client, _ = make_pair(OPEN, ADMITTING)
-    for n in range(300):
+    for n in range(MAX_OWN_PACKETS + 300):
         client.context.send_message(bytes(8) + n.to_bytes(4, "big"), b"lost")
-    assert client.node.context.bound_hits[Bound.OWN_PACKETS] == 300 - 256
+    assert client.node.context.bound_hits[Bound.OWN_PACKETS] == 300
 
 
 def test_a_proof_of_no_handshake_does_not_reach_the_pod_with_the_datagram_that_it_rode_on() -> None:
