@@ -116,14 +116,15 @@ class DatagramInitiator:
         return flow, () if evicted is None else context.give_up(*evicted)
 
     def _let_wait(self, datagram: UDPDatagram, flow: DatagramInitiatorFlow, now: float) -> Verdict:
-        if flow.is_external_allowed and not flow.held:
+        is_first = not flow.has_waiting()
+        if flow.is_external_allowed and is_first:
             if self._has_room(datagram, flow.offer):
                 flow.is_shown = True
                 return Verdict(Action.ACCEPT, with_option(datagram, RIDING_EXID, flow.offer))
             if flow.is_overdue:
                 return ACCEPT
         effects: tuple[Inject, ...] = ()
-        if not flow.held:
+        if is_first:
             self._await_answer(flow, now)
             if not flow.is_shown:
                 effects = (self._context.send_message(flow.key, flow.offer),)
@@ -184,17 +185,22 @@ class DatagramInitiator:
         waiting, flow.waiting = flow.waiting, {}
         held = [settle.hold_id for settle in self._context.settle_held(flow, ACCEPT)]
         effects: list[Settle | Inject] = []
+        is_unanswered = flow.state is State.OPENING
         for n, hold_id in enumerate(held):
-            datagram = waiting[hold_id]
+            datagram = waiting.get(hold_id)
             verdict = last if n + 1 == len(held) else ACCEPT
-            if n == 0 and proof:
-                if self._has_room(datagram, proof):
-                    verdict = verdict._replace(payload=with_option(datagram, RIDING_EXID, proof))
-                else:
-                    effects.append(self._context.send_message(flow.key, proof))
-            elif flow.state is State.OPENING and self._has_room(datagram, flow.offer):
-                verdict = verdict._replace(payload=with_option(datagram, RIDING_EXID, flow.offer))
+            if datagram is None:  # It came in: on its own, while nobody has answered, it proves nothing.
+                effects.append(Settle(hold_id, DROP if is_unanswered else verdict))
+                continue
+            message = flow.offer if is_unanswered else proof
+            if message and self._has_room(datagram, message):
+                verdict = verdict._replace(payload=with_option(datagram, RIDING_EXID, message))
+            elif proof:
+                effects.append(self._context.send_message(flow.key, proof))
+            proof = b""
             effects.append(Settle(hold_id, verdict))
+        if proof:
+            effects.append(self._context.send_message(flow.key, proof))
         return tuple(effects)
 
     def datagram_in(self, datagram: UDPDatagram, flow: DatagramInitiatorFlow, now: float) -> Verdict:
@@ -266,7 +272,7 @@ class DatagramInitiator:
             del self._waiting[flow.key]
             flow.is_overdue = True
             return self._let_go(flow, b"", ACCEPT)
-        if flow.repeats >= MAX_REPEATS or not flow.held:
+        if flow.repeats >= MAX_REPEATS or not flow.has_waiting():
             del self._waiting[flow.key]
             return ()
         flow.repeats += 1

@@ -133,6 +133,10 @@ class DatagramInitiatorFlow(DatagramFlow):
         self.waiting: dict[int, UDPDatagram] = {}
         """Datagrams of the pod's own that wait, by hold id; some may have been dropped meanwhile."""
 
+    def has_waiting(self) -> bool:
+        """Tell whether a datagram of the pod's own waits; what is held beside it came in before the answer."""
+        return any(hold_id in self.held for hold_id in self.waiting)
+
     def verify(self, message: bytes, answer: SynAckFrame, peer: Peer) -> None:
         """Check proof_r and compute proof_i; raise ProofError where it was made by another, or for another offer."""
         key = self.local.pair_key(peer, is_initiator=True)

@@ -14,11 +14,12 @@ from pathlib import Path
 import pytest
 
 from enforcer_daemon.errors import FrameError, PacketError
+from enforcer_daemon.handshake.bounds import Bound
 from enforcer_daemon.handshake.datagrams import LONE_EXID, RIDING_EXID, find_message
 from enforcer_daemon.handshake.frames import TYPE_OFFER, encode_again, encode_proof, frame_type
 from enforcer_daemon.packet.udp import UDP_HEADER, UDPDatagram, build_udp, decode_udp, encode_option
 from enforcer_daemon.settings import HandshakeSettings
-from tests.e2e.operation_world import FAMILIES, NODES, app, endpoint, pod, policy
+from tests.e2e.operation_world import FAMILIES, NODES, app, denials, endpoint, pod, policy
 from triremectl.lab import HostSpec, Lab, Tools, WorldSpec
 from triremectl.lab.netns import open_socket
 
@@ -26,8 +27,13 @@ pytestmark = pytest.mark.kernel
 
 PATIENCE_S = 10.0
 SETTLE_S = 0.3
-PODS = (pod("server", "a"), pod("client", "a"), pod("far-client", "b", app="client"))
-MANIFESTS = (policy("server", "server", ingress=[{"from": [app("client")]}]),)
+SO_SNDBUFFORCE = 32  # asm-generic/socket.h
+SECRET = b"not for strangers"
+PODS = (pod("server", "a"), pod("client", "a"), pod("far-client", "b", app="client"), pod("opener", "a"))
+MANIFESTS = (
+    policy("server", "server", ingress=[{"from": [app("client"), app("opener")]}]),
+    policy("opener", "opener", egress=[{"to": [app("server")]}]),
+)
 versions = pytest.mark.parametrize("version", [4, 6])
 _ports = itertools.count(9_000)
 
@@ -155,15 +161,55 @@ def test_a_flood_of_stolen_offers_is_bounded_and_passes(lab: Lab, version: int) 
         assert frame_type(messages[0][1]) == TYPE_OFFER
 
 
-def _await_calm(lab: Lab) -> None:
+@versions
+def test_flows_that_nobody_answers_are_bounded_and_hurt_no_other(lab: Lab, version: int) -> None:
+    """Where the pod's policy knows labels alone, its datagrams wait for an answer, which a stranger never gives."""
+    bounds = HandshakeSettings()
+    silent = str(lab.address_of("host:near", version))
+    with (
+        serving(lab, version) as server,
+        lab.capture("host:near") as capture,
+        lab.open_socket("x/opener", FAMILIES[version], socket.SOCK_DGRAM) as opener,
+    ):
+        # What waits in the queue takes room of its socket; without more of it, the pod would wait itself.
+        opener.setsockopt(socket.SOL_SOCKET, SO_SNDBUFFORCE, 16 << 20)
+        for port in range(10_000, 11_000):
+            opener.sendto(SECRET, (silent, port))
+            if port % 500 == 499:
+                assert _count(lab, "held_packets", "x/opener") <= bounds.max_held_packets_per_source
+                assert _count(lab, "half_open_flows", "x/opener") <= bounds.max_half_open_flows_per_source
+                _speak(lab, "x/client", server, version)
+                _speak(lab, "x/opener", server, version)
+        hits = lab.pod_node("x/opener").status()["bound_hits"]
+        assert isinstance(hits, dict)
+        assert hits[Bound.HELD_PACKETS_PER_SOURCE.value] > 0
+        assert "hold-queue-full" in denials(lab, "x/opener")
+        _await_calm(lab, "x/opener")
+        packets = capture.close()
+        assert _messages(packets, opener.getsockname()[1])
+    assert [packet for packet in packets if SECRET in packet] == []
+
+
+def _speak(lab: Lab, place: str, server: socket.socket, version: int) -> None:
+    """Open a flow to the server, and hear its answer."""
+    with lab.open_socket(place, FAMILIES[version], socket.SOCK_DGRAM) as client:
+        client.settimeout(PATIENCE_S)
+        client.connect(server.getsockname()[:2])
+        client.send(b"hello")
+        received, source = server.recvfrom(100)
+        server.sendto(received, source)
+        assert client.recv(100) == b"hello"
+
+
+def _await_calm(lab: Lab, place: str = "x/server") -> None:
     deadline = time.monotonic() + PATIENCE_S
-    while _count(lab, "held_packets") or _count(lab, "half_open_flows"):
+    while _count(lab, "held_packets", place) or _count(lab, "half_open_flows", place):
         assert time.monotonic() < deadline
         time.sleep(0.05)
 
 
-def _count(lab: Lab, what: str) -> int:
-    count = endpoint(lab, "x/server")[what]
+def _count(lab: Lab, what: str, place: str = "x/server") -> int:
+    count = endpoint(lab, place)[what]
     assert isinstance(count, int)
     return count
 

@@ -13,7 +13,7 @@ import pytest
 
 from enforcer_daemon.model import PodRef, Protocol
 from tests.e2e.operation_world import FAMILIES, NODES, app, block, denials, pod, policy
-from triremectl.lab import Lab, PortSpec, ServicePort, ServiceSpec, Tools, WorldSpec
+from triremectl.lab import HostSpec, Lab, PortSpec, ServicePort, ServiceSpec, Tools, WorldSpec
 from triremectl.lab.netns import open_socket
 
 pytestmark = pytest.mark.kernel
@@ -22,7 +22,8 @@ PATIENCE_S = 10.0
 QUIET_S = 1.5
 """Longer than anything waits in a queue, seconds."""
 ECHO = PortSpec(7007, Protocol.UDP)
-GROUP = "239.1.2.3"
+GROUP, GROUP_6, GROUP_PORT = "239.1.2.3", "ff05::1:7100", 7_100
+UDP_SEGMENT = 103  # linux/udp.h
 VERSIONS = [4, 6]
 BETWEEN = [("x/one", "x/two"), ("x/one", "x/far"), ("x/bound", "x/far")]
 versions = pytest.mark.parametrize("version", VERSIONS)
@@ -46,7 +47,9 @@ def lab(plugin: Path) -> Iterator[Lab]:
         policy("bound", "bound", ingress=[{"from": peers}], egress=[{"to": peers}]),
         policy("by-address", "by-address", ingress=[{"from": block("10.0.0.0/8", "fd00::/8")}]),
     )
-    with Lab(WorldSpec(NODES, {"x": {}}, pods, services=(service,), manifests=manifests), Tools(plugin=plugin)) as lab:
+    hosts = HostSpec("plain", node="a"), HostSpec("other", node="a")
+    world = WorldSpec(NODES, {"x": {}}, pods, hosts, (service,), manifests)
+    with Lab(world, Tools(plugin=plugin)) as lab:
         yield lab
 
 
@@ -119,27 +122,50 @@ def test_a_pod_reaches_itself_through_its_service(lab: Lab, version: int) -> Non
     assert (result.outcome.value, result.banner) == ("connected", "x/two")
 
 
-@pytest.mark.parametrize("to", [GROUP, "255.255.255.255"], ids=["group", "everybody"])
+@pytest.mark.parametrize("to", [GROUP, GROUP_6, "255.255.255.255"], ids=["group", "group-ipv6", "everybody"])
 def test_a_datagram_to_many_is_judged_by_address(lab: Lab, to: str) -> None:
+    version = ip_address(to).version
     with ExitStack() as stack:
-        ends = {}
-        for name in ("one", "by-address", "open"):
-            end = ends[name] = stack.enter_context(
-                open_socket(lab.place(f"x/{name}").netns, socket.AF_INET, socket.SOCK_DGRAM)
-            )
-            end.settimeout(PATIENCE_S)
-            end.setsockopt(socket.SOL_SOCKET, socket.SO_BROADCAST, 1)
-            own = socket.inet_aton(str(lab.address_of(f"x/{name}")))
-            end.setsockopt(socket.IPPROTO_IP, socket.IP_ADD_MEMBERSHIP, socket.inet_aton(GROUP) + own)
-            end.setsockopt(socket.IPPROTO_IP, socket.IP_MULTICAST_IF, own)
-            end.bind(("", 7_100))
-        with open_socket(lab.place("x/two").netns, socket.AF_INET, socket.SOCK_DGRAM) as sender:
-            sender.setsockopt(socket.SOL_SOCKET, socket.SO_BROADCAST, 1)
+        ends = {name: stack.enter_context(_member(lab, f"x/{name}", version)) for name in ("one", "by-address", "open")}
+        (sender,) = stack.enter_context(_bound(lab, "x/two", version=version))
+        sender.setsockopt(socket.SOL_SOCKET, socket.SO_BROADCAST, 1)
+        if version == 4:
             own = socket.inet_aton(str(lab.address_of("x/two")))
             sender.setsockopt(socket.IPPROTO_IP, socket.IP_MULTICAST_IF, own)
-            sender.bind((str(lab.address_of("x/two")), 0))
-            sender.sendto(b"all of you", (to, 7_100))
-            assert ends["open"].recv(100) == b"all of you"
-            assert ends["by-address"].recv(100) == b"all of you"
-            assert _is_silent(ends["one"])
+        sender.sendto(b"all of you", (to, GROUP_PORT))
+        assert ends["open"].recv(100) == b"all of you"
+        assert ends["by-address"].recv(100) == b"all of you"
+        assert _is_silent(ends["one"])
     assert denials(lab, "x/one")[-1] == "unidentified-peer"
+
+
+@contextmanager
+def _member(lab: Lab, place: str, version: int) -> Iterator[socket.socket]:
+    """Give a socket that hears what is sent to the group, or to everybody."""
+    with open_socket(lab.place(place).netns, FAMILIES[version], socket.SOCK_DGRAM) as sock:
+        sock.settimeout(PATIENCE_S)
+        if version == 4:
+            own = socket.inet_aton(str(lab.address_of(place)))
+            sock.setsockopt(socket.IPPROTO_IP, socket.IP_ADD_MEMBERSHIP, socket.inet_aton(GROUP) + own)
+        else:
+            # On whatever interface has the route to it: the pod has one.
+            group = socket.inet_pton(socket.AF_INET6, GROUP_6)
+            sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_JOIN_GROUP, group + bytes(4))
+        sock.bind(("", GROUP_PORT))
+        yield sock
+
+
+@versions
+def test_two_without_an_enforcer_on_a_node_speak_as_if_there_were_none(lab: Lab, version: int) -> None:
+    """Beside pods that are enforced: plain datagrams, large ones, and sends that the kernel cuts."""
+    with _bound(lab, "host:plain", "host:other", version=version) as (one, other):
+        other.connect(one.getsockname()[:2])
+        for payload in (b"", b"small", bytes(4_000)):
+            other.send(payload)
+            received, source = one.recvfrom(65_535)
+            assert (received, source[:2]) == (payload, other.getsockname()[:2])
+            one.sendto(payload, source)
+            assert other.recv(65_535) == payload
+        other.setsockopt(socket.IPPROTO_UDP, UDP_SEGMENT, 100)
+        other.send(bytes(1_000))
+        assert [len(one.recv(65_535)) for _ in range(10)] == [100] * 10

@@ -342,6 +342,32 @@ def test_a_proof_that_rides_takes_its_place_behind_what_waits() -> None:
     assert server.receive(proven) == [small, large]
 
 
+def test_what_came_in_before_the_answer_does_not_stop_it() -> None:
+    """Anybody can send it under the server's address: it waits with the pod's own datagrams, and passes with them."""
+    client, server = make_pair(BOUND, ADMITTING)
+    query = build_udp(client.address, server.address, PORTS, b"query")
+    assert client.send(query) == []
+    early = build_udp(server.address, client.address, PORTS[::-1], b"early")
+    assert client.receive(early, mark=REPLY) == []
+    left, delivered = client.receive(answer_to(client, server))
+    assert (bare(left), delivered) == (query, early)
+    assert client.reasons()[-1] != "internal-error"
+    assert server.receive(left) == [query]
+
+
+def test_where_only_such_a_datagram_waits_the_proof_goes_alone() -> None:
+    client, server = make_pair(BOUND, ADMITTING)
+    assert client.send(build_udp(client.address, server.address, PORTS, b"query")) == []
+    answer = answer_to(client, server)
+    assert [effect.hold_id for effect in client.datapath.expire(2.1)] == [1]  # The query waited too long.
+    client.held.clear()
+    early = build_udp(server.address, client.address, PORTS[::-1], b"early")
+    assert client.receive(early, 2.2, mark=REPLY) == []
+    assert client.receive(answer, 2.3) == [early]
+    proofs = [find_message(decode_udp(own)) for own in client.injected]
+    assert [frame_type(found[0]) for found in proofs if found][-1] == TYPE_PROOF
+
+
 def test_a_send_that_is_not_cut_yet_passes_as_it_is_behind_the_proof() -> None:
     client, server = make_pair(BOUND, ADMITTING)
     send = build_udp(client.address, server.address, PORTS, bytes(300))
@@ -432,6 +458,15 @@ def test_own_messages_that_never_came_to_the_queue_are_bounded_and_counted() -> 
     for n in range(MAX_OWN_PACKETS + 300):
         client.context.send_message(bytes(8) + n.to_bytes(4, "big"), b"lost")
     assert client.node.context.bound_hits[Bound.OWN_PACKETS] == 300
+
+
+def test_a_burst_of_new_flows_knows_all_its_offers_again() -> None:
+    """They come to the queue behind the whole burst."""
+    client, server = make_pair(BOUND, ADMITTING)
+    for port in range(10_000, 11_000):
+        assert client.send(build_udp(client.address, server.address, (port, 53), b"query")) == []
+    assert len(client.flush_injected()) == 1_000
+    assert "malformed-frame" not in client.reasons()
 
 
 def test_a_proof_of_no_handshake_does_not_reach_the_pod_with_the_datagram_that_it_rode_on() -> None:
