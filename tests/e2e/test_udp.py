@@ -245,7 +245,8 @@ def test_through_a_service_both_backends_answer_and_are_judged_by_their_own_port
 def test_egress_is_judged_by_who_answers(lab: Lab, version: int) -> None:
     for target, port in (("x/open", ECHO.number), ("service:x/open", SERVICE_PORT)):
         assert _is_denied(lab, "x/bound-elsewhere", target, port, version)
-        assert denials(lab, "x/bound-elsewhere")[-1] == "egress-denied"
+        # On a busy machine the offer went twice, and the second answer is of no flow any more.
+        assert "egress-denied" in denials(lab, "x/bound-elsewhere")[-2:]
         assert lab.probe("x/client", target, port, version, Protocol.UDP).outcome.is_allowed
 
 
