@@ -49,6 +49,7 @@ class Datagrams:
         if found is not None:
             content, is_lone = found
             if is_lone and self._context.is_own_message(key, content):
+                self.initiator.offer_out(content, key, now)
                 return ACCEPT
             raise FrameError(Reason.MALFORMED_FRAME, "a message that the pod made itself")
         answered = self.responder.find(key, now)

@@ -30,6 +30,8 @@ REMEMBERED_S = 2.0
 REPEAT_S = 0.1
 """The least time before the enforcer's message is sent again, seconds; it doubles each time."""
 MAX_REPEATS = 4
+_MAX_LAG_S = 0.3
+"""A queue that is further behind is not waited for any longer: datagrams wait for a second only."""
 _PATIENCE_S = 0.2
 """How long an enforcer is waited for where policy allows the address whoever is there, seconds."""
 MAX_MESSAGE_PACKET_BYTES = 4_016
@@ -78,6 +80,8 @@ class DatagramInitiator:
         self._waiting: dict[bytes, DatagramInitiatorFlow] = {}
         """Flows for which something is to be done when their time comes."""
         self._again = Allowance(context.node.bound_hits)
+        self._lag_s = 0.0
+        """How long an offer waited in the pod's queue lately, seconds; its answer waits there as long."""
 
     def find(self, key: bytes, now: float) -> DatagramInitiatorFlow | None:
         """Find a flow; a released one is remembered for a short time only."""
@@ -141,9 +145,20 @@ class DatagramInitiator:
 
     def _await_answer(self, flow: DatagramInitiatorFlow, now: float) -> None:
         """Send the offer again after a time that grows, or do without an answer where policy allows that."""
-        flow.repeats = 0
-        flow.repeat_at = now + (_PATIENCE_S if flow.is_external_allowed else REPEAT_S)
+        flow.repeats, flow.offered_at = 0, now
+        flow.repeat_at = now + (_PATIENCE_S if flow.is_external_allowed else REPEAT_S + 2 * self._lag_s)
         self._waiting[flow.key] = flow
+
+    def offer_out(self, message: bytes, key: bytes, now: float) -> None:
+        """See an offer that goes alone leave: only now can the answer be on its way, and it has to wait like the offer.
+
+        Whoever did not wait for it would add to a queue that is behind already, with an offer and an answer a time.
+        """
+        flow = self._waiting.get(key)
+        if flow is None or flow.repeats or flow.is_external_allowed or message != flow.offer:
+            return
+        self._lag_s = min(max(now - flow.offered_at, 0.0), _MAX_LAG_S)
+        flow.repeat_at = now + self._lag_s + REPEAT_S
 
     def answer_in(self, datagram: UDPDatagram, message: bytes, key: bytes, mark: int, now: float) -> Verdict:
         """Verify who answers, judge egress, prove, and release what waits; the answer itself ends here."""
@@ -276,7 +291,7 @@ class DatagramInitiator:
             del self._waiting[flow.key]
             return ()
         flow.repeats += 1
-        flow.repeat_at = now + REPEAT_S * 2**flow.repeats
+        flow.repeat_at = now + REPEAT_S * 2**flow.repeats + 2 * self._lag_s
         return (self._context.send_message(flow.key, flow.offer),)
 
     def abort(self, flow: DatagramInitiatorFlow) -> tuple[Settle | Inject, ...]:

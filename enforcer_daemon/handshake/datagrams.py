@@ -105,6 +105,7 @@ class DatagramInitiatorFlow(DatagramFlow):
         "is_shown",
         "nonce",
         "offer",
+        "offered_at",
         "opened_at",
         "proof",
         "waiting",
@@ -123,7 +124,7 @@ class DatagramInitiatorFlow(DatagramFlow):
         self.offer = encode_syn(SynFrame(nonce, local.block), TYPE_OFFER)
         self.proof = b""
         """The message that carries proof_i, once the answer is verified."""
-        self.opened_at = now
+        self.opened_at = self.offered_at = now
         self.is_external_allowed = False
         """Whether policy lets the pod reach this address whoever is there: then its datagrams need not wait."""
         self.is_overdue = False

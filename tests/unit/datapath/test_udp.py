@@ -426,6 +426,23 @@ def test_a_denial_of_what_was_asked_for_its_identity_names_the_policies() -> Non
     assert (report.reason.value, [str(rule) for rule in report.rules]) == ("unidentified-peer", ["default/fake[0]"])
 
 
+def test_a_queue_that_is_behind_gets_no_more_offers_than_one_that_is_not() -> None:
+    client, server = make_pair(BOUND, ADMITTING)
+
+    def repeats(now: float) -> int:
+        return sum(isinstance(effect, Inject) for effect in client.datapath.expire(now))
+
+    def send(port: int, now: float) -> None:
+        assert client.send(build_udp(client.address, server.address, (port, 53), b"query"), now) == []
+
+    send(4_000, 10.0)
+    assert repeats(10.09) == 0
+    client.flush_injected(10.09)  # It waited for 0.09 s, and so will its answer.
+    assert (repeats(10.25), repeats(10.29)) == (0, 1)
+    send(4_001, 11.0)
+    assert (repeats(11.27), repeats(11.29)) == (0, 1)
+
+
 def test_requests_to_shake_hands_again_are_bounded_and_counted() -> None:
     client, server = make_pair(OPEN, ADMITTING)
     exchange = Exchange(client, server)
