@@ -259,10 +259,12 @@ class DatagramInitiator:
             return DROP
         address, port = key[: (len(key) - 4) // 2], int.from_bytes(key[-4:-2], "big")
         destination = self._context.node.networks.destination(address)
-        if destination is Destination.EXTERNAL or not self._again.take(now):
+        if destination is Destination.EXTERNAL:
             return DROP
         if not self._context.judge.could_allow_egress(destination, address, port, Protocol.UDP):
             return Verdict(Action.CONSUME)
+        if not self._again.take(now):
+            return DROP
         flow, effects = self._open(key, now)
         self._await_answer(flow, now)
         return TAKEN._replace(effects=(*effects, self._context.send_message(key, flow.offer)))

@@ -32,6 +32,8 @@ from enforcer_daemon.verdict import ACCEPT, DROP, TAKEN, Action, Inject, Settle,
 
 _MAX_ASKED = 256
 """Flows of one endpoint whose sender was asked to shake hands again, at one moment."""
+_MAX_ANSWERS_AGAIN = 2 * MAX_REPEATS
+"""Answers to one offer that comes alone: to its sender's repeats and some that the network makes. More is a replay."""
 _MAX_HELD_ASKED = 8
 """Datagrams of such a flow that wait."""
 _RELEASE_NODE = Verdict(Action.RELEASE, mark=RELEASED | NODE)
@@ -115,6 +117,9 @@ class DatagramResponder:
         if flow.state is not State.ANSWERED:
             raise PeerError(Reason.REPLAYED_NONCE, "the offer of a flow that was released")
         if is_lone:
+            if flow.answered_again >= _MAX_ANSWERS_AGAIN:
+                raise PeerError(Reason.REPLAYED_NONCE, "an offer that was answered often enough")
+            flow.answered_again += 1
             return TAKEN._replace(effects=(self._context.send_message(flow.key, flow.answer),))
         return self._keep(datagram, flow, is_lone, now)
 

@@ -149,7 +149,7 @@ class DatagramInitiatorFlow(DatagramFlow):
 class DatagramResponderFlow(DatagramFlow):
     """A flow that is opened to the pod."""
 
-    __slots__ = ("answer", "expected", "nonce_i", "peer", "refusal", "waiting")
+    __slots__ = ("answer", "answered_again", "expected", "nonce_i", "peer", "refusal", "waiting")
 
     direction: ClassVar[Direction] = Direction.INGRESS
 
@@ -170,6 +170,8 @@ class DatagramResponderFlow(DatagramFlow):
         self.nonce_i = b""
         self.peer: Peer | None = None
         self.answer = b""
+        self.answered_again = 0
+        """How often the answer was sent again for the same offer."""
         self.waiting: dict[int, UDPDatagram] = {}
         """Datagrams that wait, by hold id; some may have been dropped meanwhile."""
         self.expected = b""
@@ -182,7 +184,7 @@ class DatagramResponderFlow(DatagramFlow):
         proof = responder_proof(key, nonces, frame_hash(offer), encode_syn_ack(blank, TYPE_ANSWER))
         self.answer = encode_syn_ack(blank._replace(proof=proof), TYPE_ANSWER)
         self.expected = initiator_proof(key, nonces, proof)
-        self.nonce_i = nonce_i
+        self.nonce_i, self.answered_again = nonce_i, 0
         self.peer = peer
         self.advance(Event.OFFER_VERIFIED)
 

@@ -237,6 +237,15 @@ def test_what_waits_for_one_flow_is_bounded() -> None:
     assert server.reasons().count("hold-queue-full") == 5
 
 
+def test_an_offer_that_is_replayed_is_answered_so_often_and_no_more() -> None:
+    client, server = make_pair(BOUND, ADMITTING)
+    assert client.send(build_udp(client.address, server.address, PORTS, b"query")) == []
+    (offer,) = client.flush_injected()
+    actions = [server.verdict(offer, Direction.INGRESS, 1.0).action for _ in range(20)]
+    assert actions == [Action.TAKE] * (1 + 2 * MAX_REPEATS) + [Action.DROP] * (19 - 2 * MAX_REPEATS)
+    assert server.reasons()[-1] == "replayed-nonce"
+
+
 def test_a_request_to_shake_hands_again_starts_one_handshake_and_only_for_a_released_flow_of_the_pods() -> None:
     client, server = make_pair(BOUND, ADMITTING)
     surplus = encode_option(UDP_HEADER, 0x5453, encode_again(bytes(16)))
