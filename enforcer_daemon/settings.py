@@ -104,8 +104,18 @@ class HandshakeSettings:
     max_held_packets_per_pod: int = 1_024
     """Packets of one endpoint that wait for proofs; beyond it the oldest one of the peer with most is dropped. A
     quarter of the kernel queue's length."""
+    max_settled_flows: int = 4_096
+    """Released flows of one endpoint and direction that are remembered a while, to answer for a lost proof."""
     max_cached_peers: int = 16_384
     """Verified tokens that a node remembers."""
+    max_cached_credentials: int = 16_384
+    """Other nodes' verified credentials that a node remembers."""
+    max_refused_identities: int = 4_096
+    """Identity blocks that a node remembers as refused, and as many credentials."""
+    max_verification_sources: int = 4_096
+    """Sources of each rank whose allowance for signature checks a node remembers."""
+    max_nonces: int = 65_536
+    """Nonces that a node remembers against replays."""
     max_verifications_per_s: float = 200.0
     """Signature checks that one source address can cause in a second (burst: the same number)."""
     max_total_verifications_per_s: float = 1_000.0

@@ -29,8 +29,6 @@ TrueSource = Callable[[int, bytes, int, bytes, int], bytes | None]
 
 HOLD_S = 1.0
 """How long a packet waits for its flow's proof, seconds."""
-_MAX_NONCES = 65_536
-"""Nonces that a node remembers, to tell a replay; whoever used most is forgotten first."""
 _MAX_REPORTS = 1_024
 """Reports that wait to be taken; beyond it new ones are only counted."""
 _FINISHED = b"finished"
@@ -103,7 +101,8 @@ class NodeContext:
         self.bound_hits = verifier.bound_hits
         self.placement: Placement | None = None
         """Whether pods are where their nodes say; None: that is not looked up."""
-        self._nonces: FairTable[bytes, bytes] = FairTable(_MAX_NONCES, _MAX_NONCES)
+        self._nonces: FairTable[bytes, bytes] = FairTable(settings.max_nonces, settings.max_nonces)
+        """Whoever used most is forgotten first."""
 
     def trace(self, protocol: int, source: tuple[bytes, int], destination: tuple[bytes, int]) -> tuple[bytes, bool]:
         """Give the address that a packet really came from, and whether the node itself sent it."""
@@ -136,7 +135,8 @@ class NodeContext:
         used = self._nonces.get(nonce)
         if used is not None and used != connection:
             raise PeerError(Reason.REPLAYED_NONCE)
-        self._nonces.put(nonce, connection, source)
+        if self._nonces.put(nonce, connection, source) is not None:
+            self.bound_hits[Bound.NONCES] += 1
 
 
 class EndpointContext:

@@ -36,9 +36,7 @@ class Initiator:
 
     def __init__(self, context: EndpointContext) -> None:
         self._context = context
-        self.flows: FlowTable[InitiatorFlow] = FlowTable(
-            context.node.settings.max_half_open_flows, context.node.settings.max_half_open_flows_per_source
-        )
+        self.flows: FlowTable[InitiatorFlow] = FlowTable(context.node.settings, context.node.bound_hits)
         self._cleared: dict[bytes, int] = {}
         """SYNs that were held back for a RST to go first, by flow: their ISNs."""
 

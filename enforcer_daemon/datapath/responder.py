@@ -60,9 +60,7 @@ class Responder:
 
     def __init__(self, context: EndpointContext) -> None:
         self._context = context
-        self.flows: FlowTable[ResponderFlow] = FlowTable(
-            context.node.settings.max_half_open_flows, context.node.settings.max_half_open_flows_per_source
-        )
+        self.flows: FlowTable[ResponderFlow] = FlowTable(context.node.settings, context.node.bound_hits)
         self.unproven = Unproven(context.node.settings.max_half_open_flows)
         self._unknown_syn_acks: dict[tuple[bytes, int], int] = {}
 

@@ -74,9 +74,7 @@ class DatagramInitiator:
     def __init__(self, context: EndpointContext) -> None:
         self._context = context
         settings = context.node.settings
-        self.flows: FlowTable[DatagramInitiatorFlow] = FlowTable(
-            settings.max_half_open_flows, settings.max_half_open_flows_per_source
-        )
+        self.flows: FlowTable[DatagramInitiatorFlow] = FlowTable(settings, context.node.bound_hits)
         self._waiting: dict[bytes, DatagramInitiatorFlow] = {}
         """Flows for which something is to be done when their time comes."""
         self._again = Allowance(context.node.bound_hits)

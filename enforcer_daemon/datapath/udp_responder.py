@@ -7,6 +7,8 @@ state, waits likewise, and its sender's enforcer is asked to shake hands again.
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from enforcer_daemon.datapath.binding import require_source
 from enforcer_daemon.datapath.context import EndpointContext
 from enforcer_daemon.datapath.udp_initiator import (
@@ -45,10 +47,9 @@ class DatagramResponder:
     def __init__(self, context: EndpointContext) -> None:
         self._context = context
         settings = context.node.settings
-        self.flows: FlowTable[DatagramResponderFlow] = FlowTable(
-            settings.max_half_open_flows, settings.max_half_open_flows_per_source
-        )
-        self._asked: FlowTable[DatagramResponderFlow] = FlowTable(_MAX_ASKED, _MAX_ASKED)
+        self.flows: FlowTable[DatagramResponderFlow] = FlowTable(settings, context.node.bound_hits)
+        asked = replace(settings, max_half_open_flows=_MAX_ASKED, max_half_open_flows_per_source=_MAX_ASKED)
+        self._asked: FlowTable[DatagramResponderFlow] = FlowTable(asked, context.node.bound_hits)
         self._waiting: dict[bytes, DatagramResponderFlow] = {}
         """Flows with datagrams that wait for a proof."""
         self._asking = Allowance(context.node.bound_hits)

@@ -15,8 +15,6 @@ from enforcer_daemon.handshake.bounds import Bound, BoundHits, source_of
 from enforcer_daemon.reasons import Reason
 from enforcer_daemon.settings import HandshakeSettings
 
-_MAX_SOURCES = 4_096
-"""Sources of each rank whose allowance is remembered; the one that was asked for longest ago makes room."""
 _RESERVES = (0.5, 0.25, 0.0)
 """The part of the node's allowance that is kept for higher ranks, by rank."""
 _LEAST_BURST = 4.0
@@ -26,12 +24,14 @@ _LEAST_BURST = 4.0
 class Allowance:
     """The signature checks that a node will still make, for whom."""
 
-    __slots__ = ("_hits", "_level", "_rate", "_since", "_source_rate", "_sources", "_trusted", "_trusted_bound")
+    __slots__ = ("_hits", "_level", "_rate", "_since", "_source_rate", "_sources", "_sources_bound", "_trusted",
+                 "_trusted_bound")  # fmt: skip
 
     def __init__(self, settings: HandshakeSettings, hits: BoundHits) -> None:
         self._source_rate = settings.max_verifications_per_s
         self._rate = settings.max_total_verifications_per_s
         self._trusted_bound = settings.max_cached_peers
+        self._sources_bound = settings.max_verification_sources
         self._hits = hits
         self._level = max(_LEAST_BURST, self._rate)
         self._since = 0.0
@@ -45,6 +45,7 @@ class Allowance:
         self._trusted.move_to_end(address)
         if len(self._trusted) > self._trusted_bound:
             self._trusted.popitem(last=False)
+            self._hits[Bound.CACHED_PEERS] += 1
 
     def take(self, address: bytes, *, is_pod: bool, is_credential_known: bool, now: float) -> None:
         """Count one verification; raise PeerError where the source, or all of its rank, had as many as they may.
@@ -66,8 +67,9 @@ class Allowance:
         is_spent = level - 1.0 < capacity * _RESERVES[rank]
         self._level = level if is_spent else level - 1.0
         of_rank[source] = (left if is_spent else left - 1.0, now)
-        if len(of_rank) > _MAX_SOURCES:
-            of_rank.popitem(last=False)
+        if len(of_rank) > self._sources_bound:
+            of_rank.popitem(last=False)  # The one that was asked for longest ago.
+            self._hits[Bound.VERIFICATION_SOURCES] += 1
         if is_spent:
             self._refuse(Bound.VERIFICATIONS, f"the node makes {self._rate:g} a second; peers of rank {rank} wait")
 

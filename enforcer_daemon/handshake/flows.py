@@ -6,7 +6,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import ClassVar, Generic, NamedTuple, TypeVar
 
-from enforcer_daemon.handshake.bounds import Evicted, FairTable
+from enforcer_daemon.handshake.bounds import Bound, BoundHits, Evicted, FairTable
 from enforcer_daemon.handshake.frames import PROOF_BYTES, SynAckFrame, SynFrame, encode_syn, encode_syn_ack
 from enforcer_daemon.handshake.local import LocalToken
 from enforcer_daemon.handshake.machine import Event, State, next_state
@@ -14,12 +14,11 @@ from enforcer_daemon.handshake.peers import Peer
 from enforcer_daemon.handshake.proofs import Transcript, frame_hash, initiator_proof, require_equal, responder_proof
 from enforcer_daemon.model import Direction, Protocol, RuleRef
 from enforcer_daemon.reasons import Reason
+from enforcer_daemon.settings import HandshakeSettings
 from enforcer_daemon.verdict import DROP, Inject
 
 _MAX_OF_ONE_REMOTE = 8
 """Flows of one remote address and port that are found without the pod's own port, which few have more than one of."""
-MAX_SETTLED_FLOWS = 4_096
-"""Released flows that are remembered a while, to answer for a lost proof."""
 
 
 _PORTS_BYTES = 4
@@ -158,8 +157,13 @@ _AnyFlow = TypeVar("_AnyFlow", bound=Flow)
 class FlowTable(Generic[_AnyFlow]):
     """One endpoint's flows of a kind: unfinished up to bounds and a deadline, settled while there is room."""
 
-    def __init__(self, max_half_open: int, max_per_source: int) -> None:
-        self._open: FairTable[bytes, _AnyFlow] = FairTable(max_half_open, max_per_source)
+    def __init__(self, settings: HandshakeSettings, hits: BoundHits) -> None:
+        """Count in `hits` how often a settled flow makes room; of an unfinished one `add` tells."""
+        self._open: FairTable[bytes, _AnyFlow] = FairTable(
+            settings.max_half_open_flows, settings.max_half_open_flows_per_source
+        )
+        self._max_settled = settings.max_settled_flows
+        self._hits = hits
         self._settled: dict[bytes, _AnyFlow] = {}
         self._by_remote: dict[bytes, tuple[_AnyFlow, ...]] = {}
         """The latest flows of each remote end, oldest first, by the key without the pod's own port."""
@@ -192,7 +196,8 @@ class FlowTable(Generic[_AnyFlow]):
     def settle(self, flow: _AnyFlow) -> None:
         """Count a released flow no longer as unfinished; the oldest settled flow makes room."""
         if self._open.pop(flow.key) is not None:
-            if len(self._settled) >= MAX_SETTLED_FLOWS:
+            if len(self._settled) >= self._max_settled:
+                self._hits[Bound.SETTLED_FLOWS] += 1
                 self._forget_remote(self._settled.pop(next(iter(self._settled))))
             self._settled[flow.key] = flow
 

@@ -11,7 +11,7 @@ from typing import TypeVar
 
 from enforcer_daemon.errors import CredentialError, PeerError, TokenError
 from enforcer_daemon.handshake.allowance import Allowance
-from enforcer_daemon.handshake.bounds import no_hits
+from enforcer_daemon.handshake.bounds import Bound, no_hits
 from enforcer_daemon.handshake.frames import decode_block
 from enforcer_daemon.handshake.proofs import frame_hash
 from enforcer_daemon.identity.credential import Credential, TrustBundle, decode_credential
@@ -20,8 +20,6 @@ from enforcer_daemon.model import Identity
 from enforcer_daemon.reasons import Reason
 from enforcer_daemon.settings import HandshakeSettings
 
-_MAX_CREDENTIALS = 16_384
-_MAX_REFUSED = 4_096
 _BAD_CREDENTIALS = frozenset({Reason.CREDENTIAL_INVALID, Reason.CREDENTIAL_UNTRUSTED})
 _REFUSALS_FOR_GOOD = frozenset(
     {
@@ -103,13 +101,13 @@ class PeerVerifier:
             peer = self._verify_signatures(der, token, wall_now)
         except PeerError as err:
             if err.reason in _BAD_CREDENTIALS:
-                _remember(self._refused_credentials, der_hash, PeerError(err.reason, err.detail), _MAX_REFUSED)
+                self._remember_refused(self._refused_credentials, der_hash, err)
             elif err.reason in _REFUSALS_FOR_GOOD:
-                _remember(self._refused, block_hash, PeerError(err.reason, err.detail), _MAX_REFUSED)
+                self._remember_refused(self._refused, block_hash, err)
             raise
         if source in peer.addresses:
             self._allowance.trust(source)
-        _remember(self._peers, block, peer, self._settings.max_cached_peers)
+        self._remember(self._peers, block, peer, self._settings.max_cached_peers, Bound.CACHED_PEERS)
         return peer
 
     def _verify_signatures(self, der: bytes, token: bytes, wall_now: float) -> Peer:
@@ -119,18 +117,23 @@ class PeerVerifier:
         if credential is None:
             credential = decode_credential(der)
             self._bundle.verify(credential, wall_now, leeway_s)
-            _remember(self._credentials, der, credential, _MAX_CREDENTIALS)
+            bound = self._settings.max_cached_credentials
+            self._remember(self._credentials, der, credential, bound, Bound.CACHED_CREDENTIALS)
         elif wall_now > credential.not_after + leeway_s:
             raise CredentialError(Reason.CREDENTIAL_EXPIRED, f"node {credential.node}")
         return Peer(decode_token(token, credential, wall_now, leeway_s), token, credential)
+
+    def _remember_refused(self, table: dict[bytes, PeerError], key: bytes, err: PeerError) -> None:
+        refusal = PeerError(err.reason, err.detail)  # Without the trace, which holds what was looked at.
+        self._remember(table, key, refusal, self._settings.max_refused_identities, Bound.REFUSED_IDENTITIES)
+
+    def _remember(self, table: dict[bytes, _Value], key: bytes, value: _Value, bound: int, name: Bound) -> None:
+        if len(table) >= bound and key not in table:
+            del table[next(iter(table))]
+            self.bound_hits[name] += 1
+        table[key] = value
 
 
 def _refuse_again(refusal: PeerError | None) -> None:
     if refusal is not None:
         raise PeerError(refusal.reason, refusal.detail)
-
-
-def _remember(table: dict[bytes, _Value], key: bytes, value: _Value, bound: int) -> None:
-    if len(table) >= bound and key not in table:
-        del table[next(iter(table))]
-    table[key] = value

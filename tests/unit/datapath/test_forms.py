@@ -10,7 +10,7 @@ from scapy.layers.inet import ICMP, IP, UDP
 from scapy.layers.inet6 import IPv6, IPv6ExtHdrDestOpt
 from scapy.layers.sctp import SCTP
 
-from enforcer_daemon.datapath.context import _MAX_NONCES, _MAX_REPORTS
+from enforcer_daemon.datapath.context import _MAX_REPORTS
 from enforcer_daemon.errors import PeerError
 from enforcer_daemon.handshake.bounds import Bound
 from enforcer_daemon.handshake.frames import find_proof, is_frame
@@ -194,13 +194,14 @@ def test_other_rules_count_at_once() -> None:
 
 
 def test_memory_of_nonces_and_reports_is_bounded() -> None:
-    client, server = make_pair()
+    client, server = make_pair(max_nonces=100)
     node = server.context.node
-    for n in range(_MAX_NONCES + 10):
+    for n in range(110):
         node.use_nonce(n.to_bytes(16, "big"), b"x", b"pod")
-    assert len(node._nonces) == _MAX_NONCES
+    assert len(node._nonces) == 100
+    assert node.bound_hits[Bound.NONCES] == 10
     with pytest.raises(PeerError):
-        node.use_nonce(_MAX_NONCES.to_bytes(16, "big"), b"y", b"pod")
+        node.use_nonce((100).to_bytes(16, "big"), b"y", b"pod")
     data = Connection(client, server).ack(b"data")
     for port in range(_MAX_REPORTS + 10):
         server.receive(build(client.address, server.address, (port, 80), (1, 1), ACK, 0))

@@ -8,7 +8,6 @@ from collections.abc import Callable
 import pytest
 
 from enforcer_daemon.datapath import initiator
-from enforcer_daemon.handshake import flows
 from enforcer_daemon.handshake.frames import is_frame
 from enforcer_daemon.marks import RELEASED
 from enforcer_daemon.model import Direction
@@ -74,10 +73,9 @@ def test_the_memory_of_syns_that_wait_is_bounded(monkeypatch: pytest.MonkeyPatch
 
 
 @pytest.fixture
-def forgetful(monkeypatch: pytest.MonkeyPatch) -> Connection:
+def forgetful() -> Connection:
     """A released connection whose initiator remembers only a later one; its proof was lost on the way."""
-    monkeypatch.setattr(flows, "MAX_SETTLED_FLOWS", 1)
-    connection = Connection(*make_pair())
+    connection = Connection(*make_pair(max_settled_flows=1))
     connect(connection)
     connection.client.send(connection.ack())
     release(Connection(connection.client, connection.server, sport=40_001))
@@ -109,11 +107,8 @@ def test_a_kernel_that_lost_the_ack_is_heard_by_the_other_kernel() -> None:
     assert client.receive(connection.syn_ack(), now=2.0, mark=RELEASED) == [connection.syn_ack()]
 
 
-def test_the_syn_of_a_released_flow_is_a_replay_also_when_the_flow_is_forgotten(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    monkeypatch.setattr(flows, "MAX_SETTLED_FLOWS", 1)
-    client, server = make_pair()
+def test_the_syn_of_a_released_flow_is_a_replay_also_when_the_flow_is_forgotten() -> None:
+    client, server = make_pair(max_settled_flows=1)
     first = Connection(client, server)
     (syn,) = client.send(first.syn())
     server.receive(syn)

@@ -7,7 +7,8 @@ import pytest
 from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
 
 from enforcer_daemon.errors import FrameError, ProofError
-from enforcer_daemon.handshake import flows, local
+from enforcer_daemon.handshake import local
+from enforcer_daemon.handshake.bounds import Bound, no_hits
 from enforcer_daemon.handshake.flows import Flow, FlowTable
 from enforcer_daemon.handshake.frames import MAGIC, decode_block, decode_syn, decode_syn_ack, find_proof, is_frame
 from enforcer_daemon.handshake.machine import State
@@ -16,9 +17,19 @@ from enforcer_daemon.handshake.proofs import pair_key, require_equal
 from enforcer_daemon.identity.credential import decode_credential
 from enforcer_daemon.identity.tokens import Claims
 from enforcer_daemon.reasons import Reason
+from enforcer_daemon.settings import HandshakeSettings
 from tests.unit.datapath.pair import WALL, make_pair
 
 CLIENT, SERVER = make_pair()
+HITS = no_hits()
+
+
+def table_of(total: int, per_source: int, settled: int = 100) -> FlowTable[Flow]:
+    """Make a table with these bounds."""
+    bounds = HandshakeSettings(
+        max_half_open_flows=total, max_half_open_flows_per_source=per_source, max_settled_flows=settled
+    )
+    return FlowTable(bounds, HITS)
 
 
 def flow(key: bytes = b"key", deadline: float = 1.0) -> Flow:
@@ -26,7 +37,7 @@ def flow(key: bytes = b"key", deadline: float = 1.0) -> Flow:
 
 
 def test_unfinished_flows_are_bounded_and_the_oldest_makes_room() -> None:
-    table: FlowTable[Flow] = FlowTable(2, 2)
+    table = table_of(2, 2)
     table.add(oldest := flow(b"a"))
     table.add(flow(b"b"))
     newer = flow(b"b")
@@ -39,7 +50,7 @@ def test_unfinished_flows_are_bounded_and_the_oldest_makes_room() -> None:
 
 
 def test_one_peer_cannot_have_the_flows_of_others_given_up() -> None:
-    table: FlowTable[Flow] = FlowTable(10, 3)
+    table = table_of(10, 3)
     table.add(honest := flow(bytes((10, 0, 0, 1)) + bytes(8)))
     evicted = [table.add(flow(bytes((10, 0, 0, 2)) + bytes(4) + n.to_bytes(4, "big"))) for n in range(20)]
     assert [gone is not None for gone in evicted] == [False] * 3 + [True] * 17
@@ -48,9 +59,8 @@ def test_one_peer_cannot_have_the_flows_of_others_given_up() -> None:
     assert len(table) == 4
 
 
-def test_settled_flows_make_room_and_are_found(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(flows, "MAX_SETTLED_FLOWS", 2)
-    table: FlowTable[Flow] = FlowTable(10, 10)
+def test_settled_flows_make_room_and_are_found() -> None:
+    table, before = table_of(10, 10, 2), HITS[Bound.SETTLED_FLOWS]
     for key in (b"a", b"b", b"c"):
         table.add(one := flow(key))
         table.settle(one)
@@ -58,13 +68,14 @@ def test_settled_flows_make_room_and_are_found(monkeypatch: pytest.MonkeyPatch) 
     assert len(table) == 0
     assert table.get(b"a") is None
     assert [known.key for known in table.known()] == [b"b", b"c"]
+    assert HITS[Bound.SETTLED_FLOWS] == before + 1
     again = flow(b"b")
     table.add(again)
     assert table.known() == [again, table.get(b"c")]
 
 
 def test_a_flow_that_was_replaced_discards_nothing() -> None:
-    table: FlowTable[Flow] = FlowTable(10, 10)
+    table = table_of(10, 10)
     table.add(old := flow())
     table.add(new := flow())
     table.discard(old)
@@ -77,7 +88,7 @@ def test_a_flow_that_was_replaced_discards_nothing() -> None:
 
 
 def test_flows_expire_in_the_order_of_their_deadlines() -> None:
-    table: FlowTable[Flow] = FlowTable(10, 10)
+    table = table_of(10, 10)
     for n in range(3):
         table.add(flow(b"%d" % n, float(n)))
     assert [old.key for old in table.expire(1.0)] == [b"0", b"1"]
@@ -85,9 +96,8 @@ def test_flows_expire_in_the_order_of_their_deadlines() -> None:
     assert [old.key for old in table.expire(9.0)] == [b"2"]
 
 
-def test_the_latest_flows_of_a_remote_end_are_found_until_they_are_forgotten(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(flows, "MAX_SETTLED_FLOWS", 1)
-    table: FlowTable[Flow] = FlowTable(10, 10)
+def test_the_latest_flows_of_a_remote_end_are_found_until_they_are_forgotten() -> None:
+    table = table_of(10, 10, 1)
     one, other = flow(b"remote80", 1.0), flow(b"remote81", 1.0)
     table.add(one)
     table.add(other)
@@ -109,7 +119,7 @@ def test_the_latest_flows_of_a_remote_end_are_found_until_they_are_forgotten(mon
 
 
 def test_few_flows_of_one_remote_end_are_found_without_a_port() -> None:
-    table: FlowTable[Flow] = FlowTable(100, 100)
+    table = table_of(100, 100)
     all_flows = [flow(b"remote%02d" % port, 1.0) for port in range(20)]
     for added in all_flows:
         table.add(added)

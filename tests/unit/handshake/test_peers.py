@@ -6,12 +6,13 @@ from __future__ import annotations
 from ipaddress import ip_address
 
 import pytest
+from cryptography.hazmat.primitives.asymmetric.ec import EllipticCurvePrivateKey
 
 from enforcer_daemon.errors import PeerError
-from enforcer_daemon.handshake import allowance, peers
+from enforcer_daemon.handshake.bounds import Bound
 from enforcer_daemon.handshake.frames import encode_block
 from enforcer_daemon.handshake.peers import PeerVerifier
-from enforcer_daemon.identity.credential import TrustBundle
+from enforcer_daemon.identity.credential import Credential, TrustBundle
 from enforcer_daemon.identity.tokens import Claims, encode_token
 from enforcer_daemon.model import Identity, PodRef
 from enforcer_daemon.reasons import Reason
@@ -25,9 +26,13 @@ CREDENTIAL = credential(SIGNER, KEY)
 
 
 def block(name: str = "web", issued: float = WALL) -> bytes:
+    return signed_block(name, issued, CREDENTIAL, KEY)
+
+
+def signed_block(name: str, issued: float, signer: Credential, key: EllipticCurvePrivateKey) -> bytes:
     identity = Identity(PodRef("shop", name), (ip_address("10.1.0.2"),), {}, {}, "node-1")
-    wire = encode_token(Claims(identity, bytes(32), issued, issued + 600), b"n", CREDENTIAL, KEY)
-    return encode_block(CREDENTIAL.der, wire)
+    wire = encode_token(Claims(identity, bytes(32), issued, issued + 600), b"n", signer, key)
+    return encode_block(signer.der, wire)
 
 
 def verifier(**options: float) -> PeerVerifier:
@@ -120,10 +125,8 @@ def test_a_credential_that_nobody_signed_costs_one_look_whatever_tokens_come_wit
     assert known.verifications == 2
 
 
-def test_tables_stay_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(peers, "_MAX_REFUSED", 3)
-    monkeypatch.setattr(allowance, "_MAX_SOURCES", 3)
-    known = verifier(max_cached_peers=3)
+def test_tables_stay_bounded_and_what_they_lose_is_counted() -> None:
+    known = verifier(max_cached_peers=3, max_refused_identities=3, max_verification_sources=3)
     for n in range(10):
         source = bytes((10, 0, 0, n))
         known.verify(block(f"web-{n}"), source, 1.0, WALL)
@@ -133,3 +136,17 @@ def test_tables_stay_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
     assert len(known._peers) == len(known._refused) == len(known._refused_credentials) == 3
     assert len(known._credentials) == 1
     assert {len(sources) for sources in known._allowance._sources} <= {0, 1, 3}
+    assert known.bound_hits[Bound.CACHED_PEERS] >= 7
+    assert known.bound_hits[Bound.REFUSED_IDENTITIES] == 14
+    assert known.bound_hits[Bound.VERIFICATION_SOURCES] >= 7
+
+
+def test_the_memory_of_credentials_is_bounded() -> None:
+    """A node whose credential was forgotten is verified again."""
+    known, key = verifier(max_cached_credentials=1), new_key()
+    other = credential(SIGNER, key)
+    for name in ("web-1", "web-2"):
+        known.verify(block(name), SOURCE, 1.0, WALL)
+        known.verify(signed_block(name, WALL, other, key), SOURCE, 1.0, WALL)
+    assert list(known._credentials) == [other.der]
+    assert known.bound_hits[Bound.CACHED_CREDENTIALS] == 3
