@@ -24,6 +24,9 @@ class Reason(Enum):
     SPOOFED_SOURCE = "spoofed-source"
     SPOOFED_NEIGHBOUR = "spoofed-neighbour"
     NOT_IP = "not-ip"
+    # Dropped by the kernel before anybody looked at it.
+    PACKET_RATE = "packet-rate"
+    QUEUE_FULL = "queue-full"
     # The peer's bytes do not hold.
     MALFORMED_PACKET = "malformed-packet"
     MALFORMED_FRAME = "malformed-frame"
@@ -81,6 +84,10 @@ _TEXTS: dict[Reason, str] = {
     Reason.SPOOFED_NEIGHBOUR: "A pod spoke for an address that is not its own (ARP, neighbour discovery), or as a "
     "router.",
     Reason.NOT_IP: "A pod sent a frame that is neither IP nor ARP, or is tagged for a VLAN.",
+    Reason.PACKET_RATE: "Packets came faster than one source, or all sources of a pod together, may have them judged "
+    "(dataplane.maxPacketsPerSPerSource, maxPacketsPerS): a flood, or a source that many clients share.",
+    Reason.QUEUE_FULL: "The enforcer did not keep up: the pod's queue or its buffer was full (dataplane.queueLength, "
+    "receiveBufferBytes). Does it get enough of the CPU?",
     Reason.MALFORMED_PACKET: "The packet's headers contradict its length or each other.",
     Reason.MALFORMED_FRAME: "The handshake packet carries a frame that cannot be read.",
     Reason.FRAME_VERSION: "The peer's enforcer speaks another version of the protocol.",

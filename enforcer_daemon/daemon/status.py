@@ -19,9 +19,11 @@ from enforcer_daemon.daemon.placement import PlacementGuard
 from enforcer_daemon.daemon.registrar import Registrar
 from enforcer_daemon.daemon.world import CompiledWorld
 from enforcer_daemon.dataplane.guard_links import passed_by_tc
+from enforcer_daemon.dataplane.queuecounters import LostPackets
 from enforcer_daemon.errors import DataplaneError
 from enforcer_daemon.identity.credential import vouched_domain
 from enforcer_daemon.model import Direction
+from enforcer_daemon.reasons import Reason
 from enforcer_daemon.registration.admin import AdminError, Command
 from enforcer_daemon.registration.server import Availability
 from enforcer_daemon.settings import NetworkSettings, Settings
@@ -169,9 +171,15 @@ def _describe(endpoint: Endpoint) -> dict[str, object]:
         "half_open_flows": endpoint.datapath.half_open_flows,
         "held_packets": endpoint.datapath.held_packets,
         "lost_packets": endpoint.lost._asdict(),
-        "counters": endpoint.flow_log.counts(),
+        "counters": endpoint.flow_log.counts() | _unjudged(endpoint.lost),
         "recent_denials": [denial.as_json() for denial in endpoint.flow_log.recent],
     }
+
+
+def _unjudged(lost: LostPackets) -> dict[str, int]:
+    """Give the reasons of what the kernel dropped before anybody looked at it."""
+    counts = {Reason.PACKET_RATE: lost.limit, Reason.QUEUE_FULL: lost.queue + lost.buffer}
+    return {reason.value: count for reason, count in counts.items() if count}
 
 
 def _guard_problem(endpoint: Endpoint, passed_by: frozenset[str]) -> str:

@@ -34,6 +34,8 @@ _CHAINS = (
     (NFPROTO_NETDEV, NAME, "framed"),
 )
 """Chains whose rules no endpoint changes: that they are as they were stands for the rest of their tables."""
+SYNS_PER_S = 8_000
+"""SYNs and SYN-ACKs of a pod that its interface on the node lets pass in a second, unless another rate is given."""
 _UNSUPPORTED = "not supported"
 """What the kernel says of a family or hook that it was built without; any other failure is no reason to do less."""
 _PROBE = "add table netdev {0}\nadd chain netdev {0} probe {{ type filter hook ingress device lo priority 0; }}\n"
@@ -46,12 +48,13 @@ def render_replace(
     on_links: bool,
     absent: Container[str] = (),
     node_addresses: Iterable[IPAddress] = (),
+    syns_per_s: int = SYNS_PER_S,
 ) -> str:
     """Return the transaction that replaces whatever is there by exactly these endpoints."""
     known = tuple(networks)
     lines = [f"{verb} table {table}" for table in _tables(on_links) for verb in ("add", "delete", "add")]
     lines += guard_masquerade.skeleton() + guard_egress.skeleton(known) + guard_forged.skeleton(node_addresses)
-    lines += guard_spoofing.skeleton(known) if on_links else []
+    lines += guard_spoofing.skeleton(known, syns_per_s) if on_links else []
     parts = (render_apply(None, endpoint, on_links=on_links, absent=absent) for endpoint in endpoints)
     return _text(lines) + "".join(parts)
 
@@ -95,12 +98,14 @@ class Guard:
         "_networks",
         "_node_addresses",
         "_on_links",
+        "_syns_per_s",
         "problem",
     )
 
-    def __init__(self, networks: Iterable[IPNetwork] = ()) -> None:
-        """Guard pods that may send a SYN with a frame to these networks."""
+    def __init__(self, networks: Iterable[IPNetwork] = (), *, syns_per_s: int = SYNS_PER_S) -> None:
+        """Guard pods that may send a SYN with a frame to these networks, and so many SYNs and SYN-ACKs a second."""
         self._networks = tuple(networks)
+        self._syns_per_s = syns_per_s
         self._node_addresses: frozenset[IPAddress] = frozenset()
         self._applied: dict[AttachmentId, GuardedEndpoint] = {}
         self._has_nft = True
@@ -151,6 +156,7 @@ class Guard:
             on_links=self._on_links,
             absent=absent,
             node_addresses=self._node_addresses,
+            syns_per_s=self._syns_per_s,
         )
 
     def _look_at_kernel(self) -> None:

@@ -7,7 +7,9 @@ passes, in no protocol: IPv4 and IPv6 by their source, ARP by its sender, neighb
 of other protocols, or with a tag, are none that a pod's addresses are good for.
 
 A SYN opens a flow and never answers one, so it can be judged here too: this also holds where a bridge switches between
-two pods of a node, without the node's prerouting.
+two pods of a node, without the node's prerouting. SYNs have a rate as well, above that of the rules inside the pod, so
+that only what goes past those can reach it: a flood by packet socket ends before it costs the bridge, conntrack, the
+network or another node anything.
 """
 
 from __future__ import annotations
@@ -34,10 +36,19 @@ from enforcer_daemon.reasons import Reason
 
 TABLE = f"netdev {NAME}"
 OFFENDERS = "offenders"
+OPENINGS = "openings"
 _MAX_OFFENDERS = 4_096
 _PRIORITY = -200  # before what a CNI may hang there
 _LINK, _STATED, _SYN = "link", "stated", "syn"
-_REASONS = (Reason.SPOOFED_SOURCE, Reason.SPOOFED_NEIGHBOUR, Reason.NOT_IP, Reason.EGRESS_DENIED)
+_OPENINGS_FORGOTTEN_AFTER_S = 2
+"""Who is silent so long would have its whole burst again."""
+_REASONS = (
+    Reason.SPOOFED_SOURCE,
+    Reason.SPOOFED_NEIGHBOUR,
+    Reason.NOT_IP,
+    Reason.EGRESS_DENIED,
+    Reason.PACKET_RATE,
+)
 _SETS = {
     "senders4": "type ifname . ipv4_addr",
     "senders6": "type ifname . ipv6_addr",
@@ -52,16 +63,21 @@ _MAY_HIDE_TCP = "{ 6, 0, 43, 44, 51, 60, 135 }"
 (RFC 8200), behind which TCP may follow in another piece."""
 
 
-def skeleton(networks: Iterable[IPNetwork]) -> list[str]:
+def skeleton(networks: Iterable[IPNetwork], syns_per_s: int) -> list[str]:
     """Give what the endpoints hang on; `networks` are those that frames are sent to."""
+    forgotten = f"flags dynamic,timeout; timeout {_OPENINGS_FORGOTTEN_AFTER_S}s;"
     lines = [f"add set {TABLE} {name} {{ {kind}; }}" for name, kind in _SETS.items()]
     lines += [f"add map {TABLE} {name} {{ {kind}; }}" for name, kind in _MAPS.items()]
     lines += [
         f"add set {TABLE} {OFFENDERS} {{ type ifname; size {_MAX_OFFENDERS}; flags dynamic; }}",
+        f"add set {TABLE} {OPENINGS} {{ type ifname; size {_MAX_OFFENDERS}; {forgotten} }}",
         *counted_drops(TABLE, _REASONS, f"update @{OFFENDERS} {{ iifname counter }}"),
         *framed_networks(TABLE, networks),
     ]
-    for chain, rules in (("from_link_local", _LINK_LOCAL_RULES), ("sent", (*_SENDER_RULES, *_opening_rules()))):
+    for chain, rules in (
+        ("from_link_local", _LINK_LOCAL_RULES),
+        ("sent", (_rate_rule(syns_per_s), *_SENDER_RULES, *_opening_rules())),
+    ):
         lines += refill(TABLE, chain, rules)
     return lines
 
@@ -81,6 +97,11 @@ _SENDER_RULES = (
     f"meta protocol ip6 iifname . ip6 saddr != @senders6 {drop(Reason.SPOOFED_SOURCE)}",
     "icmpv6 type nd-neighbor-advert iifname vmap @stated",
 )
+
+
+def _rate_rule(syns_per_s: int) -> str:
+    rate = f"limit rate over {syns_per_s}/second burst {syns_per_s} packets"
+    return f"tcp flags & syn == syn update @{OPENINGS} {{ iifname {rate} }} {drop(Reason.PACKET_RATE)}"
 
 
 def _opening_rules() -> tuple[str, ...]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import os
 import socket
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from ipaddress import ip_address
@@ -23,13 +24,15 @@ from enforcer_daemon.dataplane.tools import run_in
 from enforcer_daemon.errors import DataplaneError
 from enforcer_daemon.model import AttachmentId, Protocol
 from enforcer_daemon.policy.evaluate import AddressRule
-from tests.netns.lab import NODE, POD, REMOTE, Lab, ip, open_lab
+from tests.netns.lab import ACK, NODE, POD, REMOTE, SYN, Lab, ip, open_lab, tcp_packet
 
 pytestmark = pytest.mark.kernel
 
 T = TypeVar("T")
 IP_TRANSPARENT = 19  # linux/in.h
 SPOOFED = "10.77.0.99"
+ETHERTYPES = {4: 0x0800, 6: 0x86DD}
+_SYNS_PER_S = 500
 
 
 @pytest.fixture
@@ -79,6 +82,31 @@ def test_the_other_end_is_found_and_guarded(lab: Lab) -> None:
     assert '"pod0" counter packets 1' in offenders
     act(lab, lambda: guard.remove(endpoint.attachment))
     assert gets_through(lab, SPOOFED)
+
+
+def test_a_flood_of_syns_ends_at_the_pods_interface(lab: Lab) -> None:
+    """By packet socket, past the rules inside the pod. The interface has one rate for both families; data has none."""
+    guard, endpoint = Guard(syns_per_s=_SYNS_PER_S), guarded(lab)
+    act(lab, lambda: guard.replace([endpoint]))
+
+    def dropped(version: int, flags: int, count: int) -> int:
+        before = act(lab, guard.drops)["packet-rate"]
+        packet = tcp_packet((POD[version], 8080), (REMOTE[version], 6000), flags)
+        target = ("eth0", ETHERTYPES[version], 0, 0, interface(lab.node, "pod0").mac)
+        with open_in(lab.pod, lambda: socket.socket(socket.AF_PACKET, socket.SOCK_DGRAM)) as sock:
+            for _ in range(count):
+                sock.sendto(packet, target)
+        return act(lab, guard.drops)["packet-rate"] - before
+
+    began = time.monotonic()
+    first = dropped(4, SYN, _SYNS_PER_S) + dropped(6, SYN | ACK, 10 * _SYNS_PER_S)
+    passed = 11 * _SYNS_PER_S - first
+    assert _SYNS_PER_S <= passed <= _SYNS_PER_S * (2 + time.monotonic() - began)
+    assert dropped(4, ACK, 10 * _SYNS_PER_S) == 0
+    time.sleep(1.5)  # A second's worth is there again.
+    assert dropped(6, SYN, _SYNS_PER_S) == 0
+    act(lab, lambda: guard.remove(endpoint.attachment))
+    assert dropped(4, SYN, 10 * _SYNS_PER_S) == 0
 
 
 def test_without_names_the_kernel_is_asked(lab: Lab) -> None:

@@ -111,6 +111,16 @@ def test_remove_takes_elements_before_the_chains_they_lead_to() -> None:
         assert all(at < deleted for at, line in enumerate(lines) if f" {chains[prefix]}" in line and "element" in line)
 
 
+def test_the_rate_of_syns_stands_before_all_else() -> None:
+    sent = [
+        line for line in guard_spoofing.skeleton((), 500) if line.startswith(f"add rule {guard_spoofing.TABLE} sent")
+    ]
+    assert sent[0].split(" ", 5)[5] == (
+        "tcp flags & syn == syn update @openings { iifname limit rate over 500/second burst 500 packets } "
+        "counter goto drop_packet_rate"
+    )
+
+
 def test_replace_begins_with_nothing() -> None:
     lines = render_replace((), (), on_links=True, node_addresses=(ip_address("fd00::1"),)).splitlines()
     assert "add element inet trireme_guard node6 { fd00::1 }" in lines
