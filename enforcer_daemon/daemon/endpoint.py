@@ -99,7 +99,7 @@ class Endpoint:
             log.error("packet dropped by an internal error", error=repr(err))
 
         queue = PacketQueue.open(self.sandbox.netns_fd, settings, self._judge, on_error=on_error)
-        self._service = QueueService(queue, asyncio.get_running_loop())
+        self._service = QueueService(queue, asyncio.get_running_loop(), self._node.work)
         self._queue = queue
 
     def rules(self, settings: DataplaneSettings) -> EndpointRules:

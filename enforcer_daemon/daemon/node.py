@@ -10,6 +10,7 @@ from ipaddress import ip_address
 
 from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
 
+from enforcer_daemon.daemon.service import Work
 from enforcer_daemon.datapath.context import NodeContext
 from enforcer_daemon.datapath.judging import Networks
 from enforcer_daemon.dataplane.conntrack import Conntrack
@@ -60,6 +61,8 @@ class Node:
         self.conntrack = Conntrack()
         self.verifier = PeerVerifier(self.keys.bundle, settings.handshake)
         self.addresses: frozenset[IPAddress] = frozenset()
+        self.work = Work()
+        """That of all pods' queues, since one loop serves them."""
         self.context = NodeContext(
             settings.handshake,
             settings.deny_with,

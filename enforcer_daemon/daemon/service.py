@@ -1,9 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How the loop serves one pod's queue: whenever packets wait, but a queue of which nearly all is refused has to rest.
+"""How the loop serves one pod's queue: whenever packets wait, but a queue from which nothing comes has to rest.
 
-A flood that the kernel's rates let through still takes whatever the enforcer would spend on it, since there is always
-more. What is refused is no use to anybody, so such a queue waits several times as long as its last turn took, while the
-others have the enforcer to themselves. Honest load is not refused, and never rests, however much of it there is.
+A flood that the kernel's rates let through still takes what the enforcer spends on it. So a queue from which hardly any
+connection comes, as under handshakes that nobody ends, waits several times as long as its turns took, by the measure in
+which others have work: with the enforcer to itself it is served at once, for the sake of the honest among its clients.
+A queue of which most is refused never has the enforcer to itself, since that would cost the node's other programs.
+Queues from which connections come never rest, however many.
 """
 
 from __future__ import annotations
@@ -13,9 +15,14 @@ import time
 from typing import Protocol
 
 MIN_REST_S = 0.001
-"""The loop's timers know no shorter time."""
+"""The loop's timers know no shorter time: what a queue owes is added up until it is so much."""
 REST_FACTOR = 8
-"""How much longer than its turn a refused queue rests: it then has at most a ninth of the enforcer's time."""
+"""How much longer than its turns a queue rests: it then has at most a ninth of the enforcer's time."""
+_LEAST_REFUSED_PART = 0.25
+"""What is refused rests as if others had so much to do: it then has a third of the enforcer's time, which is enough for
+what the kernel's rate leaves of one source."""
+_MEMORY_S = 0.02
+"""How long the work for others is remembered."""
 
 
 class Queue(Protocol):
@@ -23,7 +30,11 @@ class Queue(Protocol):
 
     @property
     def is_mostly_refused(self) -> bool:
-        """Whether more waits, and of the last turn most was dropped."""
+        """Whether most of the last packets were dropped."""
+
+    @property
+    def is_in_vain(self) -> bool:
+        """Whether hardly any of the last packets released a flow."""
 
     def fileno(self) -> int:
         """Return the descriptor that is readable when packets wait."""
@@ -32,16 +43,37 @@ class Queue(Protocol):
         """Judge some of the packets that wait."""
 
 
+class Work:
+    """Which part of the enforcer's time goes to queues from which connections come, lately: 0 to about 1."""
+
+    __slots__ = ("_noted_at", "_part")
+
+    def __init__(self) -> None:
+        self._part = 0.0
+        self._noted_at = 0.0
+
+    def note(self, took_s: float, now: float) -> None:
+        """Add a turn that ended now."""
+        self._part = self.part(now) + took_s / _MEMORY_S
+        self._noted_at = now
+
+    def part(self, now: float) -> float:
+        """Give the part."""
+        return min(1.0, self._part * max(0.0, 1.0 - (now - self._noted_at) / _MEMORY_S))
+
+
 class QueueService:
     """The turns of one queue. For the event loop's thread alone."""
 
-    __slots__ = ("_fd", "_loop", "_queue", "_rest", "rests")
+    __slots__ = ("_fd", "_loop", "_owed_s", "_queue", "_rest", "_work", "rests")
 
-    def __init__(self, queue: Queue, loop: asyncio.AbstractEventLoop) -> None:
-        """Serve the queue from now on."""
+    def __init__(self, queue: Queue, loop: asyncio.AbstractEventLoop, work: Work) -> None:
+        """Serve the queue from now on; `work` is that of all queues of the loop."""
         self._queue = queue
         self._loop = loop
+        self._work = work
         self._fd = queue.fileno()
+        self._owed_s = 0.0
         self._rest: asyncio.TimerHandle | None = None
         self.rests = 0
         """How often the queue had to rest."""
@@ -58,11 +90,22 @@ class QueueService:
     def _serve(self) -> None:
         started = time.perf_counter()
         self._queue.read_turn()
+        now = time.perf_counter()
         if self._queue.is_mostly_refused:
-            took_s = time.perf_counter() - started
-            self._loop.remove_reader(self._fd)
-            self._rest = self._loop.call_later(max(MIN_REST_S, REST_FACTOR * took_s), self._go_on)
-            self.rests += 1
+            self._owe((now - started) * max(_LEAST_REFUSED_PART, self._work.part(now)))
+        elif self._queue.is_in_vain:
+            self._owe((now - started) * self._work.part(now))
+        else:
+            self._work.note(now - started, now)
+
+    def _owe(self, used_s: float) -> None:
+        self._owed_s += REST_FACTOR * used_s
+        if self._owed_s < MIN_REST_S:
+            return
+        self._loop.remove_reader(self._fd)
+        self._rest = self._loop.call_later(self._owed_s, self._go_on)
+        self._owed_s = 0.0
+        self.rests += 1
 
     def _go_on(self) -> None:
         self._rest = None

@@ -10,6 +10,7 @@ from __future__ import annotations
 import errno
 import os
 import socket
+import sys
 from collections.abc import Callable
 from contextlib import suppress
 from typing import cast
@@ -40,7 +41,15 @@ before; of a datagram, or a SYN that arrives, also REPLY; else 0. Of any packet 
 _OTHERS_MASK = OWN_MASK ^ 0xFFFF_FFFF
 _SOL_NETLINK, _NETLINK_NO_ENOBUFS = 270, 5  # linux/netlink.h
 _BACKLOG_DIVISOR = 8
-"""How much shorter the turns of a queue are that had more waiting at the end of its last one."""
+"""How much shorter the turns of a queue are that had much more waiting at the end of its last one."""
+_WAITING_BYTES = 2_560
+"""What a packet that waits takes of the socket's buffer, at most, where it is no large send."""
+_SO_MEMINFO, _MEMINFO_BYTES = 55, 4  # asm-generic/socket.h; the first number, SK_MEMINFO_RMEM_ALLOC
+WINDOW = 64
+"""Packets after which it is looked at anew what became of them."""
+_FRUIT_DIVISOR = 16
+"""Of how many packets one at least releases its flow, where connections come about: it is every third or fourth."""
+_FRUIT = frozenset({Action.RELEASE, Action.CONSUME, Action.TAKE})
 _PREROUTING = 0  # linux/netfilter.h: NF_INET_PRE_ROUTING; the other hook is NF_INET_POST_ROUTING
 
 
@@ -66,9 +75,9 @@ class _Turn:
 class PacketQueue:
     """One endpoint's queue, bound inside its network namespace. For the event loop's thread alone."""
 
-    __slots__ = ("_counters", "_held", "_injector", "_is_backlogged", "_judge", "_on_error", "_overflow",
-                 "_packets_per_turn", "_queue", "_refused", "_sock", "_turn", "errors", "is_mostly_refused",
-                 "lost")  # fmt: skip
+    __slots__ = ("_counters", "_fruitful", "_held", "_injector", "_is_backlogged", "_judge", "_looked_at",
+                 "_on_error", "_overflow", "_packets_per_turn", "_queue", "_refused", "_sock", "_turn", "errors",
+                 "is_in_vain", "is_mostly_refused", "lost")  # fmt: skip
 
     def __init__(
         self,
@@ -87,9 +96,11 @@ class PacketQueue:
         self._on_error = on_error
         self._packets_per_turn = packets_per_turn
         self._is_backlogged = False
-        self._refused = 0
+        self._looked_at = self._refused = self._fruitful = 0
         self.is_mostly_refused = False
-        """Whether more waited at the end of the last turn, and most of it was dropped: others should come first."""
+        """Whether most of the last packets were dropped."""
+        self.is_in_vain = False
+        """Whether hardly any of the last packets released a flow."""
         self._held: dict[int, Packet] = {}
         self._counters: QueueCounters | None = None
         self._overflow: Overflow | None = None
@@ -168,9 +179,9 @@ class PacketQueue:
     def read_turn(self) -> int:
         """Judge the packets that wait, up to the bound of a turn; return how many were read.
 
-        Where that is the bound, more may wait: the loop calls again when the descriptor is readable. Such a queue has
-        short turns until it is empty, so that a flood of one pod costs the others little. If all have a backlog, they
-        are equal again.
+        Where that is the bound, more may wait: the loop calls again when the descriptor is readable. A queue in which
+        more than another turn waits has short turns, so that one pod's load costs the others little. If all have a
+        backlog, they are equal again.
         """
         if self._queue is None:
             return 0
@@ -179,11 +190,18 @@ class PacketQueue:
         if self._is_backlogged:
             bound = max(1, bound // _BACKLOG_DIVISOR)
         turn.left = bound
-        self._refused = 0
         self._queue.run_socket(cast(socket.socket, turn))
-        self._is_backlogged = turn.left <= 0
-        self.is_mostly_refused = self._is_backlogged and 2 * self._refused > bound
+        # Whether any packet waits tells nothing: of a few connections at once some packet always does.
+        self._is_backlogged = turn.left <= 0 and self._waiting_bytes() > self._packets_per_turn * _WAITING_BYTES
+        self._looked_at += bound - turn.left
+        if self._looked_at >= WINDOW:
+            self.is_mostly_refused = 2 * self._refused > self._looked_at
+            self.is_in_vain = _FRUIT_DIVISOR * self._fruitful < self._looked_at
+            self._looked_at = self._refused = self._fruitful = 0
         return bound - turn.left
+
+    def _waiting_bytes(self) -> int:
+        return int.from_bytes(self._sock.getsockopt(socket.SOL_SOCKET, _SO_MEMINFO, _MEMINFO_BYTES), sys.byteorder)
 
     def carry_out(self, effects: tuple[Settle | Inject, ...]) -> None:
         """Carry out effects that come from a deadline instead of a packet."""
@@ -195,6 +213,7 @@ class PacketQueue:
             else:
                 packet = self._held.pop(effect.hold_id, None)
                 if packet is not None:
+                    self._fruitful += effect.verdict.action is Action.RELEASE
                     self._answer(packet, effect.verdict)
 
     def close(self) -> None:
@@ -224,6 +243,8 @@ class PacketQueue:
             self._answer(packet, verdict)
             if verdict.action is Action.DROP:
                 self._refused += 1
+            elif verdict.action in _FRUIT:
+                self._fruitful += 1
             if verdict.effects:
                 self.carry_out(verdict.effects)
         except Exception as err:  # noqa: BLE001 - the boundary: whatever goes wrong, this packet does not pass

@@ -15,7 +15,7 @@ import pytest
 import uvloop
 
 from enforcer_daemon.dataplane.netns import open_in
-from enforcer_daemon.dataplane.queue import MAX_COPIED_BYTES, PacketQueue
+from enforcer_daemon.dataplane.queue import MAX_COPIED_BYTES, WINDOW, PacketQueue
 from enforcer_daemon.dataplane.queuecounters import LostPackets
 from enforcer_daemon.dataplane.ratelimits import QueueLimits
 from enforcer_daemon.dataplane.tools import run_in
@@ -225,39 +225,72 @@ def test_an_effect_that_fails_is_reported(lab: Lab) -> None:
         queue.close()
 
 
+CONSUMED = Verdict(Action.CONSUME)
+
+
 def test_a_turn_is_bounded_and_shorter_while_there_is_a_backlog(lab: Lab) -> None:
+    """More than another turn has to wait: of some connections at once a packet always does, and that is no backlog."""
     settings = dataclasses.replace(SETTINGS, packets_per_turn=16)
-    judge = Recorder(lambda *_: DROP)
-    queue = PacketQueue.open(lab.pod, settings, judge, on_error=silent)
+    queue = PacketQueue.open(lab.pod, settings, Recorder(lambda *_: DROP), on_error=silent)
     try:
-        with lab.socket(lab.remote, 4, socket.SOCK_DGRAM) as client:
-            for _ in range(21):
-                client.sendto(b"x", (POD[4], 53))
-            assert wait_until(lambda: waiting(lab) == 21)
-            assert [queue.read_turn() for _ in range(5)] == [16, 2, 2, 1, 0]
-            for _ in range(3):
-                client.sendto(b"x", (POD[4], 53))
-            assert wait_until(lambda: waiting(lab) == 3)
-            assert queue.read_turn() == 3
+        send_datagrams(lab, 21, 10)
+        assert wait_until(lambda: waiting(lab) == 21)
+        assert [queue.read_turn() for _ in range(3)] == [16, 5, 0]
+        send_datagrams(lab, 200, 10)
+        assert wait_until(lambda: waiting(lab) == 200)
+        turns = [queue.read_turn() for _ in range(120)]
+        shorter = turns.count(2)
+        assert shorter > 16
+        assert turns[: shorter + 1] == [16, *[2] * shorter]
+        assert set(turns[shorter + 1 :]) <= {16, (200 - 16 - 2 * shorter) % 16, 0}
+        assert sum(turns) == 200
     finally:
         queue.close()
 
 
 @pytest.mark.parametrize(
-    ("verdict", "is_refused"), [(DROP, True), (TAKEN, False), (ACCEPT, False)], ids=["dropped", "taken", "accepted"]
+    ("verdict", "is_refused", "is_in_vain"),
+    [(DROP, True, True), (TAKEN, False, False), (ACCEPT, False, True), (CONSUMED, False, False)],
+    ids=["dropped", "taken", "accepted", "released"],
 )
-def test_a_backlog_of_what_is_refused_is_told_from_one_of_honest_load(
-    lab: Lab, verdict: Verdict, *, is_refused: bool
+def test_what_is_of_no_use_is_told_from_honest_load(
+    lab: Lab, verdict: Verdict, *, is_refused: bool, is_in_vain: bool
 ) -> None:
-    settings = dataclasses.replace(SETTINGS, packets_per_turn=16)
-    queue = PacketQueue.open(lab.pod, settings, Recorder(lambda *_: verdict), on_error=silent)
+    queue = PacketQueue.open(lab.pod, SETTINGS, Recorder(lambda *_: verdict), on_error=silent)
     try:
-        send_datagrams(lab, 17, 10)
-        assert wait_until(lambda: waiting(lab) == 17)
-        assert (queue.read_turn(), queue.is_mostly_refused) == (16, is_refused)
-        assert (queue.read_turn(), queue.is_mostly_refused) == (1, False)
+        send_datagrams(lab, WINDOW - 1, 10)
+        assert wait_until(lambda: waiting(lab) == WINDOW - 1)
+        drain(queue)
+        assert (queue.is_mostly_refused, queue.is_in_vain) == (False, False)
+        send_datagrams(lab, 1)
+        assert wait_until(lambda: bool(queue.read_turn()))
+        assert (queue.is_mostly_refused, queue.is_in_vain) == (is_refused, is_in_vain)
     finally:
         queue.close()
+
+
+def test_a_queue_is_looked_at_anew(lab: Lab) -> None:
+    """One connection in sixteen packets is enough."""
+    judge = Recorder(lambda *_: DROP)
+    queue = PacketQueue.open(lab.pod, SETTINGS, judge, on_error=silent)
+    try:
+        send_datagrams(lab, WINDOW, 10)
+        assert wait_until(lambda: waiting(lab) == WINDOW)
+        drain(queue)
+        assert queue.is_in_vain
+        judge.answer = lambda *_: CONSUMED if len(judge.seen) % 16 == 0 else ACCEPT
+        send_datagrams(lab, WINDOW, 10)
+        assert wait_until(lambda: waiting(lab) == WINDOW)
+        drain(queue)
+        assert not queue.is_mostly_refused
+        assert not queue.is_in_vain
+    finally:
+        queue.close()
+
+
+def drain(queue: PacketQueue) -> None:
+    while queue.read_turn():
+        pass
 
 
 def waiting(lab: Lab) -> int:

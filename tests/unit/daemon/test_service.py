@@ -1,23 +1,29 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How a queue is served: at once, unless nearly all of a backlog is refused."""
+"""How a queue is served: at once, unless nothing comes from it."""
 
 from __future__ import annotations
 
 import asyncio
 import os
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 import pytest
 
-from enforcer_daemon.daemon.service import QueueService
+from enforcer_daemon.daemon.service import MIN_REST_S, REST_FACTOR, QueueService, Work
+
+_TURN_S = 5 * MIN_REST_S / REST_FACTOR
+"""Long enough that a rest is due after each turn, also of a queue that rests least."""
 
 
 @dataclass
 class PipeQueue:
     """A queue in a pipe: a byte is a packet, one is read in a turn."""
 
-    is_mostly_refused: bool
+    is_mostly_refused: bool = False
+    is_in_vain: bool = False
+    turn_s: float = _TURN_S
     turns: int = 0
     turn_over: asyncio.Semaphore = field(default_factory=lambda: asyncio.Semaphore(0))
     ends: tuple[int, int] = field(default_factory=os.pipe)
@@ -28,15 +34,23 @@ class PipeQueue:
     def read_turn(self) -> int:
         self.turns += 1
         self.turn_over.release()
+        time.sleep(self.turn_s)
         return len(os.read(self.ends[0], 1))
 
     def send(self, count: int) -> None:
         os.write(self.ends[1], b"x" * count)
 
 
-@pytest.fixture(params=(True, False), ids=("refused", "allowed"))
-def queue(request: pytest.FixtureRequest) -> Iterator[PipeQueue]:
-    queue = PipeQueue(is_mostly_refused=bool(request.param))
+class EndlessWork(Work):
+    """Other queues that have the enforcer to themselves, whenever one looks."""
+
+    def part(self, now: float) -> float:
+        return 1.0
+
+
+@pytest.fixture
+def queue() -> Iterator[PipeQueue]:
+    queue = PipeQueue()
     yield queue
     for end in queue.ends:
         os.close(end)
@@ -48,20 +62,44 @@ async def until(queue: PipeQueue, turns: int) -> None:
             await queue.turn_over.acquire()
 
 
-def test_every_packet_is_read_and_only_what_is_refused_rests_after_each_turn(queue: PipeQueue) -> None:
+def rests_in_five_turns(queue: PipeQueue, work: Work) -> int:
     async def serve() -> int:
-        service = QueueService(queue, asyncio.get_running_loop())
+        service = QueueService(queue, asyncio.get_running_loop(), work)
         queue.send(5)
         await until(queue, 5)
+        await asyncio.sleep(0)
         service.close()
         return service.rests
 
-    assert asyncio.run(serve()) == (5 if queue.is_mostly_refused else 0)
+    return asyncio.run(serve())
+
+
+def test_what_is_refused_rests_also_where_nobody_else_has_work(queue: PipeQueue) -> None:
+    queue.is_mostly_refused = queue.is_in_vain = True
+    assert rests_in_five_turns(queue, Work()) == 5
+
+
+@pytest.mark.parametrize(("work", "rests"), [(Work(), 0), (EndlessWork(), 5)], ids=["idle", "busy"])
+def test_what_is_in_vain_rests_while_others_have_work(queue: PipeQueue, work: Work, rests: int) -> None:
+    queue.is_in_vain = True
+    assert rests_in_five_turns(queue, work) == rests
+
+
+def test_connections_never_rest(queue: PipeQueue) -> None:
+    assert rests_in_five_turns(queue, EndlessWork()) == 0
+
+
+def test_short_turns_are_added_up_until_a_rest_is_due(queue: PipeQueue) -> None:
+    queue.is_mostly_refused, queue.turn_s = True, 0.0
+    service_rests = rests_in_five_turns(queue, Work())
+    assert service_rests < 5
 
 
 def test_a_closed_service_reads_no_more_also_when_it_rested(queue: PipeQueue) -> None:
+    queue.is_mostly_refused = True
+
     async def serve() -> None:
-        service = QueueService(queue, asyncio.get_running_loop())
+        service = QueueService(queue, asyncio.get_running_loop(), Work())
         queue.send(1)
         await until(queue, 1)
         service.close()
@@ -70,3 +108,14 @@ def test_a_closed_service_reads_no_more_also_when_it_rested(queue: PipeQueue) ->
 
     asyncio.run(serve())
     assert queue.turns == 1
+
+
+def test_the_work_of_others_is_a_part_of_the_time_and_soon_forgotten() -> None:
+    work, now = Work(), 100.0
+    assert work.part(now) == 0.0
+    for _ in range(1_000):
+        now += 0.001
+        work.note(0.000_5, now)
+    assert work.part(now) == pytest.approx(0.5, rel=0.1)
+    assert work.part(now + 0.01) == pytest.approx(work.part(now) / 2)
+    assert work.part(now + 1.0) == 0.0
