@@ -3,8 +3,11 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 
+from enforcer_daemon.daemon.flowstore import FlowStore
+from enforcer_daemon.daemon.kernel import Kernel
 from enforcer_daemon.daemon.sandbox import Sandbox, open_netns
 from enforcer_daemon.errors import DataplaneError, NetnsError
 from enforcer_daemon.model import AttachmentId, NetnsId, PodRef
@@ -33,7 +36,7 @@ class Adoption:
             self._log.error("record set aside", path=str(unreadable.path), error=unreadable.problem)
 
     def sandboxes(
-        self, is_excluded: Callable[[AddRequest], bool], forget_flows: Callable[[NetnsId], None]
+        self, is_excluded: Callable[[AddRequest], bool], flow_store: Callable[[NetnsId], FlowStore]
     ) -> list[Sandbox]:
         """Give the recorded namespaces that still exist, opened; forget the records of the others."""
         found: dict[NetnsId, Sandbox] = {}
@@ -47,16 +50,30 @@ class Adoption:
             descriptor = open_netns(record.request.netns_path, record.netns)
             if descriptor is None:
                 self._drop(record)
-                forget_flows(record.netns)  # The number of a namespace is used again.
+                flow_store(record.netns).remove()  # The number of a namespace is used again.
             else:
                 found[record.netns] = Sandbox(descriptor, record.netns, {record.attachment: record.request})
         return [with_found_links(sandbox, self._log) for sandbox in found.values()]
 
+    async def set_free(
+        self, is_excluded: Callable[[AddRequest], bool], flow_store: Callable[[NetnsId], FlowStore], kernel: Kernel
+    ) -> None:
+        """Take the rules out of excluded pods: they may be of a time before, and nobody serves their queues now."""
+        for sandbox in self.sandboxes(lambda request: not is_excluded(request), flow_store):
+            try:
+                await kernel.remove_rules(sandbox.netns_fd)
+            except (DataplaneError, NetnsError) as err:
+                self.give_up(sandbox, err)
+            else:
+                flow_store(sandbox.netns).remove()
+                self._log.info("endpoint not enforced: its namespace is excluded", pod=str(sandbox.pod))
+            finally:
+                os.close(sandbox.netns_fd)
+
     def give_up(self, sandbox: Sandbox, err: Exception) -> None:
         """Remember that a pod could not be adopted."""
-        pod = next(iter(sandbox.requests.values())).pod
-        self._cut_off.update(dict.fromkeys(sandbox.requests, pod))
-        self._log.error("endpoint not adopted", pod=str(pod), error=str(err))
+        self._cut_off.update(dict.fromkeys(sandbox.requests, sandbox.pod))
+        self._log.error("endpoint not adopted", pod=str(sandbox.pod), error=str(err))
 
     def forget(self, attachment: AttachmentId) -> None:
         """The pod was deleted."""

@@ -276,25 +276,24 @@ class Endpoints:
         """Read the records of an earlier daemon; call it once, before all else."""
         self._adoption.load()
 
-    async def adopt(self) -> None:
-        """Take over the recorded endpoints whose namespaces still exist; call it once, after `load` and a world."""
+    async def adopt(self) -> bool:
+        """Take over the recorded pods that still exist, once, after `load` and a world; tell whether all could be."""
         async with self._changing:
-            sandboxes = self._adoption.sandboxes(self._is_excluded, lambda netns: self._flow_store(netns).remove())
+            sandboxes = self._adoption.sandboxes(self._is_excluded, self._flow_store)
             world = self._require_world()
-            await self._kernel.guard_exactly(
-                [
-                    guarded(sandbox, world.snapshot.pod_policy(world.identity_of(sandbox.requests)))
-                    for sandbox in sandboxes
-                ]
-            )
+            guards = [guarded(each, world.snapshot.pod_policy(world.identity_of(each.requests))) for each in sandboxes]
+            await self._kernel.guard_exactly(guards)
             if self._kernel.guard_problem:
                 self._log.error("guard incomplete", problem=self._kernel.guard_problem)
             for sandbox in sandboxes:
                 await self._adopt(sandbox)
+            await self._adoption.set_free(self._is_excluded, self._flow_store, self._kernel)
+            return not self._adoption.cut_off
 
     async def _adopt(self, sandbox: Sandbox) -> None:
         try:
             endpoint = await self._open(sandbox)
+            await self._kernel.remove_earlier_rules(sandbox.netns_fd)
         except EnforcerError as err:
             self._adoption.give_up(sandbox, err)
         else:
@@ -336,13 +335,13 @@ class Endpoints:
 
     async def follow_addresses(self) -> None:
         """Tell every endpoint's rules the node's present addresses."""
+        backend = self._kernel.backend
         async with self._changing:
             for endpoint in list(self._by_netns.values()):
+                netns_fd = endpoint.sandbox.netns_fd
                 try:
-                    await asyncio.to_thread(
-                        self._kernel.backend.update_node_addresses, endpoint.sandbox.netns_fd, self._node.addresses
-                    )
-                    endpoint.note_rules(self._kernel.backend)
+                    await asyncio.to_thread(backend.update_node_addresses, netns_fd, self._node.addresses)
+                    endpoint.note_rules(backend)
                 except DataplaneError as err:
                     self._leave_unsettled(endpoint, err)
 

@@ -21,6 +21,8 @@ class Kernel:
 
     def __init__(self, backend: RulesBackend, guard: Guard) -> None:
         self.backend = backend
+        self.earlier: tuple[RulesBackend, ...] = ()
+        """Those that earlier daemons used, whose rules pods may still have."""
         self._guard = guard
         self._guarding = asyncio.Lock()
 
@@ -28,6 +30,16 @@ class Kernel:
     def guard_problem(self) -> str:
         """What the guard cannot do on this node."""
         return self._guard.problem
+
+    async def remove_rules(self, netns_fd: int) -> None:
+        """Take all rules out of a pod; raise DataplaneError or NetnsError."""
+        await asyncio.to_thread(self.backend.remove, netns_fd)
+        await self.remove_earlier_rules(netns_fd)
+
+    async def remove_earlier_rules(self, netns_fd: int) -> None:
+        """Take those rules out of a pod that another backend made; raise DataplaneError or NetnsError."""
+        for backend in self.earlier:
+            await asyncio.to_thread(backend.remove, netns_fd)
 
     async def guard_drops(self) -> dict[str, int]:
         """Count what the guard dropped, by reason; raise DataplaneError."""

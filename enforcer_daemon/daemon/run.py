@@ -26,6 +26,7 @@ from enforcer_daemon.daemon.world import CompiledWorld, compile_world
 from enforcer_daemon.dataplane.addresses import watch_addresses
 from enforcer_daemon.dataplane.backends import choose_backend
 from enforcer_daemon.dataplane.guard import Guard
+from enforcer_daemon.dataplane.succession import Succession
 from enforcer_daemon.errors import DataplaneError, SettingsError
 from enforcer_daemon.kube.credentials import ClusterCredentials
 from enforcer_daemon.kube.events import EventSender
@@ -80,7 +81,7 @@ class Daemon:
         backend = choose_backend(settings.dataplane.rules_backend)
         run_dir = settings.registration.run_dir
         self._deletions = settings.registration.delete_queue_dir or run_dir / "deletions"
-        self._kernel = Kernel(backend, Guard())
+        self._kernel = Kernel(backend, Guard(syns_per_s=2 * settings.dataplane.max_packets_per_s_per_source))
         registry = Registry(run_dir / "endpoints")
         self._endpoints = Endpoints(settings, self._node, self._kernel, registry, log, self._metrics)
         self._cluster = ClusterSource(settings, log, self._metrics) if settings.kubernetes.enabled else None
@@ -138,7 +139,7 @@ class Daemon:
             self._endpoints.load()
             # A pod that was deleted meanwhile may lack its interfaces already: there is nothing to adopt.
             drained = await drain(self._deletions, self._endpoints.delete)
-            await self._endpoints.adopt()
+            await self._adopt()
             # Asking for the next world says that the first is in force; before, the cluster admits no pod.
             tasks.create_task(self._follow_worlds(worlds), name="policies")
             if self._enrolment is not None:
@@ -154,6 +155,14 @@ class Daemon:
             tasks.create_task(self._upkeep(), name="upkeep")
             tasks.create_task(self._keep_rules(), name="rules")
             tasks.create_task(self._follow_addresses(addresses), name="addresses")
+
+    async def _adopt(self) -> None:
+        backend = self._kernel.backend
+        succession = Succession(self._settings.registration.run_dir)
+        self._kernel.earlier = succession.begin(backend)
+        if await self._endpoints.adopt():
+            succession.finish(backend)
+        self._kernel.earlier = ()  # Pods that come from now on have no other rules.
 
     def _worlds(self) -> AsyncIterator[World]:
         return self._directory_worlds() if self._cluster is None else self._cluster.worlds()

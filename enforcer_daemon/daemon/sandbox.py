@@ -11,7 +11,7 @@ from enforcer_daemon.dataplane.guard_links import find_links
 from enforcer_daemon.dataplane.guard_rules import Links
 from enforcer_daemon.dataplane.netns import netns_id
 from enforcer_daemon.errors import NetnsError
-from enforcer_daemon.model import AttachmentId, IPAddress, NetnsId
+from enforcer_daemon.model import AttachmentId, IPAddress, NetnsId, PodRef
 from enforcer_daemon.registration.request import AddRequest
 
 
@@ -24,6 +24,11 @@ class Sandbox:
     requests: Mapping[AttachmentId, AddRequest]
     links: Links = field(default_factory=Links)
     """The attachments' ends on the node, as they were found last."""
+
+    @property
+    def pod(self) -> PodRef:
+        """Whose namespace it is."""
+        return next(iter(self.requests.values())).pod
 
     @property
     def ifnames(self) -> tuple[str, ...]:

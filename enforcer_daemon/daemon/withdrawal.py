@@ -4,12 +4,14 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterable
 
 from enforcer_daemon.daemon.adoption import Adoption
 from enforcer_daemon.daemon.flowstore import FlowStore
 from enforcer_daemon.daemon.sandbox import Sandbox
 from enforcer_daemon.dataplane.backends import RulesBackend, choose_backend
 from enforcer_daemon.dataplane.guard import Guard
+from enforcer_daemon.dataplane.succession import Succession
 from enforcer_daemon.errors import DataplaneError, NetnsError
 from enforcer_daemon.model import NetnsId
 from enforcer_daemon.registration.admin import AdminServer
@@ -26,36 +28,34 @@ def withdraw(settings: Settings, log: Logger) -> list[str]:
     run_dir = settings.registration.run_dir
     with AdminServer(run_dir / "admin.sock", {}):  # Its lock is the daemon's.
         backend = choose_backend(settings.dataplane.rules_backend)
+        backends = (backend, *Succession(run_dir).others(backend))
         registry = Registry(run_dir / "endpoints")
         adoption = Adoption(registry, log)
         adoption.load()
 
-        def forget_flows(netns: NetnsId) -> None:
-            FlowStore(run_dir / "flows" / f"{netns.device}-{netns.inode}.jsonl", log).remove()
+        def flow_store(netns: NetnsId) -> FlowStore:
+            return FlowStore(run_dir / "flows" / f"{netns.device}-{netns.inode}.jsonl", log)
 
         left = [f"record {aside.path}: {aside.problem}" for aside in registry.set_aside]
-        for sandbox in adoption.sandboxes(lambda _: False, forget_flows):
-            problem = _remove_rules(sandbox, backend)
+        for sandbox in adoption.sandboxes(lambda _: False, flow_store):
+            problem = _remove_rules(sandbox, backends)
             if problem:
                 left.append(problem)
                 continue
             for attachment in sandbox.requests:
                 registry.remove(attachment)
-            forget_flows(sandbox.netns)
-            log.info("rules removed", pod=_pod(sandbox))
+            flow_store(sandbox.netns).remove()
+            log.info("rules removed", pod=str(sandbox.pod))
         Guard().remove_tables()
     return left
 
 
-def _remove_rules(sandbox: Sandbox, backend: RulesBackend) -> str:
+def _remove_rules(sandbox: Sandbox, backends: Iterable[RulesBackend]) -> str:
     try:
-        backend.remove(sandbox.netns_fd)
+        for backend in backends:
+            backend.remove(sandbox.netns_fd)
     except (DataplaneError, NetnsError) as err:
-        return f"pod {_pod(sandbox)}: {err}"
+        return f"pod {sandbox.pod}: {err}"
     finally:
         os.close(sandbox.netns_fd)
     return ""
-
-
-def _pod(sandbox: Sandbox) -> str:
-    return str(next(iter(sandbox.requests.values())).pod)

@@ -214,10 +214,20 @@ def _removal(found: Mapping[str, Sequence[str]], family: Family) -> str:
     return "\n".join(lines) + "\n"
 
 
-_CANDIDATES: dict[BackendSetting, tuple[Callable[[], RulesBackend], ...]] = {
-    BackendSetting.NFT: (NftBackend,),
-    BackendSetting.IPTABLES: (lambda: IptablesBackend("nft"), lambda: IptablesBackend("legacy")),
+_MAKERS: dict[str, Callable[[], RulesBackend]] = {
+    "nft": NftBackend,
+    "iptables-nft": lambda: IptablesBackend("nft"),
+    "iptables-legacy": lambda: IptablesBackend("legacy"),
 }
+_CANDIDATES = {BackendSetting.NFT: ("nft",), BackendSetting.IPTABLES: ("iptables-nft", "iptables-legacy")}
+
+
+def make_backend(name: str) -> RulesBackend:
+    """Return the backend of this name; raise DataplaneError if there is none."""
+    try:
+        return _MAKERS[name]()
+    except KeyError:
+        raise DataplaneError(f"{name}: no such backend of rules; there are {', '.join(_MAKERS)}") from None
 
 
 def choose_backend(setting: BackendSetting) -> RulesBackend:
@@ -228,8 +238,8 @@ def choose_backend(setting: BackendSetting) -> RulesBackend:
         else _CANDIDATES[setting]
     )
     refusals: list[str] = []
-    for make in candidates:
-        backend = make()
+    for name in candidates:
+        backend = make_backend(name)
         scratch = new_netns()
         try:
             backend.apply(scratch, _PROBE)

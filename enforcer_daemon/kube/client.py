@@ -113,7 +113,8 @@ class ClusterApi:
                 )
             client = ApiClient(configuration)
         except ConfigException as err:
-            raise SettingsError(f"kubernetes.kubeconfig: {err}") from err
+            where = "null, and this is no pod with a service account: " if self._settings.kubeconfig is None else ""
+            raise SettingsError(f"kubernetes.kubeconfig: {where}{err}") from err
         except _UNUSABLE as err:
             raise SettingsError(f"kubernetes.kubeconfig: cannot be used: {err}") from err
         before, self._session = self._session, _Session(client)

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import time
 from collections.abc import Iterator, Mapping
@@ -12,14 +13,19 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import yaml
 
 from cni_plugin import messages
 from cni_plugin.deletions import enqueue
+from enforcer_daemon.dataplane.backends import make_backend
+from enforcer_daemon.dataplane.ratelimits import QueueLimits
+from enforcer_daemon.dataplane.rules import EndpointRules
 from enforcer_daemon.model import PodRef
+from enforcer_daemon.settings import DataplaneSettings
 from tests.e2e.operation_world import HTTP, NODES, Stream, app, connection, outcome, pod, policy, rules_of
 from triremectl.admin_client import AdminError
 from triremectl.lab import Lab, LabError, Outcome, ProbeResult, Tools, WorldSpec
-from triremectl.lab.netns import delete_all
+from triremectl.lab.netns import NETNS_DIR, delete_all
 from triremectl.lab.probe import run_probe
 
 pytestmark = pytest.mark.kernel
@@ -249,6 +255,57 @@ def test_a_pod_can_be_added_again_under_the_same_name_after_a_restart(lab: Lab) 
         assert outcome(lab, "x/guest", "x/server", HTTP.number) is Outcome.CONNECTED
     finally:
         lab.remove_pod("x/guest")
+
+
+def test_pods_of_a_namespace_that_was_excluded_meanwhile_are_set_free(lab: Lab) -> None:
+    lab.add_pod(pod("guest", "b", namespace="quiet"))
+    try:
+        with _excluded(lab, "quiet"):
+            assert [e["pod"] for e in lab.node("b").endpoints()] == ["server"]
+            assert "TRIREME" not in rules_of(lab, "quiet/guest").upper()
+            assert outcome(lab, "x/client", "quiet/guest", HTTP.number) is Outcome.CONNECTED
+            assert outcome(lab, "x/client", "x/server", HTTP.number) is Outcome.CONNECTED
+        assert sorted(str(e["pod"]) for e in lab.node("b").endpoints()) == ["guest", "server"]
+        assert outcome(lab, "x/client", "quiet/guest", HTTP.number) is Outcome.CONNECTED
+    finally:
+        lab.remove_pod("quiet/guest")
+
+
+def test_rules_of_another_backend_are_replaced(lab: Lab) -> None:
+    node = lab.node("b")
+    chosen = str(node.status()["rules_backend"])
+    other = "iptables-nft" if chosen == "iptables-legacy" else "iptables-legacy"
+    names = node.directories.run / "backends"
+    assert names.read_text() == f"{chosen}\n"
+    netns = os.open(NETNS_DIR / lab.place("x/server").netns, os.O_RDONLY)
+    try:
+        with _without_enforcers(lab, nodes="b"):
+            make_backend(chosen).remove(netns)
+            limits = QueueLimits(per_source=4_000, total=8_000)
+            rules = EndpointRules(("eth0",), DataplaneSettings().queue_number, frozenset(), limits)
+            make_backend(other).apply(netns, rules)
+            names.write_text(f"{other}\n")
+        assert not make_backend(other).is_intact(netns, rules)
+    finally:
+        os.close(netns)
+    assert names.read_text() == f"{chosen}\n"
+    for version in (4, 6):
+        assert outcome(lab, "x/client", "x/server", HTTP.number, version) is Outcome.CONNECTED
+
+
+@contextmanager
+def _excluded(lab: Lab, namespace: str) -> Iterator[None]:
+    """Let node b exclude a namespace during the block; an enforcer's settings are those of its start."""
+    file = lab.node("b").directories.settings
+    before = yaml.safe_load(file.read_text())
+    registration = {**before["registration"], "excludedNamespaces": [namespace]}
+    lab.node("b").write_settings({**before, "registration": registration})
+    try:
+        lab.node("b").restart()
+        yield
+    finally:
+        lab.node("b").write_settings(before)
+        lab.node("b").restart()
 
 
 def test_rules_that_somebody_removed_come_back_within_seconds(lab: Lab) -> None:

@@ -13,8 +13,8 @@ from enforcer_daemon.model import PodRef
 from triremectl.admin_client import AdminError
 from triremectl.lab import HostSpec, Lab, LabError, NodeSpec, PodSpec, PortSpec, Tools, WorldSpec
 from triremectl.lab.manifests import ObjectRef
-from triremectl.lab.runner import run_steps
-from triremectl.lab.scenario import load_scenario
+from triremectl.lab.runner import refused_objects, run_steps
+from triremectl.lab.scenario import Step, load_scenario
 
 pytestmark = pytest.mark.kernel
 
@@ -69,9 +69,18 @@ def locked(lab: Lab) -> Iterator[Lab]:
 def test_the_demo_goes_as_expected() -> None:
     scenario = load_scenario("demo")
     with Lab(scenario.world, replace(Tools(), probe_timeout_s=scenario.timeout_s)) as lab:
-        results = [item for _, outcomes in run_steps(lab, scenario.steps) for item in outcomes]
+        results = [item for result in run_steps(lab, scenario.steps) for item in result.flows]
     assert [item for item in results if not item.is_as_expected] == []
     assert len(results) == sum(len(step.flows) for step in scenario.steps)
+
+
+def test_a_refused_policy_is_known_by_its_name_and_the_reason(locked: Lab) -> None:
+    step = Step(apply=(_policy("bad", {"podSelector": {}, "policyTypes": ["Both"]}),))
+    (result,) = run_steps(locked, [step])
+    (refused,) = result.refused
+    assert refused.startswith("NetworkPolicy shop/bad: spec.policyTypes[0]: ")
+    assert locked.remove(ObjectRef("NetworkPolicy", "shop", "bad"))
+    assert refused_objects(locked) == ()
 
 
 def test_a_policy_applied_and_removed_is_in_force_when_the_call_returns(locked: Lab) -> None:
