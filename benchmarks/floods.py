@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Connections between two pods while a third floods a fourth on the same node, in alternating rounds of one run.
+"""Connections between two pods while a third floods a fourth on the same node, in rounds of one run.
 
-The flood is as fast as one core makes it, by packet socket, so that only the victim's side has to judge it. What it
-costs by itself (the sender, the bridge, the node's and the victim's kernel) is taken by the machine whatever stands at
-the end: so the rate with the flood judged is compared with that while the same flood meets a rule of the victim's
-kernel that drops it at once. The rate without any flood is shown beside.
+The flood is as fast as one core makes it, by packet socket, so that only the victim's side has to judge it. The rate of
+the good pair is compared with that without a flood. Beside it stand the rate while the same flood meets a rule of the
+victim's kernel that drops it at once, and the rate while the third pod only spins and sends nothing: so much of the
+machine is the sender's own, whatever becomes of its packets. All have the CPU shares that kubelet would give them.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ from cryptography.hazmat.primitives.serialization import load_pem_private_key
 
 from benchmarks.flood import write_frames
 from benchmarks.flood_packets import FLOODS, Attacker, Flood
+from benchmarks.shares import ENFORCER, Shares, WeighedLab, chart_request
 from enforcer_daemon.dataplane.addresses import interface
 from enforcer_daemon.identity.authority import Authority
 from enforcer_daemon.model import PodRef
@@ -34,11 +35,14 @@ from triremectl.lab.world import NodeSpec, PodSpec, WorldSpec
 
 PORT = 7000
 ROUNDS = 5
-_CONNECTIONS = 600
+_CONNECTIONS = 2_400
 _CLIENTS = 8
 _LOAD = Path(__file__).with_name("load.py")
 _SENDER = Path(__file__).with_name("flood.py")
 _START_S = 0.5
+_REST_S = 120.0
+_SMALL_REQUEST = 100
+"""Thousandths of a CPU."""
 _ROLES = ("client", "server", "flooder", "victim")
 
 
@@ -134,45 +138,89 @@ def connect(
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """One flood; connections a second of the good pair."""
+    """One flood, or a pod that spins; connections a second of the good pair."""
 
     what: str
     quiet: float
-    dropped: float
     judged: float
+    dropped: float | None = None
 
     @property
     def ratio(self) -> float:
-        """What the good pair keeps of what the machine leaves it."""
-        return self.judged / self.dropped
+        """What the good pair keeps."""
+        return self.judged / self.quiet
+
+
+@contextmanager
+def spinning(lab: Lab) -> Iterator[None]:
+    """Let the flooder's pod use one core, and send nothing."""
+    process = lab.spawn("bench/flooder", sys.executable, "-c", "while True: pass")
+    try:
+        time.sleep(_START_S)
+        yield
+    finally:
+        process.stop()
+
+
+def measure_spinning(lab: Lab, rounds: int = ROUNDS) -> Row:
+    """Alternate: nothing, a pod that spins; give the medians."""
+    quiet, beside = [], []
+    for _ in range(rounds):
+        quiet.append(connect(lab)["per_s"])
+        with spinning(lab):
+            beside.append(connect(lab)["per_s"])
+    return Row("(spins)", statistics.median(quiet), statistics.median(beside))
+
+
+def _await_rest(lab: Lab) -> None:
+    """Wait until the last flood's handshakes are given up, which is work of its own."""
+    deadline = time.monotonic() + _REST_S
+    while any(endpoint["half_open_flows"] for endpoint in lab.node("a").endpoints()):
+        if time.monotonic() > deadline:
+            raise RuntimeError(f"handshakes of a flood are left after {_REST_S:.0f} s")
+        time.sleep(_START_S)
 
 
 def measure(lab: Lab, flood: Flood, rounds: int = ROUNDS, connections: int = _CONNECTIONS) -> Row:
-    """Alternate: no flood, flood dropped by the kernel, flood judged; give the medians."""
+    """Alternate: no flood, flood dropped by the victim's kernel; then the flood judged; give the medians.
+
+    What a judged flood leaves behind for a minute would slow a quiet round down, and so flatter the ratio.
+    """
     frames = record(lab, flood)
-    results: dict[str, list[float]] = {"quiet": [], "dropped": [], "judged": []}
+    quiet, dropped, judged = [], [], []
+    _await_rest(lab)
     for _ in range(rounds):
-        results["quiet"].append(connect(lab, connections)["per_s"])
+        quiet.append(connect(lab, connections)["per_s"])
         with dropped_by_kernel(lab), flooding(lab, frames):
-            results["dropped"].append(connect(lab, connections)["per_s"])
+            dropped.append(connect(lab, connections)["per_s"])
+    for _ in range(rounds):
         with flooding(lab, frames):
-            results["judged"].append(connect(lab, connections)["per_s"])
-    return Row(flood.__name__, **{kind: statistics.median(rates) for kind, rates in results.items()})
+            judged.append(connect(lab, connections)["per_s"])
+    return Row(flood.__name__, statistics.median(quiet), statistics.median(judged), statistics.median(dropped))
 
 
-def run(floods: Sequence[Flood] = FLOODS) -> list[Row]:
-    """Measure every flood; takes about three minutes, as root."""
-    with Lab(WORLD) as lab:
+def shares(request: int = 0) -> Shares:
+    """Let each pod request so many thousandths of a CPU, and the enforcer what the chart says."""
+    return Shares({ENFORCER: chart_request(), **{f"bench/{role}": request for role in _ROLES}})
+
+
+def run(request: int = 0, floods: Sequence[Flood] = FLOODS) -> list[Row]:
+    """Measure every flood, where each pod requests so much; takes about five minutes, as root."""
+    with shares(request) as given, WeighedLab(WORLD, given) as lab:
         start_servers(lab)
         connect(lab)  # Warms caches.
-        return [measure(lab, flood) for flood in floods]
+        return [measure_spinning(lab), *(measure(lab, flood) for flood in floods)]
 
 
 def main() -> None:
-    """Print the table."""
-    print(f"{'connections/s, 8 clients':32}{'no flood':>12}{'dropped':>12}{'judged':>12}{'ratio':>8}")
-    for row in run():
-        print(f"{row.what:32}{row.quiet:12.0f}{row.dropped:12.0f}{row.judged:12.0f}{row.ratio:8.2f}")
+    """Print a table for pods that request nothing, and one for pods that request as much as small ones do."""
+    for request in (0, _SMALL_REQUEST):
+        print(
+            f"{f'connections/s, pods request {request}m':32}{'no flood':>12}{'dropped':>12}{'judged':>12}{'ratio':>8}"
+        )
+        for row in run(request):
+            dropped = "" if row.dropped is None else f"{row.dropped:.0f}"
+            print(f"{row.what:32}{row.quiet:12.0f}{dropped:>12}{row.judged:12.0f}{row.ratio:8.2f}")
 
 
 if __name__ == "__main__":

@@ -19,23 +19,31 @@ _LATER = ("snapshot", "drops", "bundle", "key_problems")
 
 
 @click.command("status")
+@click.option("--ignore-objects", is_flag=True, help="Refused objects do not count in the exit status (for probes).")
 @daemon_options
-def command(run_dir: Path, output: str) -> None:
-    """Show the daemon's state. Exit status 1 when it is not ready, or refuses a policy or a key."""
+def command(run_dir: Path, output: str, *, ignore_objects: bool) -> None:
+    """Show the daemon's state.
+
+    Exit status 1 when it is not ready, refuses an object or a key, or its guard is not in place.
+    """
     status = as_mapping(ask(run_dir, "status"))
     if output == "json":
         print_json(status)
     else:
         print_status(make_console(), status)
-    is_well = status.get("ready") is True and not _problems(status)
-    sys.exit(0 if is_well else 1)
+    problems = _node_problems(status) if ignore_objects else _problems(status)
+    sys.exit(0 if status.get("ready") is True and not problems else 1)
 
 
 def _problems(status: Mapping[str, object]) -> list[object]:
-    """Return what an operator should mend: refused objects, keys, and what the guard on the node cannot do."""
-    objects = as_list(as_mapping(status.get("snapshot")).get("problems"))
+    """Return what somebody should mend: refused objects, and what is wrong with the node."""
+    return [*as_list(as_mapping(status.get("snapshot")).get("problems")), *_node_problems(status)]
+
+
+def _node_problems(status: Mapping[str, object]) -> list[object]:
+    """Return what an operator should mend on the node: keys, and what the guard cannot do."""
     guard = as_mapping(status.get("guard")).get("problem")
-    return [*objects, *as_list(status.get("key_problems")), *([guard] if guard else [])]
+    return [*as_list(status.get("key_problems")), *([guard] if guard else [])]
 
 
 def print_status(console: Console, status: Mapping[str, object]) -> None:
@@ -63,4 +71,4 @@ def print_status(console: Console, status: Mapping[str, object]) -> None:
             table.add_row(reason, as_text(count))
         console.print(table)
     for problem in _problems(status):
-        console.print(Text(f"problem: {as_text(problem)}", style="bold red"))
+        console.print(Text(f"problem: {as_text(problem)}", style="bold red"), soft_wrap=True)
