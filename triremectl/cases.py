@@ -140,7 +140,10 @@ class CaseWorld:
                 return self._pods[name]
             except KeyError:
                 raise ValueError(f"no pod {name}") from None
-        address = ip_address(name)
+        try:
+            address = ip_address(name)
+        except ValueError:
+            raise ValueError(f"{name}: must be NAMESPACE/POD or an IP address") from None
         if owner := self._owners.get(address):
             return replace(owner, addresses=(address,))  # of a pod's two families, the one that is dialled
         return _End((address,), node=self._nodes.get(address, ""))

@@ -9,10 +9,23 @@ from pathlib import Path
 
 import click
 from rich.console import Console
+from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
-from triremectl.output import as_list, as_mapping, as_text, ask, daemon_options, make_console, print_json
+from enforcer_daemon.model import protocol_name
+from triremectl.output import (
+    WIDE_COLUMNS,
+    as_list,
+    as_mapping,
+    as_text,
+    ask,
+    daemon_options,
+    make_console,
+    print_json,
+)
+
+_COLUMNS = ("pod", "interface", "addresses", "state", "isolated", "policies", "identity", "labels")
 
 
 @click.command("endpoints")
@@ -20,7 +33,9 @@ from triremectl.output import as_list, as_mapping, as_text, ask, daemon_options,
 @click.option("--denials", is_flag=True, help="Also show the recent denials of each pod.")
 @daemon_options
 def command(run_dir: Path, output: str, pod: str | None, *, denials: bool) -> None:
-    """Show the enforced pods of this node; with POD (NAMESPACE/NAME), that one alone, with its denials."""
+    """Show the enforced pods of this node. With POD (NAMESPACE/NAME): that one alone, with its recent denials."""
+    if pod is not None and "/" not in pod:
+        raise click.BadParameter("must be NAMESPACE/NAME", param_hint="POD")
     endpoints = [as_mapping(item) for item in as_list(ask(run_dir, "endpoints"))]
     if pod is not None:
         endpoints = [endpoint for endpoint in endpoints if pod_name(endpoint) == pod]
@@ -42,21 +57,36 @@ def pod_name(endpoint: Mapping[str, object]) -> str:
 
 
 def print_endpoints(console: Console, endpoints: Iterable[Mapping[str, object]]) -> None:
-    """Print one row an endpoint."""
-    table = Table("pod", "interface", "addresses", "state", "isolated", "policies", "identity", "labels")
-    for endpoint in sorted(endpoints, key=pod_name):
-        state, problem = as_text(endpoint.get("state")), endpoint.get("problem")
-        table.add_row(
-            pod_name(endpoint),
-            as_text(endpoint.get("ifname")),
-            "\n".join(map(as_text, as_list(endpoint.get("ips")))) or "-",
-            _state(state, problem, endpoint.get("guard")),
-            _isolated(as_mapping(endpoint.get("isolated"))),
-            "\n".join(map(as_text, as_list(endpoint.get("policies")))) or "-",
-            _identity_size(endpoint),
-            _labels(endpoint),
-        )
-    console.print(table)
+    """Print one row an endpoint, or on a narrow console a line for each of its facts."""
+    rows = [_facts(endpoint) for endpoint in sorted(endpoints, key=pod_name)]
+    if not rows:
+        console.print("no pods are enforced on this node")
+    elif console.width >= WIDE_COLUMNS:
+        table = Table(*_COLUMNS)
+        for row in rows:
+            table.add_row(*row)
+        console.print(table)
+    else:
+        for row in rows:
+            block = Table(box=None, show_header=False, pad_edge=False)
+            for name, fact in zip(_COLUMNS, row, strict=True):
+                block.add_row(Text(name, style="bold"), fact)
+            console.print(block, "")
+
+
+def _facts(endpoint: Mapping[str, object]) -> tuple[Text, ...]:
+    """What the columns say of an endpoint."""
+    state, problem = as_text(endpoint.get("state")), endpoint.get("problem")
+    return (
+        Text(pod_name(endpoint)),
+        Text(as_text(endpoint.get("ifname"))),
+        Text("\n".join(map(as_text, as_list(endpoint.get("ips")))) or "-"),
+        _state(state, problem, endpoint.get("guard")),
+        Text(_isolated(as_mapping(endpoint.get("isolated")))),
+        Text("\n".join(map(as_text, as_list(endpoint.get("policies")))) or "-"),
+        _identity_size(endpoint),
+        _labels(endpoint),
+    )
 
 
 def _state(state: str, problem: object, guard: object) -> Text:
@@ -85,23 +115,45 @@ def _identity_size(endpoint: Mapping[str, object]) -> Text:
 
 
 def print_denials(console: Console, endpoints: Iterable[Mapping[str, object]]) -> None:
-    """Print the recent denials of the endpoints, newest last."""
-    table = Table("when", "pod", "direction", "peer", "address", "port", "reason", "decided by")
-    for endpoint in endpoints:
-        for item in as_list(endpoint.get("recent_denials")):
-            denial = as_mapping(item)
-            peer, rules = denial.get("peer"), denial.get("rules")
-            address, port = denial.get("address"), denial.get("port")
-            when = _time_text(denial.get("when"))
-            facts = (denial.get("direction"), peer, address, port, denial.get("reason"), rules)
-            table.add_row(when, pod_name(endpoint), *map(as_text, facts))
-    if table.row_count:
+    """Print the recent denials of the endpoints, newest last; on a narrow console two lines each."""
+    rows = [
+        _denial(pod_name(endpoint), as_mapping(item))
+        for endpoint in endpoints
+        for item in as_list(endpoint.get("recent_denials"))
+    ]
+    if not rows:
+        console.print("no recent denials by these pods; what the other end denied is known on its node")
+    elif console.width >= WIDE_COLUMNS:
+        table = Table("when", "pod", "direction", "peer", "address", "port", "reason", "decided by")
+        for row in rows:
+            table.add_row(*map(Text, row))
         console.print(table)
     else:
-        console.print("no recent denials")
+        for when, pod, direction, peer, address, port, reason, rules in rows:
+            preposition = "to" if direction == "egress" else "from"
+            console.print(Text(f"{when} {direction} of {pod} {preposition} {peer} {address} {port}"), soft_wrap=True)
+            console.print(Padding(Text(f"{reason} by {rules}"), (0, 0, 0, 2), expand=False))
+
+
+def _denial(pod: str, denial: Mapping[str, object]) -> tuple[str, ...]:
+    """What the columns say of a denial."""
+    protocol, detail = denial.get("protocol"), denial.get("detail")
+    port = as_text(denial.get("port"))
+    reason = as_text(denial.get("reason"))
+    return (
+        _time_text(denial.get("when")),
+        pod,
+        *(as_text(denial.get(key)) for key in ("direction", "peer", "address")),
+        f"{protocol_name(protocol)} {port}" if isinstance(protocol, int) else port,
+        f"{reason}: {as_text(detail)}" if detail else reason,
+        as_text(denial.get("rules")),
+    )
 
 
 def _time_text(when: object) -> str:
     if isinstance(when, int | float) and not isinstance(when, bool):
         return datetime.fromtimestamp(when, UTC).isoformat(timespec="milliseconds")
-    return as_text(when)
+    try:
+        return datetime.fromisoformat(str(when)).isoformat(timespec="milliseconds")
+    except ValueError:
+        return as_text(when)

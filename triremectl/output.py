@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TypeVar
@@ -14,13 +15,15 @@ from rich.console import Console
 from triremectl.admin_client import AdminError, call
 
 _WIDTH_WITHOUT_TERMINAL = 160
+WIDE_COLUMNS = 120
+"""A console that is narrower shows rows of many columns as lines below one another."""
 
 F = TypeVar("F", bound=Callable[..., object])
 
 
 RUN_DIR = click.option(
     "--run-dir",
-    type=click.Path(path_type=Path),
+    type=click.Path(path_type=Path, readable=False),  # Who may not ask is told so by the socket.
     default=Path("/run/trireme"),
     show_default=True,
     help="The daemon's registration.runDir.",
@@ -29,9 +32,9 @@ RUN_DIR = click.option(
 
 
 def make_console() -> Console:
-    """Return a console; where no terminal tells its width, one that is wide enough for our tables."""
+    """Return a console; where neither a terminal nor COLUMNS tells its width, one wide enough for our tables."""
     console = Console(highlight=False, emoji=False, markup=False)
-    if console.is_terminal:
+    if console.is_terminal or os.environ.get("COLUMNS", "").isdecimal():
         return console
     return Console(highlight=False, emoji=False, markup=False, width=_WIDTH_WITHOUT_TERMINAL)
 

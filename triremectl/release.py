@@ -14,6 +14,9 @@ from triremectl.output import RUN_DIR, ask
 @RUN_DIR
 @click.argument("node")
 def command(run_dir: Path, node: str) -> None:
-    """Believe NODE again on this node, before its denial ends by itself. Examine NODE first: its key may be stolen."""
+    """Believe a denied NODE again on this node.
+
+    Its denial would else end by itself. Examine NODE first: its key may be stolen.
+    """
     ask(run_dir, "release", node=node)
     click.echo(f"node {node} is believed again")

@@ -6,7 +6,7 @@ from __future__ import annotations
 import gzip
 import json
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass, replace
 from ipaddress import IPv4Network
 from pathlib import Path
@@ -15,6 +15,7 @@ import click
 
 from enforcer_daemon.model import Decision
 from enforcer_daemon.policy import InvalidObjectError, Pod
+from enforcer_daemon.policy.objects import LAST_PORT, IPBlock, NetworkPolicy
 from enforcer_daemon.sources.manifests import Problem, World, assemble, manifest_files, read_file, unique_objects
 from triremectl.cases import PROTOCOLS, Case, CaseWorld, Probe, ProbeVerdict, decode_case
 
@@ -27,7 +28,9 @@ _STAND_IN_ADDRESSES = IPv4Network("198.18.0.0/15")
 @click.option("--explain", is_flag=True, help="Say for each probe which end decided, and by which policies and rules.")
 @click.option("--check", is_flag=True, help="Compare with the expected verdicts; exit status 1 on any difference.")
 @click.option("--policies", type=click.Path(path_type=Path), help="Directory or file of manifests, instead of cases.")
-@click.option("--pods", type=click.Path(path_type=Path), help="File of Pod and Namespace manifests, for --policies.")
+@click.option(
+    "--pods", type=click.Path(path_type=Path), help="Directory or file of Pod and Namespace manifests, for --policies."
+)
 @click.option("--from", "source", help="Who connects: namespace/pod, or an address.")
 @click.option("--to", "destination", help="To whom: namespace/pod, or an address.")
 @click.option("--port", help="Destination port: a number, or a name that the destination pod gives it.")
@@ -48,6 +51,8 @@ def command(files: tuple[Path, ...], *, explain: bool, check: bool, policies: Pa
     if policies is None:
         if pods or source or destination or port:
             raise click.UsageError("--pods, --from, --to and --port need --policies")
+        if not files and sys.stdin.isatty():
+            raise click.UsageError("give files of cases, cases on standard input, or a question with --policies")
         cases = read_cases(files or (Path("-"),))
         _check(cases) if check else _judge(cases, explain=explain)
         return
@@ -55,9 +60,17 @@ def command(files: tuple[Path, ...], *, explain: bool, check: bool, policies: Pa
         raise click.UsageError("--policies takes neither cases nor --check")
     if not (source and destination and port):
         raise click.UsageError("--policies needs --from, --to and --port")
-    probe = Probe(source, destination, int(port) if port.isdecimal() else port, PROTOCOLS[protocol.upper()])
+    probe = Probe(source, destination, _port(port), PROTOCOLS[protocol.upper()])
     is_allowed = _answer(_read_world(policies, pods), probe, is_json=output == "json")
     sys.exit(0 if is_allowed else 1)
+
+
+def _port(text: str) -> int | str:
+    if not text.lstrip("-").isdecimal():
+        return text
+    if not 1 <= int(text) <= LAST_PORT:
+        raise click.BadParameter(f"must be 1 to {LAST_PORT}, or a name", param_hint="--port")
+    return int(text)
 
 
 class _NoAnswerError(click.ClickException):
@@ -77,6 +90,8 @@ def read_cases(files: Iterable[Path]) -> Iterator[Case]:
             except InvalidObjectError as err:
                 listed = "".join(f"\n  {problem.field}: {problem.message}" for problem in err.problems)
                 raise click.ClickException(f"{file}:{number}: the case cannot be judged{listed}") from err
+            except json.JSONDecodeError as err:
+                raise click.ClickException(f"{file}:{number}: not JSON: {err.msg} (column {err.colno})") from err
             except ValueError as err:
                 raise click.ClickException(f"{file}:{number}: {err}") from err
 
@@ -182,14 +197,18 @@ def _decision_in_words(decision: Decision) -> str:
 
 
 def _read_world(policies: Path, pods: Path | None) -> World:
-    try:
-        paths = manifest_files(policies) if policies.is_dir() else [policies]
-    except OSError as err:
-        raise _NoAnswerError(f"{policies}: {err.strerror or err}") from err
-    found, problems = unique_objects(read_file(path) for path in [*paths, *([pods] if pods else [])])
+    paths = [path for place in filter(None, (policies, pods)) for path in _files(place)]
+    found, problems = unique_objects(map(read_file, paths))
     if problems:
         raise _NoAnswerError(_listed(problems))
     return assemble((entry for _, entry in found.values()), ())
+
+
+def _files(place: Path) -> list[Path]:
+    try:
+        return list(manifest_files(place)) if place.is_dir() else [place]
+    except OSError as err:
+        raise _NoAnswerError(f"{place}: {err.strerror or err}") from err
 
 
 def _listed(problems: list[Problem]) -> str:
@@ -198,7 +217,9 @@ def _listed(problems: list[Problem]) -> str:
 
 def _answer(world: World, probe: Probe, *, is_json: bool) -> bool:
     """Print the answer; tell whether it is yes."""
-    pods = list(_with_addresses(world.pods.values()))
+    # Only to rules by address does it matter which one a pod has.
+    asked = {probe.source, probe.destination} if any(map(_names_addresses, world.policies)) else set()
+    pods = list(_with_addresses(world.pods.values(), asked))
     nodes = {ip: pod.node for pod in pods if pod.is_on_host_network and pod.node for ip in pod.ips}
     try:
         verdict = CaseWorld(pods, world.namespaces, world.policies, nodes).judge(probe, explain=True)
@@ -220,17 +241,25 @@ def _unknown_port(pods: Iterable[Pod], probe: Probe) -> str:
         return ""
     wanted = probe.port, probe.protocol
     for pod in pods:
-        if str(pod.ref) == probe.destination and wanted in ((port.name, port.protocol) for port in pod.named_ports):
+        is_meant = probe.destination in (str(pod.ref), *map(str, pod.ips))
+        if is_meant and wanted in ((port.name, port.protocol) for port in pod.named_ports):
             return ""
     return f"{probe.destination} has no {probe.protocol.name} port with the name {probe.port}"
 
 
-def _with_addresses(pods: Iterable[Pod]) -> Iterator[Pod]:
+def _names_addresses(policy: NetworkPolicy) -> bool:
+    rules = (*(policy.ingress or ()), *(policy.egress or ()))
+    return any(isinstance(peer, IPBlock) for rule in rules for peer in rule.peers)
+
+
+def _with_addresses(pods: Iterable[Pod], told: Collection[str]) -> Iterator[Pod]:
+    """Give each pod an address; those of the pods in `told` are told."""
     spare = _STAND_IN_ADDRESSES.hosts()
     for pod in pods:
         if pod.ips:
             yield pod
             continue
         address = next(spare)
-        click.echo(f"{pod.ref} has no address in its manifest; ipBlock rules see {address}", err=True)
+        if str(pod.ref) in told:
+            click.echo(f"{pod.ref} has no address in its manifest; ipBlock rules see {address}", err=True)
         yield replace(pod, ips=(address,))

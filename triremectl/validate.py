@@ -15,10 +15,10 @@ from triremectl.output import printable
 @click.command("validate")
 @click.argument("paths", nargs=-1, required=True, type=click.Path(path_type=Path, allow_dash=True))
 def command(paths: tuple[Path, ...]) -> None:
-    """Check NetworkPolicy, Namespace and Pod manifests as the Kubernetes API server does.
+    """Check manifests as the Kubernetes API server does.
 
-    PATHS are YAML or JSON files, directories of them, or - for standard input. Each problem is a line: file and line,
-    object, field, message. The exit status is 0 if all is valid, else 1.
+    NetworkPolicy, Namespace and Pod are read. PATHS are YAML or JSON files, directories of them, or - for standard
+    input. Each problem is a line: file and line, object, field, message. The exit status is 0 if all is valid, else 1.
     """
     files = [file for path in paths for file in _read(path)]
     found, problems = unique_objects(files)

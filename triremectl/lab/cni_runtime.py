@@ -206,7 +206,9 @@ class CniRuntime:
         for directory in self._plugin_dirs:
             if os.access(directory / name, os.X_OK):
                 return directory / name
-        raise CniError(command, name, _CODE_NO_JSON, f"no such plugin in {':'.join(map(str, self._plugin_dirs))}")
+        places = ":".join(map(str, self._plugin_dirs))
+        hint = "" if name == "trireme" else " (Debian has the reference plugins in containernetworking-plugins)"
+        raise CniError(command, name, _CODE_NO_JSON, f"no such plugin in {places}{hint}")
 
     def _configuration(self, plugin: Mapping[str, Any], call: _Call, extra: Mapping[str, Any]) -> dict[str, Any]:
         """Derive what one plugin reads (specification, "Deriving execution configuration")."""

@@ -20,9 +20,9 @@ from triremectl.admin_client import AdminError
 from triremectl.lab.check.command import PROBED_PROTOCOLS, check, load_cases
 from triremectl.lab.errors import LabError
 from triremectl.lab.lab import Lab
-from triremectl.lab.report import print_step, summary
+from triremectl.lab.report import print_refused, print_step, summary
 from triremectl.lab.rundir import clean_leftovers
-from triremectl.lab.runner import FlowResult, run_steps
+from triremectl.lab.runner import FlowResult, refused_objects, run_steps
 from triremectl.lab.scenario import Scenario, load_scenario
 from triremectl.lab.tools import Tools
 from triremectl.output import make_console
@@ -32,7 +32,7 @@ _ENDING_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 @click.group("lab")
 def command() -> None:
-    """Try policies in a small world of network namespaces on this machine (as root)."""
+    """Try policies by real packets in a world of its own (as root)."""
 
 
 _plugin_option = click.option(
@@ -48,17 +48,21 @@ _plugin_option = click.option(
 @click.option("--keep", is_flag=True, help="Keep the world after the last step, until Ctrl-C.")
 @click.option("--verbose", is_flag=True, help="Print how long things take, and the daemons' logs.")
 def run_command(scenario: str, plugin: Path | None, *, keep: bool, verbose: bool) -> None:
-    """Run SCENARIO, a file or the name of a shipped one (demo), and say whether its flows went as expected."""
+    """Run a story of flows and changes.
+
+    SCENARIO is a file, or the name of a shipped one (demo). Exit status 0: all flows went as expected, and no object
+    was refused.
+    """
     _require_root()
     tools = _tools(plugin)
     with _ended_by_signals():
         try:
             story = load_scenario(scenario)
-            results = _run(story, replace(tools, probe_timeout_s=story.timeout_s), keep=keep, verbose=verbose)
+            results, refused = _run(story, replace(tools, probe_timeout_s=story.timeout_s), keep=keep, verbose=verbose)
         except (LabError, AdminError) as err:
             raise click.ClickException(str(err)) from err
-    click.echo(summary(results))
-    sys.exit(0 if all(item.is_as_expected for item in results) else 1)
+    click.echo(summary(results, refused))
+    sys.exit(0 if not refused and all(item.is_as_expected for item in results) else 1)
 
 
 @command.command("check")
@@ -90,10 +94,10 @@ def run_command(scenario: str, plugin: Path | None, *, keep: bool, verbose: bool
 @click.option("--verbose", is_flag=True, help="Say which world is up, and when.")
 def check_command(files: tuple[Path, ...], *, count: int | None, seed: int, timeout: float, deny_with: str,
                   protocols: tuple[str, ...], plugin: Path | None, verbose: bool) -> None:  # fmt: skip
-    """Try the probes of cases by real connections, and compare with what the cases expect.
+    """Try the probes of cases by real connections.
 
-    FILES hold one case a line, as for `simulate --check` (.gz is unpacked; - is standard input). Exit status 1 on any
-    difference.
+    What comes of them is compared with what the cases expect. FILES hold one case a line, as for `simulate --check`
+    (.gz is unpacked; - is standard input). Exit status 1 on any difference.
     """
     _require_root()
     tools = replace(_tools(plugin), probe_timeout_s=timeout)
@@ -109,7 +113,7 @@ def check_command(files: tuple[Path, ...], *, count: int | None, seed: int, time
 
 @command.command("clean")
 def clean_command() -> None:
-    """Remove what labs left behind that were killed; labs that run are not touched."""
+    """Remove what killed labs left behind. Labs that run are not touched."""
     _require_root()
     for name in clean_leftovers():
         click.echo(f"removed {name}")
@@ -123,7 +127,8 @@ def _tools(plugin: Path | None) -> Tools:
     return Tools(plugin=plugin.resolve())
 
 
-def _run(scenario: Scenario, tools: Tools, *, keep: bool, verbose: bool) -> list[FlowResult]:
+def _run(scenario: Scenario, tools: Tools, *, keep: bool, verbose: bool) -> tuple[list[FlowResult], list[str]]:
+    """Return what came of all flows, and the objects that were refused."""
     console = make_console()
     results: list[FlowResult] = []
     started = time.monotonic()
@@ -131,17 +136,20 @@ def _run(scenario: Scenario, tools: Tools, *, keep: bool, verbose: bool) -> list
         if scenario.title:
             console.print(scenario.title)
         world = f"{len(lab.nodes)} nodes, {len(lab.pods)} pods, {'with' if scenario.world.enforcer else 'no'} enforcers"
-        console.print(f"[dim]{lab.name}: {world}, up after {time.monotonic() - started:.1f} s[/dim]\n")
-        for number, (step, outcomes) in enumerate(run_steps(lab, scenario.steps), 1):
-            print_step(console, scenario, number, step, outcomes)
-            results += outcomes
+        console.print(f"{lab.name}: {world}, up after {time.monotonic() - started:.1f} s\n", style="dim")
+        refused = list(refused_objects(lab))
+        print_refused(console, refused)
+        for number, result in enumerate(run_steps(lab, scenario.steps), 1):
+            print_step(console, scenario, number, result)
+            results += result.flows
+            refused += result.refused
         if verbose or not all(item.is_as_expected for item in results):
             _print_logs(console, lab, whole=verbose)
         if verbose:
-            console.print(f"[dim]{time.monotonic() - started:.1f} s[/dim]")
+            console.print(f"{time.monotonic() - started:.1f} s", style="dim")
         if keep:
             _wait_in(console, lab)
-    return results
+    return results, refused
 
 
 def _print_logs(console: Console, lab: Lab, *, whole: bool) -> None:
@@ -156,7 +164,7 @@ def _wait_in(console: Console, lab: Lab) -> None:
     for name, netns in lab.namespaces().items():
         console.print(f"  {name}: ip netns exec {netns} bash")
     for node in lab.nodes.values():
-        console.print(f"  triremectl --run-dir {node.directories.run} endpoints   # node {node.name}")
+        console.print(f"  triremectl endpoints --run-dir {node.directories.run}   # node {node.name}")
     try:
         signal.pause()
     except KeyboardInterrupt:

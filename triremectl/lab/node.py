@@ -172,6 +172,13 @@ class Node:
         """Take an object out of this node's policy directory; say whether it was there."""
         return remove_manifest(self.directories.policy, reference)
 
+    def refused_objects(self) -> list[str]:
+        """Return what the daemon says of objects that it refuses: which, the field, and why."""
+        snapshot = self.status().get("snapshot")
+        problems = snapshot.get("problems") if isinstance(snapshot, Mapping) else None
+        # The first words are file and line, which are the lab's own.
+        return [str(problem).partition(": ")[2] for problem in problems] if isinstance(problems, list) else []
+
     def generation(self) -> int:
         """Return the number of the policy snapshot in force; it rises with each change that the daemon takes over."""
         snapshot = self.status().get("snapshot")

@@ -6,10 +6,12 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
+from triremectl.lab.errors import LabError
 from triremectl.lab.lab import Lab
 from triremectl.lab.probe import Probe, ProbeResult
-from triremectl.lab.scenario import Flow, Step
+from triremectl.lab.scenario import Flow, Step, in_step
 from triremectl.lab.why import Denial, find_denial
 
 CONVERGENCE_S = 10.0
@@ -39,12 +41,37 @@ class FlowResult:
         return self.denial is not None and self.denial.reason == self.flow.reason.value
 
 
-def run_steps(lab: Lab, steps: Sequence[Step]) -> Iterator[tuple[Step, list[FlowResult]]]:
-    """Run the steps in order; yield each with its results as soon as they are known."""
-    for step in steps:
-        is_changed = _change(lab, step)
-        is_patient = is_changed and lab.world.enforcer  # without enforcers a change of policy changes nothing
-        yield step, _run_flows(lab, step.flows, CONVERGENCE_S if is_patient else 0.0)
+class StepResult(NamedTuple):
+    """What a step led to."""
+
+    step: Step
+    flows: list[FlowResult]
+    refused: tuple[str, ...] = ()
+    """Objects that the enforcers refuse since this step, each with the field and the reason."""
+
+
+def run_steps(lab: Lab, steps: Sequence[Step]) -> Iterator[StepResult]:
+    """Run the steps in order; yield each with its results as soon as they are known. A LabError names the step."""
+    refused = refused_objects(lab)
+    for number, step in enumerate(steps, 1):
+        before = refused
+        try:
+            is_changed = _change(lab, step)
+            refused = refused_objects(lab)
+            new = tuple(problem for problem in refused if problem not in before)
+            # Nothing follows a change of policy where there are no enforcers, or where they refuse it.
+            is_patient = is_changed and lab.world.enforcer and not new
+            flows = _run_flows(lab, step.flows, CONVERGENCE_S if is_patient else 0.0)
+        except LabError as err:
+            raise LabError(f"{err}{in_step(number, step.title)}") from err
+        yield StepResult(step, flows, new)
+
+
+def refused_objects(lab: Lab) -> tuple[str, ...]:
+    """Return the objects that enforcers refuse now, each once, with the field and the reason."""
+    if not lab.world.enforcer:
+        return ()
+    return tuple(dict.fromkeys(problem for node in lab.nodes.values() for problem in node.refused_objects()))
 
 
 def _change(lab: Lab, step: Step) -> bool:

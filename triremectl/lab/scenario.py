@@ -3,15 +3,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from ipaddress import ip_address, ip_network
 from pathlib import Path
 
 import yaml
 
+from enforcer_daemon.decoding import StrictLoader
+from enforcer_daemon.errors import SettingsError
 from enforcer_daemon.model import IPAddress, IPNetwork, PodRef, Protocol
 from enforcer_daemon.reasons import Reason
+from enforcer_daemon.settings_file import decode_settings
 from triremectl.lab.errors import ScenarioError
 from triremectl.lab.fields import (
     Fields,
@@ -27,8 +30,11 @@ from triremectl.lab.fields import (
     text,
 )
 from triremectl.lab.manifests import ObjectRef, object_ref
+from triremectl.lab.node import NodeDirectories
+from triremectl.lab.settings import daemon_settings
 from triremectl.lab.world import (
     MAX_NODES,
+    SERVICE_NETWORKS,
     HostSpec,
     Manifest,
     NodeSpec,
@@ -43,6 +49,8 @@ SHIPPED = Path(__file__).parent / "scenarios"
 
 _PROTOCOLS = {protocol.name: protocol for protocol in (Protocol.TCP, Protocol.UDP)}
 _REASONS = {reason.value: reason for reason in Reason}
+_PLACES = "NAMESPACE/POD, host:NAME or node:NAME"
+_TARGETS = "NAMESPACE/POD, host:NAME, node:NAME, service:NAMESPACE/NAME or an IP address"
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,10 +104,15 @@ def load_scenario(file_or_name: str) -> Scenario:
     shipped = SHIPPED / f"{file_or_name}.yaml"
     path = shipped if "/" not in file_or_name and shipped.is_file() else Path(file_or_name)
     try:
-        tree = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as err:
+        tree = yaml.load(path.read_text(encoding="utf-8"), StrictLoader)  # noqa: S506 - a SafeLoader
+    except OSError as err:
         known = ", ".join(sorted(p.stem for p in SHIPPED.glob("*.yaml")))
-        raise ScenarioError(f"{path}: {err} (shipped scenarios: {known})") from err
+        raise ScenarioError(f"{path}: {err.strerror or err} (shipped scenarios: {known})") from err
+    except yaml.MarkedYAMLError as err:
+        line = f":{err.problem_mark.line + 1}" if err.problem_mark else ""
+        raise ScenarioError(f"{path}{line}: not YAML: {err.problem or err.context}") from err
+    except (UnicodeDecodeError, yaml.YAMLError) as err:
+        raise ScenarioError(f"{path}: not YAML: {err}") from err
     try:
         return decode_scenario(tree)
     except ScenarioError as err:
@@ -109,12 +122,74 @@ def load_scenario(file_or_name: str) -> Scenario:
 def decode_scenario(tree: object) -> Scenario:
     """Turn a parsed scenario file into values; raise ScenarioError that begins with the field's path."""
     with Fields(tree) as fields:
-        return Scenario(
+        scenario = Scenario(
             title=fields.take("title", text, ""),
             world=_decode_world(fields),
-            steps=fields.take("steps", list_of(_decode_step), []),
+            steps=fields.take("steps", _decode_steps, ()),
             timeout_s=fields.take("timeoutSeconds", seconds, 3.0),
         )
+    _check_settings(scenario.world)
+    _check_names(scenario.world, scenario.steps)
+    _check_removals(scenario.world, scenario.steps)
+    return scenario
+
+
+def in_step(number: int, title: str) -> str:
+    """Return the words that tell people which step is meant; they count from 1."""
+    return f" (in step {number}: {title})" if title else f" (in step {number})"
+
+
+def _check_names(world: WorldSpec, steps: Sequence[Step]) -> None:
+    """Raise ScenarioError for the first place in the steps that the world does not have, before anything starts."""
+    pods = {str(pod.pod) for pod in world.pods}
+    places = {*pods, *(f"host:{host.name}" for host in world.hosts), *(f"node:{node.name}" for node in world.nodes)}
+    targets = {*places, *(f"service:{service.namespace}/{service.name}" for service in world.services)}
+    for number, step in enumerate(steps, 1):
+        path, where = f"steps[{number - 1}]", in_step(number, step.title)
+        for index, change in enumerate(step.label_pods):
+            _check_name(f"{path}.labelPods[{index}].name", change.target, pods, f"NAMESPACE/POD{where}")
+        for index, flow in enumerate(step.flows):
+            _check_name(f"{path}.flows[{index}].from", flow.source, places, f"{_PLACES}{where}")
+            if not _is_address(flow.target):
+                _check_name(f"{path}.flows[{index}].to", flow.target, targets, f"{_TARGETS}{where}")
+
+
+def _check_settings(world: WorldSpec) -> None:
+    """Raise ScenarioError where a node's enforcer would not start."""
+    lab = Path("/lab")
+    for index, node in enumerate(world.nodes):
+        try:
+            decode_settings(daemon_settings(world, node, NodeDirectories(lab), (lab / "ca.pem", lab / "ca-key.pem")))
+        except SettingsError as err:
+            text = str(err)
+            is_name = text.startswith("node: ")
+            raise ScenarioError(f"nodes[{index}].name: {text[6:]}" if is_name else f"settings.{text}") from err
+
+
+def _check_removals(world: WorldSpec, steps: Sequence[Step]) -> None:
+    """Raise ScenarioError where a policy is removed that is not there then."""
+    there = {object_ref(manifest) for manifest in world.manifests}
+    for number, step in enumerate(steps, 1):
+        for index, reference in enumerate(step.remove):
+            if reference.kind == "NetworkPolicy" and reference not in there:
+                name = f"{reference.namespace}/{reference.name}"
+                path = f"steps[{number - 1}].remove[{index}]"
+                raise ScenarioError(f"{path}: there is no policy {name} by then{in_step(number, step.title)}")
+        there -= set(step.remove)
+        there |= {object_ref(manifest) for manifest in step.apply}
+
+
+def _check_name(path: str, name: str, known: Collection[str], forms: str) -> None:
+    if name not in known:
+        raise ScenarioError(f"{path}: this world has no {name}; must be {forms}")
+
+
+def _is_address(name: str) -> bool:
+    try:
+        ip_address(name)
+    except ValueError:
+        return False
+    return True
 
 
 def _decode_world(fields: Fields) -> WorldSpec:
@@ -187,7 +262,7 @@ def _decode_service(tree: object, path: str) -> ServiceSpec:
         return ServiceSpec(
             namespace=reference.namespace,
             name=reference.name,
-            addresses=fields.take("addresses", _addresses),
+            addresses=fields.take("addresses", list_of(parsed_by(_service_address))),
             pods=fields.take("pods", list_of(_pod_ref)),
             ports=fields.take("ports", list_of(_decode_service_port)),
         )
@@ -202,6 +277,19 @@ def _decode_service_port(tree: object, path: str) -> ServicePort:
             protocol=fields.take("protocol", one_of(_PROTOCOLS), "TCP"),
             node_port=fields.take("nodePort", port_number) if fields.has("nodePort") else None,
         )
+
+
+def _decode_steps(value: object, path: str) -> tuple[Step, ...]:
+    trees = list_of(lambda tree, _: tree)(value, path)
+    return tuple(_decode_numbered_step(tree, f"{path}[{index}]", index + 1) for index, tree in enumerate(trees))
+
+
+def _decode_numbered_step(tree: object, path: str, number: int) -> Step:
+    try:
+        return _decode_step(tree, path)
+    except ScenarioError as err:
+        title = tree.get("title") if isinstance(tree, Mapping) else None
+        raise ScenarioError(f"{err}{in_step(number, title if isinstance(title, str) else '')}") from err
 
 
 def _decode_step(tree: object, path: str) -> Step:
@@ -244,7 +332,7 @@ def _decode_pod_labels(tree: object, path: str) -> LabelChange:
 
 def _decode_flow(tree: object, path: str) -> Flow:
     with Fields(tree, path) as fields:
-        return Flow(
+        flow = Flow(
             source=fields.take("from", name),
             target=fields.take("to", name),
             port=fields.take("port", port_number),
@@ -253,6 +341,9 @@ def _decode_flow(tree: object, path: str) -> Flow:
             protocol=fields.take("protocol", one_of(_PROTOCOLS), "TCP"),
             version=fields.take("family", one_of({"IPv4": 4, "IPv6": 6}), "IPv4"),
         )
+    if flow.is_allowed and flow.reason is not None:
+        raise ScenarioError(f"{path}.reason: is for flows with expect: deny")
+    return flow
 
 
 def _split_pod_name(value: str) -> PodRef:
@@ -264,6 +355,13 @@ def _split_pod_name(value: str) -> PodRef:
 
 def _ip_address(value: str) -> IPAddress:
     return ip_address(value)
+
+
+def _service_address(value: str) -> IPAddress:
+    address = ip_address(value)
+    if not any(address in network for network in SERVICE_NETWORKS):
+        raise ValueError(f"{address} is not in {' or '.join(map(str, SERVICE_NETWORKS))}")
+    return address
 
 
 def _ip_network(value: str) -> IPNetwork:

@@ -121,17 +121,25 @@ class WorldSpec:
         _check_unique("hosts", (host.name for host in self.hosts))
         _check_unique("addresses", map(str, self._addresses()))
         nodes = {node.name for node in self.nodes}
-        for node in (*(pod.node for pod in self.pods), *(host.node for host in self.hosts)):
-            if node is not None and node not in nodes:
-                raise ScenarioError(f"node {node}: is not among the nodes")
-        for host in self.hosts:
+        for place, node in self._attachments():
+            if node not in nodes:
+                raise ScenarioError(f"{place}.node: {node} is not among the nodes")
+        for index, host in enumerate(self.hosts):
             if host.node is None and not host.addresses:
-                raise ScenarioError(f"host {host.name}: needs an address")
+                raise ScenarioError(f"hosts[{index}].addresses: {host.name} needs an address, or a node")
         pods = {pod.pod for pod in self.pods}
-        for service in self.services:
-            for pod in service.pods:
+        for index, service in enumerate(self.services):
+            for number, pod in enumerate(service.pods):
                 if pod not in pods:
-                    raise ScenarioError(f"service {service.namespace}/{service.name}: no pod {pod}")
+                    raise ScenarioError(f"services[{index}].pods[{number}]: there is no pod {pod}")
+
+    def _attachments(self) -> Iterable[tuple[str, str]]:
+        """Yield who hangs on which node's bridge."""
+        for index, pod in enumerate(self.pods):
+            yield f"pods[{index}]", pod.node
+        for index, host in enumerate(self.hosts):
+            if host.node is not None:
+                yield f"hosts[{index}]", host.node
 
     def _addresses(self) -> Iterable[IPAddress]:
         owners: tuple[tuple[IPAddress, ...], ...] = (

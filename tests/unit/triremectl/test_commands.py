@@ -115,6 +115,62 @@ def test_endpoints_of_one_pod_shows_its_denials(daemon: Daemon) -> None:
         assert text in result.stdout
 
 
+@pytest.mark.parametrize("columns", ["80", "200"])
+def test_nothing_is_cut_off_on_a_narrow_console(daemon: Daemon, columns: str) -> None:
+    denial = {
+        **ENDPOINT["recent_denials"][0],
+        "when": "2026-01-02T03:04:05.678901+00:00",
+        "protocol": 17,
+        "detail": "why so",
+    }
+    run_dir = daemon({"endpoints": [{**ENDPOINT, "recent_denials": [denial]}]})
+    result = CliRunner().invoke(main, ["endpoints", "shop/web", "--run-dir", str(run_dir)], env={"COLUMNS": columns})
+    for text in (
+        *("10.244.1.2", "enforced", "700 of 1300 bytes", "app=web"),
+        *("2026-01-02T03:04:05.678+00:00", "203.0.113.9", "UDP 80", "unidentified-peer: why so", "shop/default-deny"),
+    ):
+        assert text in result.stdout
+    assert "…" not in result.stdout
+    assert max(map(len, result.stdout.splitlines())) <= int(columns)
+
+
+@pytest.mark.parametrize(
+    ("status", "expected"),
+    [
+        ({"snapshot": {"problems": ["x.yaml:1: spec: unknown field"]}}, 0),
+        ({"key_problems": ["the certificate has expired"]}, 1),
+        ({"guard": {"problem": "gone"}}, 1),
+        ({"ready": False}, 1),
+    ],
+)
+def test_a_refused_object_does_not_make_a_node_unready(
+    daemon: Daemon, status: dict[str, object], expected: int
+) -> None:
+    run_dir = daemon({"status": {"ready": True, **status}})
+    assert _run("status", "--ignore-objects", "--run-dir", str(run_dir)).exit_code == expected
+
+
+def test_a_pod_without_denials_sends_people_to_the_other_end(daemon: Daemon) -> None:
+    run_dir = daemon({"endpoints": [{**ENDPOINT, "recent_denials": []}]})
+    assert "known on its node" in _run("endpoints", "shop/web", "--run-dir", str(run_dir)).stdout
+
+
+def test_a_pod_is_named_with_its_namespace(tmp_path: Path) -> None:
+    result = _run("endpoints", "web", "--run-dir", str(tmp_path))
+    assert (result.exit_code, "POD: must be NAMESPACE/NAME" in result.stderr) == (2, True)
+
+
+def test_a_node_without_pods_says_so(daemon: Daemon) -> None:
+    result = _run("endpoints", "--run-dir", str(daemon({"endpoints": []})))
+    assert (result.exit_code, result.stdout) == (0, "no pods are enforced on this node\n")
+
+
+def test_a_problem_stays_on_one_line(daemon: Daemon) -> None:
+    problem = "x.yaml:1: spec: " + "very " * 40 + "wrong"
+    run_dir = daemon({"status": {"ready": True, "snapshot": {"problems": [problem]}}})
+    assert f"problem: {problem}" in _run("status", "--run-dir", str(run_dir)).stdout.splitlines()
+
+
 def test_endpoints_of_an_unknown_pod_is_an_error(daemon: Daemon) -> None:
     result = _run("endpoints", "shop/none", "--run-dir", str(daemon({"endpoints": [ENDPOINT]})))
     assert result.exit_code == 1

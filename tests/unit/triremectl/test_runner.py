@@ -14,10 +14,12 @@ from rich.console import Console
 from enforcer_daemon.model import PodRef
 from enforcer_daemon.reasons import Reason
 from triremectl.lab import runner
+from triremectl.lab.errors import LabError
 from triremectl.lab.lab import Lab
+from triremectl.lab.manifests import ObjectRef
 from triremectl.lab.probe import Outcome, Probe, ProbeResult
 from triremectl.lab.report import print_step, summary
-from triremectl.lab.runner import FlowResult, run_steps
+from triremectl.lab.runner import FlowResult, StepResult, run_steps
 from triremectl.lab.sandbox import Place
 from triremectl.lab.scenario import Flow, Scenario, Step
 from triremectl.lab.world import NodeSpec, PodSpec, ServicePort, ServiceSpec, WorldSpec
@@ -29,6 +31,8 @@ WORLD = WorldSpec(
     pods=(PodSpec(PodRef("x", "web"), "a"), PodSpec(PodRef("x", "db"), "a")),
     services=(ServiceSpec("x", "db", (ip_address("10.96.0.1"),), (PodRef("x", "db"),), (ServicePort(80, 5432),)),),
 )
+BAD_POLICY = {"kind": "NetworkPolicy", "metadata": {"namespace": "x", "name": "bad"}}
+REFUSAL = "NetworkPolicy x/bad: spec: must not be bad (no version of it is in force)"
 POLICY = {"kind": "NetworkPolicy", "metadata": {"namespace": "x", "name": "p"}}
 
 
@@ -40,7 +44,11 @@ class FakeLab:
         self.pods = {PodRef("x", "web"): SimpleNamespace(place=WEB), PodRef("x", "db"): SimpleNamespace(place=DB)}
         self.applied: list[object] = []
         self._outcomes = list(outcomes)
-        self._node = SimpleNamespace(has_enforcer=True, endpoints=lambda: endpoints)
+        self.refused: list[str] = []
+        self._node = SimpleNamespace(
+            has_enforcer=True, endpoints=lambda: endpoints, refused_objects=lambda: list(self.refused)
+        )
+        self.nodes = {"a": self._node, "b": self._node}
 
     def place(self, name: str) -> Place:
         return {"x/web": WEB, "x/db": DB}[name]
@@ -60,12 +68,17 @@ class FakeLab:
 
     def apply(self, *manifests: object) -> bool:
         self.applied += manifests
+        if BAD_POLICY in manifests:
+            self.refused = [REFUSAL]
         return True
+
+    def remove(self, *_references: object) -> bool:
+        raise LabError("no NetworkPolicy x/p to remove")
 
 
 def _run(lab: FakeLab, step: Step) -> list[FlowResult]:
-    ((_, results),) = run_steps(cast(Lab, lab), [step])
-    return results
+    (result,) = run_steps(cast(Lab, lab), [step])
+    return result.flows
 
 
 def _flow(*, is_allowed: bool, reason: Reason | None = None, target: str = "x/db", port: int = 5432) -> Flow:
@@ -150,8 +163,39 @@ def test_the_report_names_flow_result_and_reason_and_counts(capsys: pytest.Captu
     endpoints = [{"pod": "x/db", "recent_denials": [_denial("ingress", "10.0.0.1", 5432)]}]
     step = Step("a step", apply=(POLICY,), flows=(_flow(is_allowed=False), _flow(is_allowed=True)))
     results = _run(FakeLab([Outcome.TIMED_OUT, Outcome.CONNECTED], endpoints), step)
-    print_step(Console(width=150), Scenario("", WORLD, (step,)), 1, step, results)
-    printed = capsys.readouterr().out
-    for text in ("1. a step", "applied NetworkPolicy x/p", "x/db:5432", "ingress-denied at x/db by x/p", "connected"):
-        assert text in printed
+    for width in (150, 80):
+        print_step(Console(width=width), Scenario("", WORLD, (step,)), 1, StepResult(step, results))
+        printed = capsys.readouterr().out
+        for text in ("1. a step", "applied NetworkPolicy x/p", "x/db:5432", "denied at x/db by x/p", "connected"):
+            assert text in printed
+        assert max(map(len, printed.splitlines())) <= width
     assert summary(results) == "2 of 2 flows as expected"
+
+
+def test_a_refused_policy_is_said_with_its_reason_and_nothing_is_waited_for(capsys: pytest.CaptureFixture[str]) -> None:
+    lab = FakeLab([Outcome.CONNECTED, Outcome.CONNECTED])
+    flows = (_flow(is_allowed=False),)
+    steps = (Step(apply=(POLICY, BAD_POLICY), flows=flows), Step("later", flows=flows))
+    first, later = run_steps(cast(Lab, lab), steps)
+    assert first.refused == (REFUSAL,)
+    assert [item.tries for item in first.flows] == [1]
+    assert later.refused == ()
+    print_step(Console(width=200), Scenario("", WORLD, steps), 1, first)
+    printed = capsys.readouterr().out
+    assert f"refused {REFUSAL}" in printed
+    assert "applied NetworkPolicy x/p" in printed
+    assert "applied NetworkPolicy x/bad" not in printed
+    assert summary(first.flows, first.refused) == "0 of 1 flows as expected, 1 object refused"
+
+
+def test_a_port_that_is_closed_is_not_taken_for_a_denial(capsys: pytest.CaptureFixture[str]) -> None:
+    step = Step(flows=(_flow(is_allowed=False),))
+    results = _run(FakeLab([Outcome.REFUSED]), step)
+    print_step(Console(width=150), Scenario("", WORLD, (step,)), 1, StepResult(step, results))
+    assert "no enforcer denied it; does anything listen there?" in capsys.readouterr().out
+
+
+def test_what_fails_in_a_step_names_it() -> None:
+    step = Step("take it away", remove=(ObjectRef("NetworkPolicy", "x", "p"),))
+    with pytest.raises(LabError, match=r"no NetworkPolicy x/p to remove \(in step 1: take it away\)"):
+        _run(FakeLab([]), step)
