@@ -53,7 +53,14 @@ class Place:
 
 
 @click.group(context_settings={"max_content_width": 120})
-@click.option("--layout", type=click.Choice(sorted(LAYOUTS)), default="default", show_default=True)
+@click.option(
+    "--layout",
+    type=click.Choice(sorted(LAYOUTS)),
+    default="default",
+    show_default=True,
+    metavar="NAME",
+    help=f"Where the distribution has the two directories: {', '.join(sorted(LAYOUTS))}.",
+)
 @click.option("--conf-dir", type=_PATH, help="The runtime's net.d, instead of the layout's.")
 @click.option("--bin-dir", type=_PATH, help="The runtime's plugin directory, instead of the layout's.")
 @click.version_option(package_name="trireme")
@@ -67,15 +74,25 @@ def main(context: click.Context, layout: str, conf_dir: Path | None, bin_dir: Pa
 def _entry_options(command: Callable[..., None]) -> Callable[..., None]:
     """Give a command the options that say what is installed."""
     for option in (
-        click.option("--log-file", type=_PATH, help="The entry's logFile."),
-        click.option("--add-timeout", type=click.FloatRange(0, 120, min_open=True), help="addTimeoutSeconds."),
+        click.option("--log-file", type=_PATH, help="Where the plugin logs (the entry's logFile)."),
+        click.option(
+            "--add-timeout",
+            type=click.FloatRange(0, 120, min_open=True),
+            help="How long an ADD may take, in seconds (the entry's addTimeoutSeconds). Default: 10.",
+        ),
         click.option("--exclude-namespace", "excluded", multiple=True, help="Its pods are passed through; repeatable."),
         click.option(
             "--run-dir", type=_PATH, default=DEFAULT_RUN_DIR, show_default=True, help="The enforcer's runDir."
         ),
         click.option("--bundle", "bundle_dir", type=_PATH, help="Directory of the plugin's bundle (make plugin)."),
         click.option("--owned-name", default=OWNED_NAME, show_default=True, help="Name of our copy, mode owned."),
-        click.option("--mode", type=click.Choice([m.value for m in Mode]), default=Mode.MERGE.value, show_default=True),
+        click.option(
+            "--mode",
+            type=click.Choice([m.value for m in Mode]),
+            default=Mode.MERGE.value,
+            show_default=True,
+            help="Our entry in the primary's list, in our copy of it, or as a drop-in.",
+        ),
     ):
         command = option(command)
     return command
@@ -85,9 +102,14 @@ def _entry_options(command: Callable[..., None]) -> Callable[..., None]:
 @_entry_options
 @click.pass_obj
 def install_once(place: Place, /, **options: Any) -> None:
-    """Install once: the plugin's program first, its place in the chain last."""
+    """Install once: the program first, the chain last.
+
+    Exit status 0: installed; 1: an operator has to act; 3: there is no primary network yet.
+    """
     with _reported(), _alone(place.conf_dir):
-        _conclude(install(_target(place, options), _say).outcome)
+        plan = install(_target(place, options), _say)
+        _say(f"{plan.outcome.value}: {plan.message}")
+        _conclude(plan.outcome)
 
 
 @main.command()
@@ -107,8 +129,10 @@ def run(place: Place, /, ready_file: Path, poll_s: float, **options: Any) -> Non
 @_ready_file
 @_poll_s
 def ready(ready_file: Path, poll_s: float) -> None:
-    """Tell, for a probe, whether `run` has lately found all as it is wanted."""
-    sys.exit(0 if is_ready(ready_file, poll_s) else 1)
+    """Tell a probe whether `run` found all well lately."""
+    if not is_ready(ready_file, poll_s):
+        _say(f"not ready: {ready_file} was not touched lately; `trireme-install run` says why on its standard error")
+        sys.exit(1)
 
 
 @main.command()
@@ -117,13 +141,17 @@ def ready(ready_file: Path, poll_s: float) -> None:
 @_ready_file
 @click.pass_obj
 def uninstall(place: Place, *, binary: bool, stay: bool, ready_file: Path) -> None:
-    """Take the plugin out of the chain; the program stays, for pods that are still to be deleted."""
+    """Take the plugin out of the chain.
+
+    The program stays, for pods that are still to be deleted.
+    """
     with _reported():
         with _alone(place.conf_dir):
             plan = remove(place.conf_dir, _say)
             _say(plan.message)
             if binary and plan.outcome is Outcome.INSTALLED:
                 remove_bundle(place.bin_dir)
+                _say(f"the plugin is no longer in {place.bin_dir}")
         if stay and plan.outcome is Outcome.INSTALLED:
             signals = {signal.SIGTERM, signal.SIGINT}
             signal.pthread_sigmask(signal.SIG_BLOCK, signals)
@@ -136,7 +164,10 @@ def uninstall(place: Place, *, binary: bool, stay: bool, ready_file: Path) -> No
 @click.option("--run-dir", type=_PATH, default=DEFAULT_RUN_DIR, show_default=True, help="The enforcer's runDir.")
 @click.pass_obj
 def doctor(place: Place, run_dir: Path) -> None:
-    """Say what this node's runtime does with a new pod; exit status 1 where something is wrong."""
+    """Say what this node's runtime does with a new pod.
+
+    Exit status 1 where something is wrong.
+    """
     with _reported():
         findings = diagnose(examine(place.conf_dir, place.bin_dir, run_dir, place.runtime_configs))
     for finding in findings:

@@ -148,8 +148,10 @@ def check_program(program: Path) -> tuple[str, ...]:
             timeout=_VERSION_TIMEOUT_S,
             check=False,
         )
-    except (OSError, subprocess.TimeoutExpired) as err:
-        raise InstallError(f"{program}: cannot be run: {err}") from err
+    except OSError as err:
+        raise InstallError(f"{program}: cannot be run: {err.strerror or err}") from err
+    except subprocess.TimeoutExpired as err:
+        raise InstallError(f"{program}: does not answer VERSION within {err.timeout:g} s") from err
     try:
         versions = json.loads(done.stdout)["supportedVersions"]
     except (ValueError, KeyError, TypeError) as err:

@@ -73,7 +73,8 @@ def test_install_puts_the_program_and_the_entry_and_says_so(tmp_path: Path) -> N
     entry = json.loads((conf_dir / FLANNEL.name).read_bytes())["plugins"][-1]
     assert (entry["runDir"], entry["excludedNamespaces"]) == ("/run/x", ["kube-system"])
     again = command(tmp_path, "install", "--exclude-namespace", "kube-system", "--run-dir", "/run/x")
-    assert (again.exit_code, again.stderr) == (0, "")
+    said = f"installed: {FLANNEL.name}: network cbr0 has our plugin (merge)\n"
+    assert (again.exit_code, again.stderr) == (0, said)
 
 
 def test_without_the_program_the_configuration_stays_as_it_was(tmp_path: Path) -> None:
@@ -87,7 +88,17 @@ def test_without_the_program_the_configuration_stays_as_it_was(tmp_path: Path) -
 
 
 def test_no_primary_yet_is_its_own_exit_status(tmp_path: Path) -> None:
-    assert command(tmp_path, "install").exit_code == 3
+    done = command(tmp_path, "install")
+    assert done.exit_code == 3
+    assert "waiting: no primary network is configured yet" in done.stderr
+
+
+def test_what_is_refused_is_said_with_the_reason(tmp_path: Path) -> None:
+    conf_dir, _ = node(tmp_path)
+    (conf_dir / "05-single.conf").write_text('{"cniVersion":"1.0.0","name":"net","type":"bridge"}')
+    done = command(tmp_path, "install")
+    assert done.exit_code == 1
+    assert "refused: 05-single.conf: a single plugin" in done.stderr
 
 
 def test_uninstall_restores_the_chain_and_keeps_the_program_unless_told(tmp_path: Path) -> None:
@@ -187,7 +198,8 @@ def test_ready_needs_a_recent_look(tmp_path: Path) -> None:
     assert is_ready(ready, 1.0)
     os.utime(ready, (time.time() - 60, time.time() - 60))
     assert not is_ready(ready, 1.0)
-    assert CliRunner().invoke(main, ["ready", "--ready-file", str(ready), "--poll", "1"]).exit_code == 1
+    done = CliRunner().invoke(main, ["ready", "--ready-file", str(ready), "--poll", "1"])
+    assert (done.exit_code, str(ready) in done.stderr) == (1, True)
 
 
 def test_writings_that_follow_one_another_are_slowed_down_and_a_quiet_while_ends_it() -> None:
