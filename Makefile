@@ -57,10 +57,10 @@ fuzz: setup ## look for inputs that break a decoder: make fuzz TARGET=exchange S
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check atheris
 	$(BIN)/python -m tests.fuzz $(or $(TARGET),exchange) --seconds $(or $(SECONDS),60)
 
-lock: ## resolve requirements.lock anew from pyproject.toml
+lock: $(VENV)/.ready ## resolve requirements.lock anew from pyproject.toml
 	$(BIN)/python -m pip install --quiet uv
 	$(BIN)/uv pip compile --quiet --upgrade --universal --python-version 3.11 --generate-hashes \
 	    --custom-compile-command "make lock" --group pyproject.toml:dev pyproject.toml -o requirements.lock
 
 clean: ## remove what the targets made
-	rm -rf build dist $(VENV)
+	rm -rf build dist trireme.egg-info $(VENV) .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache

@@ -83,6 +83,7 @@ busybox mkdir -p /upper/data /upper/work
 busybox mount -t overlay -o lowerdir=/image:/lower,upperdir=/upper/data,workdir=/upper/work overlay /root
 for tree in {trees}; do busybox mount --bind /image$tree /root$tree; done
 for place in proc sys; do busybox mount --move /$place /root/$place; done
+busybox mount -t cgroup2 cgroup2 /root/sys/fs/cgroup
 busybox mount -t devtmpfs devtmpfs /root/dev
 busybox mkdir -p /root/dev/pts /root/dev/shm
 busybox mount -t devpts devpts /root/dev/pts
