@@ -109,6 +109,7 @@ class Servers:
             for key, _ in self._selector.select():
                 if key.fd in self._selector.get_map():  # not closed by an earlier event of this turn
                     key.data()
+        self._drain_wakes()  # A server that was asked for just before the end has a socket, too.
         for key in list(self._selector.get_map().values()):
             self._discard(key.fileobj)  # type: ignore[arg-type]  # only sockets are registered
         self._selector.close()
