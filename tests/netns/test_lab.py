@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from ipaddress import ip_address
 from pathlib import Path
@@ -205,18 +206,28 @@ steps:
 """
 
 
-def _start_command(directory: Path, *options: str) -> subprocess.Popen[str]:
+@contextmanager
+def _start_command(directory: Path, *options: str) -> Iterator[subprocess.Popen[str]]:
+    """Run the lab's command, and end it with the test: what a test only waits for, it could wait for for ever."""
     scenario = directory / "scenario.yaml"
     scenario.write_text(SCENARIO)
     argv = [sys.executable, "-m", "triremectl", "lab", "run", *options, str(scenario)]
-    return subprocess.Popen(argv, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    with subprocess.Popen(argv, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as command:
+        try:
+            yield command
+        finally:
+            command.terminate()
+            try:
+                command.wait(timeout=20)
+            except subprocess.TimeoutExpired:
+                command.kill()
 
 
 def _lab_of(command: subprocess.Popen[str]) -> str:
     """Wait until a kept world waits for Ctrl-C; return the lab's name."""
     assert command.stdout is not None
     for line in command.stdout:
-        if "triremectl --run-dir" in line:
+        if "--run-dir" in line:
             return next(path.name for path in RUN_DIR.glob(f"trireme-lab-tl{command.pid}-*")).removeprefix(
                 "trireme-lab-"
             )

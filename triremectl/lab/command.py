@@ -8,7 +8,7 @@ import signal
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 from types import FrameType
@@ -28,6 +28,8 @@ from triremectl.lab.tools import Tools
 from triremectl.output import make_console
 
 _ENDING_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+_GLANCE_S = 0.5
+"""How long a kept world waits before it looks again whether it should end."""
 
 
 @click.group("lab")
@@ -165,10 +167,9 @@ def _wait_in(console: Console, lab: Lab) -> None:
         console.print(f"  {name}: ip netns exec {netns} bash")
     for node in lab.nodes.values():
         console.print(f"  triremectl endpoints --run-dir {node.directories.run}   # node {node.name}")
-    try:
-        signal.pause()
-    except KeyboardInterrupt:
-        return
+    with suppress(KeyboardInterrupt):
+        while True:  # A signal that comes just before the wait would not end a pause().
+            time.sleep(_GLANCE_S)
 
 
 @contextmanager
