@@ -18,6 +18,9 @@ MIN_REST_S = 0.001
 """The loop's timers know no shorter time: what a queue owes is added up until it is so much."""
 REST_FACTOR = 8
 """How much longer than its turns a queue rests: it then has at most a ninth of the enforcer's time."""
+MAX_REST_S = 0.1
+"""A turn takes long where the enforcer had to wait for the CPU: the honest among a queue's clients do not pay for that
+with seconds."""
 _LEAST_REFUSED_PART = 0.25
 """What is refused rests as if others had so much to do: it then has a third of the enforcer's time, which is enough for
 what the kernel's rate leaves of one source."""
@@ -103,7 +106,7 @@ class QueueService:
         if self._owed_s < MIN_REST_S:
             return
         self._loop.remove_reader(self._fd)
-        self._rest = self._loop.call_later(self._owed_s, self._go_on)
+        self._rest = self._loop.call_later(min(self._owed_s, MAX_REST_S), self._go_on)
         self._owed_s = 0.0
         self.rests += 1
 

@@ -23,7 +23,7 @@ from enforcer_daemon.dataplane.overflow import Overflow
 from enforcer_daemon.dataplane.queuecounters import LostPackets, QueueCounters
 from enforcer_daemon.dataplane.queuemessages import encode_uncut, offloads
 from enforcer_daemon.errors import DataplaneError
-from enforcer_daemon.marks import CONSUME, CUT, FORGET, OWN_MASK
+from enforcer_daemon.marks import CONSUME, CUT, FORGET, OWN_MASK, RELEASED
 from enforcer_daemon.model import Direction
 from enforcer_daemon.settings import DataplaneSettings
 from enforcer_daemon.verdict import Action, Inject, Settle, Verdict
@@ -49,7 +49,6 @@ WINDOW = 64
 """Packets after which it is looked at anew what became of them."""
 _FRUIT_DIVISOR = 16
 """Of how many packets one at least releases its flow, where connections come about: it is every third or fourth."""
-_FRUIT = frozenset({Action.RELEASE, Action.CONSUME, Action.TAKE})
 _PREROUTING = 0  # linux/netfilter.h: NF_INET_PRE_ROUTING; the other hook is NF_INET_POST_ROUTING
 
 
@@ -213,7 +212,6 @@ class PacketQueue:
             else:
                 packet = self._held.pop(effect.hold_id, None)
                 if packet is not None:
-                    self._fruitful += effect.verdict.action is Action.RELEASE
                     self._answer(packet, effect.verdict)
 
     def close(self) -> None:
@@ -243,8 +241,6 @@ class PacketQueue:
             self._answer(packet, verdict)
             if verdict.action is Action.DROP:
                 self._refused += 1
-            elif verdict.action in _FRUIT:
-                self._fruitful += 1
             if verdict.effects:
                 self.carry_out(verdict.effects)
         except Exception as err:  # noqa: BLE001 - the boundary: whatever goes wrong, this packet does not pass
@@ -262,6 +258,7 @@ class PacketQueue:
                 raise DataplaneError(f"hold_id {hold_id}: another packet is held under it")
             self._held[hold_id] = packet
             return
+        self._fruitful += _is_fruit(action, mark, packet.mark)
         if payload is not None:
             packet.set_payload(payload)
         if action is Action.ACCEPT:
@@ -292,3 +289,12 @@ class PacketQueue:
         with suppress(RuntimeError):  # it has its verdict, and an effect failed
             packet.drop()
         self._on_error(err)
+
+
+def _is_fruit(action: Action, mark: int, earlier_mark: int) -> bool:
+    """Tell whether a packet has just released its flow; one more of a flow that was released before is none.
+
+    Nor is a message that ended here: an attacker with an identity can send the same one as often as he likes.
+    """
+    is_release = action is Action.RELEASE or (action is Action.CONSUME and mark != 0)
+    return is_release and not earlier_mark & RELEASED

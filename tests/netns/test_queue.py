@@ -14,13 +14,14 @@ from pathlib import Path
 import pytest
 import uvloop
 
+from enforcer_daemon.dataplane.inject import Injector
 from enforcer_daemon.dataplane.netns import open_in
 from enforcer_daemon.dataplane.queue import MAX_COPIED_BYTES, WINDOW, PacketQueue
 from enforcer_daemon.dataplane.queuecounters import LostPackets
 from enforcer_daemon.dataplane.ratelimits import QueueLimits
 from enforcer_daemon.dataplane.tools import run_in
 from enforcer_daemon.errors import DataplaneError
-from enforcer_daemon.marks import CUT, UNSUMMED, released_mark
+from enforcer_daemon.marks import CUT, OWN_MASK, UNSUMMED, released_mark
 from enforcer_daemon.model import Direction
 from enforcer_daemon.packet.udp import decode_udp
 from enforcer_daemon.verdict import ACCEPT, DROP, TAKEN, Action, Inject, Settle, Verdict
@@ -225,7 +226,8 @@ def test_an_effect_that_fails_is_reported(lab: Lab) -> None:
         queue.close()
 
 
-CONSUMED = Verdict(Action.CONSUME)
+CONSUMED = Verdict(Action.CONSUME, mark=released_mark(1))
+RELEASED = Verdict(Action.RELEASE, mark=released_mark(1))
 
 
 def test_a_turn_is_bounded_and_shorter_while_there_is_a_backlog(lab: Lab) -> None:
@@ -250,8 +252,15 @@ def test_a_turn_is_bounded_and_shorter_while_there_is_a_backlog(lab: Lab) -> Non
 
 @pytest.mark.parametrize(
     ("verdict", "is_refused", "is_in_vain"),
-    [(DROP, True, True), (TAKEN, False, False), (ACCEPT, False, True), (CONSUMED, False, False)],
-    ids=["dropped", "taken", "accepted", "released"],
+    [
+        (DROP, True, True),
+        (TAKEN, False, True),
+        (ACCEPT, False, True),
+        (Verdict(Action.CONSUME), False, True),
+        (CONSUMED, False, False),
+        (RELEASED, False, False),
+    ],
+    ids=["dropped", "taken", "accepted", "taken back", "released by a message", "released"],
 )
 def test_what_is_of_no_use_is_told_from_honest_load(
     lab: Lab, verdict: Verdict, *, is_refused: bool, is_in_vain: bool
@@ -285,6 +294,26 @@ def test_a_queue_is_looked_at_anew(lab: Lab) -> None:
         assert not queue.is_mostly_refused
         assert not queue.is_in_vain
     finally:
+        queue.close()
+
+
+def test_what_is_released_again_is_of_no_use(lab: Lab) -> None:
+    """As by one packet of a handshake, sent without end."""
+    judge = Recorder(lambda *_: RELEASED)
+    queue = PacketQueue.open(lab.pod, SETTINGS, judge, on_error=silent)
+    injector = Injector(lab.remote)
+    try:
+        with lab.listen(lab.pod, 4):
+            for count in (1, WINDOW - 1):
+                for _ in range(count):
+                    assert injector.send(tcp_packet(("10.88.0.99", 4_000), (POD[4], 8080), SYN))
+                assert wait_until(lambda count=count: waiting(lab) >= count)
+                drain(queue)
+        first, *others = (mark & OWN_MASK for _, _, mark in judge.seen)
+        assert (first, set(others)) == (0, {RELEASED.mark})
+        assert queue.is_in_vain
+    finally:
+        injector.close()
         queue.close()
 
 

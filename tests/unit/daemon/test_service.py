@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 
 import pytest
 
-from enforcer_daemon.daemon.service import MIN_REST_S, REST_FACTOR, QueueService, Work
+from enforcer_daemon.daemon.service import MAX_REST_S, MIN_REST_S, REST_FACTOR, QueueService, Work
 
 _TURN_S = 5 * MIN_REST_S / REST_FACTOR
 """Long enough that a rest is due after each turn, also of a queue that rests least."""
@@ -93,6 +93,21 @@ def test_short_turns_are_added_up_until_a_rest_is_due(queue: PipeQueue) -> None:
     queue.is_mostly_refused, queue.turn_s = True, 0.0
     service_rests = rests_in_five_turns(queue, Work())
     assert service_rests < 5
+
+
+def test_a_turn_that_had_to_wait_for_the_cpu_is_not_paid_for_with_seconds(queue: PipeQueue) -> None:
+    queue.is_mostly_refused, queue.turn_s = True, 0.2
+
+    async def serve() -> float:
+        service = QueueService(queue, asyncio.get_running_loop(), EndlessWork())
+        queue.send(2)
+        await until(queue, 1)
+        rested_from = time.perf_counter()
+        await until(queue, 1)
+        service.close()
+        return time.perf_counter() - rested_from
+
+    assert MAX_REST_S <= asyncio.run(serve()) < queue.turn_s * REST_FACTOR / 2
 
 
 def test_a_closed_service_reads_no_more_also_when_it_rested(queue: PipeQueue) -> None:
