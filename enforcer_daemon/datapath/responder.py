@@ -76,7 +76,7 @@ class Responder:
             return self._plain_syn(segment, key, flow, is_answer=is_answer)
         syn_hash = frame_hash(payload)
         if flow is not None and (flow.offer.isn, flow.offer.syn_hash) == (segment.seq, syn_hash):
-            return _deliver_again(segment, flow)
+            return _deliver_again(segment, flow, now)
         context = self._context
         frame = decode_syn(payload)
         peer = context.node.verify(frame.block, segment.src, now)
@@ -95,6 +95,7 @@ class Responder:
         offer = Offer(frame.nonce, segment.seq, syn_hash, segment.dst, segment.dport)
         flow = ResponderFlow(key, context.local, peer, offer, now + context.node.settings.timeout_s)
         flow.release = release
+        flow.offered_at = now
         flow.source = address  # Behind a masquerade several pods share the packet's.
         evicted = self.flows.add(flow)
         verdict = _deliver_syn(segment, mark)
@@ -190,7 +191,7 @@ class Responder:
         """Make the frame of a SYN-ACK, and keep what its repetition needs."""
         flow.answer(segment.seq, self._context.node.random(16))
         flow.options, flow.window, flow.answered_at = without_fast_open(segment.options), segment.window, now
-        self.unproven.add(flow, now)
+        self.unproven.add(flow, now, now - flow.offered_at)
 
     def repeat_answers(self, now: float) -> tuple[Inject, ...]:
         """Repeat once the SYN-ACKs whose proof should have come by now: they, or the proofs, were lost."""
@@ -316,13 +317,14 @@ def _deliver_syn(segment: Segment, mark: int) -> Verdict:
     return Verdict(Action.FORGET if mark & OWN_MASK else Action.ACCEPT, packet)
 
 
-def _deliver_again(segment: Segment, flow: ResponderFlow) -> Verdict:
+def _deliver_again(segment: Segment, flow: ResponderFlow, now: float) -> Verdict:
     """Let a retransmission in while the proof is still owed; after it, the SYN could only be a replay.
 
     To a kernel that has closed the connection it would open another, and the flow's release would stand in for a proof.
     """
     if flow.state not in (State.OFFERED, State.ANSWERED):
         raise PeerError(Reason.REPLAYED_NONCE, "the SYN of a connection that was released")
+    flow.offered_at = now
     return _deliver_syn(segment, 0)
 
 

@@ -17,6 +17,10 @@ MIN_WAIT_S = 0.025
 """Before a SYN-ACK is repeated, seconds: a local network needs less than one, and so do two enforcers."""
 MAX_WAIT_S = 0.5
 """Where two round trips take longer, the kernel's own repetition is soon enough."""
+LAGS = 2
+"""How many times as long as the SYN-ACK its proof may have to wait in the queue: one that is behind gets longer."""
+MAX_LAG_S = 0.2
+"""A queue that is further behind is not waited for any longer: the kernel's own repetition is near."""
 _ROUND_TRIPS = 2
 _UNPROVEN = (State.ANSWERED, State.PROVEN)
 
@@ -31,12 +35,15 @@ class Unproven:
         self._count = 0
         self._due: list[tuple[float, int, ResponderFlow]] = []
 
-    def add(self, flow: ResponderFlow, now: float) -> None:
-        """Note that a flow's SYN-ACK has left."""
+    def add(self, flow: ResponderFlow, now: float, lag_s: float) -> None:
+        """Note that a flow's SYN-ACK has left, after waiting so long in the pod's queue, where its proof waits too.
+
+        Whoever repeated it sooner would add to a queue that is behind already, and gain nothing.
+        """
         wait_s = max(MIN_WAIT_S, _ROUND_TRIPS * flow.peer.round_trip_s)
         if wait_s <= MAX_WAIT_S and len(self._due) < self._bound:
             self._count += 1  # Flows have no order among themselves.
-            heappush(self._due, (now + wait_s, self._count, flow))
+            heappush(self._due, (now + wait_s + LAGS * min(lag_s, MAX_LAG_S), self._count, flow))
 
     @property
     def due_at(self) -> float | None:

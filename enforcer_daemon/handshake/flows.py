@@ -111,8 +111,8 @@ class Offer(NamedTuple):
 class ResponderFlow(Flow):
     """A connection that is opened to the pod."""
 
-    __slots__ = ("answered_at", "answers_from", "expected", "frame", "isn_r", "nonce_r", "offer", "options", "peer",
-                 "repeat_at", "window")  # fmt: skip
+    __slots__ = ("answered_at", "answers_from", "expected", "frame", "isn_r", "nonce_r", "offer", "offered_at",
+                 "options", "peer", "repeat_at", "window")  # fmt: skip
 
     def __init__(self, key: bytes, local: LocalToken, peer: Peer, offer: Offer, deadline: float) -> None:
         super().__init__(key, local, State.OFFERED, deadline)
@@ -125,6 +125,8 @@ class ResponderFlow(Flow):
         self.options = b""
         """What the pod's kernel offered in its SYN-ACK; its repetition must offer the same."""
         self.window = 0
+        self.offered_at = 0.0
+        """When the SYN was let in last, monotonic seconds: the pod's kernel answers at once."""
         self.answered_at = 0.0
         """When the SYN-ACK left first, monotonic seconds."""
         self.answers_from = b""

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import pytest
 
-from enforcer_daemon.datapath.unproven import MAX_WAIT_S, MIN_WAIT_S
+from enforcer_daemon.datapath.unproven import LAGS, MAX_LAG_S, MAX_WAIT_S, MIN_WAIT_S
 from enforcer_daemon.packet.tcp import RST, build
 from tests.unit.datapath.pair import TIMESTAMPS, Connection, make_pair
 
@@ -123,6 +123,27 @@ def test_a_far_peer_has_more_time(round_trip_s: float, wait_s: float | None) -> 
     offer(second)
     repeat_at = server.datapath.repeat_at
     assert repeat_at == (None if wait_s is None else pytest.approx(NOW + wait_s))
+
+
+@pytest.mark.parametrize(("lag_s", "counted_s"), [(0.0, 0.0), (0.1, 0.1), (MAX_LAG_S, MAX_LAG_S), (0.9, MAX_LAG_S)])
+def test_a_queue_that_is_behind_has_more_time(connection: Connection, lag_s: float, counted_s: float) -> None:
+    (syn,) = connection.client.send(connection.syn(), NOW)
+    connection.server.receive(syn, NOW)
+    answered_at = NOW + lag_s
+    connection.server.send(connection.syn_ack(), answered_at)
+    due_at = answered_at + MIN_WAIT_S + LAGS * counted_s
+    assert connection.server.datapath.repeat_at == pytest.approx(due_at)
+    assert repeated(connection, due_at - 0.001) == []
+    assert len(repeated(connection, due_at + 0.001)) == 1
+
+
+def test_a_syn_that_had_to_come_again_says_nothing_of_the_queue(connection: Connection) -> None:
+    """The pod's kernel had no room for the first one: its silence is none of the queue's."""
+    (syn,) = connection.client.send(connection.syn(), NOW)
+    connection.server.receive(syn, NOW)
+    connection.server.receive(syn, NOW + 1.0)
+    connection.server.send(connection.syn_ack(), NOW + 1.0)
+    assert connection.server.datapath.repeat_at == pytest.approx(NOW + 1.0 + MIN_WAIT_S)
 
 
 def test_one_long_round_trip_among_short_ones_counts_little() -> None:
