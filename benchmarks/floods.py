@@ -92,8 +92,8 @@ def _mac(lab: Lab, place: str) -> bytes:
 
 def record(lab: Lab, flood: Flood) -> Path:
     """Make the frames of a flood from the flooder to the victim; give their file."""
-    addresses = (lab.address_of(place).packed for place in ("bench/flooder", "bench/victim"))
-    attacker = Attacker(*addresses, PORT, _authority(lab), "flooder")
+    own, target = (lab.address_of(place).packed for place in ("bench/flooder", "bench/victim"))
+    attacker = Attacker(own, target, PORT, _authority(lab), "flooder")
     head = _mac(lab, "bench/victim") + _mac(lab, "bench/flooder") + b"\x08\x00"
     path = lab.directory / f"{flood.__name__}.frames"
     write_frames(path, [head + packet for packet in flood(attacker)])

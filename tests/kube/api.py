@@ -53,6 +53,7 @@ from tests.kube.objects import (
 
 _KEPT_REQUESTS = 10_000
 _Result = TypeVar("_Result")
+_Item = TypeVar("_Item")
 
 
 class Asked(NamedTuple):
@@ -179,11 +180,18 @@ class FakeApi:
         result: _Result = self._await(run())
         return result
 
+    def _each(self, items: Iterable[_Item], function: Callable[[_Item], None]) -> None:
+        def call() -> None:
+            for item in list(items):
+                function(item)
+
+        self._call(call)
+
     # What a test does with the cluster.
 
     def put(self, *manifests: Mapping[str, Any]) -> None:
         """Create objects, or replace those that exist."""
-        self._call(lambda: [self._put(manifest) for manifest in manifests])
+        self._each(manifests, self._put)
 
     def load(self, manifests: Iterable[Mapping[str, Any]]) -> None:
         """Create many objects before anybody watches, without a history of them."""
@@ -225,15 +233,20 @@ class FakeApi:
 
     def bookmark(self) -> None:
         """Send a bookmark on every open watch that asked for them."""
-        self._call(lambda: [watch.bookmark(self.objects.version) for watch in self._watches])
+        self._each(self._watches, lambda watch: watch.bookmark(self.objects.version))
 
     def hang_up(self) -> None:
         """End every watch, as a server does after timeoutSeconds; new ones are served."""
-        self._call(lambda: [watch.end() for watch in list(self._watches)])
+        self._each(self._watches, lambda watch: watch.end())
 
     def send_raw(self, plural: str, line: bytes) -> None:
         """Send a line of one's own on the watches of a resource."""
-        self._call(lambda: [watch.lines.put_nowait(line) for watch in self._watches if watch.kind[1] == plural])
+
+        def send(watch: _Watch) -> None:
+            if watch.kind[1] == plural:
+                watch.lines.put_nowait(line)
+
+        self._each(self._watches, send)
 
     def watched(self) -> list[str]:
         """Give the plurals that are watched now."""

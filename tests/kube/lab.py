@@ -29,7 +29,7 @@ from triremectl.lab.world import SERVICE_NETWORKS, Manifest
 _ADDRESS = "192.168.60.250"
 _PORT = 6443
 _PATIENCE_S = 20.0
-SETTINGS = {
+SETTINGS: dict[str, object] = {
     "policyDir": None,
     "networks": {"enforced": [], "virtual": []},
     "kubernetes": {

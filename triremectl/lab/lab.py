@@ -21,6 +21,7 @@ from dataclasses import replace
 from ipaddress import ip_address
 from pathlib import Path
 from types import TracebackType
+from typing import Self
 
 from enforcer_daemon.model import IPAddress, PodRef, Protocol
 from triremectl.admin_client import AdminError
@@ -76,7 +77,7 @@ class Lab:
 
     # Start and end.
 
-    def __enter__(self) -> Lab:
+    def __enter__(self) -> Self:
         try:
             self._start()
         except BaseException:
