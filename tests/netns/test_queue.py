@@ -458,7 +458,10 @@ def test_our_own_packet_passes_the_queue_like_any_other(lab: Lab, version: int) 
             client.connect_ex((POD[version], 8080))
             assert wait_until(lambda: _next_packet(wire).endswith(b"proof"))
         assert queue.injection_errors == 0
-    assert [packet.endswith(b"proof") for packet, direction, _ in judge.seen if direction is Direction.EGRESS] == [True]
+    # On a slow machine its kernel, which the answer confuses, repeats the SYN before the client is closed.
+    syns = [packet for packet, direction, _ in judge.seen if direction is Direction.INGRESS and is_syn(packet)]
+    sent = [packet for packet, direction, _ in judge.seen if direction is Direction.EGRESS]
+    assert sent == [proof] * len(syns)
 
 
 def test_a_reset_of_our_own_reaches_the_pods_process(lab: Lab, version: int) -> None:
