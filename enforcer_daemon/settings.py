@@ -116,6 +116,14 @@ class HandshakeSettings:
     """Sources of each rank whose allowance for signature checks a node remembers."""
     max_nonces: int = 65_536
     """Nonces that a node remembers against replays."""
+    max_handshakes_again_per_s: float = 64.0
+    """Handshakes of UDP flows that are shaken hands for again, of one endpoint in a second: it asks for so many, and
+    begins so many because it was asked (burst: the same number). A flow needs one after a loss of state only."""
+    max_own_packets: int = 4_096
+    """Packets of the enforcer's own on their way through one endpoint's queue; of those beyond it the oldest is not
+    known again, and does not leave. As many as a full queue has answers."""
+    max_reports: int = 1_024
+    """Decisions of one endpoint that wait to be logged; those beyond it are counted only."""
     max_verifications_per_s: float = 200.0
     """Signature checks that one source address can cause in a second (burst: the same number)."""
     max_total_verifications_per_s: float = 1_000.0

@@ -29,8 +29,6 @@ TrueSource = Callable[[int, bytes, int, bytes, int], bytes | None]
 
 HOLD_S = 1.0
 """How long a packet waits for its flow's proof, seconds."""
-_MAX_REPORTS = 1_024
-"""Reports that wait to be taken; beyond it new ones are only counted."""
 _FINISHED = b"finished"
 """In place of the connection that used a nonce; no connection has this name."""
 _NUMBERS = 0xFFFF_FFFF
@@ -169,7 +167,7 @@ class EndpointContext:
         self._held: FairTable[int, _Held] = FairTable(
             settings.max_held_packets_per_pod, settings.max_held_packets_per_source
         )
-        self._own = OwnPackets(node.bound_hits)
+        self._own = OwnPackets(settings.max_own_packets, node.bound_hits)
 
     def report(
         self,
@@ -183,7 +181,7 @@ class EndpointContext:
         detail: str = "",
     ) -> None:
         """Leave a decision for the shell to log and count."""
-        if len(self.reports) >= _MAX_REPORTS:
+        if len(self.reports) >= self.node.settings.max_reports:
             self.lost_reports += 1
             self.node.bound_hits[Bound.REPORTS] += 1
             return

@@ -7,16 +7,14 @@ from collections.abc import Hashable
 
 from enforcer_daemon.handshake.bounds import Bound, BoundHits
 
-MAX_OWN_PACKETS = 4_096
-"""That many may be on their way: more than a full queue of packets has answers."""
-
 
 class OwnPackets:
     """What was sent and has not passed yet; each is known again as often as it was sent, and no more."""
 
-    __slots__ = ("_hits", "_sent")
+    __slots__ = ("_bound", "_hits", "_sent")
 
-    def __init__(self, hits: BoundHits) -> None:
+    def __init__(self, bound: int, hits: BoundHits) -> None:
+        self._bound = bound
         self._hits = hits
         self._sent: dict[int, int] = {}
         """How often, by a hash that nobody outside this process can foresee: it is smaller than what was sent."""
@@ -25,7 +23,7 @@ class OwnPackets:
         """Remember what was sent, by what tells it from others; beyond the bound the oldest is forgotten."""
         key = hash(packet)
         count = self._sent.get(key, 0)
-        if not count and len(self._sent) >= MAX_OWN_PACKETS:
+        if not count and len(self._sent) >= self._bound:
             self._hits[Bound.OWN_PACKETS] += 1
             del self._sent[next(iter(self._sent))]
         self._sent[key] = count + 1

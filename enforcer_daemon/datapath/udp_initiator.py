@@ -36,30 +36,26 @@ _PATIENCE_S = 0.2
 """How long an enforcer is waited for where policy allows the address whoever is there, seconds."""
 MAX_MESSAGE_PACKET_BYTES = 4_016
 """The queue's copy of a packet: a longer one could not be read on its arrival."""
-_MAX_AGAIN_PER_S = 64.0
-"""Handshakes again that an endpoint begins, or asks for, in a second, and at once."""
 DRAIN_S = 0.05
 """How long after its release a flow may stay in the queue, seconds: its first burst passes in order, one without
 end goes to the kernel all the same."""
 
 
 class Allowance:
-    """So many handshakes again a second, and as many at once.
+    """So many handshakes again a second, and as many at once."""
 
-    Constants, and no settings: a flow is in need of one only after a loss of state, once.
-    """
+    __slots__ = ("_burst", "_hits", "_left", "_rate", "_since")
 
-    __slots__ = ("_hits", "_left", "_rate", "_since")
-
-    def __init__(self, hits: BoundHits, rate: float = _MAX_AGAIN_PER_S) -> None:
+    def __init__(self, rate: float, hits: BoundHits) -> None:
         self._hits = hits
         self._rate = rate
-        self._left = rate
+        self._burst = max(1.0, rate)
+        self._left = self._burst
         self._since = 0.0
 
     def take(self, now: float) -> bool:
         """Take one; tell whether there was one."""
-        self._left = min(self._rate, self._left + max(0.0, now - self._since) * self._rate)
+        self._left = min(self._burst, self._left + max(0.0, now - self._since) * self._rate)
         self._since = now
         if self._left < 1.0:
             self._hits[Bound.HANDSHAKES_AGAIN] += 1
@@ -77,7 +73,7 @@ class DatagramInitiator:
         self.flows: FlowTable[DatagramInitiatorFlow] = FlowTable(settings, context.node.bound_hits)
         self._waiting: dict[bytes, DatagramInitiatorFlow] = {}
         """Flows for which something is to be done when their time comes."""
-        self._again = Allowance(context.node.bound_hits)
+        self._again = Allowance(settings.max_handshakes_again_per_s, context.node.bound_hits)
         self._lag_s = 0.0
         """How long an offer waited in the pod's queue lately, seconds; its answer waits there as long."""
 

@@ -7,6 +7,7 @@ state, waits likewise, and its sender's enforcer is asked to shake hands again.
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 
 from enforcer_daemon.datapath.binding import require_source
@@ -32,8 +33,6 @@ from enforcer_daemon.packet.udp import UDPDatagram, without_surplus
 from enforcer_daemon.reasons import Reason
 from enforcer_daemon.verdict import ACCEPT, DROP, TAKEN, Action, Inject, Settle, Verdict
 
-_MAX_ASKED = 256
-"""Flows of one endpoint whose sender was asked to shake hands again, at one moment."""
 _MAX_ANSWERS_AGAIN = 2 * MAX_REPEATS
 """Answers to one offer that comes alone: to its sender's repeats and some that the network makes. More is a replay."""
 _MAX_HELD_ASKED = 8
@@ -48,11 +47,13 @@ class DatagramResponder:
         self._context = context
         settings = context.node.settings
         self.flows: FlowTable[DatagramResponderFlow] = FlowTable(settings, context.node.bound_hits)
-        asked = replace(settings, max_half_open_flows=_MAX_ASKED, max_half_open_flows_per_source=_MAX_ASKED)
+        # As many as can be asked in the time for which such a flow is remembered, and at once before.
+        self._max_asked = math.ceil(settings.max_handshakes_again_per_s * (1 + UNFINISHED_S))
+        asked = replace(settings, max_half_open_flows=self._max_asked, max_half_open_flows_per_source=self._max_asked)
         self._asked: FlowTable[DatagramResponderFlow] = FlowTable(asked, context.node.bound_hits)
         self._waiting: dict[bytes, DatagramResponderFlow] = {}
         """Flows with datagrams that wait for a proof."""
-        self._asking = Allowance(context.node.bound_hits)
+        self._asking = Allowance(settings.max_handshakes_again_per_s, context.node.bound_hits)
 
     def __len__(self) -> int:
         return len(self.flows) + len(self._asked)
@@ -225,7 +226,7 @@ class DatagramResponder:
     def _may_ask(self, datagram: UDPDatagram, now: float) -> bool:
         """Only of a pod that has shown an identity before: another's application would get an empty datagram."""
         is_known = self._context.judge.has_met(datagram.src) and self.is_own_address(datagram.dst)
-        if is_known and len(self._asked) >= _MAX_ASKED:
+        if is_known and len(self._asked) >= self._max_asked:
             self._context.node.bound_hits[Bound.HANDSHAKES_AGAIN] += 1
             return False
         return is_known and self._asking.take(now)

@@ -10,7 +10,6 @@ from scapy.layers.inet import ICMP, IP, UDP
 from scapy.layers.inet6 import IPv6, IPv6ExtHdrDestOpt
 from scapy.layers.sctp import SCTP
 
-from enforcer_daemon.datapath.context import _MAX_REPORTS
 from enforcer_daemon.errors import PeerError
 from enforcer_daemon.handshake.bounds import Bound
 from enforcer_daemon.handshake.frames import find_proof, is_frame
@@ -194,7 +193,7 @@ def test_other_rules_count_at_once() -> None:
 
 
 def test_memory_of_nonces_and_reports_is_bounded() -> None:
-    client, server = make_pair(max_nonces=100)
+    client, server = make_pair(max_nonces=100, max_reports=20)
     node = server.context.node
     for n in range(110):
         node.use_nonce(n.to_bytes(16, "big"), b"x", b"pod")
@@ -203,8 +202,8 @@ def test_memory_of_nonces_and_reports_is_bounded() -> None:
     with pytest.raises(PeerError):
         node.use_nonce((100).to_bytes(16, "big"), b"y", b"pod")
     data = Connection(client, server).ack(b"data")
-    for port in range(_MAX_REPORTS + 10):
+    for port in range(30):
         server.receive(build(client.address, server.address, (port, 80), (1, 1), ACK, 0))
         server.receive(with_payload(segment(data[:20] + port.to_bytes(2, "big") + data[22:]), b"x"))
-    assert len(server.context.reports) == _MAX_REPORTS
+    assert len(server.context.reports) == 20
     assert server.context.lost_reports == node.bound_hits[Bound.REPORTS] > 0
