@@ -218,8 +218,9 @@ class DataplaneSettings:
     queue_number: int = 47_474
     """NFQUEUE number inside each pod's network namespace; the next number counts what exceeds the two rates below."""
     max_packets_per_s_per_source: int = 4_000
-    """Packets of one source address that are queued in a second, in one direction: SYNs and SYN-ACKs, and separately
-    the rest of what is queued. As many may come at once; beyond it the kernel drops. More than one enforcer judges."""
+    """SYNs and SYN-ACKs of one source address that are queued in a second, in one direction; handshakes' messages twice
+    as many, of the rest of what is queued three times. As many may come at once; beyond it the kernel drops. About as
+    many connections as one enforcer makes."""
     max_packets_per_s: int = 8_000
     """The same for all sources of what comes to one pod together."""
     queue_length: int = 4_096

@@ -4,8 +4,8 @@
 A flood costs the enforcer what it judges of it, so the kernel leaves it no more than an honest source could make good
 use of. Each source has a rate and may have a second's worth of it at once; all sources that send to a pod have another
 together, for who makes sources up. SYNs, what else begins or goes unreleased, and handshakes' messages are counted each
-by itself, in both directions. What exceeds a rate goes to the overflow (overflow.py). Sources: iptables-extensions(8),
-hashlimit; nft(8), limit and sets; linux/netfilter/xt_hashlimit.h.
+by itself, in both directions, and by how many of them belong to a connection. What exceeds a rate goes to the overflow
+(overflow.py). Sources: iptables-extensions(8), hashlimit; nft(8), limit and sets; linux/netfilter/xt_hashlimit.h.
 """
 
 from __future__ import annotations
@@ -14,6 +14,9 @@ from dataclasses import dataclass
 
 from enforcer_daemon.dataplane.overflow import overflow_number
 
+_OF_A_CONNECTION = {"syn": 1, "message": 2, "other": 3}
+"""Packets of a kind that are queued in a direction for one honest connection, at most: a client that says its word and
+closes sends three before the first of them is judged; a flow of datagrams has an offer and a proof."""
 _SCALE = 1_000_000
 """hashlimit keeps the time between two packets as a whole number of these parts of a second."""
 _MAX_SOURCES = 65_536
@@ -24,7 +27,7 @@ _FORGOTTEN_AFTER_MS = 2_000
 
 @dataclass(frozen=True, slots=True)
 class QueueLimits:
-    """Packets a second that are queued, of each kind and direction."""
+    """SYNs a second that are queued in each direction; of other kinds as many more as a connection has."""
 
     per_source: int
     total: int
@@ -38,7 +41,7 @@ def iptables_limits(limits: QueueLimits, kind: str, queue_number: int, *, is_ing
     """
     over = f"-j NFQUEUE --queue-num {overflow_number(queue_number)}"
     tables = f"--hashlimit-htable-max {_MAX_SOURCES} --hashlimit-htable-expire {_FORGOTTEN_AFTER_MS}"
-    each, total = _exact(limits.per_source), _exact(limits.total)
+    each, total = (_exact(_packets(rate, kind)) for rate in (limits.per_source, limits.total))
     per_source = (
         f"-m hashlimit --hashlimit-above {each}/sec --hashlimit-burst {each} --hashlimit-mode srcip "
         f"--hashlimit-name trireme-{kind}-{each} {tables} {over}"
@@ -66,18 +69,23 @@ def nft_limits(limits: QueueLimits, kind: str, queue_number: int, *, is_ingress:
     `update` keeps a source that goes on: what `add` put there is gone after the timeout, and has its burst again.
     """
     over = f"queue num {overflow_number(queue_number)}"
-    rate = f"limit rate over {limits.per_source}/second burst {limits.per_source} packets"
+    each, total = _packets(limits.per_source, kind), _packets(limits.total, kind)
+    rate = f"limit rate over {each}/second burst {each} packets"
     per_source = tuple(
         f"update @{_set_name(kind, version)} {{ {family} saddr {rate} }} {over}"
         for version, family in ((4, "ip"), (6, "ip6"))
     )
     if not is_ingress:
         return per_source
-    return *per_source, f"limit rate over {limits.total}/second burst {limits.total} packets {over}"
+    return *per_source, f"limit rate over {total}/second burst {total} packets {over}"
 
 
 def _set_name(kind: str, version: int) -> str:
     return f"{kind.replace('-', '_')}_rates{version}"
+
+
+def _packets(connections: int, kind: str) -> int:
+    return min(_SCALE, connections * _OF_A_CONNECTION[kind.partition("-")[0]])
 
 
 def _exact(per_second: int) -> int:

@@ -31,6 +31,8 @@ SETTINGS = {
 """Bounds that a second of flood reaches on any machine, and handshakes that are forgotten soon."""
 VICTIM = "bench/victim"
 _PATIENCE_S = 30.0
+_HONEST_CONNECTIONS = 16_000
+"""Some seconds of work for one enforcer: a second's worth may come at once."""
 _LEAST_SHARE = 0.7
 """What the honest pair must keep of its rate without a flood; `make bench` measures more exactly what it keeps."""
 _MORE_MEMORY_BYTES = 96 << 20
@@ -92,6 +94,13 @@ def is_at_rest(lab: Lab) -> bool:
     waiting = queue_fields(lab, VICTIM)[2]
     tables = [(found["half_open_flows"], found["held_packets"]) for found in lab.node("a").endpoints()]
     return waiting == "0" and set(tables) == {(0, 0)}
+
+
+def test_honest_load_meets_no_rate(lab: Lab) -> None:
+    """Clients that reset as soon as they are connected: of each connection three packets are queued at each end."""
+    connect(lab, _HONEST_CONNECTIONS)
+    for pod in ("bench/client", "bench/server"):
+        assert endpoint(lab, pod)["lost_packets"] == {"queue": 0, "buffer": 0, "limit": 0}
 
 
 @pytest.mark.parametrize("flood", FLOODS, ids=lambda flood: flood.__name__)

@@ -374,7 +374,7 @@ def test_what_comes_faster_than_its_source_may_send_is_dropped_by_the_kernel_and
             flood_s = send_flood(lab)
             assert wait_until(lambda: waiting(lab) == 0)
             assert queue.count_lost().limit > 0
-            assert len(judge.seen) <= 1_000 * (1 + flood_s) + 100  # A second's worth at once, and the rate.
+            assert len(judge.seen) <= 3_000 * (1 + flood_s) + 100  # A second's worth at once, and the rate.
             judge.seen.clear()
             with lab.socket(lab.remote, 4) as same_source:
                 same_source.setblocking(False)
@@ -395,7 +395,7 @@ def test_all_sources_together_have_a_rate_too(name: str) -> None:
             flood_s = send_flood(lab)
             assert wait_until(lambda: waiting(lab) == 0)
             assert queue.count_lost().limit > 0
-            assert len(judge.seen) <= 1_000 * (1 + flood_s) + 100
+            assert len(judge.seen) <= 3_000 * (1 + flood_s) + 100
 
 
 def send_flood(lab: Lab) -> float:

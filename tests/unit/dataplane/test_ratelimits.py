@@ -31,8 +31,11 @@ def test_every_rule_that_queues_stands_behind_its_rates(family: Family) -> None:
 
 def test_nft_counts_every_source_and_all_of_them_before_it_queues() -> None:
     text = render_nft(RULES)
-    assert text.count("saddr limit rate over 4000/second burst 4000 packets } queue num 47475") == 10
-    assert text.count(" limit rate over 8000/second burst 8000 packets queue num 47475") == 3
+    for each, families_and_directions, together in ((4_000, 4, 1), (8_000, 2, 1), (12_000, 4, 1)):
+        rate = f"limit rate over {each}/second burst {each} packets"
+        assert text.count(f"saddr {rate} }} queue num 47475") == families_and_directions
+        rate = f"limit rate over {2 * each}/second burst {2 * each} packets"
+        assert text.count(f" {rate} queue num 47475") == together
     for chain in ("main_in", "main_out", "message", "syn_in", "syn_out"):
         lines = [line for line in text.splitlines() if line.startswith(f"add rule inet trireme {chain} ")]
         assert len(lines) == nft_rule_counts(RULES)[chain]
@@ -47,6 +50,12 @@ def test_a_rate_is_one_that_hashlimit_gives_back(wanted: int, kept: int) -> None
     assert f"--hashlimit-above {kept}/sec --hashlimit-burst {kept} " in rule
     (again,) = iptables_limits(QueueLimits(kept, kept), "syn-out", 1, is_ingress=False)
     assert again == rule
+
+
+@pytest.mark.parametrize(("kind", "packets"), [("syn-in", 4_000), ("message-in", 8_000), ("other-out", 12_048)])
+def test_a_kind_of_which_a_connection_has_more_has_a_higher_rate(kind: str, packets: int) -> None:
+    rule = iptables_limits(LIMITS, kind, 1, is_ingress=False)[0]
+    assert f"--hashlimit-above {packets}/sec --hashlimit-burst {packets} " in rule
 
 
 def test_nft_keeps_any_rate() -> None:
