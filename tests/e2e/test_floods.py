@@ -17,6 +17,7 @@ from benchmarks.shares import SharesError, WeighedLab
 from enforcer_daemon.handshake.bounds import Bound
 from enforcer_daemon.model import PodRef
 from enforcer_daemon.reasons import Reason
+from enforcer_daemon.settings import DataplaneSettings
 from tests.e2e.attackers import counters_of, endpoint_of
 from tests.e2e.operation_world import endpoint, queue_fields
 from triremectl.lab import Lab, PodSpec, Tools, WorldSpec
@@ -31,8 +32,6 @@ SETTINGS = {
 """Bounds that a second of flood reaches on any machine, and handshakes that are forgotten soon."""
 VICTIM = "bench/victim"
 _PATIENCE_S = 30.0
-_HONEST_CONNECTIONS = 16_000
-"""Some seconds of work for one enforcer: a second's worth may come at once."""
 _LEAST_SHARE = 0.7
 """What the honest pair must keep of its rate without a flood; `make bench` measures more exactly what it keeps."""
 _MORE_MEMORY_BYTES = 96 << 20
@@ -97,8 +96,15 @@ def is_at_rest(lab: Lab) -> bool:
 
 
 def test_honest_load_meets_no_rate(lab: Lab) -> None:
-    """Clients that reset as soon as they are connected: of each connection three packets are queued at each end."""
-    connect(lab, _HONEST_CONNECTIONS)
+    """Clients that reset as soon as they are connected: of each connection three packets are queued at each end.
+
+    As many connections as their SYNs have leave for, for some seconds, however fast the machine is.
+    """
+    syns_per_s, connections = DataplaneSettings().max_packets_per_s_per_source, 2_000
+    for _ in range(8):
+        started = time.monotonic()
+        connect(lab, connections)
+        time.sleep(max(0.0, started + connections / syns_per_s - time.monotonic()))
     for pod in ("bench/client", "bench/server"):
         assert endpoint(lab, pod)["lost_packets"] == {"queue": 0, "buffer": 0, "limit": 0}
 
