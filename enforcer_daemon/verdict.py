@@ -11,7 +11,8 @@ class Action(IntEnum):
     """What becomes of the queued packet itself."""
 
     ACCEPT = 0
-    """It goes on, as `payload` where one is given; the flow's next packet is queued again."""
+    """It goes on, as `payload` where one is given; the flow's next packet is queued again. A `mark` only says that the
+    flow has come about."""
     DROP = 1
     RELEASE = 2
     """Repeat the hook with `mark`: the packet goes on and the whole flow with it, in the kernel."""

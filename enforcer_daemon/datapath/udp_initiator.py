@@ -178,7 +178,8 @@ class DatagramInitiator:
         if flow.held:  # What waits goes first, and takes the flow with it.
             return TAKEN._replace(effects=self._let_go(flow, flow.proof, flow.let_go(now)))
         effects = (context.send_message(flow.key, flow.proof),)
-        return Verdict(Action.CONSUME, mark=release.mark, effects=effects, when_drained=not mark & RELEASED)
+        when_drained = not mark & RELEASED and now < flow.drained_at
+        return Verdict(Action.CONSUME, mark=release.mark, effects=effects, when_drained=when_drained)
 
     def _settle(self, flow: DatagramInitiatorFlow, event: Event, now: float) -> None:
         flow.advance(event)
@@ -222,12 +223,12 @@ class DatagramInitiator:
         decision, release = self._context.judge.egress(None, datagram.src, datagram.sport, Protocol.UDP)
         if not decision.is_allowed:
             return self._context.hold(flow, now)
-        flow.release = release
+        is_first, flow.release = flow.release is DROP, release
         if now - flow.opened_at < _PATIENCE_S:
             if flow.key not in self._waiting:
                 flow.repeat_at = flow.opened_at + _PATIENCE_S
                 self._waiting[flow.key] = flow
-            return ACCEPT
+            return Verdict(Action.ACCEPT, mark=release.mark) if is_first else ACCEPT
         return release._replace(effects=self._take_as_address(flow, now))
 
     def _take_as_address(self, flow: DatagramInitiatorFlow, now: float) -> tuple[Settle | Inject, ...]:

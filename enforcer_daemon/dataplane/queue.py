@@ -248,6 +248,7 @@ class PacketQueue:
 
     def _answer(self, packet: Packet, verdict: Verdict) -> None:
         action, payload, mark, hold_id, _, when_drained = verdict
+        self._fruitful += _is_fruit(mark, packet.mark)
         if when_drained and self._has_more():
             action = Action.TAKE if action is Action.CONSUME else Action.ACCEPT
         if action is Action.DROP or action is Action.TAKE:
@@ -258,7 +259,6 @@ class PacketQueue:
                 raise DataplaneError(f"hold_id {hold_id}: another packet is held under it")
             self._held[hold_id] = packet
             return
-        self._fruitful += _is_fruit(action, mark, packet.mark)
         if payload is not None:
             packet.set_payload(payload)
         if action is Action.ACCEPT:
@@ -291,10 +291,10 @@ class PacketQueue:
         self._on_error(err)
 
 
-def _is_fruit(action: Action, mark: int, earlier_mark: int) -> bool:
-    """Tell whether a packet has just released its flow; one more of a flow that was released before is none.
+def _is_fruit(mark: int, earlier_mark: int) -> bool:
+    """Tell whether a packet's verdict releases its flow; one more of a flow that was released before is none.
 
-    Nor is a message that ended here: an attacker with an identity can send the same one as often as he likes.
+    Nor is a message that ended here: an attacker with an identity can send the same one as often as he likes. A release
+    that waits for an empty queue counts: in that of a busy server of datagrams more always waits.
     """
-    is_release = action is Action.RELEASE or (action is Action.CONSUME and mark != 0)
-    return is_release and not earlier_mark & RELEASED
+    return bool(mark & RELEASED) and not earlier_mark & RELEASED

@@ -259,8 +259,21 @@ def test_a_turn_is_bounded_and_shorter_while_there_is_a_backlog(lab: Lab) -> Non
         (Verdict(Action.CONSUME), False, True),
         (CONSUMED, False, False),
         (RELEASED, False, False),
+        (CONSUMED._replace(when_drained=True), False, False),
+        (RELEASED._replace(when_drained=True), False, False),
+        (Verdict(Action.ACCEPT, mark=released_mark(1)), False, False),
     ],
-    ids=["dropped", "taken", "accepted", "taken back", "released by a message", "released"],
+    ids=[
+        "dropped",
+        "taken",
+        "accepted",
+        "taken back",
+        "released by a message",
+        "released",
+        "released by a message behind which others wait",
+        "released when the others have passed",
+        "answered",
+    ],
 )
 def test_what_is_of_no_use_is_told_from_honest_load(
     lab: Lab, verdict: Verdict, *, is_refused: bool, is_in_vain: bool

@@ -9,7 +9,7 @@ from enum import Enum
 
 import pytest
 
-from enforcer_daemon.datapath.udp_initiator import MAX_REPEATS
+from enforcer_daemon.datapath.udp_initiator import DRAIN_S, MAX_REPEATS
 from enforcer_daemon.handshake.bounds import Bound
 from enforcer_daemon.handshake.datagrams import RIDING_EXID, find_message
 from enforcer_daemon.handshake.frames import TYPE_OFFER, TYPE_PROOF, encode_again, encode_proof, frame_type
@@ -322,6 +322,27 @@ def test_what_waited_goes_first_and_the_last_of_it_takes_the_flow_into_the_kerne
     assert (later.action, later.when_drained) == (Action.RELEASE, True)
     at_last = client.verdict(build_udp(client.address, server.address, PORTS, b"later"), Direction.EGRESS, 1.5)
     assert (at_last.action, at_last.when_drained) == (Action.RELEASE, False)
+
+
+def test_an_answer_that_is_repeated_into_a_full_queue_takes_the_flow_with_it_soon() -> None:
+    """Else whoever answers could keep a flow in the queue, and have each repetition count as a connection."""
+    client, server = make_pair(OPEN, ADMITTING)
+    (framed,) = client.send(build_udp(client.address, server.address, PORTS, b"query"))
+    server.receive(framed)
+    (answer,) = server.flush_injected()
+    for now, when_drained in ((1.0, True), (1.0 + DRAIN_S / 2, True), (1.0 + DRAIN_S, False)):
+        verdict = client.verdict(answer, Direction.INGRESS, now)
+        assert (verdict.action, verdict.when_drained) == (Action.CONSUME, when_drained)
+
+
+def test_the_first_plain_answer_says_that_the_flow_has_come_about() -> None:
+    """The queue must tell lookups at a server without an enforcer from a flood that nobody answers."""
+    client, server = make_pair(OPEN, ADMITTING)
+    client.send(build_udp(client.address, server.address, PORTS, b"query"))
+    plain = build_udp(server.address, client.address, PORTS[::-1], b"answer")
+    verdicts = [client.verdict(plain, Direction.INGRESS, 1.0 + n / 100, REPLY) for n in range(2)]
+    assert [verdict.action for verdict in verdicts] == [Action.ACCEPT, Action.ACCEPT]
+    assert [bool(verdict.mark & RELEASED) for verdict in verdicts] == [True, False]
 
 
 def test_at_the_responder_too() -> None:
