@@ -96,6 +96,11 @@ class FairTable(Generic[_Key, _Value]):
         entry = self._entries.get(key)
         return None if entry is None else entry[0]
 
+    @property
+    def most(self) -> int:
+        """The highest number of entries of one source."""
+        return self._most
+
     def count(self, source: bytes) -> int:
         """Return how many entries a source has."""
         return len(self._by_source.get(source, ()))

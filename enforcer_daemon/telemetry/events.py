@@ -13,15 +13,18 @@ from collections.abc import Callable, Hashable
 from dataclasses import dataclass, field
 from enum import Enum
 from ipaddress import ip_address
+from itertools import chain, zip_longest
 
 from enforcer_daemon.datapath.context import FlowReport
+from enforcer_daemon.handshake.bounds import FairTable
 from enforcer_daemon.model import Direction, protocol_name
 from enforcer_daemon.settings import EventSettings
 
 END_S = 360.0
 """A series is over after so long a silence, seconds; that of Kubernetes' own recorders."""
 MAX_SERIES = 1_024
-"""Series of the node at a time."""
+"""Series of the node at a time. In a full table the namespace that has most gives one up to a namespace with fewer, so
+that no tenant's denials hide another's."""
 MAX_SERIES_PER_SUBJECT = 16
 """Series of one object, so that a scan or forged sources do not fill the table for all."""
 _MAX_POLICIES = 10
@@ -70,6 +73,8 @@ class Series:
     """A notice with its repetitions. The times are those of the book's clock."""
 
     notice: Notice
+    what: Hashable
+    """Tells the series of one subject apart."""
     first_at: float
     last_at: float
     due_at: float
@@ -104,7 +109,12 @@ class EventBook:
     """Monotonic seconds."""
     limited: int = 0
     """Things that were not told because there were too many others."""
-    _series: dict[tuple[Subject, Hashable], Series] = field(default_factory=dict)
+    _series: FairTable[tuple[Subject, Hashable], Series] = field(
+        default_factory=lambda: FairTable(MAX_SERIES, MAX_SERIES)
+    )
+    """By namespace."""
+    _told_at: dict[str, float] = field(default_factory=dict)
+    """When a series of a namespace was told last."""
     _counts: Counter[Subject] = field(default_factory=Counter)
     _allowances: dict[Subject, _Allowance] = field(default_factory=dict)
     _allowance: _Allowance = field(default_factory=lambda: _Allowance(float("inf"), 0.0))
@@ -130,21 +140,35 @@ class EventBook:
             series.last_at = self.clock()
 
     def _begin(self, subject: Subject, what: Hashable, compose: Callable[[], Notice]) -> None:
-        if len(self._series) >= MAX_SERIES or self._counts[subject] >= MAX_SERIES_PER_SUBJECT:
+        namespace = subject.namespace.encode()
+        is_full = len(self._series) >= MAX_SERIES and self._series.count(namespace) + 1 >= self._series.most
+        if is_full or self._counts[subject] >= MAX_SERIES_PER_SUBJECT:
             self.limited += 1
             return
         now = self.clock()
-        self._series[subject, what] = Series(compose(), now, now, now)
+        evicted = self._series.put((subject, what), Series(compose(), what, now, now, now), namespace)
         self._counts[subject] += 1
+        if evicted is not None:
+            self.limited += evicted.value.told < evicted.value.count
+            self._uncount(evicted.value.notice.subject)
 
     def take_due(self) -> list[Series]:
-        """Give what is to be told now, as many as may be; it counts as told."""
+        """Return what is to be told now, as many as the limits allow; it counts as told.
+
+        Namespaces take turns, the one that was told least recently first.
+        """
         now = self.clock()
         self._forget_ended(now)
+        waiting: dict[str, list[Series]] = {}
+        for series in self._series:
+            if series.count > series.told and series.due_at <= now:
+                waiting.setdefault(series.notice.subject.namespace, []).append(series)
+        turns = sorted(waiting, key=lambda namespace: self._told_at.get(namespace, float("-inf")))
         due = []
-        for series in self._series.values():
-            if series.count > series.told and series.due_at <= now and self._is_granted(series.notice.subject, now):
+        for series in chain.from_iterable(zip_longest(*(waiting[namespace] for namespace in turns))):
+            if series is not None and self._is_granted(series.notice.subject, now):
                 series.told, series.due_at = series.count, now + self.settings.repeat_s
+                self._told_at[series.notice.subject.namespace] = now
                 due.append(series)
         return due
 
@@ -159,18 +183,24 @@ class EventBook:
         return False
 
     def _forget_ended(self, now: float) -> None:
-        for key, series in list(self._series.items()):
+        for series in list(self._series):
             if now - series.last_at < END_S:
                 continue
             if series.told < series.count:
                 if now - series.last_at < 2 * END_S:
                     continue  # Its turn may still come.
                 self.limited += 1
-            del self._series[key]
-            self._counts[key[0]] -= 1
-            if not self._counts[key[0]]:
-                del self._counts[key[0]]
-                self._allowances.pop(key[0], None)
+            subject = series.notice.subject
+            self._series.pop((subject, series.what))
+            self._uncount(subject)
+            if not self._series.count(subject.namespace.encode()):
+                self._told_at.pop(subject.namespace, None)
+
+    def _uncount(self, subject: Subject) -> None:
+        self._counts[subject] -= 1
+        if not self._counts[subject]:
+            del self._counts[subject]
+            self._allowances.pop(subject, None)
 
 
 def note_denial(book: EventBook, subject: Subject, report: FlowReport) -> None:

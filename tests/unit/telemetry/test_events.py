@@ -35,12 +35,12 @@ class Clock:
         return self.now
 
 
-def subject(number: int = 0) -> Subject:
-    return Subject("v1", "Pod", "shop", f"db-{number}", f"u-{number}")
+def subject(number: int = 0, namespace: str = "shop") -> Subject:
+    return Subject("v1", "Pod", namespace, f"db-{number}", f"u-{number}")
 
 
-def note(book: EventBook, what: object = "this", number: int = 0) -> None:
-    who = subject(number)
+def note(book: EventBook, what: object = "this", number: int = 0, namespace: str = "shop") -> None:
+    who = subject(number, namespace)
     book.note(who, what, lambda: Notice(who, EventKind.FLOW_DENIED, "text"))  # type: ignore[arg-type]
 
 
@@ -83,7 +83,7 @@ def test_a_state_is_no_repetition_and_does_not_end_while_it_lasts() -> None:
         book.note_state(who, "this", lambda: Notice(who, EventKind.IDENTITY_TOO_LARGE, "text"))
         book.take_due()
         clock.now += END_S - 1
-    assert [series.count for series in book._series.values()] == [1]
+    assert [series.count for series in book._series] == [1]
 
 
 def test_one_object_and_all_of_them_have_so_many_series() -> None:
@@ -178,3 +178,32 @@ def test_a_note_names_not_more_policies_than_have_room() -> None:
 
 def test_a_note_ends_with_what_else_is_known() -> None:
     assert denial_note(report()).endswith("; why")
+
+
+def test_a_namespace_that_fills_the_table_makes_room_for_another() -> None:
+    book, clock = book_with(EventSettings(max_per_minute=60.0, max_per_minute_per_object=60.0, repeat_s=1.0))
+    for number in range(MAX_SERIES):
+        note(book, number=number, namespace="tenant")
+    for number in range(8):
+        note(book, number=number, namespace="shop")
+    assert len(book) == MAX_SERIES
+    assert book.limited == 8
+    namespaces = [series.notice.subject.namespace for series in book.take_due()]
+    assert namespaces.count("shop") == 8
+    note(book, number=MAX_SERIES, namespace="tenant")  # It still has most, so nothing gives way to it.
+    assert book.limited == 9
+    assert sum(book._counts.values()) == MAX_SERIES
+    clock.now += 2 * END_S
+    book.take_due()
+    assert (len(book), book._counts, book._told_at) == (0, {}, {})
+
+
+def test_namespaces_take_turns_in_what_is_told() -> None:
+    book, clock = book_with(EventSettings(max_per_minute=6.0, max_per_minute_per_object=6.0, repeat_s=1.0))
+    for number in range(40):
+        note(book, number=number, namespace="tenant")
+    assert len(book.take_due()) == 6
+    note(book, namespace="shop")
+    note(book, namespace="web")
+    clock.now += 20.0  # Two more may be told.
+    assert [series.notice.subject.namespace for series in book.take_due()] == ["shop", "web"]
