@@ -5,11 +5,13 @@ from __future__ import annotations
 
 import logging
 import sys
-from typing import Any
+from collections.abc import Callable
+from typing import Any, TextIO, cast
 
 import structlog
 
 from enforcer_daemon.settings import LogSettings
+from enforcer_daemon.telemetry.lines import open_lines
 
 Logger = structlog.typing.FilteringBoundLogger
 
@@ -29,8 +31,17 @@ def open_log(settings: LogSettings, **context: Any) -> Logger:
             renderer,
         ],
         wrapper_class=structlog.make_filtering_bound_logger(logging.getLevelNamesMapping()[settings.level.upper()]),
-        # Standard error is looked up at each line: loggers of modules outlive a redirection of it.
-        logger_factory=lambda *_: structlog.PrintLogger(sys.stderr),
+        logger_factory=_factory(),
     )
     logger: Logger = structlog.get_logger(**context)
     return logger
+
+
+def _factory() -> Callable[..., Any]:
+    """Return how loggers write: to a pipe or socket without ever waiting for its reader."""
+    lines = open_lines(2) if sys.stderr is sys.__stderr__ else None
+    if lines is not None:
+        # WriteLogger wants a text file, of which it uses two methods.
+        return lambda *_: structlog.WriteLogger(cast(TextIO, lines))
+    # Standard error is looked up at each line: loggers of modules outlive a redirection of it.
+    return lambda *_: structlog.PrintLogger(sys.stderr)
