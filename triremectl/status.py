@@ -70,5 +70,7 @@ def print_status(console: Console, status: Mapping[str, object]) -> None:
         for reason, count in sorted(drops.items()):
             table.add_row(reason, as_text(count))
         console.print(table)
+    for warning in as_list(as_mapping(status.get("cluster")).get("warnings")):
+        console.print(Text(f"warning: {as_text(warning)}", style="yellow"), soft_wrap=True)
     for problem in _problems(status):
         console.print(Text(f"problem: {as_text(problem)}", style="bold red"), soft_wrap=True)

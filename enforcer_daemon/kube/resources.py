@@ -49,6 +49,8 @@ class Resource(Generic[Value]):
     """Reads what was left; raises InvalidObjectError."""
     stand_in: Callable[[Manifest], Value | None] = lambda _: None
     """Gives what is in force for a bad object of which no version was good."""
+    decode_stored: Callable[[Manifest], Value] | None = None
+    """Reads what `decode` refuses, but an older API server accepted and still has."""
     is_optional: bool = False
     """Whether an API server without this kind (404) has none of it."""
 
@@ -142,7 +144,15 @@ def _typed(reduced: Manifest, api_version: str, kind: str, *parts: str) -> dict[
 
 
 def _decode_policy(reduced: Manifest) -> NetworkPolicy:
-    return decode_network_policy(_typed(reduced, "networking.k8s.io/v1", "NetworkPolicy", "metadata", "spec"))
+    return decode_network_policy(_typed_policy(reduced))
+
+
+def _decode_stored_policy(reduced: Manifest) -> NetworkPolicy:
+    return decode_network_policy(_typed_policy(reduced), mask_host_bits=True)
+
+
+def _typed_policy(reduced: Manifest) -> dict[str, object]:
+    return _typed(reduced, "networking.k8s.io/v1", "NetworkPolicy", "metadata", "spec")
 
 
 def _isolate(reduced: Manifest) -> NetworkPolicy | None:
@@ -156,7 +166,7 @@ def _isolate(reduced: Manifest) -> NetworkPolicy | None:
     both = ["Ingress", "Egress"]
     for selector, types in ((spec.get("podSelector"), stated), (spec.get("podSelector"), both), ({}, both)):
         with suppress(InvalidObjectError):
-            return _decode_policy({**reduced, "spec": {"podSelector": selector, "policyTypes": types}})
+            return _decode_stored_policy({**reduced, "spec": {"podSelector": selector, "policyTypes": types}})
     return None
 
 
@@ -228,6 +238,7 @@ NETWORK_POLICIES = Resource(
     _reduce_policy,
     _decode_policy,
     _isolate,
+    _decode_stored_policy,
 )
 NAMESPACES = Resource("namespaces", "/api/v1/namespaces", "v1", "Namespace", _reduced, _decode_namespace)
 PODS = Resource("pods", "/api/v1/pods", "v1", "Pod", _reduce_pod, _decode_cluster_pod)

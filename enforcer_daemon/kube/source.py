@@ -29,6 +29,8 @@ from enforcer_daemon.telemetry.logs import Logger
 from enforcer_daemon.telemetry.metrics import Metrics
 
 _SECURITY = (NETWORK_POLICIES, NAMESPACES, PODS)
+_MAX_TOLD_WARNINGS = 100
+"""Warnings in the status: one for each CIDR that an API server would refuse today."""
 _STANDS_IN = "no version of it is in force, the pods that it selects are isolated"
 """Without these on disk, a start waits for the API server, however long."""
 
@@ -190,6 +192,7 @@ class ClusterSource:
             "synced": self.is_synced,
             "lag": self.lag(),
             "problems": self._kept_problems,
+            "warnings": [str(warning) for warning in self._policies.warnings()][:_MAX_TOLD_WARNINGS],
             "watches": {
                 reflector.resource.plural: _describe(reflector.health) | {"objects": len(reflector.table.entries)}
                 for reflector in self._reflectors

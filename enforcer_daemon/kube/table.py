@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from typing import Generic
 
@@ -34,6 +35,8 @@ class Entry(Generic[Value]):
     """Of the present version, where it is refused."""
     uid: str = field(default="", compare=False)
     """The API server's; empty of what was kept on disk."""
+    warnings: tuple[Problem, ...] = field(default=(), compare=False)
+    """What an API server no longer accepts in a new object, and was read as in older versions."""
 
 
 def read_key(manifest: object) -> Key | None:
@@ -76,14 +79,23 @@ def read_reduced(
     try:
         return Entry(key, resource.decode(reduced), document)
     except InvalidObjectError as err:
-        label = f"{resource.kind} {'/'.join(filter(None, key))}"
+        if resource.decode_stored is not None:
+            with suppress(InvalidObjectError):
+                warnings = _problems(resource, key, err, None)
+                return Entry(key, resource.decode_stored(reduced), document, warnings=warnings)
         has_earlier = before is not None and bool(before.document)
-        problems = tuple(
-            Problem(resource.plural, 0, label, p.field, p.message, has_earlier) for p in err.problems[:_MAX_PROBLEMS]
-        )
+        problems = _problems(resource, key, err, has_earlier)
         if before is None or not has_earlier:
             return Entry(key, resource.stand_in(reduced), b"", problems)
         return replace(before, problems=problems)
+
+
+def _problems(
+    resource: Resource[Value], key: Key, err: InvalidObjectError, has_earlier: bool | None
+) -> tuple[Problem, ...]:
+    label = f"{resource.kind} {'/'.join(filter(None, key))}"
+    told = err.problems[:_MAX_PROBLEMS]
+    return tuple(Problem(resource.plural, 0, label, p.field, p.message, has_earlier) for p in told)
 
 
 class Table(Generic[Value]):
@@ -139,6 +151,10 @@ class Table(Generic[Value]):
     def problems(self) -> tuple[Problem, ...]:
         """Give what is refused."""
         return (*self._unnamed, *(problem for problems in self._bad.values() for problem in problems))
+
+    def warnings(self) -> tuple[Problem, ...]:
+        """Return what is in force although an API server would not take it any more."""
+        return tuple(warning for entry in self.entries.values() for warning in entry.warnings)
 
     def _refuse_unnamed(self, problems: tuple[Problem, ...]) -> bool:
         if problems == self._unnamed:

@@ -20,14 +20,17 @@ _PROTOCOLS = {protocol.name: protocol for protocol in (Protocol.TCP, Protocol.UD
 def decode_network_policy(manifest: object, *, mask_host_bits: bool = False) -> NetworkPolicy:
     """Read one NetworkPolicy; raise InvalidObjectError with every problem and its field.
 
-    `mask_host_bits` reads CIDRs as the API server did before 1.36, for objects that it stored then.
+    `mask_host_bits` reads the object as API servers before 1.36 did, for one that was stored then: host bits in CIDRs
+    are masked, an exception counts as far as it lies in its block, and values of expressions need not be labels. What
+    no API server ever accepted stays a problem. Sources: validation.go of Kubernetes 1.8, 1.15 and 1.36
+    (ValidateIPBlock, ParseCIDRSloppy, AllowCIDRsEvenIfInvalid, AllowInvalidLabelValueInSelector).
     """
-    reader = Reader()
+    reader = Reader(is_stored=mask_host_bits)
     top = read_object(reader, manifest, "networking.k8s.io/v1", "NetworkPolicy", ["spec"])
     metadata = read_metadata(reader, top.get("metadata"), check_object_name)
     spec = reader.struct(top.get("spec"), "spec", {"podSelector", "policyTypes", "ingress", "egress"})
     selector = read_selector(reader, spec.get("podSelector"), "spec.podSelector")
-    rules = _RuleReader(reader, mask_host_bits=mask_host_bits)
+    rules = _RuleReader(reader)
     ingress = rules.read_rules(spec.get("ingress"), "spec.ingress", "from")
     egress = rules.read_rules(spec.get("egress"), "spec.egress", "to")
     types = _read_types(reader, spec.get("policyTypes")) or {"Ingress", *(["Egress"] if egress else [])}
@@ -58,11 +61,10 @@ def _read_types(reader: Reader, value: object) -> set[str]:
 
 
 class _RuleReader:
-    """Reads the rules of one policy; holds how its CIDRs are to be read."""
+    """Reads the rules of one policy."""
 
-    def __init__(self, reader: Reader, *, mask_host_bits: bool) -> None:
+    def __init__(self, reader: Reader) -> None:
         self._reader = reader
-        self._mask_host_bits = mask_host_bits
 
     def read_rules(self, value: object, path: str, peers_field: str) -> tuple[Rule, ...]:
         rules = []
@@ -108,6 +110,10 @@ class _RuleReader:
             if network is None or exception is None:
                 continue
             if exception == network or not _is_within(exception, network):
+                if self._reader.is_stored:
+                    # As sets: one that covers the block leaves nothing of it, one outside takes nothing away.
+                    excepts += [network] if _is_within(network, exception) else []
+                    continue
                 self._reader.invalid(entry_path, entry, ["must be a strict subset of `cidr`"])
             excepts.append(exception)
         return None if network is None else IPBlock(network, tuple(excepts))
@@ -119,7 +125,7 @@ class _RuleReader:
         if is_required and not text:
             self._reader.refuse(path, "Required value")
             return None
-        network, complaints = parse_cidr(text, mask_host_bits=self._mask_host_bits)
+        network, complaints = parse_cidr(text, mask_host_bits=self._reader.is_stored)
         self._reader.invalid(path, text, complaints)
         return network
 

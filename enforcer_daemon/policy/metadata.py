@@ -123,7 +123,8 @@ def _read_requirement(reader: Reader, value: object, path: str) -> Requirement |
         reader.invalid(child(path, "key"), key, check_label_key(key))
     values = [text for _, text in entries if text is not None]
     for entry_path, text in entries:
-        if text is not None:
+        # Values of expressions were not checked at first (AllowInvalidLabelValueInSelector): no label can equal them.
+        if text is not None and not reader.is_stored:
             reader.invalid(entry_path, text, check_label_value(text))
     return None if key is None or operator is None else Requirement(key, operator, frozenset(values))
 

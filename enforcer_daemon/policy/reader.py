@@ -32,8 +32,10 @@ class InvalidObjectError(PolicyError):
 class Reader:
     """The problems of one object, and the ways to read its fields. A field that is at fault reads as absent."""
 
-    def __init__(self) -> None:
+    def __init__(self, *, is_stored: bool = False) -> None:
         self.problems: list[PolicyError] = []
+        self.is_stored = is_stored
+        """Whether the object is one that an API server has: what earlier versions accepted is then read as they did."""
 
     def finish(self) -> None:
         """Raise InvalidObjectError if anything was wrong."""
