@@ -71,7 +71,13 @@ class NetworkSettings:
     """Networks whose pods have enforcers; a SYN to any other address carries no frame and is judged by address."""
     virtual: tuple[IPNetwork, ...] = ()
     """Addresses of Services, load balancers and node ports: the pod that answers has another address than was dialled.
-    A SYN to them carries a frame."""
+    A SYN to them carries a frame. With kubernetes.enabled, set it to replace all that is discovered."""
+    load_balancer_networks: tuple[IPNetwork, ...] | None = None
+    """Where addresses that load balancers' controllers write into the status of Services are believed; unset:
+    everywhere, since users of a namespace cannot write a status. Narrow it to the load balancers' pools where a
+    controller grants whatever address a user asks for (spec.loadBalancerIP)."""
+    external_ip_networks: tuple[IPNetwork, ...] = ()
+    """Where spec.externalIPs of Services are believed. Nowhere by default: whoever may create a Service writes them."""
     masquerade: tuple[IPAddress, ...] = ()
     """Foreign addresses that pods' connections may be masqueraded to; their tokens' addresses are then not compared
     with the source. Weakens the binding of tokens to addresses for exactly these sources."""

@@ -5,9 +5,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from functools import partial
+from typing import Any
 
 from enforcer_daemon.datapath.context import FlowReport
 from enforcer_daemon.kube.source import RefusedPolicy
+from enforcer_daemon.kube.table import Entry
 from enforcer_daemon.model import AttachmentId
 from enforcer_daemon.reasons import Reason
 from enforcer_daemon.registration.request import AddRequest
@@ -51,6 +53,18 @@ class Announcements:
             subject = Subject("networking.k8s.io/v1", "NetworkPolicy", policy.namespace, policy.name, policy.uid)
             notice = Notice(subject, EventKind.POLICY_REFUSED, policy.problems, is_shared=True)
             self._book.note_state(subject, policy.problems, partial(_same, notice))
+
+    def note_refused_services(self, services: Iterable[Entry[Any]]) -> None:
+        """Take note of the Services that are refused at present."""
+        for service in services:
+            subject = Subject("v1", "Service", *service.key, service.uid)
+            instead = "an earlier version stays in force" if service.problems[0].has_earlier else _NONE_COUNTS
+            text = f"{instead}: {'; '.join(f'{problem.field}: {problem.message}' for problem in service.problems)}"
+            notice = Notice(subject, EventKind.SERVICE_REFUSED, text, is_shared=True)
+            self._book.note_state(subject, text, partial(_same, notice))
+
+
+_NONE_COUNTS = "none of its load balancers' and external addresses and node ports counts"
 
 
 def _same(notice: Notice) -> Notice:

@@ -14,6 +14,7 @@ from enforcer_daemon.dataplane.guard_rules import GuardedEndpoint
 from enforcer_daemon.model import AttachmentId, IPAddress
 from enforcer_daemon.policy.evaluate import PodPolicy
 from enforcer_daemon.settings import NetworkSettings
+from enforcer_daemon.virtual import VirtualChange
 
 
 class Kernel:
@@ -70,6 +71,11 @@ class Kernel:
     def set_networks(self, networks: NetworkSettings) -> None:
         """Take over the networks that frames are sent to; the guard, when it is replaced next."""
         self._guard.set_networks((*networks.enforced, *networks.virtual))
+
+    async def change_virtual(self, change: VirtualChange) -> None:
+        """Take over what Services make virtual, or no longer do; raise DataplaneError: `restore_guard` tries again."""
+        async with self._guarding:
+            await asyncio.to_thread(self._guard.change_virtual, change)
 
     async def guard_anew(self, endpoints: Iterable[Endpoint]) -> None:
         """Replace the whole table by these endpoints, as they are when their turn comes; raise DataplaneError."""

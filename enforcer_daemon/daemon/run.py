@@ -194,6 +194,7 @@ class Daemon:
         self._metrics.count_refused(replaced, len(world.problems) - replaced)
         if self._announcements is not None and self._cluster is not None:
             self._announcements.note_refused(self._cluster.refused_policies())
+            self._announcements.note_refused_services(self._cluster.refused_services())
         for problem in world.problems:
             self._log.error("object refused", problem=str(problem), earlier_in_force=problem.has_earlier)
         self._log.info("policies in force", generation=self._world.snapshot.generation, policies=len(world.policies))
@@ -201,6 +202,7 @@ class Daemon:
     async def _follow_networks(self) -> None:
         """Class addresses by the networks in force; the guard learns them at adoption, and of later ones here."""
         networks = self._settings.networks if self._cluster is None else self._cluster.networks()
+        await self._follow_services()
         if networks == self._networks:
             return
         self._node.context.networks.replace(networks)
@@ -213,6 +215,16 @@ class Daemon:
             self._log.error("guard not changed, will try again", error=str(err))
         else:
             self._networks = networks
+
+    async def _follow_services(self) -> None:
+        """Take over the addresses and node ports that Services made virtual, or no longer do."""
+        if self._cluster is None or (change := self._cluster.take_virtual_change()).is_empty:
+            return
+        self._node.context.networks.change_virtual(change)
+        try:
+            await self._kernel.change_virtual(change)
+        except DataplaneError as err:
+            self._log.error("guard not changed, will try again", error=str(err))
 
     async def _follow_addresses(self, addresses: AsyncIterator[frozenset[IPAddress]]) -> None:
         async for current in addresses:

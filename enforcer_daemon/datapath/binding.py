@@ -8,6 +8,7 @@ from enforcer_daemon.datapath.judging import Destination
 from enforcer_daemon.errors import PeerError
 from enforcer_daemon.handshake.frames import SynAckFrame
 from enforcer_daemon.handshake.peers import Peer
+from enforcer_daemon.model import Protocol
 from enforcer_daemon.reasons import Reason
 
 End = tuple[bytes, int]
@@ -33,10 +34,12 @@ def require_source(context: EndpointContext, protocol: int, source: End, destina
     raise PeerError(Reason.SOURCE_MISMATCH, f"the token is of {peer.identity.pod}")
 
 
-def require_dialled(context: EndpointContext, answer: SynAckFrame, peer: Peer, dialled: End) -> None:
+def require_dialled(
+    context: EndpointContext, answer: SynAckFrame, peer: Peer, dialled: End, protocol: Protocol = Protocol.TCP
+) -> None:
     """The pod that answers must be at the address it states, and that must be the dialled one, unless virtual."""
     if answer.address not in peer.addresses:
         raise PeerError(Reason.RESPONDER_MISMATCH, f"{peer.identity.pod} answers for an address not its own")
-    is_virtual = context.node.networks.destination(dialled[0]) is Destination.VIRTUAL
+    is_virtual = context.node.networks.destination(*dialled, protocol) is Destination.VIRTUAL
     if (answer.address, answer.port) != dialled and not is_virtual:
         raise PeerError(Reason.RESPONDER_MISMATCH, f"{peer.identity.pod} answers for another address")

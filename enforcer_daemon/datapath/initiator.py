@@ -48,7 +48,7 @@ class Initiator:
                 return self._attach_frame(segment, flow, 0)
             self.flows.discard(flow)
         context = self._context
-        destination = context.node.networks.destination(segment.dst)
+        destination = context.node.networks.destination(segment.dst, segment.dport)
         if destination is Destination.EXTERNAL:
             return self._release_by_address(segment, context.judge.egress(None, segment.dst, segment.dport))
         if not context.judge.could_allow_egress(destination, segment.dst, segment.dport):
@@ -85,7 +85,7 @@ class Initiator:
     def may_reach(self, segment: Segment) -> bool:
         """Tell whether the pod could be allowed to send anything at all to where a segment goes."""
         context = self._context
-        destination = context.node.networks.destination(segment.dst)
+        destination = context.node.networks.destination(segment.dst, segment.dport)
         if destination is Destination.EXTERNAL:
             return context.judge.egress(None, segment.dst, segment.dport).decision.is_allowed
         return context.judge.could_allow_egress(destination, segment.dst, segment.dport)

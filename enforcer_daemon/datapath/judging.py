@@ -11,10 +11,12 @@ from typing import Protocol as Interface
 from enforcer_daemon.datapath.flowindex import BY_ADDRESS, FlowIndex
 from enforcer_daemon.handshake.peers import Peer
 from enforcer_daemon.marks import released_mark
-from enforcer_daemon.model import Decision, Direction, Identity, IPAddress, IPNetwork, PodRef, Protocol
+from enforcer_daemon.model import Decision, Direction, Identity, IPAddress, PodRef, Protocol
+from enforcer_daemon.prefixes import PrefixSet
 from enforcer_daemon.reasons import Reason
 from enforcer_daemon.settings import NetworkSettings
 from enforcer_daemon.verdict import Action, Verdict
+from enforcer_daemon.virtual import NodePort, VirtualChange
 
 _MAX_DECISIONS = 16_384
 """Remembered decisions of one endpoint and direction; when there are more, all are asked again."""
@@ -64,41 +66,65 @@ class Destination(IntEnum):
 
 
 class Networks:
-    """The configured networks, with the class of each address remembered. Shared by the endpoints of a node."""
+    """The networks in force, asked for the class of an address. Shared by the endpoints of a node.
+
+    The class by configured networks is remembered for each address. What Services add or take away is looked up beside
+    it, so a change of theirs costs what it changes, and no other address is classed anew.
+    """
 
     def __init__(self, settings: NetworkSettings) -> None:
         self._known: dict[bytes, Destination] = {}
+        self._addresses: set[bytes] = set()
+        self._nodes: set[bytes] = set()
+        self._ports: set[NodePort] = set()
         self.replace(settings)
 
     def replace(self, settings: NetworkSettings) -> None:
-        """Class addresses by other networks from now on."""
-        self._enforced = settings.enforced
-        self._virtual = settings.virtual
+        """Class addresses by other networks from now on; what Services made virtual stays."""
+        self._enforced = PrefixSet(settings.enforced)
+        self._virtual = PrefixSet(settings.virtual)
         self.masquerade = frozenset(address.packed for address in settings.masquerade)
         self.require_identity = settings.require_identity
         self._known.clear()
 
-    def destination(self, packed: bytes) -> Destination:
-        """Give the class of an address; a virtual network may lie inside an enforced one."""
+    def change_virtual(self, change: VirtualChange) -> None:
+        """Take over what Services make virtual beside the configured networks, or no longer do."""
+        added, removed = change
+        self._addresses.difference_update(removed.addresses)
+        self._addresses.update(added.addresses)
+        self._nodes.difference_update(removed.nodes)
+        self._nodes.update(added.nodes)
+        self._ports.difference_update(removed.ports)
+        self._ports.update(added.ports)
+
+    def destination(self, packed: bytes, port: int | None = None, protocol: Protocol = Protocol.TCP) -> Destination:
+        """Return the class of an address that is dialled; a node's is virtual on node ports alone.
+
+        A configured virtual network may lie inside an enforced one; what a Service lists there stays a pod's address.
+        """
+        if packed in self._nodes and (protocol, port) in self._ports:
+            return Destination.VIRTUAL
+        configured = self._by_networks(packed)
+        if configured is Destination.EXTERNAL and packed in self._addresses:
+            return Destination.VIRTUAL
+        return configured
+
+    def must_show_identity(self, packed: bytes) -> bool:
+        """Tell whether a connection from there needs an identity, whatever policy says, and whatever Services list."""
+        return self.require_identity and self._by_networks(packed) is Destination.ENFORCED
+
+    def _by_networks(self, packed: bytes) -> Destination:
         known = self._known.get(packed)
         if known is None:
             if len(self._known) >= _MAX_DESTINATIONS:
                 self._known.clear()
-            known = self._known[packed] = self._classify(ip_address(packed))
+            known = self._known[packed] = self._classify(packed)
         return known
 
-    def must_show_identity(self, packed: bytes) -> bool:
-        """Tell whether a connection from there needs an identity, whatever policy says."""
-        return self.require_identity and self.destination(packed) is Destination.ENFORCED
-
-    def _classify(self, address: IPAddress) -> Destination:
-        if _is_in(address, self._virtual):
+    def _classify(self, packed: bytes) -> Destination:
+        if packed in self._virtual:
             return Destination.VIRTUAL
-        return Destination.ENFORCED if _is_in(address, self._enforced) else Destination.EXTERNAL
-
-
-def _is_in(address: IPAddress, networks: tuple[IPNetwork, ...]) -> bool:
-    return any(address.version == network.version and address in network for network in networks)
+        return Destination.ENFORCED if packed in self._enforced else Destination.EXTERNAL
 
 
 _Question = tuple[Peer | None, bytes, int | None, int]
@@ -122,7 +148,7 @@ class Judge:
         self._flows = flows
         self._ingress: dict[_Question, Ruling] = {}
         self._egress: dict[_Question, Ruling] = {}
-        self._could: dict[tuple[bytes, int, int], bool] = {}
+        self._could: dict[tuple[Destination, bytes, int, int], bool] = {}
 
     def replace_rules(self, rules: PodRules) -> None:
         """Judge by another snapshot from now on."""
@@ -162,7 +188,7 @@ class Judge:
         self, destination: Destination, address: bytes, port: int, protocol: Protocol = Protocol.TCP
     ) -> bool:
         """Tell whether the pod could be allowed to reach some peer there; behind a virtual address it may be any."""
-        known = self._could.get((address, port, protocol))
+        known = self._could.get((destination, address, port, protocol))
         if known is None:
             rules = self._rules.egress
             if destination is Destination.VIRTUAL:
@@ -171,7 +197,7 @@ class Judge:
                 known = rules.could_allow(ip_address(address), port, protocol)
             if len(self._could) >= _MAX_DECISIONS:
                 self._could.clear()
-            self._could[(address, port, protocol)] = known
+            self._could[destination, address, port, protocol] = known
         return known
 
     def _ask(self, rules: DirectionRules, direction: Direction, question: _Question) -> Ruling:

@@ -91,7 +91,7 @@ class DatagramInitiator:
         if flow is not None:
             return flow.let_go(now) if flow.state is State.RELEASED else self._let_wait(datagram, flow, now)
         judge, dst, dport = self._context.judge, datagram.dst, datagram.dport
-        destination = self._context.node.networks.destination(dst)
+        destination = self._context.node.networks.destination(dst, dport, Protocol.UDP)
         decision, release = judge.egress(None, dst, dport, Protocol.UDP)
         if destination is Destination.EXTERNAL:
             self._context.report(Direction.EGRESS, dst, dport, decision, protocol=Protocol.UDP)
@@ -162,7 +162,7 @@ class DatagramInitiator:
         context = self._context
         answer = decode_syn_ack(message, TYPE_ANSWER)
         peer = context.node.verify(answer.block, datagram.src, now)
-        require_dialled(context, answer, peer, (datagram.src, datagram.sport))
+        require_dialled(context, answer, peer, (datagram.src, datagram.sport), Protocol.UDP)
         flow.verify(message, answer, peer)
         decision, release = context.judge.egress(peer, answer.address, answer.port, Protocol.UDP)
         if flow.state is State.OPENING or not decision.is_allowed:
@@ -253,7 +253,7 @@ class DatagramInitiator:
         if self.find(key, now) is not None:
             return DROP
         address, port = key[: (len(key) - 4) // 2], int.from_bytes(key[-4:-2], "big")
-        destination = self._context.node.networks.destination(address)
+        destination = self._context.node.networks.destination(address, port, Protocol.UDP)
         if destination is Destination.EXTERNAL:
             return DROP
         if not self._context.judge.could_allow_egress(destination, address, port, Protocol.UDP):

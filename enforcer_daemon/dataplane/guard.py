@@ -17,13 +17,14 @@ import socket
 from collections.abc import Container, Iterable, Mapping
 from dataclasses import replace
 
-from enforcer_daemon.dataplane import guard_egress, guard_forged, guard_masquerade, guard_spoofing
+from enforcer_daemon.dataplane import guard_egress, guard_forged, guard_masquerade, guard_spoofing, guard_virtual
 from enforcer_daemon.dataplane.guard_rules import NAME, GuardedEndpoint
 from enforcer_daemon.dataplane.netlink import NETLINK_NETFILTER, open_netlink
 from enforcer_daemon.dataplane.tampering import NFPROTO_INET, NFPROTO_NETDEV, common_state, generation
 from enforcer_daemon.dataplane.tools import run
 from enforcer_daemon.errors import DataplaneError
 from enforcer_daemon.model import AttachmentId, IPAddress, IPNetwork
+from enforcer_daemon.virtual import NOTHING_VIRTUAL, VirtualChange, VirtualEntries
 
 _TABLES = (guard_spoofing.TABLE, guard_masquerade.TABLE)
 _CHAINS = (
@@ -49,10 +50,12 @@ def render_replace(
     absent: Container[str] = (),
     node_addresses: Iterable[IPAddress] = (),
     syns_per_s: int = SYNS_PER_S,
+    virtual: VirtualEntries = NOTHING_VIRTUAL,
 ) -> str:
     """Return the transaction that replaces whatever is there by exactly these endpoints."""
     known = tuple(networks)
     lines = [f"{verb} table {table}" for table in _tables(on_links) for verb in ("add", "delete", "add")]
+    lines += [line for table in _tables(on_links) for line in guard_virtual.skeleton(table, virtual)]
     lines += guard_masquerade.skeleton() + guard_egress.skeleton(known) + guard_forged.skeleton(node_addresses)
     lines += guard_spoofing.skeleton(known, syns_per_s) if on_links else []
     parts = (render_apply(None, endpoint, on_links=on_links, absent=absent) for endpoint in endpoints)
@@ -99,6 +102,7 @@ class Guard:
         "_node_addresses",
         "_on_links",
         "_syns_per_s",
+        "_virtual",
         "problem",
     )
 
@@ -107,6 +111,7 @@ class Guard:
         self._networks = tuple(networks)
         self._syns_per_s = syns_per_s
         self._node_addresses: frozenset[IPAddress] = frozenset()
+        self._virtual = NOTHING_VIRTUAL
         self._applied: dict[AttachmentId, GuardedEndpoint] = {}
         self._has_nft = True
         self._on_links = True
@@ -127,6 +132,19 @@ class Guard:
             return  # `replace` brings them to the kernel.
         try:
             self._bring(_text(guard_forged.address_lines(self._node_addresses)), dict(self._applied))
+        except DataplaneError:
+            self._left = (None,)  # `restore` tries again.
+            raise
+
+    def change_virtual(self, change: VirtualChange) -> None:
+        """Take over what Services make virtual, or no longer do: these elements are added and deleted, nothing else."""
+        change = change.beyond(self._virtual)
+        self._virtual = change.applied_to(self._virtual)
+        if not self._left or not self._has_nft or change.is_empty:
+            return  # `replace` brings it to the kernel.
+        lines = [line for table in _tables(self._on_links) for line in guard_virtual.change_lines(table, change)]
+        try:
+            self._bring(_text(lines), dict(self._applied))
         except DataplaneError:
             self._left = (None,)  # `restore` tries again.
             raise
@@ -157,6 +175,7 @@ class Guard:
             absent=absent,
             node_addresses=self._node_addresses,
             syns_per_s=self._syns_per_s,
+            virtual=self._virtual,
         )
 
     def _look_at_kernel(self) -> None:

@@ -31,6 +31,7 @@ from enforcer_daemon.dataplane.guard_rules import (
     framed_syns,
     refill,
 )
+from enforcer_daemon.dataplane.guard_virtual import INTO_VIRTUAL
 from enforcer_daemon.model import IPNetwork
 from enforcer_daemon.reasons import Reason
 
@@ -51,8 +52,11 @@ def skeleton(networks: Iterable[IPNetwork]) -> list[str]:
         "ct state untracked accept",
         "meta l4proto { icmp, ipv6-icmp, igmp } accept",  # No policy can name them, so none is enforced.
         *framed_syns(),
-        *(f"{match} {LONE_MESSAGE} accept" for match in INTO_ENFORCED),
-        *(f"{match} meta l4proto {{ tcp, udp }} ct state established accept" for match in INTO_ENFORCED),
+        *(f"{match} {LONE_MESSAGE} accept" for match in (*INTO_ENFORCED, *INTO_VIRTUAL)),
+        *(
+            f"{match} meta l4proto {{ tcp, udp }} ct state established accept"
+            for match in (*INTO_ENFORCED, *INTO_VIRTUAL)
+        ),
         "ip saddr vmap @sources4",
         "ip6 saddr vmap @sources6",
     )

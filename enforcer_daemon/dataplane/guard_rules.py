@@ -11,6 +11,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from ipaddress import IPv4Network, IPv6Address, IPv6Network, collapse_addresses
 
+from enforcer_daemon.dataplane.guard_virtual import INTO_VIRTUAL
 from enforcer_daemon.handshake.frames import MAGIC
 from enforcer_daemon.model import AttachmentId, IPAddress, IPNetwork
 from enforcer_daemon.packet.tcp import TCP_MAX_HEADER, TCP_MIN_HEADER
@@ -154,4 +155,4 @@ def framed_networks(table: str, networks: Iterable[IPNetwork]) -> list[str]:
 
 def framed_syns() -> list[str]:
     """Write the rules that let SYNs with a frame pass, where frames belong."""
-    return [f"{match} {FIRST_SYN} jump framed" for match in INTO_ENFORCED]
+    return [f"{match} {FIRST_SYN} jump framed" for match in (*INTO_ENFORCED, *INTO_VIRTUAL)]

@@ -10,10 +10,10 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, replace
-from ipaddress import ip_address, ip_network
+from ipaddress import ip_network
 from typing import Generic, TypeVar
 
-from enforcer_daemon.model import IPAddress, IPNetwork
+from enforcer_daemon.model import IPAddress, IPNetwork, Protocol
 from enforcer_daemon.policy import (
     InvalidObjectError,
     Namespace,
@@ -24,11 +24,20 @@ from enforcer_daemon.policy import (
     decode_pod,
 )
 from enforcer_daemon.policy.reader import Reader
+from enforcer_daemon.policy.syntax import check_port_number, parse_address, parse_cidr
+from enforcer_daemon.virtual import NodePort
 
 CONFIG_HASH = "kubernetes.io/config.hash"
 CONFIG_MIRROR = "kubernetes.io/config.mirror"
 """Annotations of a static pod's mirror: kubelet calls the pod by its hash, not by the mirror's UID."""
 _PORT_FIELDS = ("name", "containerPort", "protocol", "hostPort", "hostIP")
+MAX_SERVICE_ADDRESSES = 256
+"""externalIPs of one Service, and as many entries in its status; a few are usual. A Service above it is refused, and
+costs no more to read than one with so many."""
+MAX_SERVICE_NODE_PORTS = 1_024
+"""Node ports of one Service; the default range of a cluster has 2,768 in all."""
+_NOT_PROXIED = ("service.kubernetes.io/service-proxy-name", "service.kubernetes.io/headless")
+"""Labels of Services that kube-proxy leaves alone."""
 _NODE_ADDRESSES = frozenset({"InternalIP", "ExternalIP"})
 
 Manifest = Mapping[str, object]
@@ -66,11 +75,17 @@ class NodeNetworks:
 
 @dataclass(frozen=True, slots=True)
 class ServiceAddresses:
-    """Where a Service answers besides its cluster addresses."""
+    """Where a Service says that it answers besides its cluster addresses; what of it is believed, others decide."""
 
-    addresses: tuple[IPAddress, ...]
-    """External addresses, and those of load balancers whose traffic nodes take over."""
-    has_node_ports: bool
+    external: tuple[IPAddress, ...] = ()
+    """spec.externalIPs: the words of whoever wrote the Service."""
+    load_balancers: tuple[IPAddress, ...] = ()
+    """Addresses in the status, which controllers write, of load balancers whose traffic nodes take over."""
+    node_ports: tuple[NodePort, ...] = ()
+
+
+_NOTHING = ServiceAddresses()
+"""One value for all the Services that have cluster addresses alone."""
 
 
 def _as_mapping(value: object) -> Mapping[str, object]:
@@ -121,13 +136,36 @@ def _reduce_node(manifest: Manifest) -> dict[str, object]:
 
 
 def _reduce_service(manifest: Manifest) -> dict[str, object]:
-    spec = _pick(manifest.get("spec"), "type", "externalIPs", "ports")
-    if isinstance(spec, dict):
-        spec["ports"] = _pick_each(spec.get("ports"), "nodePort")
-    balancer = _pick_each(
-        _as_mapping(_as_mapping(manifest.get("status")).get("loadBalancer")).get("ingress"), "ip", "ipMode"
+    """Leave what may make addresses virtual, cut; nothing of a Service that kube-proxy passes over."""
+    metadata, spec = _as_mapping(manifest.get("metadata")), manifest.get("spec")
+    named = {"metadata": _pick(metadata, "name", "namespace")}
+    if isinstance(spec, Mapping) and _is_passed_over(_as_mapping(metadata.get("labels")), spec):
+        return named
+    left = _pick(spec, "externalIPs", "ports")
+    if isinstance(left, dict):
+        left["externalIPs"] = _cut(left.get("externalIPs"), MAX_SERVICE_ADDRESSES)
+        if isinstance(ports := left.get("ports"), list):
+            picked = (_pick(port, "nodePort", "protocol") for port in ports)
+            kept = [port for port in picked if not isinstance(port, dict) or "nodePort" in port]
+            left["ports"] = _cut(kept, MAX_SERVICE_NODE_PORTS)
+    balancer = _as_mapping(_as_mapping(manifest.get("status")).get("loadBalancer")).get("ingress")
+    ingress = _pick_each(_cut(balancer, MAX_SERVICE_ADDRESSES), "ip", "ipMode")
+    return {**named, "spec": left, "status": {"ingress": ingress}}
+
+
+def _is_passed_over(labels: Mapping[str, object], spec: Mapping[str, object]) -> bool:
+    """Tell whether kube-proxy does not translate to it, so that what is sent there would leave the node as it is.
+
+    Source: cmd/kube-proxy/app/server.go (the watch's label selector), pkg/proxy/util (ShouldSkipService).
+    """
+    return any(label in labels for label in _NOT_PROXIED) or (
+        spec.get("clusterIP") == "None" or spec.get("type") == "ExternalName"
     )
-    return _reduced(manifest, spec=spec, status={"ingress": balancer})
+
+
+def _cut(value: object, most: int) -> object:
+    """Leave one entry more than may be, for the decoder to refuse."""
+    return value[: most + 1] if isinstance(value, list) else value
 
 
 def _decode_cluster_pod(reduced: Manifest) -> Pod:
@@ -181,9 +219,12 @@ def _decode_node(reduced: Manifest) -> NodeNetworks:
     networks = _networks(reader, spec.get("podCIDRs"), "spec.podCIDRs")
     addresses: list[IPAddress] = []
     for path, entry in reader.sequence(status.get("addresses"), "status.addresses"):
-        address = reader.struct(entry, path)
+        address, text = reader.struct(entry, path), ""
         if address.get("type") in _NODE_ADDRESSES:
-            addresses += _addresses(reader, [(f"{path}.address", address.get("address"))])
+            text = reader.string(address.get("address"), f"{path}.address") or ""
+        # The API server does not check them: one that is no address must not cost the node's pods their networks.
+        if (known := parse_address(text)) is not None:
+            addresses.append(known)
     reader.finish()
     return NodeNetworks(name, networks, tuple(addresses))
 
@@ -198,35 +239,67 @@ def _decode_service_cidr(reduced: Manifest) -> tuple[IPNetwork, ...]:
 def _decode_service(reduced: Manifest) -> ServiceAddresses:
     reader = Reader()
     spec, status = reader.struct(reduced.get("spec"), "spec"), reader.struct(reduced.get("status"), "status")
-    texts = reader.sequence(spec.get("externalIPs"), "spec.externalIPs")
-    for path, entry in reader.sequence(status.get("ingress"), "status.loadBalancer.ingress"):
+    texts = _few(reader, spec.get("externalIPs"), "spec.externalIPs", MAX_SERVICE_ADDRESSES)
+    external = _addresses(reader, texts)
+    texts = []
+    for path, entry in _few(reader, status.get("ingress"), "status.loadBalancer.ingress", MAX_SERVICE_ADDRESSES):
         ingress = reader.struct(entry, path)
         # A load balancer in mode Proxy is an outside end of its own, which nodes do not stand in for.
         if ingress.get("ip") and ingress.get("ipMode") != "Proxy":
             texts.append((f"{path}.ip", ingress.get("ip")))
-    ports = [reader.struct(entry, path) for path, entry in reader.sequence(spec.get("ports"), "spec.ports")]
-    addresses = _addresses(reader, texts)
+    balancers = _addresses(reader, texts)
+    ports = [
+        _node_port(reader, reader.struct(entry, path), path)
+        for path, entry in _few(reader, spec.get("ports"), "spec.ports", MAX_SERVICE_NODE_PORTS)
+    ]
     reader.finish()
-    return ServiceAddresses(tuple(addresses), any(port.get("nodePort") for port in ports))
+    if not (external or balancers or ports):
+        return _NOTHING
+    known = dict.fromkeys(port for port in ports if port is not None)
+    return ServiceAddresses(tuple(dict.fromkeys(external)), tuple(dict.fromkeys(balancers)), tuple(known))
+
+
+def _few(reader: Reader, value: object, path: str, most: int) -> list[tuple[str, object]]:
+    """Read a list that is not longer than it may be."""
+    entries = reader.sequence(value, path)
+    if len(entries) <= most:
+        return entries
+    reader.refuse(path, f"Too many: must have at most {most} items for any of its addresses and node ports to count")
+    return []
+
+
+def _node_port(reader: Reader, port: Mapping[str, object], path: str) -> NodePort | None:
+    """Read the node port of a Service's port; None where it is none that identities travel to."""
+    number = reader.integer(port.get("nodePort"), f"{path}.nodePort")
+    protocol = reader.string(port.get("protocol"), f"{path}.protocol") or "TCP"
+    if not number:
+        return None
+    reader.invalid(f"{path}.nodePort", number, check_port_number(number))
+    return (Protocol[protocol], number) if protocol in ("TCP", "UDP") else None
 
 
 def _networks(reader: Reader, value: object, path: str) -> tuple[IPNetwork, ...]:
     found = []
     for entry_path, entry in reader.sequence(value, path):
-        try:
-            found.append(ip_network(reader.string(entry, entry_path) or "", strict=False))
-        except ValueError:
+        text = reader.string(entry, entry_path) or ""
+        network, _ = parse_cidr(text, mask_host_bits=True)
+        if network is None and (address := parse_address(text)) is not None:
+            network = ip_network(address)
+        if network is None:
             reader.invalid(entry_path, entry, ["must be a network (e.g. 10.9.8.0/24)"])
+        else:
+            found.append(network)
     return tuple(found)
 
 
 def _addresses(reader: Reader, texts: list[tuple[str, object]]) -> list[IPAddress]:
     found = []
     for path, value in texts:
-        try:
-            found.append(ip_address(reader.string(value, path) or ""))
-        except ValueError:
+        address = parse_address(reader.string(value, path) or "")
+        if address is None:
             reader.invalid(path, value, ["must be an IP address"])
+        else:
+            found.append(address)
     return found
 
 

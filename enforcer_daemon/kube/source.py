@@ -17,20 +17,21 @@ from typing import Any
 
 from enforcer_daemon.kube import kept
 from enforcer_daemon.kube.client import ClusterApi
-from enforcer_daemon.kube.networks import discover, missing_networks
+from enforcer_daemon.kube.networks import VirtualAddresses, discover, missing_networks
 from enforcer_daemon.kube.reflector import Reflector, Surroundings, WatchHealth
 from enforcer_daemon.kube.resources import NAMESPACES, NETWORK_POLICIES, NODES, PODS, SERVICE_CIDRS, SERVICES
-from enforcer_daemon.kube.table import Table
+from enforcer_daemon.kube.table import Entry, Table
 from enforcer_daemon.model import PodRef
 from enforcer_daemon.policy import Pod
 from enforcer_daemon.settings import NetworkSettings, Settings
 from enforcer_daemon.sources.manifests import Problem, World
 from enforcer_daemon.telemetry.logs import Logger
 from enforcer_daemon.telemetry.metrics import Metrics
+from enforcer_daemon.virtual import VirtualChange
 
 _SECURITY = (NETWORK_POLICIES, NAMESPACES, PODS)
 _MAX_TOLD_WARNINGS = 100
-"""Warnings in the status: one for each CIDR that an API server would refuse today."""
+"""Warnings in the status, of policies (for each field that an API server would refuse today) and of Services each."""
 _STANDS_IN = "no version of it is in force, the pods that it selects are isolated"
 """Without these on disk, a start waits for the API server, however long."""
 
@@ -59,15 +60,20 @@ class ClusterSource:
         self._pods: Table[Pod] = Table(PODS)
         self._nodes: Table[Any] = Table(NODES)
         self._service_cidrs: Table[Any] = Table(SERVICE_CIDRS)
-        self._services: Table[Any] = Table(SERVICES)
+        self._virtual = VirtualAddresses(settings.networks)
+        self._services: Table[Any] = Table(SERVICES, self._virtual.put)
         self.pods = Reflector(self._pods, surroundings, f"spec.nodeName={settings.node}")
         networks = settings.networks
         self._reflectors: list[Reflector[Any]] = [
             Reflector(self._policies, surroundings),
             Reflector(self._namespaces, surroundings),
             self.pods,
-            # Where the enforced networks are configured, other nodes matter only for the addresses of node ports.
-            Reflector(self._nodes, surroundings, f"metadata.name={settings.node}" if networks.enforced else ""),
+            # Other nodes matter for their pods' networks, and for addresses: of node ports, and that no Service earns.
+            Reflector(
+                self._nodes,
+                surroundings,
+                f"metadata.name={settings.node}" if networks.enforced and networks.virtual else "",
+            ),
         ]
         if not networks.virtual:
             self._reflectors.append(Reflector(self._service_cidrs, surroundings))
@@ -150,12 +156,18 @@ class ClusterSource:
 
     def networks(self) -> NetworkSettings:
         """Give the networks in force: the configured ones, and in place of what is not configured the discovered."""
-        tables = self._nodes, self._service_cidrs, self._services
-        revisions = tuple(table.revision for table in tables)
+        revisions = self._nodes.revision, self._service_cidrs.revision
         if revisions != self._discovered[0]:
-            found = discover(self._settings.networks, *(table.values() for table in tables))
+            nodes = self._nodes.values()
+            found = discover(self._settings.networks, nodes, self._service_cidrs.values())
+            if not self._settings.networks.virtual:
+                self._virtual.set_networks(found, nodes)
             self._discovered = revisions, found
         return self._discovered[1]
+
+    def take_virtual_change(self) -> VirtualChange:
+        """Return what Services have made virtual beside these networks, or no longer do, since the last time."""
+        return self._virtual.take_change()
 
     def problem(self) -> str:
         """Say why no pod can be registered; empty where they can."""
@@ -185,6 +197,10 @@ class ClusterSource:
             if entry.problems
         ]
 
+    def refused_services(self) -> list[Entry[Any]]:
+        """Return the Services whose present version counts for nothing."""
+        return self._services.refused()
+
     def status(self) -> Mapping[str, object]:
         """Describe the source, for operators."""
         return {
@@ -192,7 +208,11 @@ class ClusterSource:
             "synced": self.is_synced,
             "lag": self.lag(),
             "problems": self._kept_problems,
-            "warnings": [str(warning) for warning in self._policies.warnings()][:_MAX_TOLD_WARNINGS],
+            "warnings": [
+                *[str(warning) for warning in self._policies.warnings()][:_MAX_TOLD_WARNINGS],
+                *self._virtual.refusals(_MAX_TOLD_WARNINGS),
+            ],
+            "virtual_addresses": len(self._virtual),
             "watches": {
                 reflector.resource.plural: _describe(reflector.health) | {"objects": len(reflector.table.entries)}
                 for reflector in self._reflectors

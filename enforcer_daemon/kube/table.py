@@ -7,7 +7,7 @@ An entry is made where the object is read (which may be a thread), and put into 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from typing import Generic
@@ -101,8 +101,12 @@ def _problems(
 class Table(Generic[Value]):
     """The objects of one kind. For the event loop alone, but that threads may read `entries`."""
 
-    def __init__(self, resource: Resource[Value]) -> None:
+    def __init__(
+        self, resource: Resource[Value], on_put: Callable[[Key, Value | None], None] = lambda _key, _value: None
+    ) -> None:
+        """`on_put` is told of each object that changed; None: it is gone, or no version of it was good."""
         self.resource = resource
+        self._on_put = on_put
         self.entries: dict[Key, Entry[Value]] = {}
         self.revision = 0
         """Rises with each change of what is in force or refused."""
@@ -122,6 +126,7 @@ class Table(Generic[Value]):
         if entry.problems:
             self._bad[entry.key] = entry.problems
         self.revision += 1
+        self._on_put(entry.key, entry.value)
         return True
 
     def remove(self, key: Key) -> bool:
@@ -130,6 +135,7 @@ class Table(Generic[Value]):
             return False
         self._bad.pop(key, None)
         self.revision += 1
+        self._on_put(key, None)
         return True
 
     def replace(self, found: Iterable[Entry[Value] | Problem]) -> bool:
@@ -151,6 +157,10 @@ class Table(Generic[Value]):
     def problems(self) -> tuple[Problem, ...]:
         """Give what is refused."""
         return (*self._unnamed, *(problem for problems in self._bad.values() for problem in problems))
+
+    def refused(self) -> list[Entry[Value]]:
+        """Return the objects whose present version is refused."""
+        return [self.entries[key] for key in self._bad]
 
     def warnings(self) -> tuple[Problem, ...]:
         """Return what is in force although an API server would not take it any more."""

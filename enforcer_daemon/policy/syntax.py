@@ -8,7 +8,7 @@ from __future__ import annotations
 import re
 from ipaddress import AddressValueError, IPv4Address, IPv4Network, IPv6Address, IPv6Network, NetmaskValueError
 
-from enforcer_daemon.model import IPNetwork
+from enforcer_daemon.model import IPAddress, IPNetwork
 
 _QUALIFIED_NAME = "([A-Za-z0-9][-A-Za-z0-9_.]*)?[A-Za-z0-9]"
 _DNS_LABEL = "[a-z0-9]([-a-z0-9]*[a-z0-9])?"
@@ -134,6 +134,13 @@ def parse_cidr(value: str, *, mask_host_bits: bool = False) -> tuple[IPNetwork |
         return None, [_CIDR_RULE]
     complaints = [] if mask_host_bits else _check_canonical(text, digits, address, prefix_length)
     return _network(address, prefix_length), complaints
+
+
+def parse_address(value: str) -> IPAddress | None:
+    """Read an address as the API server did before 1.36: leading zeros are decimal, IPv4-mapped IPv6 is IPv4."""
+    address = None if "%" in value else _parse_address(_leading_zeros.sub("", value))
+    mapped = address.ipv4_mapped if isinstance(address, IPv6Address) else None
+    return mapped or address
 
 
 def _parse_address(text: str) -> IPv4Address | IPv6Address | None:

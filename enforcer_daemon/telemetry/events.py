@@ -36,6 +36,7 @@ class EventKind(Enum):
 
     FLOW_DENIED = ("FlowDenied", "Deny")
     POLICY_REFUSED = ("PolicyRefused", "Refuse")
+    SERVICE_REFUSED = ("ServiceRefused", "Refuse")
     IDENTITY_TOO_LARGE = ("IdentityTooLarge", "SignToken")
     NODE_DENIED = ("NodeDenied", "Deny")
 

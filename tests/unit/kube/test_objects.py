@@ -15,6 +15,8 @@ from hypothesis import strategies as st
 from enforcer_daemon.kube import kept
 from enforcer_daemon.kube.networks import discover, missing_networks
 from enforcer_daemon.kube.resources import (
+    MAX_SERVICE_ADDRESSES,
+    MAX_SERVICE_NODE_PORTS,
     NAMESPACES,
     NETWORK_POLICIES,
     NODES,
@@ -190,20 +192,14 @@ CIDRS = [(ip_network("10.96.0.0/16"),)]
 
 
 def test_networks_are_discovered_and_neighbours_put_together() -> None:
-    services = [ServiceAddresses((ip_address("198.51.100.7"),), has_node_ports=False)]
-    found = discover(NetworkSettings(), [NODE, NEXT], CIDRS, services)
+    found = discover(NetworkSettings(), [NODE, NEXT], CIDRS)
     assert found.enforced == (ip_network("10.1.0.0/23"), ip_network("fd01::/64"))
-    assert found.virtual == (ip_network("10.96.0.0/16"), ip_network("198.51.100.7/32"))
-
-
-def test_node_addresses_are_virtual_where_a_service_has_a_node_port() -> None:
-    found = discover(NetworkSettings(), [NODE, NEXT], [], [ServiceAddresses((), has_node_ports=True)])
-    assert found.virtual == (ip_network("192.0.2.1/32"), ip_network("192.0.2.2/32"))
+    assert found.virtual == (ip_network("10.96.0.0/16"),)
 
 
 def test_what_is_configured_is_not_discovered() -> None:
     configured = NetworkSettings(enforced=(ip_network("10.0.0.0/8"),), virtual=(ip_network("172.16.0.0/12"),))
-    assert discover(configured, [NODE], CIDRS, [ServiceAddresses((), has_node_ports=True)]) == configured
+    assert discover(configured, [NODE], CIDRS) == configured
 
 
 def test_a_node_without_networks_is_told_what_to_set() -> None:
@@ -215,13 +211,59 @@ def test_a_node_without_networks_is_told_what_to_set() -> None:
 
 def test_addresses_of_services() -> None:
     ingress = [{"ip": "198.51.100.7"}, {"hostname": "lb.example"}, {"ip": "198.51.100.8", "ipMode": "Proxy"}]
+    ports = [{"port": 80}, {"port": 81, "nodePort": 30081}, {"port": 81, "nodePort": 30081, "protocol": "UDP"}]
     service = {
-        "metadata": {"name": "s", "namespace": "x"},
-        "spec": {"externalIPs": ["203.0.113.1"], "ports": [{"port": 80}, {"port": 81, "nodePort": 30081}]},
+        "metadata": {"name": "s", "namespace": "x", "labels": {"a": "b"}},
+        "spec": {"externalIPs": ["203.0.113.001", "::ffff:203.0.113.1"], "ports": ports},
         "status": {"loadBalancer": {"ingress": ingress}},
     }
-    expected = ServiceAddresses((ip_address("203.0.113.1"), ip_address("198.51.100.7")), has_node_ports=True)
-    assert read(SERVICES, service).value == expected
+    addresses = (ip_address("203.0.113.1"),), (ip_address("198.51.100.7"),)
+    found = read(SERVICES, service)
+    assert found.value == ServiceAddresses(*addresses, ((Protocol.TCP, 30081), (Protocol.UDP, 30081)))
+    assert b"labels" not in found.document
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [
+        {"labels": {"service.kubernetes.io/service-proxy-name": "other"}},
+        {"labels": {"service.kubernetes.io/headless": ""}},
+        {"clusterIP": "None"},
+        {"type": "ExternalName"},
+    ],
+)
+def test_a_service_that_kube_proxy_passes_over_has_no_addresses(changed: dict[str, Any]) -> None:
+    """Nobody translates them, so what is sent there leaves the cluster."""
+    spec = {"externalIPs": ["203.0.113.1"], "ports": [{"nodePort": 30080}], **changed}
+    service = {"metadata": {"name": "s", "namespace": "x", "labels": changed.get("labels")}, "spec": spec}
+    assert read(SERVICES, service).value == ServiceAddresses()
+
+
+def test_a_service_with_more_addresses_than_may_be_is_refused_and_hardly_read() -> None:
+    def listing(count: int) -> dict[str, Any]:
+        addresses = [f"203.0.{number // 250}.{number % 250}" for number in range(count)]
+        return {"metadata": {"name": "s", "namespace": "x"}, "spec": {"externalIPs": addresses}}
+
+    assert len(read(SERVICES, listing(MAX_SERVICE_ADDRESSES)).value.external) == MAX_SERVICE_ADDRESSES
+    refused = read(SERVICES, listing(20_000))
+    assert (refused.value, [problem.field for problem in refused.problems]) == (None, ["spec.externalIPs"])
+    assert f"at most {MAX_SERVICE_ADDRESSES}" in refused.problems[0].message
+    assert len(str(SERVICES.reduce(listing(20_000)))) < 30 * MAX_SERVICE_ADDRESSES
+    ports = [{"nodePort": 1 + number} for number in range(MAX_SERVICE_NODE_PORTS + 1)]
+    assert read(SERVICES, {"metadata": {"name": "s", "namespace": "x"}, "spec": {"ports": ports}}).problems
+    ports = [{"port": 1 + number} for number in range(5_000)]  # Without node ports, as many as it likes.
+    entry = read(SERVICES, {"metadata": {"name": "s", "namespace": "x"}, "spec": {"ports": ports}})
+    assert (entry.value, len(entry.document) < 150) == (ServiceAddresses(), True)
+
+
+def test_an_address_of_a_node_that_cannot_be_read_costs_its_pods_nothing() -> None:
+    addresses = [{"type": "InternalIP", "address": "node-a.example"}, {"type": "InternalIP", "address": "192.0.2.1"}]
+    manifest = {
+        "metadata": {"name": "a"},
+        "spec": {"podCIDRs": ["010.1.0.5/24"]},
+        "status": {"addresses": addresses},
+    }
+    assert read(NODES, manifest).value == NodeNetworks("a", (ip_network("10.1.0.0/24"),), (ip_address("192.0.2.1"),))
 
 
 # On disk.

@@ -1,0 +1,58 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What Services make virtual beyond the configured networks, as changes: single addresses, and node ports.
+
+A change is as large as what changed, so that whoever holds a copy (the datapath, the guard) pays for that alone.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from enforcer_daemon.model import Protocol
+
+NodePort = tuple[Protocol, int]
+
+
+class VirtualEntries(NamedTuple):
+    """Addresses are packed."""
+
+    addresses: frozenset[bytes] = frozenset()
+    """Load balancer and external addresses of Services: virtual on every port."""
+    nodes: frozenset[bytes] = frozenset()
+    """Addresses of nodes: virtual on the node ports below, and on no other."""
+    ports: frozenset[NodePort] = frozenset()
+
+    def union(self, other: VirtualEntries) -> VirtualEntries:
+        """Return what is in one of them."""
+        return VirtualEntries(self.addresses | other.addresses, self.nodes | other.nodes, self.ports | other.ports)
+
+    def difference(self, other: VirtualEntries) -> VirtualEntries:
+        """Return what is not in the other."""
+        return VirtualEntries(self.addresses - other.addresses, self.nodes - other.nodes, self.ports - other.ports)
+
+    def intersection(self, other: VirtualEntries) -> VirtualEntries:
+        """Return what is in both."""
+        return VirtualEntries(self.addresses & other.addresses, self.nodes & other.nodes, self.ports & other.ports)
+
+
+NOTHING_VIRTUAL = VirtualEntries()
+
+
+class VirtualChange(NamedTuple):
+    """What is virtual from now on, and what no longer is."""
+
+    added: VirtualEntries = NOTHING_VIRTUAL
+    removed: VirtualEntries = NOTHING_VIRTUAL
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether nothing changes."""
+        return not any((*self.added, *self.removed))
+
+    def applied_to(self, entries: VirtualEntries) -> VirtualEntries:
+        """Return the entries after the change."""
+        return entries.difference(self.removed).union(self.added)
+
+    def beyond(self, entries: VirtualEntries) -> VirtualChange:
+        """Return the part of the change that is one where these entries are in force."""
+        return VirtualChange(self.added.difference(entries), self.removed.intersection(entries))
