@@ -59,7 +59,8 @@ def lab(plugin: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Kube
     path = tmp_path_factory.mktemp("chain") / "10-trireme.conflist"
     path.write_text(json.dumps(conflist))
     namespaces: Mapping[str, Mapping[str, str]] = {"x": {}, "y": {"team": "red"}}
-    world = WorldSpec(NODES, namespaces, pods=PODS, services=SERVICES, manifests=(DENY,), settings=RESET)
+    settings = {**RESET, "networks": {"externalIpNetworks": ["198.51.100.0/28"]}}
+    world = WorldSpec(NODES, namespaces, pods=PODS, services=SERVICES, manifests=(DENY,), settings=settings)
     with KubeLab(world, Tools(plugin=plugin, conflist=path)) as lab:
         yield lab
 
@@ -263,6 +264,9 @@ def test_addresses_of_services_come_and_go_with_what_the_api_server_has(lab: Kub
     assert open_ways() == {"in", "out"}
     lab.apply(service(type="NodePort", ports=[{"port": 80, "nodePort": NODE_PORT}]))
     assert open_ways() == {"in", "node"}
+    status = {"loadBalancer": {"ingress": [{"ip": "198.51.100.10"}]}}
+    lab.apply({**service(type="LoadBalancer", ports=[{"port": 80}]), "status": status})
+    assert open_ways() == {"in", "out"}
     assert "10.97.0.0/24" in lab.run("node:a", "nft", "list", "table", "netdev", "trireme_guard")
     lab.remove(ObjectRef("Service", "x", "web"), ObjectRef("ServiceCIDR", "", "more"))
     wait_for(lambda: open_ways() == set())
