@@ -26,7 +26,10 @@ class PrefixSet:
 
     def __contains__(self, packed: bytes) -> bool:
         number = int.from_bytes(packed, "big")
-        return any(number >> shift in prefixes for shift, prefixes in self._prefixes.get(len(packed), ()))
+        for shift, prefixes in self._prefixes.get(len(packed), ()):  # noqa: SIM110 - any() costs as much again
+            if number >> shift in prefixes:
+                return True
+        return False
 
     def steps(self, packed: bytes) -> int:
         """Return how many comparisons a look-up of this address takes at most."""

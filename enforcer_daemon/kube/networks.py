@@ -11,9 +11,9 @@ identity that is sent there stays in the cluster.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import replace
-from ipaddress import IPv4Network, IPv6Network, collapse_addresses
+from ipaddress import IPv4Network, IPv6Network, collapse_addresses, ip_address
 from itertools import islice
 from typing import Generic, TypeVar
 
@@ -29,6 +29,13 @@ MAX_NAMESPACE_ADDRESSES = 1_024
 MAX_ADDRESSES = 16_384
 """The same of the cluster. About 3 MiB, and as many elements in the guard's sets."""
 _EVERYWHERE = (IPv4Network("0.0.0.0/0"), IPv6Network("::/0"))
+_SPECIAL = PrefixSet(
+    [
+        *map(IPv4Network, ("0.0.0.0/8", "127.0.0.0/8", "169.254.0.0/16", "224.0.0.0/3")),
+        *map(IPv6Network, ("::/127", "::ffff:0:0/96", "fe80::/10", "ff00::/8")),
+    ]
+)
+"""This host, link-local, multicast, reserved (RFC 6890), and IPv4 in other clothes."""
 
 T = TypeVar("T")
 
@@ -52,21 +59,22 @@ def missing_networks(configured: NetworkSettings, node: str, nodes: Iterable[Nod
 class VirtualAddresses:
     """What Services make virtual; a change of one costs what that Service states, and no other is looked at.
 
-    Only a change of the pods' networks or of the nodes' addresses, which no user of a namespace can make, looks at all.
+    Addresses that the operator allows are held by the Services that state them; of these, those where a pod or a node
+    is are blocked. When pods' networks or nodes change, which no user of a namespace can cause, only addresses in what
+    changed are looked at again.
     """
 
     def __init__(self, configured: NetworkSettings) -> None:
         self._external = PrefixSet(configured.external_ip_networks)
         balancers = configured.load_balancer_networks
         self._balancers = PrefixSet(_EVERYWHERE if balancers is None else balancers)
-        self._enforced: tuple[IPNetwork, ...] = ()
+        self._enforced: frozenset[IPNetwork] = frozenset()
         self._pods = PrefixSet()
-        self._services: dict[Key, ServiceAddresses] = {}
-        """Those that state anything."""
-        self._granted: dict[Key, list[bytes]] = {}
+        self._held: dict[Key, list[bytes]] = {}
         self._in_namespace: Counter[str] = Counter()
         self._holders: Counter[bytes] = Counter()
-        """Services that were granted an address."""
+        """Services that hold an address."""
+        self._ports_of: dict[Key, tuple[NodePort, ...]] = {}
         self._port_holders: Counter[NodePort] = Counter()
         self._refused: dict[Key, str] = {}
         self._addresses: _Tracked[bytes] = _Tracked()
@@ -77,18 +85,20 @@ class VirtualAddresses:
         """Take over a Service as it is now; None: it is gone."""
         self._withdraw(key)
         if service is not None and (service.external or service.load_balancers or service.node_ports):
-            self._services[key] = service
             self._grant(key, service)
 
     def set_networks(self, networks: NetworkSettings, nodes: Iterable[NodeNetworks]) -> None:
         """Take over where pods and nodes are; addresses there are none of a Service's."""
+        enforced = frozenset(networks.enforced)
         addresses = {address.packed for node in nodes for address in node.addresses}
-        if networks.enforced == self._enforced and addresses == self._nodes.in_force:
-            return
-        self._enforced, self._pods = networks.enforced, PrefixSet(networks.enforced)
+        moved = PrefixSet(enforced ^ self._enforced)
+        affected = (addresses ^ self._nodes.in_force) & self._holders.keys()
+        if enforced != self._enforced:
+            affected |= {packed for packed in self._holders if packed in moved}
+        self._enforced, self._pods = enforced, PrefixSet(enforced)
         self._nodes.become(addresses)
-        for key, service in list(self._services.items()):
-            self.put(key, service)
+        for packed in affected:
+            self._decide(packed)
 
     def take_change(self) -> VirtualChange:
         """Return what changed since the last time."""
@@ -99,59 +109,82 @@ class VirtualAddresses:
 
     def refusals(self, most: int) -> list[str]:
         """Say of Services what is not believed, and why, of so many at most."""
-        return [f"Service {'/'.join(key)}: {why}" for key, why in islice(self._refused.items(), most)]
+        return [f"Service {'/'.join(key)}: {why}" for key, why in islice(self._refusals(), most)]
+
+    def _refusals(self) -> Iterator[tuple[Key, str]]:
+        yield from self._refused.items()
+        if len(self) == len(self._holders):
+            return
+        for key, held in self._held.items():
+            for packed in dict.fromkeys(held):
+                if why := self._blocked(packed):
+                    yield key, f"{ip_address(packed)} is not virtual: {why}"
 
     def __len__(self) -> int:
         return len(self._addresses.in_force)
 
     def _withdraw(self, key: Key) -> None:
-        service = self._services.pop(key, None)
-        if service is None:
-            return
         self._refused.pop(key, None)
-        granted = self._granted.pop(key, [])
-        self._in_namespace[key[0]] -= len(granted)
+        held = self._held.pop(key, [])
+        self._in_namespace[key[0]] -= len(held)
         if not self._in_namespace[key[0]]:
             del self._in_namespace[key[0]]
-        for address in _released(self._holders, granted):
-            self._addresses.discard(address)
-        for port in _released(self._port_holders, service.node_ports):
+        for packed in _released(self._holders, held):
+            self._addresses.discard(packed)
+        for port in _released(self._port_holders, self._ports_of.pop(key, ())):
             self._ports.discard(port)
 
     def _grant(self, key: Key, service: ServiceAddresses) -> None:
-        granted = []
-        stated = [(address, True) for address in service.external]
-        stated += [(address, False) for address in service.load_balancers]
-        for address, is_external in stated:
-            if why := self._why_not(key[0], address, is_external):
-                self._refused.setdefault(key, f"{address} is not virtual: {why}")
-                continue
-            packed = address.packed
-            granted.append(packed)
-            self._in_namespace[key[0]] += 1
-            self._holders[packed] += 1
-            self._addresses.add(packed)
-        if granted:
-            self._granted[key] = granted
+        held = [
+            packed
+            for addresses, allowed, setting in (
+                (service.external, self._external, "networks.externalIpNetworks"),
+                (service.load_balancers, self._balancers, "networks.loadBalancerNetworks"),
+            )
+            for packed in self._allowed(key, addresses, allowed, setting)
+        ]
+        if held:
+            self._held[key] = held
+        if service.node_ports:
+            self._ports_of[key] = service.node_ports
         for port in service.node_ports:
             self._port_holders[port] += 1
             self._ports.add(port)
 
-    def _why_not(self, namespace: str, address: IPAddress, is_external: bool) -> str:
-        packed = address.packed
-        if packed not in (self._external if is_external else self._balancers):
-            return f"outside networks.{'externalIpNetworks' if is_external else 'loadBalancerNetworks'}"
-        if _is_special(address):
-            return "no address of a single host"
-        if packed in self._pods:
-            return "inside the pods' networks"
+    def _allowed(self, key: Key, addresses: Iterable[IPAddress], allowed: PrefixSet, setting: str) -> Iterator[bytes]:
+        """Give what of these a Service holds from now on."""
+        for address in addresses:
+            packed = address.packed
+            if why := self._limit(key[0], packed):
+                self._refused.setdefault(key, why)
+                return
+            if packed not in allowed or packed in _SPECIAL:
+                why = f"outside {setting}" if packed not in allowed else "not the address of one host"
+                self._refused.setdefault(key, f"{address} is not virtual: {why}")
+                continue
+            self._in_namespace[key[0]] += 1
+            self._holders[packed] += 1
+            self._decide(packed)
+            yield packed
+
+    def _limit(self, namespace: str, packed: bytes) -> str:
+        if self._in_namespace[namespace] >= MAX_NAMESPACE_ADDRESSES:
+            return f"not all is virtual: its namespace has {MAX_NAMESPACE_ADDRESSES} virtual addresses already"
+        if len(self._holders) >= MAX_ADDRESSES and packed not in self._holders:
+            return f"not all is virtual: the cluster has {MAX_ADDRESSES} virtual addresses already"
+        return ""
+
+    def _decide(self, packed: bytes) -> None:
+        """Have an address that Services hold in force, or not."""
+        if self._blocked(packed):
+            self._addresses.discard(packed)
+        else:
+            self._addresses.add(packed)
+
+    def _blocked(self, packed: bytes) -> str:
         if packed in self._nodes.in_force:
             return "a node's own address"
-        if self._in_namespace[namespace] >= MAX_NAMESPACE_ADDRESSES:
-            return f"its namespace has {MAX_NAMESPACE_ADDRESSES} virtual addresses already"
-        if packed not in self._holders and len(self._holders) >= MAX_ADDRESSES:
-            return f"the cluster has {MAX_ADDRESSES} virtual addresses already"
-        return ""
+        return "inside the pods' networks" if packed in self._pods else ""
 
 
 class _Tracked(Generic[T]):
@@ -206,16 +239,6 @@ def _released(holders: Counter[T], items: Iterable[T]) -> list[T]:
             del holders[item]
             left.append(item)
     return left
-
-
-def _is_special(address: IPAddress) -> bool:
-    return (
-        address.is_unspecified
-        or address.is_loopback
-        or address.is_link_local
-        or address.is_multicast
-        or (address.version == 4 and address.is_reserved)
-    )
 
 
 def _collapsed(networks: Iterable[IPNetwork]) -> tuple[IPNetwork, ...]:

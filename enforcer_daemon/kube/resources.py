@@ -31,9 +31,11 @@ CONFIG_HASH = "kubernetes.io/config.hash"
 CONFIG_MIRROR = "kubernetes.io/config.mirror"
 """Annotations of a static pod's mirror: kubelet calls the pod by its hash, not by the mirror's UID."""
 _PORT_FIELDS = ("name", "containerPort", "protocol", "hostPort", "hostIP")
-MAX_SERVICE_ADDRESSES = 256
-"""externalIPs of one Service, and as many entries in its status; a few are usual. A Service above it is refused, and
-costs no more to read than one with so many."""
+MAX_EXTERNAL_IPS = 64
+"""externalIPs of one Service; a few are usual. A Service above it is refused, and costs no more to read than one with
+so many."""
+MAX_INGRESS = 256
+"""Load balancers' addresses in the status of one Service; some controllers list every node."""
 MAX_SERVICE_NODE_PORTS = 1_024
 """Node ports of one Service; the default range of a cluster has 2,768 in all."""
 _NOT_PROXIED = ("service.kubernetes.io/service-proxy-name", "service.kubernetes.io/headless")
@@ -143,13 +145,13 @@ def _reduce_service(manifest: Manifest) -> dict[str, object]:
         return named
     left = _pick(spec, "externalIPs", "ports")
     if isinstance(left, dict):
-        left["externalIPs"] = _cut(left.get("externalIPs"), MAX_SERVICE_ADDRESSES)
+        left["externalIPs"] = _cut(left.get("externalIPs"), MAX_EXTERNAL_IPS)
         if isinstance(ports := left.get("ports"), list):
             picked = (_pick(port, "nodePort", "protocol") for port in ports)
             kept = [port for port in picked if not isinstance(port, dict) or "nodePort" in port]
             left["ports"] = _cut(kept, MAX_SERVICE_NODE_PORTS)
     balancer = _as_mapping(_as_mapping(manifest.get("status")).get("loadBalancer")).get("ingress")
-    ingress = _pick_each(_cut(balancer, MAX_SERVICE_ADDRESSES), "ip", "ipMode")
+    ingress = _pick_each(_cut(balancer, MAX_INGRESS), "ip", "ipMode")
     return {**named, "spec": left, "status": {"ingress": ingress}}
 
 
@@ -239,10 +241,10 @@ def _decode_service_cidr(reduced: Manifest) -> tuple[IPNetwork, ...]:
 def _decode_service(reduced: Manifest) -> ServiceAddresses:
     reader = Reader()
     spec, status = reader.struct(reduced.get("spec"), "spec"), reader.struct(reduced.get("status"), "status")
-    texts = _few(reader, spec.get("externalIPs"), "spec.externalIPs", MAX_SERVICE_ADDRESSES)
+    texts = _few(reader, spec.get("externalIPs"), "spec.externalIPs", MAX_EXTERNAL_IPS)
     external = _addresses(reader, texts)
     texts = []
-    for path, entry in _few(reader, status.get("ingress"), "status.loadBalancer.ingress", MAX_SERVICE_ADDRESSES):
+    for path, entry in _few(reader, status.get("ingress"), "status.loadBalancer.ingress", MAX_INGRESS):
         ingress = reader.struct(entry, path)
         # A load balancer in mode Proxy is an outside end of its own, which nodes do not stand in for.
         if ingress.get("ip") and ingress.get("ipMode") != "Proxy":

@@ -138,7 +138,7 @@ def parse_cidr(value: str, *, mask_host_bits: bool = False) -> tuple[IPNetwork |
 
 def parse_address(value: str) -> IPAddress | None:
     """Read an address as the API server did before 1.36: leading zeros are decimal, IPv4-mapped IPv6 is IPv4."""
-    address = None if "%" in value else _parse_address(_leading_zeros.sub("", value))
+    address = None if "%" in value else _parse_address(value) or _parse_address(_leading_zeros.sub("", value))
     mapped = address.ipv4_mapped if isinstance(address, IPv6Address) else None
     return mapped or address
 

@@ -17,7 +17,7 @@ from scapy.layers.inet import TCP, UDP
 from scapy.packet import Raw
 
 from enforcer_daemon.handshake.frames import MAGIC
-from enforcer_daemon.kube.resources import MAX_SERVICE_ADDRESSES
+from enforcer_daemon.kube.resources import MAX_EXTERNAL_IPS
 from enforcer_daemon.model import Protocol
 from tests.e2e.operation_world import HTTP, NODES, RESET, outcome, pod, policy
 from tests.e2e.raw_pod import RawPod, Scene, arrives, fresh_marker, hearing, is_heard
@@ -155,9 +155,7 @@ def test_a_service_with_very_many_addresses_is_refused_and_its_author_is_told(la
     addresses = [f"198.18.{number // 250}.{number % 250}" for number in range(20_000)]
     with stating(lab, externalIPs=addresses):
         problems = [str(problem) for problem in lab.node("a").status()["snapshot"]["problems"]]  # type: ignore[index]
-        assert any(
-            "Service x/mine" in problem and f"at most {MAX_SERVICE_ADDRESSES}" in problem for problem in problems
-        )
+        assert any("Service x/mine" in problem and f"at most {MAX_EXTERNAL_IPS}" in problem for problem in problems)
         deadline = time.monotonic() + _PATIENCE_S
         while not (told := [event for event in lab.api.all("Event") if event["reason"] == "ServiceRefused"]):
             assert time.monotonic() < deadline

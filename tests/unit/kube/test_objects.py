@@ -15,7 +15,8 @@ from hypothesis import strategies as st
 from enforcer_daemon.kube import kept
 from enforcer_daemon.kube.networks import discover, missing_networks
 from enforcer_daemon.kube.resources import (
-    MAX_SERVICE_ADDRESSES,
+    MAX_EXTERNAL_IPS,
+    MAX_INGRESS,
     MAX_SERVICE_NODE_PORTS,
     NAMESPACES,
     NETWORK_POLICIES,
@@ -244,11 +245,16 @@ def test_a_service_with_more_addresses_than_may_be_is_refused_and_hardly_read() 
         addresses = [f"203.0.{number // 250}.{number % 250}" for number in range(count)]
         return {"metadata": {"name": "s", "namespace": "x"}, "spec": {"externalIPs": addresses}}
 
-    assert len(read(SERVICES, listing(MAX_SERVICE_ADDRESSES)).value.external) == MAX_SERVICE_ADDRESSES
+    assert len(read(SERVICES, listing(MAX_EXTERNAL_IPS)).value.external) == MAX_EXTERNAL_IPS
+    ingress = [{"ip": f"203.0.{number // 250}.{number % 250}"} for number in range(MAX_INGRESS + 1)]
+    status = {"loadBalancer": {"ingress": ingress}}
+    assert read(SERVICES, {"metadata": {"name": "s", "namespace": "x"}, "status": status}).problems
+    status = {"loadBalancer": {"ingress": ingress[:-1]}}
+    assert not read(SERVICES, {"metadata": {"name": "s", "namespace": "x"}, "status": status}).problems
     refused = read(SERVICES, listing(20_000))
     assert (refused.value, [problem.field for problem in refused.problems]) == (None, ["spec.externalIPs"])
-    assert f"at most {MAX_SERVICE_ADDRESSES}" in refused.problems[0].message
-    assert len(str(SERVICES.reduce(listing(20_000)))) < 30 * MAX_SERVICE_ADDRESSES
+    assert f"at most {MAX_EXTERNAL_IPS}" in refused.problems[0].message
+    assert len(str(SERVICES.reduce(listing(20_000)))) < 30 * MAX_EXTERNAL_IPS
     ports = [{"nodePort": 1 + number} for number in range(MAX_SERVICE_NODE_PORTS + 1)]
     assert read(SERVICES, {"metadata": {"name": "s", "namespace": "x"}, "spec": {"ports": ports}}).problems
     ports = [{"port": 1 + number} for number in range(5_000)]  # Without node ports, as many as it likes.

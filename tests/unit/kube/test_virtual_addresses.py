@@ -8,7 +8,6 @@ from ipaddress import IPv4Address, IPv4Network, IPv6Network, ip_address, ip_netw
 import pytest
 
 from enforcer_daemon.datapath.judging import Destination, Networks
-from enforcer_daemon.kube import networks as module
 from enforcer_daemon.kube.networks import MAX_ADDRESSES, MAX_NAMESPACE_ADDRESSES, VirtualAddresses
 from enforcer_daemon.kube.resources import NodeNetworks, ServiceAddresses
 from enforcer_daemon.model import IPAddress, Protocol
@@ -141,14 +140,14 @@ def test_the_cluster_has_no_more_than_fit() -> None:
 
 
 def test_a_change_of_one_service_looks_at_its_own_addresses_alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    """One namespace's updates, however often, cost the loop what they state: 256 addresses at most."""
+    """One namespace's updates, however often, cost the loop what they state."""
     virtual = book()
     for number in range(50):
         virtual.put((f"n{number}", "s"), ServiceAddresses(many(number * 256, 256)))
     virtual.take_change()
-    looked_at: list[IPAddress] = []
-    special = module._is_special
-    monkeypatch.setattr(module, "_is_special", lambda address: looked_at.append(address) or special(address))
+    looked_at: list[bytes] = []
+    blocked = VirtualAddresses._blocked
+    monkeypatch.setattr(VirtualAddresses, "_blocked", lambda self, it: looked_at.append(it) or blocked(self, it))
     virtual.put(("n0", "s"), ServiceAddresses(many(256_000, 3)))
     assert len(looked_at) == 3
     change = virtual.take_change()
