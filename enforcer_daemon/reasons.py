@@ -42,6 +42,7 @@ class Reason(Enum):
     SOURCE_MISMATCH = "source-mismatch"
     RESPONDER_MISMATCH = "responder-mismatch"
     MISPLACED_POD = "misplaced-pod"
+    UNCONFIRMED_POD = "unconfirmed-pod"
     NODE_DENIED = "node-denied"
     OWN_IDENTITY = "own-identity"
     REPLAYED_NONCE = "replayed-nonce"
@@ -102,8 +103,10 @@ _TEXTS: dict[Reason, str] = {
     Reason.SOURCE_MISMATCH: "The packet comes from an address that is not the token's pod: a relay, or a masquerade "
     "that is not configured.",
     Reason.RESPONDER_MISMATCH: "The pod that answered is not at the address that was dialled, and that address is not "
-    "configured as virtual.",
+    "virtual.",
     Reason.MISPLACED_POD: "The cluster does not have the token's pod on the node that signed for it.",
+    Reason.UNCONFIRMED_POD: "The pod waits until it was looked up in the cluster, since its node showed pods of that "
+    "namespace which the cluster does not have, or more new ones than can be looked up. The next attempt may pass.",
     Reason.NODE_DENIED: "The peer's node claimed pods that are not its own, and is not believed for some time. Its key "
     "may be stolen.",
     Reason.OWN_IDENTITY: "The pod's own token came back to it from elsewhere: a reflection.",

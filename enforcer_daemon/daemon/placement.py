@@ -1,14 +1,18 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What follows when a node claims pods that are not its own: its flows end, and operators hear of it."""
+"""What follows when a node claims pods that are not its own: flows with them end, and operators hear of it."""
 
 from __future__ import annotations
 
+import asyncio
 import time
 from datetime import UTC, datetime
 
 from enforcer_daemon.daemon.announcements import Announcements
 from enforcer_daemon.daemon.endpoints import Endpoints
 from enforcer_daemon.kube.placement import PlacementCheck
+
+_ENDING_EVERY_S = 1.0
+"""The shortest time between two looks at the flows of all endpoints: other nodes' tokens cause them."""
 
 
 class PlacementGuard:
@@ -18,16 +22,26 @@ class PlacementGuard:
         self._check = check
         self._endpoints = endpoints
         self._announcements = announcements
+        self._misplaced = asyncio.Event()
         check.on_denied = self._deny
+        check.on_misplaced = self._misplaced.set
 
     async def run(self) -> None:
-        """Look claims up until cancelled."""
-        await self._check.run()
+        """Look claims up until cancelled, and end flows with pods that are denied."""
+        async with asyncio.TaskGroup() as tasks:
+            tasks.create_task(self._check.run(), name="placement, look-ups")
+            tasks.create_task(self._end_flows(), name="placement, flows")
+
+    async def _end_flows(self) -> None:
+        while True:
+            await self._misplaced.wait()
+            self._misplaced.clear()
+            await self._endpoints.judge_again()
+            await asyncio.sleep(_ENDING_EVERY_S)
 
     async def _deny(self, node: str, why: str) -> None:
         if self._announcements is not None:
             self._announcements.note_denied_node(node, why)
-        await self._endpoints.judge_again()
 
     def release(self, node: str) -> bool:
         """Believe a node again; tell whether it was denied."""

@@ -94,6 +94,7 @@ class Daemon:
         if self._cluster is not None and settings.kubernetes.placement.enabled:
             check = PlacementCheck(settings.kubernetes.placement, self._cluster.api, log, self._metrics)
             self._node.context.placement = check.open(settings)
+            check.placement.has_namespace = self._cluster.has_namespace
             self._placement = PlacementGuard(check, self._endpoints, self._announcements)
         self._registrar = Registrar(self._endpoints, settings, self._cluster)
         results = settings.registration.cni_results_dir

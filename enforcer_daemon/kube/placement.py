@@ -11,23 +11,28 @@ import asyncio
 import json
 import re
 import time
+from collections import deque
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass, field
 
+from enforcer_daemon.errors import TokenError
+from enforcer_daemon.handshake.lookups import Admission, LookupQueue
 from enforcer_daemon.handshake.placement import Answer, Claim, Placement
 from enforcer_daemon.kube.client import NOT_FOUND, ApiError, ClusterApi
 from enforcer_daemon.kube.resources import PODS
 from enforcer_daemon.kube.table import Entry, read_entry
+from enforcer_daemon.reasons import Reason
 from enforcer_daemon.settings import PlacementSettings, Settings
 from enforcer_daemon.telemetry.logs import Logger
 from enforcer_daemon.telemetry.metrics import Metrics
 
-_MAX_WAITING = 1_024
-"""Claims that wait to be looked up; more are looked up at a later contact."""
 _SILENCE_S = 5.0
 _NAMESPACE = re.compile(r"[a-z0-9]([-a-z0-9]*[a-z0-9])?", re.ASCII)
 _NAME = re.compile(r"[a-z0-9]([-a-z0-9.]*[a-z0-9])?", re.ASCII)
 """What Kubernetes accepts. A token's names are another node's words, and become part of a path."""
+
+MAX_AGAIN = 1_024
+"""Claims that wait for their second look. More are looked up anew at their next contact."""
 
 OnDenied = Callable[[str, str], Awaitable[None]]
 """Called with a node that is denied from now on, and why."""
@@ -43,8 +48,12 @@ class PlacementCheck:
     metrics: Metrics
     placement: Placement = field(init=False)
     on_denied: OnDenied | None = None
-    _first: asyncio.Queue[Claim] = field(default_factory=lambda: asyncio.Queue(_MAX_WAITING))
-    _again: asyncio.Queue[tuple[float, Claim]] = field(default_factory=lambda: asyncio.Queue(_MAX_WAITING))
+    on_misplaced: Callable[[], None] | None = None
+    """Called after a claim was denied, or a node."""
+    _first: LookupQueue = field(default_factory=LookupQueue)
+    _again: deque[tuple[float, Claim]] = field(default_factory=deque)
+    _waiting: asyncio.Event = field(default_factory=asyncio.Event)
+    _waiting_again: asyncio.Event = field(default_factory=asyncio.Event)
 
     def open(self, settings: Settings) -> Placement:
         """Give what the datapath asks."""
@@ -53,12 +62,20 @@ class PlacementCheck:
         return self.placement
 
     def _ask(self, claim: Claim) -> bool:
-        try:
-            self._first.put_nowait(claim)
-        except asyncio.QueueFull:
+        admission, evicted = self._first.put(claim)
+        if evicted is not None:
+            self.placement.forget(evicted)
             self._count("skipped")
-            return False
-        return True
+        match admission:
+            case Admission.TAKEN:
+                self._waiting.set()
+                return True
+            case Admission.QUEUE_IS_FULL:
+                self._count("skipped")
+                return False
+            case Admission.SHARE_IS_FULL:
+                self._count("refused")
+                raise TokenError(Reason.UNCONFIRMED_POD, f"too many new pods of node {claim.node} wait")
 
     async def run(self) -> None:
         """Look claims up as they come, until cancelled."""
@@ -68,26 +85,41 @@ class PlacementCheck:
 
     async def _look(self) -> None:
         while True:
-            claim = await self._first.get()
+            claim = self._first.take()
+            if claim is None:
+                self._waiting.clear()
+                await self._waiting.wait()
+                continue
             answer, where = await self._find(claim)
-            if answer is Answer.ABSENT:
-                await self._again.put((time.monotonic() + self.settings.retry_s, claim))
-            else:
+            if answer is not Answer.ABSENT:
                 await self._settle(claim, answer, where)
+            elif len(self._again) < MAX_AGAIN:
+                self._again.append((time.monotonic() + self.settings.retry_s, claim))
+                self._waiting_again.set()
+            else:
+                self.placement.forget(claim)
+                self._count("skipped")
             await asyncio.sleep(1.0 / self.settings.max_per_s)
 
     async def _look_again(self) -> None:
         while True:
-            due_at, claim = await self._again.get()
+            if not self._again:
+                self._waiting_again.clear()
+                await self._waiting_again.wait()
+            due_at, claim = self._again.popleft()
             await asyncio.sleep(max(0.0, due_at - time.monotonic()))
             await self._settle(claim, *await self._find(claim))
             await asyncio.sleep(1.0 / self.settings.max_per_s)
 
     async def _settle(self, claim: Claim, answer: Answer, where: str) -> None:
         self._count(answer.value)
-        if answer in (Answer.ABSENT, Answer.ELSEWHERE):
+        is_false = answer in (Answer.ABSENT, Answer.ELSEWHERE)
+        if is_false:
             self.log.error("false claim of a pod", node=claim.node, pod=str(claim.pod), uid=claim.uid, found=where)
-        if not self.placement.settle(claim, answer, where, time.monotonic()):
+        is_denied = self.placement.settle(claim, answer, where, time.monotonic())
+        if is_false and self.on_misplaced is not None:
+            self.on_misplaced()
+        if not is_denied:
             return
         why = self.placement.denied[claim.node].why
         self.log.error("node denied", node=claim.node, why=why, for_s=self.settings.denial_s)
@@ -111,7 +143,9 @@ class PlacementCheck:
         pod = entry.value
         if pod.node == claim.node and claim.uid in ("", pod.uid):
             return Answer.HERE, ""
-        if claim.uid == pod.uid:
+        # By the UID that the API server gave it. The hash of a static pod is an annotation, which anybody may write on
+        # a pod of his own that he sends to another node.
+        if claim.uid and claim.uid == entry.uid:
             return Answer.ELSEWHERE, f"on node {pod.node}" if pod.node else "on no node"
         return Answer.ABSENT, f"another pod of that name (UID {pod.uid}, node {pod.node or 'none'})"
 

@@ -147,6 +147,10 @@ class ClusterSource:
         pod = None if entry is None else entry.value
         return pod if pod is not None and pod.uid == uid else None
 
+    def has_namespace(self, name: str) -> bool:
+        """Tell whether the cluster has a namespace; before that is known, any."""
+        return not self.is_settled or ("", name) in self._namespaces.entries
+
     async def until_in_force(self, ref: PodRef, uid: str) -> Pod:
         """Wait until the world that all endpoints are judged by has this pod."""
         async with self._taken:

@@ -147,7 +147,7 @@ class Metrics:
             ("result",),
             registry=self.registry,
         )
-        for result in ("here", "elsewhere", "absent", "unknown", "skipped"):
+        for result in ("here", "elsewhere", "absent", "unknown", "skipped", "refused"):
             self.placement.labels(result)
         self.denied_nodes = Gauge(
             "enforcer_denied_nodes", "Nodes that are not believed because of false claims.", registry=self.registry

@@ -8,7 +8,7 @@ from dataclasses import replace
 import pytest
 
 from enforcer_daemon.errors import TokenError
-from enforcer_daemon.handshake.placement import MAX_ABSENT, MAX_CLAIMS, Answer, Claim, Placement
+from enforcer_daemon.handshake.placement import MAX_ABSENT, MAX_CLAIMS, MAX_DOUBTED, Answer, Claim, Placement
 from enforcer_daemon.model import Identity, PodRef
 from enforcer_daemon.reasons import Reason
 
@@ -93,12 +93,92 @@ def test_another_uid_of_a_name_is_another_claim_and_counts_as_the_same_pod() -> 
     assert len(cluster.asked) == 2 * MAX_ABSENT
 
 
-def test_a_node_with_several_pods_that_are_not_there_is_denied() -> None:
+def test_pods_that_are_not_there_never_deny_their_node() -> None:
+    """Whoever may delete his pods by force makes as many as he likes; the processes live on and dial."""
+    cluster = Cluster()
+    assert cluster.refusal(pod("known")) is None
+    cluster.answer(Answer.HERE)
+    for number in range(20 * MAX_ABSENT):
+        cluster.refusal(pod(f"p{number}"))
+        assert not cluster.answer(Answer.ABSENT)
+    assert cluster.placement.denied == {}
+    assert cluster.refusal(pod("known")) is None
+    assert cluster.refusal(replace(pod("new"), pod=PodRef("other", "new"))) is None
+    assert cluster.refusal(replace(pod("new"), node="node-c")) is None
+
+
+def test_after_several_that_are_not_there_pods_of_that_namespace_and_node_are_looked_up_first() -> None:
+    """Made-up pods look the same as deleted ones: a fresh name for each contact must not pass each time."""
     cluster = Cluster()
     for number in range(MAX_ABSENT):
         assert cluster.refusal(pod(f"p{number}")) is None
-        assert cluster.answer(Answer.ABSENT) == (number == MAX_ABSENT - 1)
-    assert cluster.refusal(pod("next")) is Reason.NODE_DENIED
+        cluster.answer(Answer.ABSENT)
+    for number in range(3):
+        assert cluster.refusal(pod(f"made-up-{number}"), now=99.0) is Reason.UNCONFIRMED_POD
+    assert cluster.refusal(pod("true"), now=99.0) is Reason.UNCONFIRMED_POD
+    assert cluster.refusal(pod("true"), now=99.0) is Reason.UNCONFIRMED_POD
+    assert [claim.pod.name for claim in cluster.asked[-1:]] == ["true"]  # Asked for once.
+    cluster.answer(Answer.HERE)
+    assert cluster.refusal(pod("true"), now=99.0) is None
+    assert cluster.refusal(pod("later"), now=DENIAL_S) is None
+
+
+def test_a_pod_of_a_namespace_that_the_cluster_does_not_have_is_looked_up_first() -> None:
+    cluster = Cluster()
+    cluster.placement.has_namespace = lambda name: name == "shop"
+    assert cluster.refusal() is None
+    made_up = replace(WEB, pod=PodRef("made-up", "web"))
+    assert cluster.refusal(made_up) is Reason.UNCONFIRMED_POD
+    cluster.answer(Answer.HERE)  # The namespace is new, and the watch behind.
+    assert cluster.refusal(made_up) is None
+
+
+def test_flows_with_a_pod_that_is_not_there_end_and_no_others() -> None:
+    cluster = Cluster()
+    cluster.refusal()
+    cluster.answer(Answer.ABSENT)
+    assert cluster.placement.is_denied(WEB, 99.0)
+    assert not cluster.placement.is_denied(WEB, DENIAL_S)
+    assert not cluster.placement.is_denied(pod("other"), 99.0)
+    assert not cluster.placement.is_denied(replace(WEB, node="node-a"), 99.0)
+    assert not cluster.placement.is_denied(replace(WEB, trust_domain="other.example"), 99.0)
+
+
+def test_what_is_remembered_of_absent_pods_is_bounded() -> None:
+    cluster = Cluster()
+    for number in range(MAX_DOUBTED + 10):
+        claim = Claim("node-b", PodRef(f"n{number}", "p"), "u")
+        for name in ("p", "q") * 2:
+            cluster.placement.settle(replace(claim, pod=PodRef(f"n{number}", name)), Answer.ABSENT, "away", 0.0)
+    for number in range(3 * MAX_ABSENT):
+        cluster.placement.settle(Claim("node-b", PodRef("x", f"p{number}"), "u"), Answer.ABSENT, "away", 0.0)
+    assert len(cluster.placement._absent) == MAX_DOUBTED
+    assert max(map(len, cluster.placement._absent.values())) == MAX_ABSENT
+
+
+def test_one_nodes_claims_push_out_no_other_nodes() -> None:
+    cluster = Cluster()
+    other = replace(pod("good"), node="node-c")
+    cluster.refusal(other)
+    cluster.answer(Answer.HERE)
+    for number in range(MAX_CLAIMS + 100):
+        cluster.refusal(pod(f"p{number}"))
+    asked = len(cluster.asked)
+    assert cluster.refusal(other) is None
+    assert len(cluster.asked) == asked
+
+
+def test_what_the_queue_refuses_is_not_believed_and_asked_for_again() -> None:
+    cluster = Cluster()
+
+    def refuse(_: Claim) -> bool:
+        raise TokenError(Reason.UNCONFIRMED_POD, "too many")
+
+    cluster.placement._ask = refuse
+    assert cluster.refusal() is Reason.UNCONFIRMED_POD
+    cluster.placement._ask = cluster._ask
+    assert cluster.refusal() is None
+    assert len(cluster.asked) == 1
 
 
 def test_pods_that_were_not_there_long_ago_do_not_count() -> None:

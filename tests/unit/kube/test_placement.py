@@ -5,13 +5,16 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import structlog
 
 from enforcer_daemon.errors import TokenError
+from enforcer_daemon.handshake.lookups import MAX_WAITING_OF_NODE
 from enforcer_daemon.handshake.placement import Placement
+from enforcer_daemon.kube import placement as module
 from enforcer_daemon.kube.client import ClusterApi
 from enforcer_daemon.kube.placement import PlacementCheck
 from enforcer_daemon.model import Identity, PodRef
@@ -125,6 +128,21 @@ def test_the_very_pod_elsewhere_denies_the_node(api: FakeApi, tmp_path: Path, no
     run(api, tmp_path, work)
 
 
+def test_a_pod_that_a_user_dresses_as_the_mirror_of_another_is_no_evidence(api: FakeApi, tmp_path: Path) -> None:
+    """The claim's pod was deleted by force; one of its name, bound to another node, states its UID as its hash."""
+    put_pod(api, "web", node="c", uid="u-new", **{
+        "kubernetes.io/config.hash": "u-1", "kubernetes.io/config.mirror": "u-1"})  # fmt: skip
+
+    async def work(asking: Asking) -> None:
+        assert asking.refusal(claim("web", "u-1")) is None
+        await asking.until_counted("absent")
+        assert (asking.denied, asking.placement.denied) == ([], {})
+        assert asking.refusal(claim("web", "u-1")) is Reason.MISPLACED_POD
+        assert asking.refusal(claim("other")) is None
+
+    run(api, tmp_path, work)
+
+
 @pytest.mark.parametrize("uid", ["of-an-earlier-one", ""])
 def test_another_pod_of_that_name_denies_the_claim_after_a_second_look(api: FakeApi, tmp_path: Path, uid: str) -> None:
     """A pod of a StatefulSet may have moved by force: no proof that its old node lies."""
@@ -187,5 +205,35 @@ def test_more_claims_than_may_wait_are_looked_up_at_a_later_contact(api: FakeApi
         for number in range(1_030):
             assert asking.refusal(claim(f"p{number}", node=f"n{number}")) is None
         assert asking.count("skipped") == 6
+
+    run(api, tmp_path, work)
+
+
+def test_a_node_that_makes_up_pods_is_refused_where_its_share_is_full(api: FakeApi, tmp_path: Path) -> None:
+    """And the others' pods are looked up by turns with it, however many it makes up."""
+
+    async def work(asking: Asking) -> None:
+        put_pod(api, "web", node="c")
+        refused = [asking.refusal(claim(f"p{n}", namespace=f"n{n % 3}")) for n in range(MAX_WAITING_OF_NODE + 50)]
+        assert refused.count(Reason.UNCONFIRMED_POD) == 50
+        assert asking.count("refused") == 50
+        assert asking.refusal(claim("web", node="c")) is None
+        await asking.until_counted("here")
+        looked_up = sum("/pods/p" in path for _, path in asking.api.requests)
+        assert looked_up <= 2
+        assert asking.refusal(claim("web", node="c")) is None
+
+    run(api, tmp_path, work)
+
+
+def test_no_more_wait_for_a_second_look_than_may(api: FakeApi, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "MAX_AGAIN", 2)
+
+    async def work(asking: Asking) -> None:
+        asking.check.settings = replace(asking.check.settings, retry_s=60.0)
+        for number in range(4):
+            assert asking.refusal(claim(f"p{number}")) is None
+        await asking.until_counted("skipped", 1)
+        assert asking.placement.denied == {}
 
     run(api, tmp_path, work)
