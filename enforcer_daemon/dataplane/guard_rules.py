@@ -7,15 +7,24 @@ A text for `nft -f` is one transaction: all of it comes into force, or nothing. 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from ipaddress import IPv4Network, IPv6Address, IPv6Network, collapse_addresses
+from ipaddress import (
+    IPv4Address,
+    IPv4Network,
+    IPv6Address,
+    IPv6Network,
+    collapse_addresses,
+    summarize_address_range,
+)
+from itertools import islice
 
 from enforcer_daemon.dataplane.guard_virtual import INTO_VIRTUAL
 from enforcer_daemon.handshake.frames import MAGIC
 from enforcer_daemon.model import AttachmentId, IPAddress, IPNetwork
 from enforcer_daemon.packet.tcp import TCP_MAX_HEADER, TCP_MIN_HEADER
-from enforcer_daemon.policy.evaluate import AddressRule
+from enforcer_daemon.policy.address_rules import AddressRule
+from enforcer_daemon.policy.tables import Span
 from enforcer_daemon.reasons import Reason
 
 NAME = "trireme_guard"
@@ -89,19 +98,27 @@ def _element(name: str, verdict: str = "") -> str:
     return f"{kind} {{ {key} : {verdict} }}" if verdict else f"{kind} {{ {key} }}"
 
 
-def address_rule(rule: AddressRule, four: str, six: str) -> str:
-    """Write a rule that accepts; `four` and `six` are what is compared with its network."""
+def address_rule(rule: AddressRule, four: str, six: str, port: str = "th dport") -> str:
+    """Write a rule that accepts, whatever its size one of nft; `four`, `six` and `port` are what is compared."""
     words: list[str] = []
-    if rule.network is not None:
-        match = four if rule.network.version == 4 else six
-        words.append(f"{match} {rule.network}")
-        if rule.excepts:
-            words.append(f"{match} != {listed(_collapsed(rule.excepts))}")
+    if (addresses := rule.addresses) is not None:
+        kind = IPv4Address if addresses.version == 4 else IPv6Address
+        words.append(f"{four if addresses.version == 4 else six} {_interval_set(kind, addresses.spans)}")
     if rule.protocol is not None:
         words.append(f"meta l4proto {rule.protocol.value}")
-        if rule.ports is not None:
-            words.append("th dport {}-{}".format(*rule.ports))
+        if rule.spans is not None:
+            ranges = [f"{first}-{last}" for first, last in rule.spans]
+            words.append(f"{port} {ranges[0] if len(ranges) == 1 else listed(ranges)}")
     return " ".join([*words, "accept"])
+
+
+def _interval_set(kind: Callable[[int], IPAddress], spans: Sequence[Span]) -> str:
+    """Write addresses as one network where they are one, else as an anonymous set of intervals."""
+    if len(spans) == 1:
+        networks = list(islice(summarize_address_range(*map(kind, spans[0])), 2))
+        if len(networks) == 1:
+            return str(networks[0])
+    return listed(str(kind(first)) if first == last else f"{kind(first)}-{kind(last)}" for first, last in spans)
 
 
 def _collapsed(networks: Iterable[IPNetwork]) -> list[IPNetwork]:

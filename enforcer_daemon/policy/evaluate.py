@@ -9,16 +9,17 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 from enforcer_daemon.model import (
     Decision,
     Direction,
     Identity,
     IPAddress,
-    IPNetwork,
     Protocol,
     RuleRef,
 )
+from enforcer_daemon.policy.address_rules import AddressRule, rules_of, united
 from enforcer_daemon.policy.objects import (
     EVERYTHING,
     TRUST_DOMAIN_LABEL,
@@ -26,35 +27,23 @@ from enforcer_daemon.policy.objects import (
     NetworkPolicy,
     PodPeer,
     PortMatch,
-    PortName,
     Selector,
 )
-from enforcer_daemon.policy.tables import LabelTable, NetworkSet, NetworkTable, PortTable
+from enforcer_daemon.policy.tables import AddressSet, LabelTable, NetworkTable, PortSet, PortTable
 from enforcer_daemon.reasons import Reason
 
-
-@dataclass(frozen=True, slots=True)
-class AddressRule:
-    """What a direction allows whoever the peer is: a form that kernel rules can be made of."""
-
-    network: IPNetwork | None = None
-    """None: every address of both families."""
-    excepts: tuple[IPNetwork, ...] = ()
-    protocol: Protocol | None = None
-    """None: every protocol."""
-    ports: tuple[int, int] | None = None
-    """First and last destination port; None: every port."""
+PortNames = Mapping[tuple[Protocol, int], tuple[str, ...]]
 
 
 @dataclass(frozen=True, slots=True)
 class _PodGroup:
-    """The rules whose peers are one and the same set of pods, however many policies they come from."""
+    """The rules that name one and the same set of pods, however many policies they come from."""
 
     peer: PodPeer
     namespace: str
     """The policies' own."""
     names_trust_domain: bool
-    ports: PortTable[Decision] = field(default_factory=PortTable)
+    rules: set[int] = field(default_factory=set)
 
     def holds(self, peer: Identity, trust_domain: str) -> bool:
         if not self.peer.pod_selector.matches(peer.labels):
@@ -68,18 +57,35 @@ class _PodGroup:
         return peer.pod.namespace == self.namespace if selector is None else selector.matches(peer.namespace_labels)
 
 
-@dataclass(frozen=True, slots=True)
-class _BlockGroup:
-    """The rules of one ipBlock."""
+class _Rule(NamedTuple):
+    """One rule of a policy."""
 
-    excepts: NetworkSet
-    ports: PortTable[Decision] = field(default_factory=PortTable)
+    decision: Decision
+    ports: PortSet
+    blocks: tuple[AddressSet, ...] | None
+    """For each family that it has blocks of; None: any address."""
+
+    def holds_address(self, address: IPAddress) -> bool:
+        return self.blocks is None or any(address in blocks for blocks in self.blocks)
+
+
+_TRIED = 8
+"""So many rules of a peer are tried one by one; of more, the ports' index is asked which come into question."""
+MAX_REMEMBERED_PEERS = 1_024
+MAX_REMEMBERED_GROUPS = 65_536
+"""Peers, and groups of all peers, that are remembered by one set of rules; beyond, all are found again. To find the
+groups of a peer may mean to try each selector of a namespace, which must not happen for each of the peer's flows."""
+MAX_NAMINGS = 16
+"""Ways in which the pods of one set of rules name their ports, of which the rules by address are kept."""
 
 
 class CompiledRules:
     """The rules of the policies that isolate some pods in one direction; shared by all pods that the same ones select.
 
-    A look-up costs no more with many policies than with one, as long as their selectors or ports tell them apart.
+    A rule has a number. A peer, an address and a port each give sets of numbers, and what is in a set of the peer's
+    and in one of the port's allows the flow. So everything here is as large as the policies, and a look-up costs no
+    more with many policies than with one, as long as their selectors or ports tell them apart: the smaller set is
+    walked.
     """
 
     def __init__(self, policies: Sequence[NetworkPolicy], direction: Direction) -> None:
@@ -88,57 +94,128 @@ class CompiledRules:
         reason = Reason.INGRESS_DENIED if direction is Direction.INGRESS else Reason.EGRESS_DENIED
         self.denial = Decision(False, reason, direction, self.isolating)
         self.unidentified = Decision(False, Reason.UNIDENTIFIED_PEER, direction, self.isolating)
-        self.anyone: PortTable[Decision] = PortTable()
-        self.any_pod: PortTable[Decision] = PortTable()
+        self._rules: list[_Rule] = []
+        self._ports = PortTable()
+        self._any_pod = PortTable()
         """The ports of all rules for pods, whichever: for what could be, before the peer is known."""
-        self.any_block: PortTable[Decision] = PortTable()
-        self.by_address: list[tuple[IPBlock | None, tuple[PortMatch, ...]]] = []
-        """Each rule by address alone; None: any address."""
+        self._anyone: set[int] = set()
         self._pod_groups: dict[PodPeer, _PodGroup] = {}
-        self._block_groups: dict[IPBlock, _BlockGroup] = {}
+        self._networks: NetworkTable[set[int]] = NetworkTable(set)
+        """The rules with a block of a network; whether its exceptions hold an address, the rule knows."""
+        port_sets: dict[tuple[PortMatch, ...], PortSet] = {}
         for policy in policies:
             for index, rule in enumerate(policy.rules(direction) or ()):
                 decision = Decision(True, Reason.POLICY, direction, (RuleRef(policy.namespace, policy.name, index),))
-                for peer in rule.peers or (None,):
-                    self._add(policy.namespace, peer, rule.ports, decision)
-        self.pods = LabelTable((_filing_selectors(group), group) for group in self._pod_groups.values())
-        self._blocks: NetworkTable[list[_BlockGroup]] = NetworkTable(list)
-        for block, group in self._block_groups.items():
-            self._blocks.at(block.network).append(group)
+                ports = port_sets.get(rule.ports)
+                if ports is None:
+                    ports = port_sets[rule.ports] = PortSet(rule.ports)
+                self._add(policy.namespace, rule.peers, ports, decision)
+        self._pods = LabelTable((_filing_selectors(group), group) for group in self._pod_groups.values())
+        self._groups_of: dict[Identity, tuple[_PodGroup, ...]] = {}
+        self._remembered = 0
+        self._address_rules: dict[frozenset[tuple[object, ...]], tuple[AddressRule, ...]] = {}
 
-    def _add(
-        self, namespace: str, peer: PodPeer | IPBlock | None, ports: tuple[PortMatch, ...], decision: Decision
-    ) -> None:
-        if isinstance(peer, PodPeer):
-            if peer not in self._pod_groups:
-                selector = peer.namespace_selector
-                crosses = selector is not None and selector.names(TRUST_DOMAIN_LABEL)
-                self._pod_groups[peer] = _PodGroup(peer, namespace, crosses)
-            self._pod_groups[peer].ports.add(ports, decision)
-            self.any_pod.add(ports, decision)
+    def _add(self, namespace: str, peers: tuple[PodPeer | IPBlock, ...], ports: PortSet, decision: Decision) -> None:
+        number = len(self._rules)
+        blocks = [peer for peer in peers if isinstance(peer, IPBlock)]
+        for block in blocks:
+            self._networks.at(block.network).add(number)
+        families = sorted({block.network.version for block in blocks})
+        sets = tuple(AddressSet.of_blocks(version, blocks) for version in families)
+        self._rules.append(_Rule(decision, ports, sets if peers else None))
+        self._ports.add(ports, number)
+        if not peers:
+            self._anyone.add(number)
+        for peer in peers:
+            if isinstance(peer, PodPeer):
+                group = self._pod_groups.get(peer)
+                if group is None:
+                    selector = peer.namespace_selector
+                    crosses = selector is not None and selector.names(TRUST_DOMAIN_LABEL)
+                    group = self._pod_groups[peer] = _PodGroup(peer, namespace, crosses)
+                group.rules.add(number)
+        if len(blocks) < len(peers):
+            self._any_pod.add(ports, number)
+
+    def allowing_pod(
+        self, peer: Identity, trust_domain: str, port: int | None, protocol: Protocol | None, names: Sequence[str]
+    ) -> Iterator[Decision]:
+        """Give what allows a pod, wherever it is, as seen from a pod of `trust_domain`."""
+        for group in self._find_groups(peer, trust_domain):
+            for rule in self._with_port(group.rules, port, protocol, names):
+                yield rule.decision
+
+    def allowing_address(
+        self, address: IPAddress, port: int | None, protocol: Protocol | None, names: Sequence[str]
+    ) -> Iterator[Decision]:
+        """Give what allows an address, whoever is there."""
+        for rule in self._with_port(self._anyone, port, protocol, names):
+            yield rule.decision
+        for numbers in self._networks.find(address):
+            for rule in self._with_port(numbers, port, protocol, names):
+                if rule.holds_address(address):
+                    yield rule.decision
+
+    def _with_port(
+        self, numbers: set[int], port: int | None, protocol: Protocol | None, names: Sequence[str]
+    ) -> Iterator[_Rule]:
+        rules = self._rules
+        if len(numbers) <= _TRIED:
+            for number in numbers:
+                if rules[number].ports.holds(protocol, port, names):
+                    yield rules[number]
             return
-        self.by_address.append((peer, ports))
-        if peer is None:
-            self.anyone.add(ports, decision)
-            return
-        if peer not in self._block_groups:
-            self._block_groups[peer] = _BlockGroup(NetworkSet(peer.excepts))
-        self._block_groups[peer].ports.add(ports, decision)
-        self.any_block.add(ports, decision)
+        for found in self._ports.find(protocol, port, names):
+            fewer, more = (found, numbers) if len(found) < len(numbers) else (numbers, found)
+            for number in fewer:
+                if number in more:
+                    yield rules[number]
 
-    def tables_at(self, address: IPAddress) -> Iterator[PortTable[Decision]]:
-        """Give the rules that hold for an address, whoever is there."""
-        yield self.anyone
-        for groups in self._blocks.find(address):
-            for group in groups:
-                if address not in group.excepts:
-                    yield group.ports
+    def _find_groups(self, peer: Identity, trust_domain: str) -> tuple[_PodGroup, ...]:
+        known = self._groups_of.get(peer)
+        if known is None:
+            found = self._pods.find(peer.labels, peer.namespace_labels)
+            known = tuple(group for group in found if group.holds(peer, trust_domain))
+            self._remembered += len(known)
+            if len(self._groups_of) >= MAX_REMEMBERED_PEERS or self._remembered > MAX_REMEMBERED_GROUPS:
+                self._groups_of.clear()
+                self._remembered = len(known)
+            self._groups_of[peer] = known
+        return known
 
-    def tables_of(self, peer: Identity, trust_domain: str) -> Iterator[PortTable[Decision]]:
-        """Give the rules that hold for a pod, wherever it is, as seen from a pod of `trust_domain`."""
-        for group in self.pods.find(peer.labels, peer.namespace_labels):
-            if group.holds(peer, trust_domain):
-                yield group.ports
+    def could_allow(self, address: IPAddress | None, port: int | None, protocol: Protocol | None) -> bool:
+        """Tell whether any rule could allow some peer there; None: not known yet."""
+        if address is None:
+            return self._ports.could_hold(protocol, None)
+        if self._any_pod.could_hold(protocol, port):
+            return True
+        for numbers in (self._anyone, *self._networks.find(address)):
+            for possible in self._ports.possible(protocol, port):
+                fewer, more = (numbers, possible) if len(numbers) < len(possible) else (possible, numbers)
+                if any(number in more and self._rules[number].holds_address(address) for number in fewer):
+                    return True
+        return False
+
+    def address_rules(self, own_names: PortNames) -> tuple[AddressRule, ...]:
+        """Give what is allowed by address alone, each once, where the pod's own ports have these names."""
+        by_name: dict[tuple[Protocol, str], list[int]] = {}
+        if self._ports.has_names:
+            for (protocol, number), names in own_names.items():
+                for name in names:
+                    by_name.setdefault((protocol, name), []).append(number)
+        key = frozenset((protocol, name, *numbers) for (protocol, name), numbers in by_name.items())
+        known = self._address_rules.get(key)
+        if known is None:
+            found = (
+                allowed
+                for rule in self._rules
+                for blocks in ((None,) if rule.blocks is None else rule.blocks)
+                for allowed in rules_of(blocks, rule.ports, by_name)
+            )
+            if len(self._address_rules) >= MAX_NAMINGS:
+                self._address_rules.clear()
+            known = self._address_rules[key] = united(found)
+        return known
 
 
 def _filing_selectors(group: _PodGroup) -> tuple[Selector, Selector]:
@@ -147,9 +224,6 @@ def _filing_selectors(group: _PodGroup) -> tuple[Selector, Selector]:
         # That label is not among the peer's namespace labels, so nothing can be found by it.
         namespaces = Selector(tuple(r for r in namespaces.requirements if r.key != TRUST_DOMAIN_LABEL))
     return group.peer.pod_selector, namespaces
-
-
-PortNames = Mapping[tuple[Protocol, int], tuple[str, ...]]
 
 
 class DirectionPolicy:
@@ -214,10 +288,8 @@ class DirectionPolicy:
             elif peer is not None:
                 names = [p.name for p in peer.named_ports if p.number == port and p.protocol is protocol]
         if peer is not None:
-            for table in self._rules.tables_of(peer, self._trust_domain):
-                yield from table.find(protocol, port, names)
-        for table in self._rules.tables_at(address):
-            yield from table.find(protocol, port, names)
+            yield from self._rules.allowing_pod(peer, self._trust_domain, port, protocol, names)
+        yield from self._rules.allowing_address(address, port, protocol, names)
 
     def could_allow(self, address: IPAddress | None, port: int | None, protocol: Protocol | None) -> bool:
         """Tell whether any rule could allow some peer there, before its identity is known.
@@ -225,15 +297,7 @@ class DirectionPolicy:
         `address` None: a virtual address was dialled, and the pod behind it has an address and a port that are not
         known yet; `port` then does not count either. `port` None: not known yet.
         """
-        rules = self._rules
-        if self._allows_all is not None:
-            return True
-        if address is None:
-            tables = iter((rules.any_pod, rules.anyone, rules.any_block))
-            return any(table.could_hold(protocol, None) for table in tables)
-        if rules.any_pod.could_hold(protocol, port):
-            return True
-        return any(table.could_hold(protocol, port) for table in rules.tables_at(address))
+        return self._allows_all is not None or self._rules.could_allow(address, port, protocol)
 
     def address_rules(self) -> tuple[AddressRule, ...]:
         """Give what is allowed by address alone, each once; if the pod is not isolated, one rule that allows all.
@@ -243,34 +307,15 @@ class DirectionPolicy:
         """
         if self._allows_all is not None:
             return (AddressRule(),)
-        found: dict[AddressRule, None] = {}
-        for block, ports in self._rules.by_address:
-            network, excepts = (None, ()) if block is None else (block.network, block.excepts)
-            if not ports:
-                found[AddressRule(network, excepts)] = None
-            for port in ports:
-                for span in self._spans(port):
-                    found[AddressRule(network, excepts, port.protocol, span)] = None
-        return tuple(found)
-
-    def _spans(self, port: PortMatch) -> list[tuple[int, int] | None]:
-        if not isinstance(port, PortName):
-            return [None if port.is_all else (port.first, port.last)]
-        return [
-            (number, number)
-            for (protocol, number), names in (self._own_names or {}).items()
-            if protocol is port.protocol and port.name in names
-        ]
+        return self._rules.address_rules(self._own_names or {})
 
 
 def port_names(identity: Identity) -> PortNames:
     """Give the names of a pod's ports by protocol and number; one port may have several."""
-    names: dict[tuple[Protocol, int], tuple[str, ...]] = {}
+    names: dict[tuple[Protocol, int], dict[str, None]] = {}
     for port in identity.named_ports:
-        key = (port.protocol, port.number)
-        if port.name not in names.get(key, ()):
-            names[key] = (*names.get(key, ()), port.name)
-    return names
+        names.setdefault((port.protocol, port.number), {})[port.name] = None
+    return {key: tuple(found) for key, found in names.items()}
 
 
 @dataclass(frozen=True, slots=True)

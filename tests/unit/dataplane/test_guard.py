@@ -39,7 +39,7 @@ def test_who_comes_masqueraded_ends_at_a_counted_drop() -> None:
         "meta length >= 201 tcp flags & (fin | syn | rst | ack) == syn accept",
         "ct original ip saddr 10.0.0.5 accept",
         "ct original ip6 saddr fd00::5 accept",
-        "ct original ip saddr 10.0.0.0/8 ct original ip saddr != { 10.1.0.0/16 } meta l4proto 6 th dport 80-90 accept",
+        "ct original ip saddr { 10.0.0.0-10.0.255.255, 10.2.0.0-10.255.255.255 } meta l4proto 6 th dport 80-90 accept",
         "ct original ip6 saddr fd00::/8 accept",
         "meta l4proto 17 accept",
         "counter goto drop_unidentified_peer",

@@ -1,0 +1,96 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a policy may cost: in proportion to its size, whatever it combines."""
+
+from __future__ import annotations
+
+import time
+from ipaddress import ip_address
+from typing import Any
+
+from enforcer_daemon.dataplane.guard_rules import address_rule
+from enforcer_daemon.model import Identity, PodRef, Protocol
+from enforcer_daemon.policy import PodPolicy, compile_snapshot, decode_network_policy
+from enforcer_daemon.policy.objects import Selector
+
+POD = Identity(PodRef("farm", "cow"), (ip_address("10.0.0.1"),), {"app": "cow"}, {}, "node")
+PEER = Identity(PodRef("farm", "hen"), (ip_address("10.0.0.2"),), {"app": "hen", "key7": ""}, {}, "node")
+GENEROUS_S = 1.0
+"""Many times what is needed; the product of peers and ports took longer."""
+
+
+def compiled(*rules: dict[str, Any], peers: str = "from") -> PodPolicy:
+    direction = {"from": "ingress", "to": "egress"}[peers]
+    spec = {"podSelector": {}, "policyTypes": ["Ingress", "Egress"], direction: list(rules)}
+    metadata = {"namespace": "farm", "name": "all"}
+    manifest = {"apiVersion": "networking.k8s.io/v1", "kind": "NetworkPolicy", "metadata": metadata, "spec": spec}
+    return compile_snapshot([decode_network_policy(manifest)], 1).pod_policy(POD)
+
+
+def blocks(count: int) -> list[dict[str, Any]]:
+    return [{"ipBlock": {"cidr": f"10.{number >> 7}.{number % 128 * 2}.0/24"}} for number in range(count)]
+
+
+def ports(count: int) -> list[dict[str, Any]]:
+    return [{"port": 1 + 2 * number} for number in range(count)]
+
+
+def test_many_peers_with_many_ports_are_kept_beside_each_other():
+    peers = [{"podSelector": {"matchLabels": {f"key{number}": ""}}} for number in range(1_000)]
+    started = time.perf_counter()
+
+    policy = compiled({"from": peers, "ports": ports(1_500)})
+
+    assert policy.ingress.judge(PEER, PEER.ips[0], 2_999, Protocol.TCP).is_allowed
+    assert not policy.ingress.judge(PEER, PEER.ips[0], 3_000, Protocol.TCP).is_allowed
+    assert time.perf_counter() - started < GENEROUS_S
+
+
+def test_many_blocks_with_many_ports_are_one_rule_of_the_kernel():
+    policy = compiled({"to": blocks(500), "ports": ports(500)}, peers="to")
+
+    (rule,) = policy.egress.address_rules()
+
+    assert rule.addresses is not None
+    assert rule.spans is not None
+    assert (len(rule.addresses.spans), len(rule.spans)) == (500, 500)
+    assert len(address_rule(rule, "ip daddr", "ip6 daddr")) < 30 * 1_000
+
+
+def test_rules_for_the_same_addresses_or_ports_are_united():
+    rules = [{"to": [block], "ports": [{"port": 443}]} for block in blocks(300)]
+    rules += [{"ports": [{"port": 53, "endPort": 53 + number}]} for number in range(300)]
+
+    united = compiled(*rules, peers="to").egress.address_rules()
+
+    assert [(rule.addresses is None, rule.spans) for rule in united] == [(False, ((443, 443),)), (True, ((53, 352),))]
+
+
+def test_a_peer_is_compared_with_the_selectors_once(monkeypatch: Any):
+    strangers = [{"matchExpressions": [{"key": f"k{number}", "operator": "DoesNotExist"}]} for number in range(9)]
+    selectors = [*strangers, {"matchLabels": {"app": "hen"}}]
+    policy = compiled({"from": [{"podSelector": each} for each in selectors], "ports": [{"port": 80}]})
+    asked = []
+    matches = Selector.matches
+    monkeypatch.setattr(Selector, "matches", lambda self, labels: asked.append(self) or matches(self, labels))
+    for port in range(100):
+        policy.ingress.judge(PEER, PEER.ips[0], port, Protocol.TCP)
+    assert len(asked) == 10
+
+
+def test_remembered_peers_are_bounded(monkeypatch: Any):
+    monkeypatch.setattr("enforcer_daemon.policy.evaluate.MAX_REMEMBERED_PEERS", 2)
+    policy = compiled({"from": [{"podSelector": {}}]})
+    for number in range(5):
+        peer = Identity(PodRef("farm", f"p{number}"), PEER.ips, {}, {}, "node")
+        assert policy.ingress.judge(peer, PEER.ips[0], 80, Protocol.TCP).is_allowed
+    assert len(policy.ingress._rules._groups_of) <= 2
+
+
+def test_remembered_groups_are_bounded(monkeypatch: Any):
+    monkeypatch.setattr("enforcer_daemon.policy.evaluate.MAX_REMEMBERED_GROUPS", 3)
+    peers = [{"podSelector": {"matchLabels": {"app": "hen"}}}, {"podSelector": {}}]
+    policy = compiled({"from": peers})
+    for number in range(5):
+        peer = Identity(PodRef("farm", f"p{number}"), PEER.ips, {"app": "hen"}, {}, "node")
+        assert policy.ingress.judge(peer, PEER.ips[0], 80, Protocol.TCP).is_allowed
+        assert sum(map(len, policy.ingress._rules._groups_of.values())) <= 3
