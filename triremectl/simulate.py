@@ -218,11 +218,12 @@ def _listed(problems: list[Problem]) -> str:
 def _answer(world: World, probe: Probe, *, is_json: bool) -> bool:
     """Print the answer; tell whether it is yes."""
     # Only to rules by address does it matter which one a pod has.
-    asked = {probe.source, probe.destination} if any(map(_names_addresses, world.policies)) else set()
+    policies = [policy.load() for policy in world.policies]
+    asked = {probe.source, probe.destination} if any(map(_names_addresses, policies)) else set()
     pods = list(_with_addresses(world.pods.values(), asked))
     nodes = {ip: pod.node for pod in pods if pod.is_on_host_network and pod.node for ip in pod.ips}
     try:
-        verdict = CaseWorld(pods, world.namespaces, world.policies, nodes).judge(probe, explain=True)
+        verdict = CaseWorld(pods, world.namespaces, policies, nodes).judge(probe, explain=True)
     except ValueError as err:
         raise _NoAnswerError(str(err)) from err
     note = _unknown_port(pods, probe)

@@ -138,9 +138,19 @@ class Endpoint:
         """Tell whether the namespace's file vanished without a DEL, or another namespace is mounted there."""
         return not self.sandbox.is_mounted()
 
+    def is_identity_new(self, identity: Identity) -> bool:
+        """Tell whether an identity states something else than the present one."""
+        return not _says_the_same(identity, self.identity)
+
+    def is_touched(self, before: CompiledWorld, world: CompiledWorld) -> bool:
+        """Tell whether a world has other policies of the pod's namespace, or other labels of the pod."""
+        if not world.snapshot.has_same(before.snapshot, self.identity.pod.namespace):
+            return True
+        return self.is_identity_new(world.identity_of(self.sandbox.requests, self.identity))
+
     def update(self, identity: Identity, snapshot: PolicySnapshot) -> Change:
         """Judge new flows by a new snapshot; sign a new token where the identity has changed."""
-        is_identity_new = not _says_the_same(identity, self.identity)
+        is_identity_new = self.is_identity_new(identity)
         if is_identity_new:
             self.identity = identity
             self.sign()

@@ -6,13 +6,15 @@ from __future__ import annotations
 import asyncio
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from functools import partial
 
 from cni_plugin import messages
 from enforcer_daemon.daemon.adoption import Adoption, with_found_links
 from enforcer_daemon.daemon.announcements import Announcements
 from enforcer_daemon.daemon.endpoint import Change, Endpoint
 from enforcer_daemon.daemon.flowstore import FlowStore
+from enforcer_daemon.daemon.following import Following
 from enforcer_daemon.daemon.kernel import Kernel, guard_name, guarded
 from enforcer_daemon.daemon.node import Node
 from enforcer_daemon.daemon.rejudging import Rejudging
@@ -25,6 +27,7 @@ from enforcer_daemon.registration.registry import Record, Registry
 from enforcer_daemon.registration.request import AddRequest
 from enforcer_daemon.registration.server import Availability, Readiness
 from enforcer_daemon.settings import Settings
+from enforcer_daemon.sources.turns import Turns
 from enforcer_daemon.telemetry.flowlog import FlowLog
 from enforcer_daemon.telemetry.logs import Logger
 from enforcer_daemon.telemetry.metrics import Metrics
@@ -37,8 +40,9 @@ class Endpoints:
     """The registrar behind the plugin's socket, and what the daemon's other tasks act on."""
 
     def __init__(
-        self, settings: Settings, node: Node, kernel: Kernel, registry: Registry, log: Logger, metrics: Metrics
-    ) -> None:
+        self, settings: Settings, node: Node, kernel: Kernel, registry: Registry, log: Logger, metrics: Metrics,
+        turns: Turns,
+    ) -> None:  # fmt: skip
         self._settings = settings
         self._node = node
         self._kernel = kernel
@@ -57,6 +61,8 @@ class Endpoints:
         finally:
             os.close(own)
         self._rejudging = Rejudging(log, metrics)
+        self._turns = turns
+        self._following = Following(self._by_netns, self._turns, kernel, self._rejudging, self._leave_unsettled)
         self._adoption = Adoption(registry, log)
         self._changing = asyncio.Lock()
         """Registrations take turns; a change of the world does not wait for them."""
@@ -79,6 +85,7 @@ class Endpoints:
             if self._is_excluded(request):
                 self._registry.put(Record(request, netns))
                 return
+            await self._prepare({request.attachment: request})
             async with self._changing:
                 await self._add(request, netns_fd, netns)
         except IdentityTooLargeError as err:
@@ -92,6 +99,12 @@ class Endpoints:
         finally:
             os.close(netns_fd)
         self._metrics.registration_seconds.observe(time.monotonic() - started)
+
+    async def _prepare(self, requests: Mapping[AttachmentId, AddRequest]) -> None:
+        """Compile a pod's policies in a thread, before anybody has to wait for it."""
+        world = self._require_world()
+        identity = world.identity_of(requests)
+        await self._turns.run(identity.pod.namespace, partial(world.prepare, identity), is_urgent=True)
 
     async def _add(self, request: AddRequest, netns_fd: int, netns: NetnsId) -> None:
         known = self._by_netns.get(netns)
@@ -145,6 +158,7 @@ class Endpoints:
     async def _catch_up(self, endpoint: Endpoint, world: CompiledWorld) -> None:
         """Take over the worlds that came while rules were applied by `world`."""
         while world is not self._world:
+            await self._prepare(endpoint.sandbox.requests)
             world, before = self._require_world(), guarded(endpoint.sandbox, endpoint.policy)
             endpoint.update(world.identity_of(endpoint.sandbox.requests, endpoint.identity), world.snapshot)
             if guarded(endpoint.sandbox, endpoint.policy) != before:
@@ -281,6 +295,8 @@ class Endpoints:
         async with self._changing:
             sandboxes = self._adoption.sandboxes(self._is_excluded, self._flow_store)
             world = self._require_world()
+            for sandbox in sandboxes:
+                await self._prepare(sandbox.requests)
             guards = [guarded(each, world.snapshot.pod_policy(world.identity_of(each.requests))) for each in sandboxes]
             await self._kernel.guard_exactly(guards)
             if self._kernel.guard_problem:
@@ -302,28 +318,9 @@ class Endpoints:
             await self._rejudging.judge_all(endpoint, self._require_world())
 
     async def follow(self, world: CompiledWorld) -> None:
-        """Judge by another world from now on: new flows at once, established ones right after, then the guard."""
-        before_world, self._world = self._world, world
-        are_namespaces_new = before_world is None or before_world.world.namespaces != world.world.namespaces
-        reguarded, changed = [], []
-        for endpoint in self._by_netns.values():
-            before = guarded(endpoint.sandbox, endpoint.policy)
-            identity = world.identity_of(endpoint.sandbox.requests, endpoint.identity)
-            change = endpoint.update(identity, world.snapshot)
-            if guarded(endpoint.sandbox, endpoint.policy) != before:
-                reguarded.append(endpoint)
-            if change.is_identity_new or change.is_policy_new or are_namespaces_new:
-                endpoint.forget_unfinished(world, change)
-                changed.append((endpoint, change))
-        async with asyncio.TaskGroup() as tasks:
-            for endpoint, change in changed:
-                tasks.create_task(self._rejudging.judge(endpoint, world, change))
-        try:
-            await self._kernel.guard(*reguarded)
-        except DataplaneError as err:
-            for endpoint in reguarded:
-                self._leave_unsettled(endpoint, err)
-        await self._rejudging.judge_masqueraded(reguarded)
+        """Judge by another world from now on; return when all that it changes is in force."""
+        self._world = world
+        await self._following.follow(world)
 
     async def judge_again(self) -> None:
         """End flows with peers that are believed no longer."""

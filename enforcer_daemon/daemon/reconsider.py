@@ -104,6 +104,8 @@ class Reconsideration:
         return self.is_identity_new and is_local and self._is_denied_by_peer(flow, peer)
 
     def _is_denied_by_peer(self, flow: JudgedFlow, peer: Identity) -> bool:
+        if not self.world.evaluates(peer):
+            return False  # Its node does.
         opposite = Direction.INGRESS if flow.direction is Direction.EGRESS else Direction.EGRESS
         policy = self.world.snapshot.pod_policy(peer).direction(opposite)
         address = next((ip for ip in self.own.ips if ip.version == flow.address.version), self.own.ips[0])

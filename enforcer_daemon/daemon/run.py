@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import gc
 import signal
+import sys
 import time
 from collections.abc import AsyncIterator
 from contextlib import ExitStack, suppress
@@ -17,6 +18,7 @@ from contextlib import ExitStack, suppress
 from enforcer_daemon.daemon.announcements import Announcements
 from enforcer_daemon.daemon.endpoints import Endpoints
 from enforcer_daemon.daemon.enrolment import Enrolment
+from enforcer_daemon.daemon.following import namespaces_of
 from enforcer_daemon.daemon.kernel import Kernel
 from enforcer_daemon.daemon.node import Node
 from enforcer_daemon.daemon.placement import PlacementGuard
@@ -41,12 +43,15 @@ from enforcer_daemon.settings import CredentialSource, NetworkSettings, Settings
 from enforcer_daemon.settings_file import split_listen
 from enforcer_daemon.sources.directory import DirectorySource
 from enforcer_daemon.sources.manifests import World
+from enforcer_daemon.sources.turns import SWITCH_INTERVAL_S, Turns
 from enforcer_daemon.telemetry.events import EventBook
 from enforcer_daemon.telemetry.logs import Logger
 from enforcer_daemon.telemetry.metrics import Metrics
 
 _TEND_S = 0.1
 """How often endpoints give up what took too long, seconds."""
+_SPACING = 5.0
+"""Between two worlds passes this many times what the first took on the loop."""
 _UPKEEP_S = 1.0
 """How often the clock, tokens, queued deletions and vanished namespaces are looked at, seconds."""
 
@@ -83,8 +88,9 @@ class Daemon:
         self._deletions = settings.registration.delete_queue_dir or run_dir / "deletions"
         self._kernel = Kernel(backend, Guard(syns_per_s=2 * settings.dataplane.max_packets_per_s_per_source))
         registry = Registry(run_dir / "endpoints")
-        self._endpoints = Endpoints(settings, self._node, self._kernel, registry, log, self._metrics)
-        self._cluster = ClusterSource(settings, log, self._metrics) if settings.kubernetes.enabled else None
+        turns = Turns()
+        self._endpoints = Endpoints(settings, self._node, self._kernel, registry, log, self._metrics, turns)
+        self._cluster = ClusterSource(settings, log, self._metrics, turns) if settings.kubernetes.enabled else None
         self._announcements, self._events = None, None
         if self._cluster is not None and settings.kubernetes.events.enabled:
             book = EventBook(settings.kubernetes.events, time.monotonic)
@@ -115,6 +121,8 @@ class Daemon:
             # The sockets' lock comes first: two daemons on one directory would fight over its endpoints.
             stack.enter_context(self._admin)
             stack.enter_context(self._registration)
+            # Objects are decoded and compiled in threads, and a packet must not wait for one of them.
+            sys.setswitchinterval(SWITCH_INTERVAL_S)
             loop, work = asyncio.get_running_loop(), asyncio.ensure_future(self._work())
             for number in (signal.SIGTERM, signal.SIGINT):
                 loop.add_signal_handler(number, work.cancel)
@@ -180,17 +188,32 @@ class Daemon:
         await asyncio.Event().wait()
 
     async def _follow_worlds(self, worlds: AsyncIterator[World]) -> None:
-        async for world in worlds:
-            await self._take(world)
+        """Follow one world after the other; a namespace that takes long holds up neither later ones nor others."""
+        async with asyncio.TaskGroup() as tasks:
+            async for world in worlds:
+                started = time.monotonic()
+                tasks.create_task(self._put_in_force(await self._compile(world), started))
+                # New pods are judged by it from here on, so it may be called in force. Changes that follow one another
+                # without end leave the loop most of its time.
+                await asyncio.sleep((time.monotonic() - started) * _SPACING)
 
     async def _take(self, world: World) -> None:
-        started = time.monotonic()
+        await self._put_in_force(await self._compile(world), time.monotonic())
+
+    async def _compile(self, world: World) -> CompiledWorld:
         await self._follow_networks()
-        self._world = compile_world(world, self._settings, self._world)
-        await self._endpoints.follow(self._world)
-        self._status.world = self._world
+        namespaces = {ref.namespace for ref in world.pods} | namespaces_of(self._endpoints)
+        self._world = compile_world(world, self._settings, self._world, namespaces)
+        return self._world
+
+    async def _put_in_force(self, compiled: CompiledWorld, started: float) -> None:
+        world, generation = compiled.world, compiled.snapshot.generation
+        await self._endpoints.follow(compiled)
         self._metrics.update_seconds.observe(time.monotonic() - started)
-        self._metrics.snapshot_generation.set(self._world.snapshot.generation)
+        if self._status.world is not None and self._status.world.snapshot.generation > generation:
+            return  # A later one was in force sooner.
+        self._status.world = compiled
+        self._metrics.snapshot_generation.set(generation)
         replaced = sum(problem.has_earlier is True for problem in world.problems)
         self._metrics.count_refused(replaced, len(world.problems) - replaced)
         if self._announcements is not None and self._cluster is not None:
@@ -198,7 +221,7 @@ class Daemon:
             self._announcements.note_refused_services(self._cluster.refused_services())
         for problem in world.problems:
             self._log.error("object refused", problem=str(problem), earlier_in_force=problem.has_earlier)
-        self._log.info("policies in force", generation=self._world.snapshot.generation, policies=len(world.policies))
+        self._log.info("policies in force", generation=generation, policies=len(world.policies))
 
     async def _follow_networks(self) -> None:
         """Class addresses by the networks in force; the guard learns them at adoption, and of later ones here."""

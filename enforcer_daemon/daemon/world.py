@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 from dataclasses import dataclass, replace
 
 from enforcer_daemon.model import AttachmentId, Identity
@@ -11,6 +11,10 @@ from enforcer_daemon.policy.compile import PolicySnapshot, compile_snapshot
 from enforcer_daemon.registration.request import AddRequest
 from enforcer_daemon.settings import Settings
 from enforcer_daemon.sources.manifests import World
+
+MAX_PEER_NAMESPACE_BYTES = 1024 * 1024
+"""Policies of a namespace that are decoded because a pod with flows into it got other labels. They may be another
+tenant's; beyond, the peer's node alone evaluates the peer's direction, as it does for each handshake."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,11 +61,26 @@ class CompiledWorld:
             return True
         return any(request.labels or request.pod in self.world.pods for request in requests.values())
 
+    def evaluates(self, peer: Identity) -> bool:
+        """Tell whether a peer's own policies are evaluated here, beside its node: those of large namespaces are not."""
+        return self.snapshot.size_of(peer.pod.namespace) <= MAX_PEER_NAMESPACE_BYTES
 
-def compile_world(world: World, settings: Settings, previous: CompiledWorld | None) -> CompiledWorld:
-    """Compile a world; what did not change is taken over from the previous one."""
+    def prepare(self, identity: Identity) -> None:
+        """Compile what selects a pod, which may take long; for threads."""
+        policy = self.snapshot.pod_policy(identity)
+        policy.ingress.address_rules()
+        policy.egress.address_rules()
+
+
+def compile_world(
+    world: World, settings: Settings, previous: CompiledWorld | None, keep: Container[str] | None = None
+) -> CompiledWorld:
+    """Compile a world; what did not change of the namespaces in `keep` (None: all) is taken over from the previous one.
+
+    A namespace is compiled when it is first asked for.
+    """
     generation = 1 if previous is None else previous.snapshot.generation + 1
     before = None if previous is None else previous.snapshot
-    snapshot = compile_snapshot(world.policies, generation, before)
+    snapshot = compile_snapshot(world.policies, generation, before, keep)
     has_uids = world.is_cluster and settings.kubernetes.placement.enabled
     return CompiledWorld(world, snapshot, settings.node, settings.trust_domain, has_uids)

@@ -46,7 +46,7 @@ def load(directory: Path, resource: Resource[Value], scope: str) -> Kept[Value]:
             header = json.loads(file.readline())
             if header != _header(resource, scope):
                 return Kept(problem=f"{path}: was kept for something else, and is not used")
-            found = [read_reduced(resource, json.loads(line), {}) for line in file]
+            found = [read_reduced(resource, json.loads(line), {}, is_decoded=False) for line in file]
     except FileNotFoundError:
         return Kept()
     except (OSError, ValueError, TypeError, AttributeError, RecursionError) as err:

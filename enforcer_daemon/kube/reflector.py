@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import math
 import time
 from collections.abc import Callable, Mapping
 from contextlib import aclosing
@@ -18,6 +19,8 @@ from typing import Any, Generic, NoReturn
 from enforcer_daemon.errors import EnforcerError
 from enforcer_daemon.kube.backoff import backoff_s
 from enforcer_daemon.kube.client import GONE, NOT_FOUND, UNAUTHORIZED, ApiError, ClusterApi
+from enforcer_daemon.kube.intake import Intake
+from enforcer_daemon.kube.jsonlists import members
 from enforcer_daemon.kube.resources import Manifest, Resource, Value
 from enforcer_daemon.kube.table import Entry, Key, Table, read_entry, read_key
 from enforcer_daemon.settings import KubernetesSettings
@@ -28,6 +31,10 @@ _WATCH_S = 300.0
 """How long the server is asked to serve one watch, seconds; the random part spreads the nodes' reconnections."""
 _ABSENT_S = 300.0
 """How often it is seen whether a kind that the API server does not serve is served now, seconds."""
+_DECODED_S = 1.0
+"""Processor time for decoding a list; the rest is decoded later, in the turns of its namespaces, or when needed."""
+_LARGE_BYTES = 32_768
+"""A line of a watch that is parsed in a thread."""
 _AT_ONCE_S = 1.0
 """A watch that ends this soon without a word counts as a failure: the next one must not follow at once."""
 
@@ -65,6 +72,8 @@ class Surroundings:
     """Called after a table has changed, and when a kind is complete."""
     roll: Callable[[], float]
     """Random, from 0 to 1."""
+    intake: Intake | None = None
+    """Where objects wait to be decoded; None: they are decoded as they come."""
 
 
 class Reflector(Generic[Value]):
@@ -143,17 +152,28 @@ class Reflector(Generic[Value]):
         settings = self._shared.settings
         query = {"limit": str(settings.page_size), **self._selector}
         entries: list[Entry[Value] | Problem] = []
+        unseen: list[Key] = []
+        intake = self._shared.intake
+        left_s = math.inf if intake is None else _DECODED_S
         while True:
             body = await self._shared.api.get(self.resource.path, query, settings.request_timeout_s)
             # In a thread: the loop also serves the pods' queues.
-            page = await asyncio.to_thread(_read_page, self.resource, body, self.table.entries)
+            page = await asyncio.to_thread(_read_page, self.resource, body, self.table.entries, left_s)
             entries += page.entries
+            left_s -= page.taken_s
+            unseen += page.unseen
+            del body
             if not page.rest:
                 break
             query["continue"] = page.rest
         is_first, self.health.is_synced = not self.health.is_synced, True
+        if intake is not None:
+            intake.drop(self.table)
         if self.table.replace(entries) or is_first:
             self._shared.on_change()
+        if intake is not None:
+            for key in unseen:
+                intake.check(self.table, key)
         return page.version
 
     async def _watch(self, version: str) -> None:
@@ -170,12 +190,15 @@ class Reflector(Generic[Value]):
             async for line in lines:
                 self._heard()
                 if line:
-                    self._take(self._apply(line))
+                    large = len(line) > _LARGE_BYTES
+                    event = await asyncio.to_thread(_read_event, line) if large else _read_event(line)
+                    self._take(self._apply(event, line))
                     self._failures = 0
+                    await asyncio.sleep(0)  # Many lines may have come at once; packets come in between.
 
-    def _apply(self, line: bytes) -> bool:
-        """Take one event over; tell whether it changed anything. Raise ApiError where it does not go on."""
-        kind, thing = _read_event(line)
+    def _apply(self, event: tuple[str, Mapping[str, Any]], line: bytes) -> bool:
+        """Take one event over; tell whether it changed anything already. Raise ApiError where it does not go on."""
+        kind, thing = event
         if kind == "ERROR":
             code = thing.get("code")
             raise ApiError(str(thing.get("message", "")), code if isinstance(code, int) else 0)
@@ -183,8 +206,10 @@ class Reflector(Generic[Value]):
         version = metadata.get("resourceVersion") if isinstance(metadata, Mapping) else None
         if kind == "BOOKMARK":
             is_changed = False
+        elif (key := read_key(thing)) is not None and (intake := self._shared.intake) is not None:
+            intake.put(self.table, key, None if kind == "DELETED" else line)
+            is_changed = False
         elif kind == "DELETED":
-            key = read_key(thing)
             is_changed = key is not None and self.table.remove(key)
         else:
             is_changed = self.table.put(read_entry(self.resource, thing, self.table.entries))
@@ -209,17 +234,32 @@ class _Page(Generic[Value]):
     version: str
     rest: str
     """Token of the next page; empty after the last."""
+    unseen: list[Key]
+    """What was taken for good without being decoded."""
+    taken_s: float
 
 
-def _read_page(resource: Resource[Value], body: bytes, known: Mapping[Key, Entry[Value]]) -> _Page[Value]:
+def _read_page(
+    resource: Resource[Value], body: bytes, known: Mapping[Key, Entry[Value]], left_s: float
+) -> _Page[Value]:
+    """Read a page; after `left_s` seconds, what is kept as bytes is not decoded any more."""
+    started = time.thread_time()
+    entries: list[Entry[Value] | Problem] = []
+    unseen: list[Key] = []
     try:
-        tree = json.loads(body)
-        metadata, items = tree["metadata"], tree.get("items") or []
-        version, rest = str(metadata["resourceVersion"]), str(metadata.get("continue") or "")
-        entries = [read_entry(resource, item, known) for item in items]
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as err:
+        for name, value in members(body.decode(), "items"):
+            if name == "metadata":
+                version, rest = str(value["resourceVersion"]), str(value.get("continue") or "")
+            if name != "items":
+                continue
+            is_decoded = resource.store is None or time.thread_time() - started < left_s
+            entry = read_entry(resource, value, known, is_decoded=is_decoded)
+            entries.append(entry)
+            if not is_decoded and isinstance(entry, Entry) and known.get(entry.key) is not entry:
+                unseen.append(entry.key)
+        return _Page(entries, version, rest, unseen, time.thread_time() - started)
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError, UnboundLocalError) as err:
         raise ApiError(f"a list cannot be read: {err!r}") from err
-    return _Page(entries, version, rest)
 
 
 def _read_event(line: bytes) -> tuple[str, Mapping[str, Any]]:

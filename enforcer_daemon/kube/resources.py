@@ -13,8 +13,10 @@ from dataclasses import dataclass, replace
 from ipaddress import ip_network
 from typing import Generic, TypeVar
 
+from enforcer_daemon.kube.stored import StoredPolicy
 from enforcer_daemon.model import IPAddress, IPNetwork, Protocol
 from enforcer_daemon.policy import (
+    AnyPolicy,
     InvalidObjectError,
     Namespace,
     NetworkPolicy,
@@ -62,6 +64,8 @@ class Resource(Generic[Value]):
     """Gives what is in force for a bad object of which no version was good."""
     decode_stored: Callable[[Manifest], Value] | None = None
     """Reads what `decode` refuses, but an older API server accepted and still has."""
+    store: Callable[[tuple[str, str], bytes, Value | None], Value] | None = None
+    """Gives the form in which an object is kept in memory: by its key and bytes, decoded or not yet."""
     is_optional: bool = False
     """Whether an API server without this kind (404) has none of it."""
 
@@ -210,6 +214,13 @@ def _isolate(reduced: Manifest) -> NetworkPolicy | None:
     return None
 
 
+def _store_policy(key: tuple[str, str], document: bytes, policy: AnyPolicy | None) -> AnyPolicy:
+    stored = StoredPolicy(key, document, _decode_stored_policy, _isolate)
+    if isinstance(policy, NetworkPolicy):
+        stored.policy = policy
+    return stored
+
+
 def _decode_namespace(reduced: Manifest) -> Namespace:
     return decode_namespace(_typed(reduced, "v1", "Namespace", "metadata"))
 
@@ -305,7 +316,7 @@ def _addresses(reader: Reader, texts: list[tuple[str, object]]) -> list[IPAddres
     return found
 
 
-NETWORK_POLICIES = Resource(
+NETWORK_POLICIES: Resource[AnyPolicy] = Resource(
     "networkpolicies",
     "/apis/networking.k8s.io/v1/networkpolicies",
     "networking.k8s.io/v1",
@@ -314,6 +325,7 @@ NETWORK_POLICIES = Resource(
     _decode_policy,
     _isolate,
     _decode_stored_policy,
+    _store_policy,
 )
 NAMESPACES = Resource("namespaces", "/api/v1/namespaces", "v1", "Namespace", _reduced, _decode_namespace)
 PODS = Resource("pods", "/api/v1/pods", "v1", "Pod", _reduce_pod, _decode_cluster_pod)

@@ -17,14 +17,16 @@ from typing import Any
 
 from enforcer_daemon.kube import kept
 from enforcer_daemon.kube.client import ClusterApi
+from enforcer_daemon.kube.intake import Intake
 from enforcer_daemon.kube.networks import VirtualAddresses, discover, missing_networks
 from enforcer_daemon.kube.reflector import Reflector, Surroundings, WatchHealth
 from enforcer_daemon.kube.resources import NAMESPACES, NETWORK_POLICIES, NODES, PODS, SERVICE_CIDRS, SERVICES
 from enforcer_daemon.kube.table import Entry, Table
 from enforcer_daemon.model import PodRef
-from enforcer_daemon.policy import Pod
+from enforcer_daemon.policy import AnyPolicy, Pod
 from enforcer_daemon.settings import NetworkSettings, Settings
 from enforcer_daemon.sources.manifests import Problem, World
+from enforcer_daemon.sources.turns import Turns
 from enforcer_daemon.telemetry.logs import Logger
 from enforcer_daemon.telemetry.metrics import Metrics
 from enforcer_daemon.virtual import VirtualChange
@@ -49,13 +51,14 @@ class RefusedPolicy:
 class ClusterSource:
     """Run `run` as a task; take worlds from `worlds`, one after the other."""
 
-    def __init__(self, settings: Settings, log: Logger, metrics: Metrics) -> None:
+    def __init__(self, settings: Settings, log: Logger, metrics: Metrics, turns: Turns | None = None) -> None:
         self._settings = settings
         self._log = log
         self._directory = settings.state_dir / "cluster"
         self.api = ClusterApi(settings.kubernetes, settings.registration.run_dir / "kubeconfig")
-        surroundings = Surroundings(self.api, settings.kubernetes, log, self._note_change, random.random)
-        self._policies: Table[Any] = Table(NETWORK_POLICIES)
+        self._intake = Intake(turns or Turns(), self._note_change)
+        surroundings = Surroundings(self.api, settings.kubernetes, log, self._note_change, random.random, self._intake)
+        self._policies: Table[AnyPolicy] = Table(NETWORK_POLICIES)
         self._namespaces: Table[Any] = Table(NAMESPACES)
         self._pods: Table[Pod] = Table(PODS)
         self._nodes: Table[Any] = Table(NODES)
@@ -84,6 +87,8 @@ class ClusterSource:
             metrics.watch(reflector.resource.plural, health.up, health.silence_s)
         self._discovered: tuple[tuple[int, ...], NetworkSettings] = (), networks
         self._labels: tuple[int, Mapping[str, Mapping[str, str]]] = -1, {}
+        self._local: tuple[int, frozenset[str]] = -1, frozenset()
+        """Revision of the pods, and their namespaces."""
         self._kept_problems: list[str] = []
         self._is_kept = False
         self._written: dict[str, int] = {}
@@ -106,8 +111,10 @@ class ClusterSource:
             async with asyncio.TaskGroup() as tasks:
                 for reflector in self._reflectors:
                     tasks.create_task(reflector.run(), name=f"watch {reflector.resource.plural}")
+                tasks.create_task(self._intake.run(), name="objects")
                 tasks.create_task(self._keep_going(), name="cluster state on disk")
         finally:
+            self._intake.close()
             await self.keep()
             await self.api.close()
 
@@ -230,6 +237,7 @@ class ClusterSource:
         if self._labels[0] != self._namespaces.revision:
             labels = {namespace.name: namespace.labels for namespace in self._namespaces.values()}
             self._labels = self._namespaces.revision, labels
+        self._unload()
         return World(
             tuple(self._policies.values()),
             self._labels[1],
@@ -237,6 +245,18 @@ class ClusterSource:
             problems,
             is_cluster=True,
         )
+
+    def _unload(self) -> None:
+        """Keep policies of namespaces without a pod here as bytes alone."""
+        if self._local[0] != self._pods.revision:
+            local = frozenset(namespace for namespace, _ in self._pods.entries)
+            for policy in self._policies.values() if local != self._local[1] else ():
+                if policy.namespace not in local:
+                    policy.unload()
+            self._local = self._pods.revision, local
+        for policy in self._policies.take_changed():
+            if policy.namespace not in self._local[1]:
+                policy.unload()
 
     def _note_change(self) -> None:
         self._changed.set()

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field, replace
 from typing import Generic
 
 from enforcer_daemon.kube.resources import Manifest, Resource, Value
+from enforcer_daemon.kube.stored import StoredPolicy
 from enforcer_daemon.policy import InvalidObjectError
 from enforcer_daemon.sources.manifests import Problem
 
@@ -49,12 +50,15 @@ def read_key(manifest: object) -> Key | None:
 
 
 def read_entry(
-    resource: Resource[Value], manifest: Manifest, known: Mapping[Key, Entry[Value]]
+    resource: Resource[Value], manifest: Manifest, known: Mapping[Key, Entry[Value]], *, is_decoded: bool = True
 ) -> Entry[Value] | Problem:
-    """Read an object; a bad one keeps the value that is known, a Problem is one that nobody can name."""
+    """Read an object; a bad one keeps the value that is known, a Problem is one that nobody can name.
+
+    Without `is_decoded`, one of a kind that is stored as bytes is taken for good unseen.
+    """
     if read_key(manifest) is None:
         return Problem(resource.plural, 0, "", "metadata", "an object without a name was refused", False)
-    entry = read_reduced(resource, resource.reduce(manifest), known)
+    entry = read_reduced(resource, resource.reduce(manifest), known, is_decoded=is_decoded)
     uid = _uid(manifest)
     return replace(entry, uid=uid) if isinstance(entry, Entry) and entry.uid != uid else entry
 
@@ -66,7 +70,7 @@ def _uid(manifest: Manifest) -> str:
 
 
 def read_reduced(
-    resource: Resource[Value], reduced: Manifest, known: Mapping[Key, Entry[Value]]
+    resource: Resource[Value], reduced: Manifest, known: Mapping[Key, Entry[Value]], *, is_decoded: bool = True
 ) -> Entry[Value] | Problem:
     """Read what was left of an object, as `read_entry` does."""
     key = read_key(reduced)
@@ -76,6 +80,8 @@ def read_reduced(
     before = known.get(key)
     if before is not None and before.document == document:
         return replace(before, problems=())
+    if not is_decoded and resource.store is not None:
+        return Entry(key, resource.store(key, document, None), document)
     try:
         return Entry(key, resource.decode(reduced), document)
     except InvalidObjectError as err:
@@ -110,6 +116,7 @@ class Table(Generic[Value]):
         self.entries: dict[Key, Entry[Value]] = {}
         self.revision = 0
         """Rises with each change of what is in force or refused."""
+        self._changed: dict[Key, None] = {}
         self._unnamed: tuple[Problem, ...] = ()
         self._bad: dict[Key, tuple[Problem, ...]] = {}
 
@@ -118,16 +125,35 @@ class Table(Generic[Value]):
         if isinstance(entry, Problem):
             return self._refuse_unnamed((entry,))
         before = self.entries.get(entry.key)
-        self.entries[entry.key] = entry
+        self.entries[entry.key] = entry = self._stored(entry)
         is_known = before is not None and before.document == entry.document and before.problems == entry.problems
         if is_known and before is not None and (entry.document or before.value == entry.value):
             return False  # At most its UID is new.
         self._bad.pop(entry.key, None)
         if entry.problems:
             self._bad[entry.key] = entry.problems
+        self._changed[entry.key] = None
         self.revision += 1
         self._on_put(entry.key, entry.value)
         return True
+
+    def take_changed(self) -> list[Value]:
+        """Give what is in force of the objects that changed since the last call."""
+        changed, self._changed = self._changed, {}
+        found = (self.entries.get(key) for key in changed)
+        return [entry.value for entry in found if entry is not None and entry.value is not None]
+
+    def _stored(self, entry: Entry[Value]) -> Entry[Value]:
+        """Give an entry with its value as it is kept; what is refused, and stands in, stays as it is."""
+        store = self.resource.store
+        if store is None or entry.value is None or not entry.document or isinstance(entry.value, StoredPolicy):
+            return entry
+        return replace(entry, value=store(entry.key, entry.document, entry.value))
+
+    def checked(self, entry: Entry[Value]) -> Entry[Value] | Problem:
+        """Decode an entry that was taken for good unseen; for threads."""
+        found = read_reduced(self.resource, json.loads(entry.document), {})
+        return replace(found, uid=entry.uid) if isinstance(found, Entry) else found
 
     def remove(self, key: Key) -> bool:
         """Forget an object; tell whether it was there."""

@@ -9,11 +9,12 @@ from enforcer_daemon.policy.compile import PolicySnapshot, compile_snapshot
 from enforcer_daemon.policy.decode import decode_network_policy
 from enforcer_daemon.policy.decode_pods import decode_namespace, decode_pod, namespace_labels
 from enforcer_daemon.policy.evaluate import DirectionPolicy, PodPolicy
-from enforcer_daemon.policy.objects import Namespace, NetworkPolicy, Pod
+from enforcer_daemon.policy.objects import AnyPolicy, Namespace, NetworkPolicy, Pod
 from enforcer_daemon.policy.reader import InvalidObjectError
 
 __all__ = [
     "AddressRule",
+    "AnyPolicy",
     "DirectionPolicy",
     "InvalidObjectError",
     "Namespace",

@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import Enum
+from typing import Protocol as Protocol_
 
 from enforcer_daemon.model import Direction, IPAddress, IPNetwork, NamedPort, PodRef, Protocol
 
@@ -140,6 +141,40 @@ class NetworkPolicy:
     def rules(self, direction: Direction) -> tuple[Rule, ...] | None:
         """Give the rules of one direction; None where the policy does not isolate in it."""
         return self.ingress if direction is Direction.INGRESS else self.egress
+
+    def load(self) -> NetworkPolicy:
+        """Return it: it is decoded."""
+        return self
+
+    def unload(self) -> None:
+        """Do nothing: it has no other form."""
+
+    @property
+    def size(self) -> int:
+        """Bytes of what it was decoded from; not known."""
+        return 0
+
+
+class AnyPolicy(Protocol_):
+    """A policy, decoded or yet to be."""
+
+    @property
+    def namespace(self) -> str:
+        """Where it is."""
+
+    @property
+    def name(self) -> str:
+        """What it is called there."""
+
+    @property
+    def size(self) -> int:
+        """Bytes that it takes while it is not decoded; 0: not known."""
+
+    def load(self) -> NetworkPolicy:
+        """Return it decoded."""
+
+    def unload(self) -> None:
+        """Give the decoded form up, if there is another."""
 
 
 @dataclass(frozen=True, slots=True)

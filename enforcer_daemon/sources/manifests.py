@@ -15,6 +15,7 @@ from pathlib import Path
 from enforcer_daemon.errors import PolicyError
 from enforcer_daemon.model import PodRef
 from enforcer_daemon.policy import (
+    AnyPolicy,
     InvalidObjectError,
     Namespace,
     NetworkPolicy,
@@ -105,7 +106,7 @@ class ManifestFile:
 class World:
     """All that a source knows at one moment."""
 
-    policies: tuple[NetworkPolicy, ...] = ()
+    policies: tuple[AnyPolicy, ...] = ()
     namespaces: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
     """Labels of the declared ones."""
     pods: Mapping[PodRef, Pod] = field(default_factory=dict)

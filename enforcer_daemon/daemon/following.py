@@ -1,0 +1,160 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Endpoints after a change: brought to the latest world namespace by namespace, none of which waits for another.
+
+The policies of a namespace are compiled in a thread within its budget (`sources/turns.py`). Worlds may follow one
+another meanwhile; a namespace takes the latest when its turn comes, and skips those between.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from functools import partial
+
+from enforcer_daemon.daemon.endpoint import Change, Endpoint
+from enforcer_daemon.daemon.kernel import Kernel, guarded
+from enforcer_daemon.daemon.rejudging import Rejudging
+from enforcer_daemon.daemon.world import CompiledWorld
+from enforcer_daemon.dataplane.guard_rules import GuardedEndpoint
+from enforcer_daemon.errors import DataplaneError, EnforcerError
+from enforcer_daemon.model import Identity, NetnsId
+from enforcer_daemon.sources.turns import Turns
+
+MAX_BATCH_SPANS = 4_096
+"""Spans of addresses and ports in one transaction of the guard; an endpoint that has more is one by itself. Others wait
+while a transaction runs: some 20 ms for so many."""
+
+
+class Following:
+    """Follows worlds. For the event loop's thread alone."""
+
+    def __init__(
+        self,
+        endpoints: Mapping[NetnsId, Endpoint],
+        turns: Turns,
+        kernel: Kernel,
+        rejudging: Rejudging,
+        leave_unsettled: Callable[[Endpoint, EnforcerError], None],
+    ) -> None:
+        """Follow for these endpoints, as they are at any time."""
+        self._endpoints = endpoints
+        self._turns = turns
+        self._kernel = kernel
+        self._rejudging = rejudging
+        self._leave_unsettled = leave_unsettled
+        self._world: CompiledWorld | None = None
+        self._locks: dict[str, asyncio.Lock] = {}
+        self._asked: dict[str, int] = {}
+        self._done: dict[str, int] = {}
+        self._labelled: set[str] = set()
+        """Namespaces that have not seen yet that some namespace's labels changed."""
+
+    async def follow(self, world: CompiledWorld) -> None:
+        """Bring what the world changes to it; return when that is done."""
+        before, self._world = self._world, world
+        touched = {
+            endpoint.identity.pod.namespace
+            for endpoint in self._endpoints.values()
+            if before is None or endpoint.is_touched(before, world)
+        }
+        if before is None or before.world.namespaces != world.world.namespaces:
+            touched = namespaces_of(self._endpoints.values())
+            self._labelled |= touched
+        async with asyncio.TaskGroup() as tasks:
+            for namespace in touched:
+                tasks.create_task(self._follow(namespace))
+
+    async def _follow(self, namespace: str) -> None:
+        number = self._asked[namespace] = self._asked.get(namespace, 0) + 1
+        lock = self._locks.setdefault(namespace, asyncio.Lock())
+        async with lock:
+            if self._done.get(namespace, 0) < number:
+                asked = self._asked[namespace]
+                await self._bring(namespace)
+                self._done[namespace] = asked
+        if self._done.get(namespace) == self._asked.get(namespace) and not lock.locked():
+            for table in (self._locks, self._asked, self._done):
+                table.pop(namespace, None)
+
+    async def _bring(self, namespace: str) -> None:
+        """Bring one namespace's endpoints to the latest world."""
+        world = self._latest()
+        await self._turns.run(namespace, partial(_prepare, world, self._compiled_for(world, namespace)))
+        are_labels_new = namespace in self._labelled
+        self._labelled.discard(namespace)
+        reguarded: list[Endpoint] = []
+        changed: list[tuple[Endpoint, Change]] = []
+        for endpoint in self._of(namespace):
+            before = guarded(endpoint.sandbox, endpoint.policy)
+            identity = world.identity_of(endpoint.sandbox.requests, endpoint.identity)
+            change = endpoint.update(identity, world.snapshot)
+            if guarded(endpoint.sandbox, endpoint.policy) != before:
+                reguarded.append(endpoint)
+            if change.is_identity_new or change.is_policy_new or are_labels_new:
+                endpoint.forget_unfinished(world, change)
+                changed.append((endpoint, change))
+        async with asyncio.TaskGroup() as tasks:
+            for endpoint, change in changed:
+                tasks.create_task(self._rejudging.judge(endpoint, world, change))
+        await self._guard(reguarded)
+        await self._rejudging.judge_masqueraded(reguarded)
+
+    async def _guard(self, endpoints: list[Endpoint]) -> None:
+        for batch in batches(endpoints, lambda endpoint: spans(guarded(endpoint.sandbox, endpoint.policy))):
+            try:
+                await self._kernel.guard(*batch)
+            except DataplaneError as err:
+                for endpoint in batch:
+                    self._leave_unsettled(endpoint, err)
+
+    def _compiled_for(self, world: CompiledWorld, namespace: str) -> list[Identity]:
+        """Give the pods whose policies are asked for: the namespace's own, and of those with new labels the peers."""
+        found = []
+        for endpoint in self._of(namespace):
+            identity = world.identity_of(endpoint.sandbox.requests, endpoint.identity)
+            found.append(identity)
+            if endpoint.is_identity_new(identity):
+                peers = (judged.peer for _, judged in endpoint.flows)
+                found += [peer for peer in peers if world.evaluates(peer)]
+        return found
+
+    def _of(self, namespace: str) -> list[Endpoint]:
+        return [endpoint for endpoint in self._endpoints.values() if endpoint.identity.pod.namespace == namespace]
+
+    def _latest(self) -> CompiledWorld:
+        if self._world is None:
+            raise RuntimeError("a namespace follows a world before there is one")
+        return self._world
+
+
+def _prepare(world: CompiledWorld, identities: Iterable[Identity]) -> None:
+    for identity in identities:
+        world.prepare(identity)
+
+
+def namespaces_of(endpoints: Iterable[Endpoint]) -> set[str]:
+    """Give the namespaces of endpoints."""
+    return {endpoint.identity.pod.namespace for endpoint in endpoints}
+
+
+def spans(endpoint: GuardedEndpoint) -> int:
+    """Count what the kernel gets of an endpoint's rules: spans of addresses and of ports, and the rules themselves."""
+    return sum(
+        1 + (0 if rule.addresses is None else len(rule.addresses.spans)) + len(rule.spans or ())
+        for rule in (*endpoint.rules, *endpoint.egress)
+    )
+
+
+def batches(endpoints: Iterable[Endpoint], weigh: Callable[[Endpoint], int]) -> Iterator[list[Endpoint]]:
+    """Put endpoints together as long as they are no more than one transaction may hold."""
+    batch: list[Endpoint] = []
+    weight = 0
+    for endpoint in endpoints:
+        own = weigh(endpoint)
+        if batch and weight + own > MAX_BATCH_SPANS:
+            yield batch
+            batch, weight = [], 0
+        batch.append(endpoint)
+        weight += own
+    if batch:
+        yield batch

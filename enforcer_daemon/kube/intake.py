@@ -1,0 +1,99 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Objects that a watch brought and that wait to be decoded: each namespace by itself, the last version of each object.
+
+They wait as the bytes that came, one version each, so what waits is no larger than what the API server stores.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+from enforcer_daemon.kube.resources import Manifest
+from enforcer_daemon.kube.table import Entry, Key, Table, read_entry
+from enforcer_daemon.sources.manifests import Problem
+from enforcer_daemon.sources.turns import Turns
+
+_Waiting = dict[tuple[str, Key], tuple[Table[Any], bytes | None]]
+
+
+class Intake:
+    """Brings objects into their tables. For the event loop's thread alone."""
+
+    def __init__(self, turns: Turns, on_change: Callable[[], None]) -> None:
+        self._turns = turns
+        self._on_change = on_change
+        self._waiting: dict[str, _Waiting] = {}
+        self._serving: dict[str, asyncio.Task[None]] = {}
+        self._failure: BaseException | None = None
+        self._has_failed = asyncio.Event()
+        self._lists: dict[str, int] = {}
+        """How often each kind was listed: what a watch brought before counts for nothing after."""
+
+    def put(self, table: Table[Any], key: Key, line: bytes | None) -> None:
+        """Take an event's object, in place of an earlier one that waits; None: it was deleted."""
+        namespace = key[0]
+        waiting = self._waiting.setdefault(namespace, {})
+        waiting[table.resource.plural, key] = table, line
+        if namespace not in self._serving:
+            task = asyncio.get_running_loop().create_task(self._serve(namespace), name=f"objects of {namespace}")
+            self._serving[namespace] = task
+            task.add_done_callback(self._end)
+
+    def check(self, table: Table[Any], key: Key) -> None:
+        """Decode an object that is in its table as bytes alone, to tell what is wrong with it."""
+        if (table.resource.plural, key) not in self._waiting.get(key[0], ()):
+            self.put(table, key, b"")
+
+    def drop(self, table: Table[Any]) -> None:
+        """Forget what waits of a kind: all of it was listed."""
+        plural = table.resource.plural
+        self._lists[plural] = self._lists.get(plural, 0) + 1
+        for waiting in self._waiting.values():
+            for name in [name for name in waiting if name[0] == plural]:
+                del waiting[name]
+
+    async def _serve(self, namespace: str) -> None:
+        waiting = self._waiting[namespace]
+        while waiting:
+            (plural, key), (table, line) = next(iter(waiting.items()))
+            del waiting[plural, key]
+            if line is None:
+                is_changed = table.remove(key)
+            else:
+                listed = self._lists.get(plural)
+                entry = await self._turns.run(namespace, partial(_read, table, key, line))
+                if listed != self._lists.get(plural) or entry is None:
+                    continue  # A list came meanwhile, or it is gone: what was read is older.
+                is_changed = table.put(entry)
+            if is_changed:
+                self._on_change()
+        # In one step with the last look, so that what comes next finds no server that has ended.
+        del self._waiting[namespace], self._serving[namespace]
+
+    def _end(self, task: asyncio.Task[None]) -> None:
+        if not task.cancelled() and (failure := task.exception()) is not None:
+            self._failure = failure
+            self._has_failed.set()
+
+    async def run(self) -> None:
+        """Wait until cancelled, or raise what went wrong with an object."""
+        await self._has_failed.wait()
+        if self._failure is not None:
+            raise self._failure
+
+    def close(self) -> None:
+        """Stop; what waits is listed by the next daemon."""
+        for task in self._serving.values():
+            task.cancel()
+
+
+def _read(table: Table[Any], key: Key, line: bytes) -> Entry[Any] | Problem | None:
+    if line:
+        manifest: Manifest = json.loads(line)["object"]
+        return read_entry(table.resource, manifest, table.entries)
+    entry = table.entries.get(key)
+    return None if entry is None else table.checked(entry)

@@ -1,0 +1,89 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Work that objects of a namespace cause: in threads, each namespace by itself, and no more than its budget.
+
+The loop that serves the pods' queues never decodes or compiles. The interpreter lets one thread run at a time, so even
+work in a thread slows the loop while it lasts; a namespace that changes rarely is served at once, and one whose objects
+change all the time gets a small part of the processor. Token bucket: a burst of processor time, refilled at a rate.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import TypeVar
+
+T = TypeVar("T")
+BURST_S = 2.0
+"""Processor time that a namespace may take at once: enough for the largest that is compiled at all."""
+RATE = 0.02
+"""Part of one processor that a namespace gets for good."""
+MAX_BUCKETS = 4_096
+"""Namespaces whose budgets are remembered; the fullest bucket makes room."""
+_THREADS = 4
+SWITCH_INTERVAL_S = 0.0005
+"""How long a thread may keep the interpreter while another waits for it, seconds; Python's default is ten times this,
+and a packet would wait that long."""
+
+
+@dataclass(slots=True)
+class _Bucket:
+    left_s: float
+    since: float
+
+    def refill(self, now: float) -> float:
+        self.left_s = min(BURST_S, self.left_s + (now - self.since) * RATE)
+        self.since = now
+        return self.left_s
+
+
+class Turns:
+    """Runs work for namespaces. For the event loop's thread alone; the work itself runs in threads."""
+
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        self._clock = clock
+        self._buckets: dict[str, _Bucket] = {}
+        self._threads = ThreadPoolExecutor(_THREADS, thread_name_prefix="objects")
+
+    def wait_s(self, namespace: str) -> float:
+        """Return how long a namespace has to wait for its next work, seconds."""
+        bucket = self._buckets.get(namespace)
+        return 0.0 if bucket is None else max(0.0, -bucket.refill(self._clock()) / RATE)
+
+    async def run(self, namespace: str, work: Callable[[], T], *, is_urgent: bool = False) -> T:
+        """Run the work when the budget allows, or at once if urgent; either is charged."""
+        if not is_urgent and (wait_s := self.wait_s(namespace)):
+            await asyncio.sleep(wait_s)
+
+        def timed() -> tuple[T, float]:
+            started = time.thread_time()
+            try:
+                return work(), time.thread_time() - started
+            except BaseException:
+                failed.append(time.thread_time() - started)
+                raise
+
+        failed: list[float] = []
+        try:
+            result, taken_s = await asyncio.get_running_loop().run_in_executor(self._threads, timed)
+        except Exception:
+            self._charge(namespace, sum(failed))
+            raise
+        self._charge(namespace, taken_s)
+        return result
+
+    def _charge(self, namespace: str, taken_s: float) -> None:
+        now = self._clock()
+        bucket = self._buckets.get(namespace)
+        if bucket is None:
+            if len(self._buckets) >= MAX_BUCKETS:
+                del self._buckets[max(self._buckets, key=lambda name: self._buckets[name].refill(now))]
+            bucket = self._buckets[namespace] = _Bucket(BURST_S, now)
+        bucket.refill(now)
+        bucket.left_s -= taken_s
+
+    def close(self) -> None:
+        """Start no more work; what runs ends by itself."""
+        self._threads.shutdown(wait=False, cancel_futures=True)
