@@ -62,7 +62,7 @@ class Endpoints:
             os.close(own)
         self._rejudging = Rejudging(log, metrics)
         self._turns = turns
-        self._following = Following(self._by_netns, self._turns, kernel, self._rejudging, self._leave_unsettled)
+        self._following = Following(self._by_netns, self._turns, kernel, self._rejudging, self._leave_unsettled, log)
         self._adoption = Adoption(registry, log)
         self._changing = asyncio.Lock()
         """Registrations take turns; a change of the world does not wait for them."""

@@ -15,10 +15,11 @@ from enforcer_daemon.daemon.endpoint import Change, Endpoint
 from enforcer_daemon.daemon.kernel import Kernel, guarded
 from enforcer_daemon.daemon.rejudging import Rejudging
 from enforcer_daemon.daemon.world import CompiledWorld
-from enforcer_daemon.dataplane.guard_rules import GuardedEndpoint
 from enforcer_daemon.errors import DataplaneError, EnforcerError
 from enforcer_daemon.model import Identity, NetnsId
+from enforcer_daemon.policy.address_rules import size_of
 from enforcer_daemon.sources.turns import Turns
+from enforcer_daemon.telemetry.logs import Logger
 
 MAX_BATCH_SPANS = 4_096
 """Spans of addresses and ports in one transaction of the guard; an endpoint that has more is one by itself. Others wait
@@ -35,6 +36,7 @@ class Following:
         kernel: Kernel,
         rejudging: Rejudging,
         leave_unsettled: Callable[[Endpoint, EnforcerError], None],
+        log: Logger,
     ) -> None:
         """Follow for these endpoints, as they are at any time."""
         self._endpoints = endpoints
@@ -42,6 +44,7 @@ class Following:
         self._kernel = kernel
         self._rejudging = rejudging
         self._leave_unsettled = leave_unsettled
+        self._log = log
         self._world: CompiledWorld | None = None
         self._locks: dict[str, asyncio.Lock] = {}
         self._asked: dict[str, int] = {}
@@ -96,11 +99,14 @@ class Following:
         async with asyncio.TaskGroup() as tasks:
             for endpoint, change in changed:
                 tasks.create_task(self._rejudging.judge(endpoint, world, change))
+        for endpoint in reguarded:
+            if problem := endpoint.policy.ingress.problem or endpoint.policy.egress.problem:
+                self._log.error("rules left out", pod=str(endpoint.identity.pod), problem=problem)
         await self._guard(reguarded)
         await self._rejudging.judge_masqueraded(reguarded)
 
     async def _guard(self, endpoints: list[Endpoint]) -> None:
-        for batch in batches(endpoints, lambda endpoint: spans(guarded(endpoint.sandbox, endpoint.policy))):
+        for batch in batches(endpoints, _weight):
             try:
                 await self._kernel.guard(*batch)
             except DataplaneError as err:
@@ -137,12 +143,9 @@ def namespaces_of(endpoints: Iterable[Endpoint]) -> set[str]:
     return {endpoint.identity.pod.namespace for endpoint in endpoints}
 
 
-def spans(endpoint: GuardedEndpoint) -> int:
-    """Count what the kernel gets of an endpoint's rules: spans of addresses and of ports, and the rules themselves."""
-    return sum(
-        1 + (0 if rule.addresses is None else len(rule.addresses.spans)) + len(rule.spans or ())
-        for rule in (*endpoint.rules, *endpoint.egress)
-    )
+def _weight(endpoint: Endpoint) -> int:
+    policy = endpoint.policy
+    return size_of((*policy.ingress.address_rules(), *policy.egress.address_rules()))
 
 
 def batches(endpoints: Iterable[Endpoint], weigh: Callable[[Endpoint], int]) -> Iterator[list[Endpoint]]:

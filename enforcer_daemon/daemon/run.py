@@ -24,7 +24,7 @@ from enforcer_daemon.daemon.node import Node
 from enforcer_daemon.daemon.placement import PlacementGuard
 from enforcer_daemon.daemon.registrar import Registrar
 from enforcer_daemon.daemon.status import Status
-from enforcer_daemon.daemon.world import CompiledWorld, compile_world
+from enforcer_daemon.daemon.world import CompiledWorld, compile_world, with_large_namespaces
 from enforcer_daemon.dataplane.addresses import watch_addresses
 from enforcer_daemon.dataplane.backends import choose_backend
 from enforcer_daemon.dataplane.guard import Guard
@@ -42,7 +42,7 @@ from enforcer_daemon.registration.server import RegistrationServer
 from enforcer_daemon.settings import CredentialSource, NetworkSettings, Settings
 from enforcer_daemon.settings_file import split_listen
 from enforcer_daemon.sources.directory import DirectorySource
-from enforcer_daemon.sources.manifests import World
+from enforcer_daemon.sources.manifests import Problem, World
 from enforcer_daemon.sources.turns import SWITCH_INTERVAL_S, Turns
 from enforcer_daemon.telemetry.events import EventBook
 from enforcer_daemon.telemetry.logs import Logger
@@ -111,6 +111,7 @@ class Daemon:
         self._registration = RegistrationServer(run_dir / "registration.sock", self._registrar)
         self._networks: NetworkSettings | None = None
         self._world: CompiledWorld | None = None
+        self._told: set[Problem] = set()
         log.info("starting", node=settings.node, rules_backend=backend.name, run_dir=str(run_dir))
 
     async def run(self) -> None:
@@ -203,7 +204,8 @@ class Daemon:
     async def _compile(self, world: World) -> CompiledWorld:
         await self._follow_networks()
         namespaces = {ref.namespace for ref in world.pods} | namespaces_of(self._endpoints)
-        self._world = compile_world(world, self._settings, self._world, namespaces)
+        compiled = compile_world(world, self._settings, self._world, namespaces)
+        self._world = with_large_namespaces(compiled, namespaces)
         return self._world
 
     async def _put_in_force(self, compiled: CompiledWorld, started: float) -> None:
@@ -219,7 +221,8 @@ class Daemon:
         if self._announcements is not None and self._cluster is not None:
             self._announcements.note_refused(self._cluster.refused_policies())
             self._announcements.note_refused_services(self._cluster.refused_services())
-        for problem in world.problems:
+        told, self._told = self._told, set(world.problems)
+        for problem in self._told - told:
             self._log.error("object refused", problem=str(problem), earlier_in_force=problem.has_earlier)
         self._log.info("policies in force", generation=generation, policies=len(world.policies))
 

@@ -183,7 +183,9 @@ def _unjudged(lost: LostPackets) -> dict[str, int]:
 
 
 def _guard_problem(endpoint: Endpoint, passed_by: frozenset[str]) -> str:
-    """Say what the guard on the node cannot see of the pod; empty where it sees all."""
+    """Say what the guard on the node cannot see of the pod, or does not allow it; empty where all is in order."""
+    if problem := endpoint.policy.ingress.problem or endpoint.policy.egress.problem:
+        return problem
     links = endpoint.sandbox.links
     named = ", ".join(name for name in links.names if name in passed_by)
     if not named:

@@ -3,14 +3,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Container, Mapping
+from collections.abc import Container, Iterable, Mapping
 from dataclasses import dataclass, replace
 
 from enforcer_daemon.model import AttachmentId, Identity
-from enforcer_daemon.policy.compile import PolicySnapshot, compile_snapshot
+from enforcer_daemon.policy.compile import MAX_NAMESPACE_BYTES, PolicySnapshot, compile_snapshot
 from enforcer_daemon.registration.request import AddRequest
 from enforcer_daemon.settings import Settings
-from enforcer_daemon.sources.manifests import World
+from enforcer_daemon.sources.manifests import Problem, World
 
 MAX_PEER_NAMESPACE_BYTES = 1024 * 1024
 """Policies of a namespace that are decoded because a pod with flows into it got other labels. They may be another
@@ -70,6 +70,18 @@ class CompiledWorld:
         policy = self.snapshot.pod_policy(identity)
         policy.ingress.address_rules()
         policy.egress.address_rules()
+
+
+def with_large_namespaces(compiled: CompiledWorld, namespaces: Iterable[str]) -> CompiledWorld:
+    """Note as problems which of these namespaces have more policies than are compiled."""
+    large = sorted(name for name in namespaces if compiled.snapshot.size_of(name) > MAX_NAMESPACE_BYTES)
+    if not large:
+        return compiled
+    message = (
+        f"its NetworkPolicies take more than {MAX_NAMESPACE_BYTES} bytes, which is the limit: its pods are isolated"
+    )
+    found = tuple(Problem("networkpolicies", 0, f"Namespace {name}", "", message) for name in large)
+    return replace(compiled, world=replace(compiled.world, problems=(*compiled.world.problems, *found)))
 
 
 def compile_world(

@@ -18,12 +18,13 @@ from collections.abc import Container, Iterable, Mapping
 from dataclasses import replace
 
 from enforcer_daemon.dataplane import guard_egress, guard_forged, guard_masquerade, guard_spoofing, guard_virtual
-from enforcer_daemon.dataplane.guard_rules import NAME, GuardedEndpoint
+from enforcer_daemon.dataplane.guard_rules import ALLOWS_ALL, NAME, GuardedEndpoint
 from enforcer_daemon.dataplane.netlink import NETLINK_NETFILTER, open_netlink
 from enforcer_daemon.dataplane.tampering import NFPROTO_INET, NFPROTO_NETDEV, common_state, generation
 from enforcer_daemon.dataplane.tools import run
 from enforcer_daemon.errors import DataplaneError
 from enforcer_daemon.model import AttachmentId, IPAddress, IPNetwork
+from enforcer_daemon.policy.address_rules import AddressRule, size_of
 from enforcer_daemon.virtual import NOTHING_VIRTUAL, VirtualChange, VirtualEntries
 
 _TABLES = (guard_spoofing.TABLE, guard_masquerade.TABLE)
@@ -84,6 +85,31 @@ def _tables(on_links: bool) -> tuple[str, ...]:
 
 def _text(lines: Iterable[str]) -> str:
     return "".join(f"{line}\n" for line in lines)
+
+
+MAX_REPLACED = 65_536
+"""Rules by address, and spans in them, of all endpoints in the transaction that replaces the tables; what is beyond
+follows right after, one endpoint at a time, and until then has no rules by address. So what one tenant writes keeps no
+other's pod out of the tables, nor nft from making them within its limit of memory."""
+
+
+def first_portion(endpoints: Iterable[GuardedEndpoint]) -> list[GuardedEndpoint]:
+    """Return the endpoints, the largest without the rules for which the first transaction has no room."""
+    found, left = [], MAX_REPLACED
+    for endpoint in sorted(endpoints, key=_weight):
+        left -= _weight(endpoint)
+        found.append(
+            endpoint if left >= 0 else replace(endpoint, rules=_none(endpoint.rules), egress=_none(endpoint.egress))
+        )
+    return found
+
+
+def _weight(endpoint: GuardedEndpoint) -> int:
+    return size_of((*endpoint.rules, *endpoint.egress))
+
+
+def _none(rules: tuple[AddressRule, ...]) -> tuple[AddressRule, ...]:
+    return rules if rules == ALLOWS_ALL else ()
 
 
 class Guard:
@@ -152,9 +178,10 @@ class Guard:
     def replace(self, endpoints: Iterable[GuardedEndpoint]) -> None:
         """Put exactly these endpoints in place, whatever an earlier daemon left; call it once before the others."""
         self._look_at_kernel()
-        wanted = {endpoint.attachment: endpoint for endpoint in endpoints}
+        whole = {endpoint.attachment: endpoint for endpoint in endpoints}
         if not self._has_nft:
             return
+        wanted = {endpoint.attachment: endpoint for endpoint in first_portion(whole.values())}
         first = self._replacement(wanted)
         try:
             _nft(first)
@@ -165,6 +192,12 @@ class Guard:
             _nft(second)
         self._applied = wanted
         self._note()
+        for attachment, endpoint in whole.items():
+            if endpoint != wanted[attachment]:
+                text = render_apply(wanted[attachment], endpoint, on_links=self._on_links, absent=_absent([endpoint]))
+                _nft(text)
+                self._applied[attachment] = endpoint
+                self._note()
 
     def _replacement(self, wanted: Mapping[AttachmentId, GuardedEndpoint]) -> str:
         absent = _absent(wanted.values())

@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Run nft and iptables inside a network namespace."""
+"""Run nft and iptables inside a network namespace, with a limit of memory and of time."""
 
 from __future__ import annotations
 
 import os
+import resource
 import subprocess
 from collections.abc import Sequence
 
@@ -11,6 +12,11 @@ from enforcer_daemon.dataplane.netns import open_in
 from enforcer_daemon.errors import DataplaneError
 
 _TIMEOUT_S = 20.0
+MAX_CHILD_BYTES = 256 * 1024 * 1024
+"""Address space of a tool. nft takes some 6 KB for a rule and 700 bytes for an element of a set; the chart's limit
+holds for the daemon and its tools together."""
+_MAX_COMPLAINT = 2_048
+"""Characters of what a tool says; nft repeats the rule that it refuses."""
 _PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 
 
@@ -25,13 +31,19 @@ def run_in(netns_fd: int, command: Sequence[str], text: str = "") -> str:
 def run(command: Sequence[str], text: str = "") -> str:
     """Run a tool in the current namespace; the same errors."""
     environment = {"PATH": os.environ.get("PATH", _PATH), "LC_ALL": "C"}
+    pipe = subprocess.PIPE
     try:
-        result = subprocess.run(
-            command, input=text, capture_output=True, text=True, timeout=_TIMEOUT_S, check=False, env=environment
-        )
+        with subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=pipe, text=True, env=environment) as child:
+            try:
+                # Before it gets its input, which is what it may take memory for.
+                resource.prlimit(child.pid, resource.RLIMIT_AS, (MAX_CHILD_BYTES, MAX_CHILD_BYTES))
+                output, errors = child.communicate(text, timeout=_TIMEOUT_S)
+            except BaseException:
+                child.kill()
+                raise
     except (OSError, subprocess.TimeoutExpired) as err:
         raise DataplaneError(f"{command[0]}: {err}") from err
-    if result.returncode != 0:
-        complaint = " ".join(result.stderr.split()) or "no message"
-        raise DataplaneError(f"{command[0]} failed with status {result.returncode}: {complaint}")
-    return result.stdout
+    if child.returncode != 0:
+        complaint = " ".join(errors.split())[:_MAX_COMPLAINT] or "no message"
+        raise DataplaneError(f"{command[0]} failed with status {child.returncode}: {complaint}")
+    return output

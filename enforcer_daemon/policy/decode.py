@@ -7,7 +7,10 @@ A manifest is what a YAML or JSON parser gives: mappings with string keys, lists
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from enforcer_daemon.model import IPNetwork, Protocol
+from enforcer_daemon.policy.complexity import check_policy
 from enforcer_daemon.policy.metadata import check_object_name, read_metadata, read_object, read_selector
 from enforcer_daemon.policy.objects import IPBlock, NetworkPolicy, Peer, PodPeer, PortMatch, PortName, PortRange, Rule
 from enforcer_daemon.policy.reader import Reader, child
@@ -25,6 +28,8 @@ def decode_network_policy(manifest: object, *, mask_host_bits: bool = False) -> 
     no API server ever accepted stays a problem. Sources: validation.go of Kubernetes 1.8, 1.15 and 1.36
     (ValidateIPBlock, ParseCIDRSloppy, AllowCIDRsEvenIfInvalid, AllowInvalidLabelValueInSelector).
     """
+    if isinstance(manifest, Mapping):
+        check_policy(manifest.get("spec"))
     reader = Reader(is_stored=mask_host_bits)
     top = read_object(reader, manifest, "networking.k8s.io/v1", "NetworkPolicy", ["spec"])
     metadata = read_metadata(reader, top.get("metadata"), check_object_name)

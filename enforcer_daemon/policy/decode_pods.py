@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from ipaddress import ip_address
 
 from enforcer_daemon.model import IPAddress, NamedPort, PodRef, Protocol
+from enforcer_daemon.policy.complexity import check_pod
 from enforcer_daemon.policy.metadata import check_namespace_name, check_object_name, read_metadata, read_object
 from enforcer_daemon.policy.objects import NAMESPACE_NAME_LABEL, Namespace, Pod
 from enforcer_daemon.policy.reader import Reader, child
@@ -36,6 +37,8 @@ def namespace_labels(name: str, labels: Mapping[str, str] | None = None) -> dict
 
 def decode_pod(manifest: object) -> Pod:
     """Read one Pod; raise InvalidObjectError with every problem and its field."""
+    if isinstance(manifest, Mapping):
+        check_pod(manifest.get("metadata"), manifest.get("spec"))
     reader = Reader()
     top = read_object(reader, manifest, "v1", "Pod", ["spec", "status"])
     metadata = read_metadata(reader, top.get("metadata"), check_object_name)

@@ -19,7 +19,14 @@ from enforcer_daemon.model import (
     Protocol,
     RuleRef,
 )
-from enforcer_daemon.policy.address_rules import AddressRule, rules_of, united
+from enforcer_daemon.policy.address_rules import (
+    MAX_KERNEL_RULES,
+    MAX_KERNEL_SPANS,
+    AddressRule,
+    is_too_large,
+    rules_of,
+    united,
+)
 from enforcer_daemon.policy.objects import (
     EVERYTHING,
     TRUST_DOMAIN_LABEL,
@@ -75,6 +82,8 @@ MAX_REMEMBERED_PEERS = 1_024
 MAX_REMEMBERED_GROUPS = 65_536
 """Peers, and groups of all peers, that are remembered by one set of rules; beyond, all are found again. To find the
 groups of a peer may mean to try each selector of a namespace, which must not happen for each of the peer's flows."""
+_MAX_NAMED = 10
+"""Policies that a problem names."""
 MAX_NAMINGS = 16
 """Ways in which the pods of one set of rules name their ports, of which the rules by address are kept."""
 
@@ -111,6 +120,8 @@ class CompiledRules:
                     ports = port_sets[rule.ports] = PortSet(rule.ports)
                 self._add(policy.namespace, rule.peers, ports, decision)
         self._pods = LabelTable((_filing_selectors(group), group) for group in self._pod_groups.values())
+        self.is_left_out = False
+        """Whether there are more rules by address than the kernel is given."""
         self._groups_of: dict[Identity, tuple[_PodGroup, ...]] = {}
         self._remembered = 0
         self._address_rules: dict[frozenset[tuple[object, ...]], tuple[AddressRule, ...]] = {}
@@ -197,7 +208,10 @@ class CompiledRules:
         return False
 
     def address_rules(self, own_names: PortNames) -> tuple[AddressRule, ...]:
-        """Give what is allowed by address alone, each once, where the pod's own ports have these names."""
+        """Give what is allowed by address alone, each once, where the pod's own ports have these names.
+
+        Of more than the kernel is given, nothing.
+        """
         by_name: dict[tuple[Protocol, str], list[int]] = {}
         if self._ports.has_names:
             for (protocol, number), names in own_names.items():
@@ -214,7 +228,10 @@ class CompiledRules:
             )
             if len(self._address_rules) >= MAX_NAMINGS:
                 self._address_rules.clear()
-            known = self._address_rules[key] = united(found)
+            known = united(found)
+            if is_too_large(known):
+                known, self.is_left_out = (), True
+            self._address_rules[key] = known
         return known
 
 
@@ -247,6 +264,15 @@ class DirectionPolicy:
     def isolating(self) -> tuple[RuleRef, ...]:
         """The policies that isolate the pod, by name."""
         return self._rules.isolating
+
+    @property
+    def problem(self) -> str:
+        """What is not in force in the kernel, and by which policies; empty where all is."""
+        if self._allows_all is not None or not self._rules.is_left_out:
+            return ""
+        named = ", ".join(map(str, self.isolating[:_MAX_NAMED]))
+        limits = f"{MAX_KERNEL_RULES} rules or {MAX_KERNEL_SPANS} ranges"
+        return f"{self._rules.direction.value} by address: more than {limits}, so none is allowed by the guard: {named}"
 
     def is_same(self, other: DirectionPolicy) -> bool:
         """Tell whether both were compiled from the very same policies for the same pod, so that they judge alike."""

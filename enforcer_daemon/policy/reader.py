@@ -12,6 +12,10 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 
 from enforcer_daemon.errors import PolicyError
 
+MAX_PROBLEMS = 1_000
+"""Of one object that are looked for; whoever mends so many finds the others next."""
+MAX_MESSAGE = 2_048
+"""Characters of one problem; the value that it quotes may be as large as the object."""
 _INT32 = range(-(2**31), 2**31)
 _JSON_TYPES: dict[type, str] = {
     str: "string", bool: "bool", int: "number", float: "number", list: "array", tuple: "array", dict: "object",
@@ -43,8 +47,12 @@ class Reader:
             raise InvalidObjectError(self.problems)
 
     def refuse(self, path: str, message: str) -> None:
-        """Note a problem in the API server's form."""
+        """Note a problem in the API server's form; raise InvalidObjectError where there are too many already."""
+        if len(message) > MAX_MESSAGE:
+            message = f"{message[:MAX_MESSAGE]}..."
         self.problems.append(PolicyError(path, message))
+        if len(self.problems) >= MAX_PROBLEMS:
+            raise InvalidObjectError(self.problems)
 
     def invalid(self, path: str, value: object, complaints: Iterable[str]) -> bool:
         """Note each complaint about a value; tell whether there was any."""

@@ -7,7 +7,7 @@ from dataclasses import replace
 from ipaddress import IPv6Address, ip_address, ip_network
 
 from enforcer_daemon.dataplane import guard_egress, guard_masquerade, guard_spoofing
-from enforcer_daemon.dataplane.guard import render_apply, render_remove, render_replace
+from enforcer_daemon.dataplane.guard import first_portion, render_apply, render_remove, render_replace
 from enforcer_daemon.dataplane.guard_rules import ALLOWS_ALL, GuardedEndpoint, Links
 from enforcer_daemon.model import AttachmentId, Protocol
 from enforcer_daemon.policy.evaluate import AddressRule
@@ -126,3 +126,14 @@ def test_replace_begins_with_nothing() -> None:
     assert "add element inet trireme_guard node6 { fd00::1 }" in lines
     assert lines[:3] == [f"{verb} table netdev trireme_guard" for verb in ("add", "delete", "add")]
     assert lines[3:6] == [f"{verb} table inet trireme_guard" for verb in ("add", "delete", "add")]
+
+
+def test_the_first_transaction_has_all_endpoints_but_not_the_rules_of_the_largest(monkeypatch) -> None:
+    monkeypatch.setattr("enforcer_daemon.dataplane.guard.MAX_REPLACED", 12)
+    large = replace(CAGED, attachment=AttachmentId("c0", "eth0"), rules=WEB.rules * 3)
+
+    first, second = first_portion([large, CAGED])
+
+    assert first == CAGED
+    assert second == replace(large, rules=(), egress=())
+    assert first_portion([replace(large, egress=ALLOWS_ALL)])[0].egress == ALLOWS_ALL

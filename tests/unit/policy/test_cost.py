@@ -7,10 +7,12 @@ import time
 from ipaddress import ip_address
 from typing import Any
 
+import pytest
+
 from enforcer_daemon.dataplane.guard_rules import address_rule
 from enforcer_daemon.model import Identity, PodRef, Protocol
 from enforcer_daemon.policy import PodPolicy, compile_snapshot, decode_network_policy
-from enforcer_daemon.policy.objects import Selector
+from enforcer_daemon.policy.objects import NetworkPolicy, Selector
 
 POD = Identity(PodRef("farm", "cow"), (ip_address("10.0.0.1"),), {"app": "cow"}, {}, "node")
 PEER = Identity(PodRef("farm", "hen"), (ip_address("10.0.0.2"),), {"app": "hen", "key7": ""}, {}, "node")
@@ -94,3 +96,38 @@ def test_remembered_groups_are_bounded(monkeypatch: Any):
         peer = Identity(PodRef("farm", f"p{number}"), PEER.ips, {"app": "hen"}, {}, "node")
         assert policy.ingress.judge(peer, PEER.ips[0], 80, Protocol.TCP).is_allowed
         assert sum(map(len, policy.ingress._rules._groups_of.values())) <= 3
+
+
+def test_rules_beyond_the_kernels_limit_are_none_and_are_named():
+    rules = [{"to": [block], "ports": [{"port": 1 + number}]} for number, block in enumerate(blocks(2_049))]
+    policy = compiled(*rules, peers="to")
+
+    assert policy.egress.address_rules() == ()
+    assert "farm/all" in policy.egress.problem
+    assert policy.ingress.problem == ""
+    assert len(compiled(*rules[:2_048], peers="to").egress.address_rules()) == 2_048
+
+
+def test_spans_beyond_the_kernels_limit_are_none(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("enforcer_daemon.policy.address_rules.MAX_KERNEL_SPANS", 20)
+    assert compiled({"to": blocks(20)}, peers="to").egress.address_rules() == ()
+    assert len(compiled({"to": blocks(19)}, peers="to").egress.address_rules()) == 1
+
+
+def test_a_namespace_with_too_many_policies_is_isolated(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("enforcer_daemon.policy.compile.MAX_NAMESPACE_BYTES", 1_000)
+    monkeypatch.setattr(NetworkPolicy, "size", 600)
+    metadata = {"apiVersion": "networking.k8s.io/v1", "kind": "NetworkPolicy"}
+    manifests = [
+        {**metadata, "metadata": {"namespace": "farm", "name": name}, "spec": {"podSelector": {}, "ingress": [{}]}}
+        for name in "ab"
+    ]
+    decoded = [decode_network_policy(manifest) for manifest in manifests]
+
+    assert (
+        compile_snapshot(decoded[:1], 1).pod_policy(POD).ingress.judge(PEER, PEER.ips[0], 80, Protocol.TCP).is_allowed
+    )
+    closed = compile_snapshot(decoded, 1).pod_policy(POD)
+
+    assert not closed.ingress.judge(PEER, PEER.ips[0], 80, Protocol.TCP).is_allowed
+    assert not closed.egress.judge(PEER, PEER.ips[0], 80, Protocol.TCP).is_allowed
