@@ -70,7 +70,7 @@ class Kernel:
 
     def set_networks(self, networks: NetworkSettings) -> None:
         """Take over the networks that frames are sent to; the guard, when it is replaced next."""
-        self._guard.set_networks((*networks.enforced, *networks.virtual))
+        self._guard.set_networks((*networks.enforced, *networks.virtual), networks.enforced)
 
     async def change_virtual(self, change: VirtualChange) -> None:
         """Take over what Services make virtual, or no longer do; raise DataplaneError: `restore_guard` tries again."""
@@ -92,7 +92,8 @@ class Kernel:
 def guarded(sandbox: Sandbox, policy: PodPolicy) -> GuardedEndpoint:
     """Give what the guard must know of a pod."""
     ingress, egress = policy.ingress.address_rules(), policy.egress.address_rules()
-    return GuardedEndpoint(guard_name(sandbox), sandbox.ips, ingress, egress, sandbox.links)
+    links, by_identity = sandbox.links, policy.egress.names_pods
+    return GuardedEndpoint(guard_name(sandbox), sandbox.ips, ingress, egress, links, by_identity)
 
 
 def guard_name(sandbox: Sandbox) -> AttachmentId:

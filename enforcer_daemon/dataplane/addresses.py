@@ -58,6 +58,11 @@ def interfaces(netns_fd: int) -> tuple[Interface, ...]:
     return open_in(netns_fd, _read_interfaces)
 
 
+def own_interfaces() -> tuple[Interface, ...]:
+    """Return all interfaces of the current namespace."""
+    return _read_interfaces()
+
+
 def interface(netns_fd: int, name: str) -> Interface:
     """Return the interface of that name; raise NetnsError where there is none."""
     for candidate in interfaces(netns_fd):

@@ -2,9 +2,9 @@
 """The guard on the host: what it holds of each endpoint, brought to the kernel one transaction at a time.
 
 A pod with CAP_NET_RAW passes by the rules of its own namespace, and a masqueraded client passes them under the node's
-address. The guard stands where neither can: on the pod's interface in the node's namespace (guard_spoofing), before the
-node routes what the pod sent (guard_egress), where it forwards (guard_forged), and after its source NAT
-(guard_masquerade).
+address. The guard stands where neither can: on the pod's interface in the node's namespace (guard_spoofing), on its
+bridge (guard_bridge), where packets enter the node's IP stack (guard_arrivals), where the node forwards (guard_forged),
+behind every translation of the destination (guard_egress), and after source NAT (guard_masquerade).
 
 The tables stay in the kernel while the daemon is down, and are replaced as a whole when it starts.
 """
@@ -16,24 +16,33 @@ import shutil
 import socket
 from collections.abc import Container, Iterable, Mapping
 from dataclasses import replace
+from typing import TypedDict
 
-from enforcer_daemon.dataplane import guard_egress, guard_forged, guard_masquerade, guard_spoofing, guard_virtual
+from enforcer_daemon.dataplane import (
+    guard_arrivals,
+    guard_bridge,
+    guard_egress,
+    guard_forged,
+    guard_masquerade,
+    guard_spoofing,
+    guard_virtual,
+)
 from enforcer_daemon.dataplane.guard_rules import ALLOWS_ALL, NAME, GuardedEndpoint
 from enforcer_daemon.dataplane.netlink import NETLINK_NETFILTER, open_netlink
-from enforcer_daemon.dataplane.tampering import NFPROTO_INET, NFPROTO_NETDEV, common_state, generation
+from enforcer_daemon.dataplane.tampering import NFPROTO_BRIDGE, NFPROTO_INET, NFPROTO_NETDEV, common_state, generation
 from enforcer_daemon.dataplane.tools import run
 from enforcer_daemon.errors import DataplaneError
 from enforcer_daemon.model import AttachmentId, IPAddress, IPNetwork
 from enforcer_daemon.policy.address_rules import AddressRule, size_of
 from enforcer_daemon.virtual import NOTHING_VIRTUAL, VirtualChange, VirtualEntries
 
-_TABLES = (guard_spoofing.TABLE, guard_masquerade.TABLE)
+_PARTS = guard_masquerade, guard_egress, guard_forged, guard_arrivals
+"""What works on every node."""
 _CHAINS = (
-    (NFPROTO_INET, NAME, "framed"),
-    (NFPROTO_INET, NAME, "sent"),
-    (NFPROTO_INET, NAME, "forwarded"),
-    (NFPROTO_INET, NAME, "masqueraded"),
-    (NFPROTO_NETDEV, NAME, "framed"),
+    *((NFPROTO_INET, NAME, chain) for chain in ("framed", "vouched", "lone", "leaving", "entering", "answered")),
+    *((NFPROTO_INET, NAME, chain) for chain in ("arrived", "forwarded", "sent_on", "unproven", "masqueraded")),
+    *((NFPROTO_NETDEV, NAME, chain) for chain in ("framed", "checked", "sent", "answers", "entered")),
+    *((NFPROTO_BRIDGE, NAME, chain) for chain in ("arrived", "switched")),
 )
 """Chains whose rules no endpoint changes: that they are as they were stands for the rest of their tables."""
 SYNS_PER_S = 8_000
@@ -41,6 +50,8 @@ SYNS_PER_S = 8_000
 _UNSUPPORTED = "not supported"
 """What the kernel says of a family or hook that it was built without; any other failure is no reason to do less."""
 _PROBE = "add table netdev {0}\nadd chain netdev {0} probe {{ type filter hook ingress device lo priority 0; }}\n"
+_BRIDGE_PROBE = "add table bridge {0}\nadd chain bridge {0} probe {{ type filter hook prerouting priority 0; }}\n"
+_PROBE_TABLE = "trireme_probe"
 
 
 def render_replace(
@@ -48,43 +59,64 @@ def render_replace(
     networks: Iterable[IPNetwork],
     *,
     on_links: bool,
+    on_bridges: bool = True,
     absent: Container[str] = (),
+    pod_networks: Iterable[IPNetwork] | None = None,
     node_addresses: Iterable[IPAddress] = (),
     syns_per_s: int = SYNS_PER_S,
     virtual: VirtualEntries = NOTHING_VIRTUAL,
 ) -> str:
-    """Return the transaction that replaces whatever is there by exactly these endpoints."""
-    known = tuple(networks)
-    lines = [f"{verb} table {table}" for table in _tables(on_links) for verb in ("add", "delete", "add")]
-    lines += [line for table in _tables(on_links) for line in guard_virtual.skeleton(table, virtual)]
-    lines += guard_masquerade.skeleton() + guard_egress.skeleton(known) + guard_forged.skeleton(node_addresses)
-    lines += guard_spoofing.skeleton(known, syns_per_s) if on_links else []
-    parts = (render_apply(None, endpoint, on_links=on_links, absent=absent) for endpoint in endpoints)
+    """Return the transaction that replaces whatever is there by exactly these endpoints.
+
+    `networks` are those that frames are sent to; `pod_networks` those of them where pods are (None: all of them).
+    """
+    known, node = tuple(networks), tuple(node_addresses)
+    pods = known if pod_networks is None else tuple(pod_networks)
+    lines = [f"{verb} table {table}" for table in _tables(on_links, on_bridges) for verb in ("add", "delete", "add")]
+    lines += [line for table in _virtual_tables(on_links) for line in guard_virtual.skeleton(table, virtual)]
+    lines += guard_forged.skeleton(node) + guard_arrivals.skeleton()
+    lines += guard_masquerade.skeleton() + guard_egress.skeleton(known, pods)
+    lines += guard_spoofing.skeleton(known, syns_per_s, node) if on_links else []
+    lines += guard_bridge.skeleton(node) if on_bridges else []
+    parts = (
+        render_apply(None, endpoint, on_links=on_links, on_bridges=on_bridges, absent=absent) for endpoint in endpoints
+    )
     return _text(lines) + "".join(parts)
 
 
 def render_apply(
-    before: GuardedEndpoint | None, after: GuardedEndpoint, *, on_links: bool, absent: Container[str] = ()
+    before: GuardedEndpoint | None,
+    after: GuardedEndpoint,
+    *,
+    on_links: bool,
+    on_bridges: bool = True,
+    absent: Container[str] = (),
 ) -> str:
     """Return the transaction that brings an endpoint from what was applied before (None: nothing) to `after`."""
-    parts = guard_masquerade, guard_egress, guard_forged
-    lines = [line for part in parts for line in part.apply_lines(before, after)]
+    lines = [line for part in _PARTS for line in part.apply_lines(before, after)]
+    lines += guard_bridge.apply_lines(before, after) if on_bridges else []
     return _text(lines + (guard_spoofing.apply_lines(before, after, absent) if on_links else []))
 
 
-def render_remove(before: GuardedEndpoint, *, on_links: bool) -> str:
+def render_remove(before: GuardedEndpoint, *, on_links: bool, on_bridges: bool = True) -> str:
     """Return the transaction that takes an endpoint away."""
-    parts = guard_masquerade, guard_egress, guard_forged
-    lines = [line for part in parts for line in part.remove_lines(before)]
+    lines = [line for part in _PARTS for line in part.remove_lines(before)]
+    lines += guard_bridge.remove_lines(before) if on_bridges else []
     return _text(lines + (guard_spoofing.remove_lines(before) if on_links else []))
 
 
-def _tables(on_links: bool) -> tuple[str, ...]:
-    return _TABLES if on_links else _TABLES[1:]
+def _tables(on_links: bool, on_bridges: bool) -> tuple[str, ...]:
+    on = (guard_spoofing.TABLE,) if on_links else ()
+    return *on, guard_masquerade.TABLE, *((guard_bridge.TABLE,) if on_bridges else ())
 
 
 def _text(lines: Iterable[str]) -> str:
     return "".join(f"{line}\n" for line in lines)
+
+
+def _virtual_tables(on_links: bool) -> tuple[str, ...]:
+    """Return the tables whose rules know what Services make virtual."""
+    return _tables(on_links, on_bridges=False)
 
 
 MAX_REPLACED = 65_536
@@ -112,6 +144,13 @@ def _none(rules: tuple[AddressRule, ...]) -> tuple[AddressRule, ...]:
     return rules if rules == ALLOWS_ALL else ()
 
 
+class _Reach(TypedDict):
+    """Which of the guard's tables this kernel can have."""
+
+    on_links: bool
+    on_bridges: bool
+
+
 class Guard:
     """The guard's tables in the host's network namespace, and what was last applied to them.
 
@@ -126,7 +165,9 @@ class Guard:
         "_left",
         "_networks",
         "_node_addresses",
+        "_on_bridges",
         "_on_links",
+        "_pod_networks",
         "_syns_per_s",
         "_virtual",
         "problem",
@@ -134,22 +175,26 @@ class Guard:
 
     def __init__(self, networks: Iterable[IPNetwork] = (), *, syns_per_s: int = SYNS_PER_S) -> None:
         """Guard pods that may send a SYN with a frame to these networks, and so many SYNs and SYN-ACKs a second."""
-        self._networks = tuple(networks)
+        self.set_networks(networks)
         self._syns_per_s = syns_per_s
         self._node_addresses: frozenset[IPAddress] = frozenset()
         self._virtual = NOTHING_VIRTUAL
         self._applied: dict[AttachmentId, GuardedEndpoint] = {}
         self._has_nft = True
-        self._on_links = True
+        self._on_links = self._on_bridges = True
         self._left: tuple[bytes | None, ...] = ()
         """The tables as we left them; empty before the first time."""
         self._generation = b""
         self.problem = ""
         """What the guard cannot do on this node; empty where it can do all."""
 
-    def set_networks(self, networks: Iterable[IPNetwork]) -> None:
-        """Take over the networks that frames are sent to; they are in the kernel after the next `replace`."""
+    def set_networks(self, networks: Iterable[IPNetwork], pod_networks: Iterable[IPNetwork] | None = None) -> None:
+        """Take over the networks that frames are sent to; they are in the kernel after the next `replace`.
+
+        `pod_networks`: those of them where pods are, so that a frame counts after translation; None: all of them.
+        """
         self._networks = tuple(networks)
+        self._pod_networks = self._networks if pod_networks is None else tuple(pod_networks)
 
     def set_node_addresses(self, addresses: Iterable[IPAddress]) -> None:
         """Take over the node's own addresses, under which nobody else may reach a pod."""
@@ -157,10 +202,15 @@ class Guard:
         if not self._left:
             return  # `replace` brings them to the kernel.
         try:
-            self._bring(_text(guard_forged.address_lines(self._node_addresses)), dict(self._applied))
+            self._bring(_text(self._address_lines()), dict(self._applied))
         except DataplaneError:
             self._left = (None,)  # `restore` tries again.
             raise
+
+    def _address_lines(self) -> list[str]:
+        lines = guard_forged.address_lines(self._node_addresses)
+        lines += guard_spoofing.address_lines(self._node_addresses) if self._on_links else []
+        return lines + (guard_bridge.address_lines(self._node_addresses) if self._on_bridges else [])
 
     def change_virtual(self, change: VirtualChange) -> None:
         """Take over what Services make virtual, or no longer do: these elements are added and deleted, nothing else."""
@@ -168,7 +218,7 @@ class Guard:
         self._virtual = change.applied_to(self._virtual)
         if not self._left or not self._has_nft or change.is_empty:
             return  # `replace` brings it to the kernel.
-        lines = [line for table in _tables(self._on_links) for line in guard_virtual.change_lines(table, change)]
+        lines = [line for table in _virtual_tables(self._on_links) for line in guard_virtual.change_lines(table, change)]
         try:
             self._bring(_text(lines), dict(self._applied))
         except DataplaneError:
@@ -194,8 +244,7 @@ class Guard:
         self._note()
         for attachment, endpoint in whole.items():
             if endpoint != wanted[attachment]:
-                text = render_apply(wanted[attachment], endpoint, on_links=self._on_links, absent=_absent([endpoint]))
-                _nft(text)
+                _nft(render_apply(wanted[attachment], endpoint, absent=_absent([endpoint]), **self._reach))
                 self._applied[attachment] = endpoint
                 self._note()
 
@@ -205,7 +254,9 @@ class Guard:
             wanted.values(),
             self._networks,
             on_links=self._on_links,
+            on_bridges=self._on_bridges,
             absent=absent,
+            pod_networks=self._pod_networks,
             node_addresses=self._node_addresses,
             syns_per_s=self._syns_per_s,
             virtual=self._virtual,
@@ -215,14 +266,20 @@ class Guard:
         if shutil.which("nft") is None:
             self._has_nft, self.problem = False, "nft is missing on the node: nothing is guarded there"
             return
-        self._has_nft, self._on_links, self.problem = True, True, ""
-        try:
-            run(("nft", "-c", "-f", "-"), _PROBE.format("trireme_probe"))
-        except DataplaneError as err:
-            if _UNSUPPORTED not in str(err):
-                raise
-            self._on_links = False
-            self.problem = f"the kernel has no nft chains on interfaces: pods can send under any address ({err})"
+        self._has_nft = True
+        link_problem, bridge_problem = _lack(_PROBE), _lack(_BRIDGE_PROBE)
+        self._on_links, self._on_bridges = not link_problem, not bridge_problem
+        problems = []
+        if link_problem:
+            problems.append(
+                f"the kernel has no nft chains on interfaces: pods can send under any address ({link_problem})"
+            )
+        if bridge_problem:
+            problems.append(
+                f"the kernel has no nft chains on bridges: a neighbour on a pod's bridge can pass for others "
+                f"({bridge_problem})"
+            )
+        self.problem = "; ".join(problems)
 
     def apply(self, *endpoints: GuardedEndpoint) -> None:
         """Bring endpoints to their present addresses, rules and links, all at once; what is so already is not touched.
@@ -236,7 +293,7 @@ class Guard:
         losers = self._losers(changed)
         absent = _absent(changed.values())
         text = "".join(
-            render_apply(self._applied.get(e.attachment), e, on_links=self._on_links, absent=absent)
+            render_apply(self._applied.get(e.attachment), e, absent=absent, **self._reach)
             for e in (*losers, *changed.values())
         )
         self._bring(text, self._applied | {loser.attachment: loser for loser in losers} | changed)
@@ -267,13 +324,18 @@ class Guard:
         self.replace(list(self._applied.values()))
         return True
 
+    @property
+    def _reach(self) -> _Reach:
+        return {"on_links": self._on_links, "on_bridges": self._on_bridges}
+
     def _note(self) -> None:
         with open_netlink(NETLINK_NETFILTER) as sock:
             self._generation = generation(sock)
             self._left = self._state(sock)
 
     def _state(self, sock: socket.socket) -> tuple[bytes | None, ...]:
-        families = (NFPROTO_INET, NFPROTO_NETDEV) if self._on_links else (NFPROTO_INET,)
+        reach = ((NFPROTO_INET, True), (NFPROTO_NETDEV, self._on_links), (NFPROTO_BRIDGE, self._on_bridges))
+        families = [family for family, is_reached in reach if is_reached]
         chains = [chain for chain in _CHAINS if chain[0] in families]
         return common_state(sock, [(family, NAME) for family in families], chains)
 
@@ -297,25 +359,36 @@ class Guard:
         before = self._applied.get(attachment)
         if before is not None:
             left = {name: endpoint for name, endpoint in self._applied.items() if name != attachment}
-            self._bring(render_remove(before, on_links=self._on_links), left)
+            self._bring(render_remove(before, **self._reach), left)
 
     def remove_tables(self) -> None:
         """Take the guard away as a whole, as when the product is removed from the node; not when the daemon stops."""
         self._look_at_kernel()
         if self._has_nft:
-            _nft(_text(f"{verb} table {table}" for table in _tables(self._on_links) for verb in ("add", "delete")))
+            _nft(_text(f"{verb} table {table}" for table in _tables(**self._reach) for verb in ("add", "delete")))
         self._applied, self._left = {}, ()
 
     def drops(self) -> dict[str, int]:
         """Count the packets that were dropped since the guard was put in place, by reason."""
         found: dict[str, int] = {}
-        for table in _tables(self._on_links) if self._has_nft else ():
+        for table in _tables(**self._reach) if self._has_nft else ():
             listing = json.loads(run(("nft", "-j", "list", "counters", "table", *table.split())))
             for entry in listing["nftables"]:
                 if counter := entry.get("counter"):
                     reason = counter["name"].replace("_", "-")
                     found[reason] = found.get(reason, 0) + counter["packets"]
         return found
+
+
+def _lack(probe: str) -> str:
+    """Return what the kernel says if it was built without what the probe needs; raise DataplaneError otherwise."""
+    try:
+        run(("nft", "-c", "-f", "-"), probe.format(_PROBE_TABLE))
+    except DataplaneError as err:
+        if _UNSUPPORTED not in str(err):
+            raise
+        return str(err)
+    return ""
 
 
 def _absent(endpoints: Iterable[GuardedEndpoint]) -> frozenset[str]:

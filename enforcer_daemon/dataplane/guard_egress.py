@@ -1,24 +1,27 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The guard's judgement of what a pod sends: it obeys the pod's egress policy also where it went past the pod's rules.
+"""The guard's check of what a pod sends: it obeys the pod's egress policy also if it went past the pod's own rules.
 
-A packet socket passes every hook of the pod's own namespace, but not the node's. There conntrack knows replies, which
-pass. What the pod sends in a flow of its own shows the address that it dialled, before any NAT, which is the address
-that its enforcer judges by. A SYN with a frame passes into the enforced networks, and the connection after it: the
-other pod's enforcer judges it, and lets no data through without a proof that only this node's enforcer can make. All
-else needs a rule by address, each packet anew: a policy that changes ends such flows without a look at conntrack.
+A packet socket passes every hook of the pod's own namespace, but not the node's. The checks stand behind every
+translation of the destination, whatever does it: in postrouting right before source NAT, for what is forwarded,
+switched by a bridge that netfilter sees, or sent on by IPVS (whose packets go through output and postrouting, never
+through forward); and in input behind IPVS, for what is for the node itself. There conntrack knows replies, which pass.
+What another enforcer decides on passes by its translated destination (guard_vouched). Everything else needs a rule by
+address for what the pod dialled, which is what its own enforcer evaluates; each packet is checked, so that a policy
+that changes ends such flows without a look at conntrack.
 
-Endpoints are told apart by source address, which the check on the pod's interface has made sure of: a packet that comes
-over a bridge shows the bridge as its interface.
+Untracked packets have no direction and no dialled destination. Their own destination is compared, and answers pass only
+to a peer that sent an untracked packet to the pod a moment ago.
+
+Endpoints are told apart by source address, which the checks on the pod's interface and of arrivals have made sure of.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable
 
+from enforcer_daemon.dataplane import guard_vouched
 from enforcer_daemon.dataplane.guard_rules import (
     ALLOWS_ALL,
-    INTO_ENFORCED,
-    LONE_MESSAGE,
     NAME,
     GuardedEndpoint,
     address_rule,
@@ -27,41 +30,54 @@ from enforcer_daemon.dataplane.guard_rules import (
     difference,
     discard,
     drop,
-    framed_networks,
-    framed_syns,
     refill,
 )
-from enforcer_daemon.dataplane.guard_virtual import INTO_VIRTUAL
 from enforcer_daemon.model import IPNetwork
 from enforcer_daemon.reasons import Reason
 
 TABLE = f"inet {NAME}"
 _DESTINATIONS = ("ip daddr", "ip6 daddr")
-_HOOK = "type filter hook prerouting priority -149; policy accept;"  # conntrack is at -200, destination NAT at -100
+_DIALLED = ("ct original ip daddr", "ct original ip6 daddr", "ct original proto-dst")
+_HOOKS = {
+    "leaving": "type filter hook postrouting priority 99; policy accept;",  # source NAT is at 100
+    "entering": "type filter hook input priority 101; policy accept;",  # IPVS is at 98 and 99 (ip_vs_core.c)
+}
+_ANSWERED_HOOK = "type filter hook postrouting priority 101; policy accept;"  # behind `leaving`: of what passed it
 _PREFIX = "egress"
+_MAX_ASKED = 65_536
+_ASKED_S = 30
+"""As long as conntrack waits for the answer to a datagram (nf_conntrack_udp_timeout), seconds."""
+_FAMILIES = ((4, "ipv4_addr", "ip"), (6, "ipv6_addr", "ip6"))
 
 
-def skeleton(networks: Iterable[IPNetwork]) -> list[str]:
-    """Give what the endpoints' rules hang on; `networks` are those that frames are sent to."""
-    lines = [*counted_drops(TABLE, (Reason.EGRESS_DENIED,)), *framed_networks(TABLE, networks)]
-    for version, kind in ((4, "ipv4_addr"), (6, "ipv6_addr")):
-        lines.append(f"add map {TABLE} sources{version} {{ type {kind} : verdict; }}")
+def skeleton(networks: Iterable[IPNetwork], pod_networks: Iterable[IPNetwork]) -> list[str]:
+    """Return what the endpoints' rules hang on; `networks` are those that frames are sent to."""
+    lines = [*counted_drops(TABLE, (Reason.EGRESS_DENIED,)), *guard_vouched.skeleton(TABLE, networks, pod_networks)]
+    lines.append(f"add chain {TABLE} answered {{ {_ANSWERED_HOOK} }}")
+    for version, kind, family in _FAMILIES:
+        asked = f"type {kind} . inet_service . {kind} . inet_service . inet_proto; size {_MAX_ASKED};"
+        lines += [
+            f"add map {TABLE} sources{version} {{ type {kind} : verdict; }}",
+            f"add set {TABLE} asked{version} {{ {asked} flags dynamic,timeout; timeout {_ASKED_S}s; }}",
+        ]
+        request = f"ct state untracked {family} daddr @pods{version} meta l4proto {{ tcp, udp }}"
+        answer = f"{family} daddr . th dport . {family} saddr . th sport . meta l4proto"
+        lines.append(f"add rule {TABLE} answered {request} update @asked{version} {{ {answer} }}")
     rules = (
-        # What conntrack calls invalid (a wrong checksum is enough) has no direction, and somebody may read it.
+        # What conntrack calls invalid (a wrong checksum is enough) has no direction, and a socket may read it.
         "ct direction reply accept",
-        "ct state untracked accept",
         "meta l4proto { icmp, ipv6-icmp, igmp } accept",  # No policy can name them, so none is enforced.
-        *framed_syns(),
-        *(f"{match} {LONE_MESSAGE} accept" for match in (*INTO_ENFORCED, *INTO_VIRTUAL)),
         *(
-            f"{match} meta l4proto {{ tcp, udp }} ct state established accept"
-            for match in (*INTO_ENFORCED, *INTO_VIRTUAL)
+            f"ct state untracked {family} saddr . th sport . {family} daddr . th dport . meta l4proto "
+            f"@asked{version} accept"
+            for version, _, family in _FAMILIES
         ),
-        "ip saddr vmap @sources4",
-        "ip6 saddr vmap @sources6",
+        *(f"{family} saddr vmap @sources{version}" for version, _, family in _FAMILIES),
     )
-    lines.append(f"add chain {TABLE} sent {{ {_HOOK} }}")
-    return lines + [f"add rule {TABLE} sent {rule}" for rule in rules]
+    for chain, hook in _HOOKS.items():
+        lines.append(f"add chain {TABLE} {chain} {{ {hook} }}")
+        lines += [f"add rule {TABLE} {chain} {rule}" for rule in rules]
+    return lines
 
 
 def apply_lines(before: GuardedEndpoint | None, after: GuardedEndpoint) -> list[str]:
@@ -69,7 +85,7 @@ def apply_lines(before: GuardedEndpoint | None, after: GuardedEndpoint) -> list[
     chain = chain_name(_PREFIX, after.attachment)
     lines = []
     if after.egress != ALLOWS_ALL:
-        lines += refill(TABLE, chain, [*address_rules(after), drop(Reason.EGRESS_DENIED)])
+        lines += refill(TABLE, chain, _rules(after))
     lines += difference(TABLE, _elements(before), _elements(after))
     if before is not None and before.egress != ALLOWS_ALL and after.egress == ALLOWS_ALL:
         lines += discard(TABLE, chain)
@@ -91,7 +107,23 @@ def _elements(endpoint: GuardedEndpoint | None) -> dict[str, str]:
     return found
 
 
+def _rules(endpoint: GuardedEndpoint) -> list[str]:
+    denial = drop(Reason.EGRESS_DENIED)
+    return [
+        guard_vouched.vouched(by_identity=endpoint.by_identity),
+        *_own(endpoint),
+        *(address_rule(rule, *_DIALLED) for rule in endpoint.egress),
+        f"ct state != {{ invalid, untracked }} {denial}",
+        *(address_rule(rule, *_DESTINATIONS) for rule in endpoint.egress),
+        denial,
+    ]
+
+
 def address_rules(endpoint: GuardedEndpoint) -> list[str]:
-    """Let a pod reach itself, and what its policies allow by address."""
-    own = [f"{_DESTINATIONS[address.version == 6]} {address} accept" for address in endpoint.addresses]
-    return own + [address_rule(rule, *_DESTINATIONS) for rule in endpoint.egress]
+    """Let a pod reach itself, and what its policies allow by address, by the packet's own destination."""
+    return _own(endpoint) + [address_rule(rule, *_DESTINATIONS) for rule in endpoint.egress]
+
+
+def _own(endpoint: GuardedEndpoint) -> list[str]:
+    """Write the rules for the pod itself: also what it sent to a Service, and comes back to it."""
+    return [f"{_DESTINATIONS[address.version == 6]} {address} accept" for address in endpoint.addresses]

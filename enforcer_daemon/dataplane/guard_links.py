@@ -13,12 +13,17 @@ from collections.abc import Mapping
 from ipaddress import IPv6Address
 from pathlib import Path
 
-from enforcer_daemon.dataplane.addresses import Interface, interfaces, own_interface
+from enforcer_daemon.dataplane.addresses import Interface, interfaces, own_interface, own_interfaces
 from enforcer_daemon.dataplane.guard_rules import Links
 from enforcer_daemon.dataplane.netlink import NETLINK_ROUTE, decode_attributes, dump
 
 _BRIDGE_HOOKS = ("bridge-nf-call-iptables", "bridge-nf-call-ip6tables")
 _PAIRS = ("veth", "netkit")
+_MASTERS = ("bridge", "vrf")
+_UPPER = ("vlan", "macvlan")
+"""Devices that take packets from a bridge; what stands on them does the same from them, which no CNI plugin makes."""
+_MAX_MASTERS = 3
+"""A bridge in a VRF, and one to spare."""
 _RTM_GETQDISC = 38
 _TCMSG = struct.Struct("=BxxxiIII")  # family, index, handle, parent, information
 _TCA_KIND = 1
@@ -32,7 +37,7 @@ def find_links(netns_fd: int, ends: Mapping[str, tuple[str, ...]]) -> Links:
     `ends` gives, by interface of the pod, what the primary plugin named; nothing: the kernel alone is asked.
     """
     pods = {interface.name: interface for interface in interfaces(netns_fd)}
-    names, problems, link_locals = [], [], []
+    names, problems, link_locals, ways = [], [], [], []
     for ifname, named in ends.items():
         inner = pods.get(ifname)
         outer = None if inner is None else _other_end(inner, named)
@@ -41,8 +46,37 @@ def find_links(netns_fd: int, ends: Mapping[str, tuple[str, ...]]) -> Links:
             continue
         names.append(outer.name)
         link_locals += _link_locals(inner)
+        ways.append(_devices(outer))
         problems += _bridge_problems(outer)
-    return Links(tuple(names), tuple(dict.fromkeys(link_locals)), "; ".join(dict.fromkeys(problems)))
+        if ways[-1] is None:
+            problems.append(
+                f"{outer.name} is a port of what is no bridge: packets under the pod's address are not traced"
+            )
+    is_traced = len(names) == len(ends) and None not in ways
+    return Links(
+        tuple(names),
+        tuple(dict.fromkeys(link_locals)),
+        "; ".join(dict.fromkeys(problems)),
+        tuple(dict.fromkeys(name for way in ways for name in way or ())),
+        is_traced,
+    )
+
+
+def _devices(outer: Interface) -> tuple[str, ...] | None:
+    """Return what the IP stack shows as the input interface of packets from a port; None if that cannot be told."""
+    found: list[str] = []
+    if not outer.master:
+        return ()
+    known = own_interfaces()
+    by_index, above = {each.index: each for each in known}, outer.master
+    for _ in range(_MAX_MASTERS):
+        master = by_index.get(above)
+        if master is None or master.kind not in _MASTERS:
+            return None
+        found += [master.name, *(each.name for each in known if each.peer == master.index and each.kind in _UPPER)]
+        if not (above := master.master):
+            return tuple(found)
+    return None
 
 
 def _other_end(inner: Interface, named: tuple[str, ...]) -> Interface | None:

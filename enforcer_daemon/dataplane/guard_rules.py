@@ -19,10 +19,8 @@ from ipaddress import (
 )
 from itertools import islice
 
-from enforcer_daemon.dataplane.guard_virtual import INTO_VIRTUAL
 from enforcer_daemon.handshake.frames import MAGIC
 from enforcer_daemon.model import AttachmentId, IPAddress, IPNetwork
-from enforcer_daemon.packet.tcp import TCP_MAX_HEADER, TCP_MIN_HEADER
 from enforcer_daemon.policy.address_rules import AddressRule
 from enforcer_daemon.policy.tables import Span
 from enforcer_daemon.reasons import Reason
@@ -45,6 +43,11 @@ class Links:
     """Link-local addresses of the pod's own interfaces."""
     problem: str = ""
     """Why not everything that the pod sends is checked there; empty where it is."""
+    devices: tuple[str, ...] = ()
+    """The bridge or VRF that a name is a port of, and the VLAN devices on it: what the node's IP stack shows as the
+    input interface of the pod's packets."""
+    is_traced: bool = True
+    """Whether names and devices are all the ways by which the pod's packets reach the node's IP stack."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,6 +61,9 @@ class GuardedEndpoint:
     egress: tuple[AddressRule, ...] = ALLOWS_ALL
     """The same for what the pod sends."""
     links: Links = field(default_factory=Links)
+    by_identity: bool = True
+    """Whether a rule for egress names pods, so that the pod's enforcer may send identities; the guard believes no frame
+    of a pod whose rules name addresses alone, or nothing."""
 
     def addresses_of(self, version: int) -> tuple[IPAddress, ...]:
         """Give the addresses of one family."""
@@ -152,24 +158,49 @@ def drop(reason: Reason) -> str:
     return f"counter goto drop_{counter_name(reason)}"
 
 
-def framed_networks(table: str, networks: Iterable[IPNetwork]) -> list[str]:
-    """Make the sets of networks that a SYN with a frame may go to, and the chain that accepts such a SYN.
-
-    The frame's magic stands right after the TCP header, whose length is looked at first: older kernels cannot address
-    the payload. Whether the frame holds is judged in the pod that it goes to.
-    """
-    known = tuple(networks)
-    lines = []
+def network_sets(table: str, name: str, networks: Iterable[IPNetwork]) -> list[str]:
+    """Make the sets `name`4 and `name`6 of networks, which may overlap."""
+    known, lines = tuple(networks), []
     for version, kind in ((4, "ipv4_addr"), (6, "ipv6_addr")):
-        lines.append(f"add set {table} enforced{version} {{ type {kind}; flags interval; }}")
+        lines.append(f"add set {table} {name}{version} {{ type {kind}; flags interval; }}")
         if found := [network for network in _collapsed(known) if network.version == version]:
-            lines.append(f"add element {table} enforced{version} {listed(found)}")
-    lines.append(f"add chain {table} framed")
-    for length in range(TCP_MIN_HEADER, TCP_MAX_HEADER + 1, 4):
-        lines.append(f"add rule {table} framed tcp doff {length // 4} @th,{length * 8},32 0x{MAGIC.hex()} accept")
+            lines.append(f"add element {table} {name}{version} {listed(found)}")
     return lines
 
 
-def framed_syns() -> list[str]:
-    """Write the rules that let SYNs with a frame pass, where frames belong."""
-    return [f"{match} {FIRST_SYN} jump framed" for match in (*INTO_ENFORCED, *INTO_VIRTUAL)]
+def node_sets(table: str) -> list[str]:
+    """Make the sets of the node's addresses."""
+    return [
+        f"add set {table} node{version} {{ type {kind}; }}" for version, kind in ((4, "ipv4_addr"), (6, "ipv6_addr"))
+    ]
+
+
+def node_elements(table: str, node_addresses: Iterable[IPAddress]) -> list[str]:
+    """Replace the node's addresses."""
+    known, lines = sorted(node_addresses, key=int), []
+    for version in (4, 6):
+        lines.append(f"flush set {table} node{version}")
+        if found := [address for address in known if address.version == version]:
+            lines.append(f"add element {table} node{version} {listed(found)}")
+    return lines
+
+
+def sender_sets(table: str) -> list[str]:
+    """Make the sets of addresses whose packets come by known interfaces alone, and of these interfaces."""
+    lines = []
+    for version, kind in ((4, "ipv4_addr"), (6, "ipv6_addr")):
+        lines.append(f"add set {table} linked{version} {{ type {kind}; }}")
+        lines.append(f"add set {table} homes{version} {{ type {kind} . ifname; }}")
+    return lines
+
+
+def sender_elements(endpoint: GuardedEndpoint | None, *, with_devices: bool) -> dict[str, str]:
+    """Return an endpoint's elements of the sender sets; none if its packets may come by unknown interfaces."""
+    found: dict[str, str] = {}
+    if endpoint is None or not endpoint.links.names or not endpoint.links.is_traced:
+        return found
+    names = (*endpoint.links.names, *endpoint.links.devices) if with_devices else endpoint.links.names
+    for address in endpoint.addresses:
+        found[f"linked{address.version} {address}"] = ""
+        found |= {f'homes{address.version} {address} . "{name}"': "" for name in names}
+    return found

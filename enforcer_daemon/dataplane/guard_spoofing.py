@@ -27,11 +27,12 @@ from enforcer_daemon.dataplane.guard_rules import (
     difference,
     discard,
     drop,
-    framed_networks,
-    framed_syns,
+    node_elements,
+    node_sets,
     refill,
 )
-from enforcer_daemon.model import IPNetwork
+from enforcer_daemon.dataplane.guard_vouched import framed_chain, framed_syns
+from enforcer_daemon.model import IPAddress, IPNetwork
 from enforcer_daemon.reasons import Reason
 
 TABLE = f"netdev {NAME}"
@@ -58,13 +59,13 @@ _SETS = {
 _MAPS = {"stated": "type ifname : verdict", "opened": "type ifname : verdict"}
 _UNNAMED = "{ mld-listener-report, mld-listener-done, mld2-listener-report }"
 """What a host sends before it has an address, beside its solicitations."""
-_MAY_HIDE_TCP = "{ 6, 0, 43, 44, 51, 60, 135 }"
+_MAY_HIDE_TCP = "{ 6, 0, 43, 44, 51, 60 }"
 """What the fragmented part of a packet of IPv6 begins with, which each of its pieces says: TCP, or an extension header
 (RFC 8200), behind which TCP may follow in another piece."""
 
 
-def skeleton(networks: Iterable[IPNetwork], syns_per_s: int) -> list[str]:
-    """Give what the endpoints hang on; `networks` are those that frames are sent to."""
+def skeleton(networks: Iterable[IPNetwork], syns_per_s: int, node_addresses: Iterable[IPAddress] = ()) -> list[str]:
+    """Give what the endpoints hang on; `networks` are those that frames are sent to, before any translation."""
     forgotten = f"flags dynamic,timeout; timeout {_OPENINGS_FORGOTTEN_AFTER_S}s;"
     lines = [f"add set {TABLE} {name} {{ {kind}; }}" for name, kind in _SETS.items()]
     lines += [f"add map {TABLE} {name} {{ {kind}; }}" for name, kind in _MAPS.items()]
@@ -72,14 +73,32 @@ def skeleton(networks: Iterable[IPNetwork], syns_per_s: int) -> list[str]:
         f"add set {TABLE} {OFFENDERS} {{ type ifname; size {_MAX_OFFENDERS}; flags dynamic; }}",
         f"add set {TABLE} {OPENINGS} {{ type ifname; size {_MAX_OFFENDERS}; {forgotten} }}",
         *counted_drops(TABLE, _REASONS, f"update @{OFFENDERS} {{ iifname counter }}"),
-        *framed_networks(TABLE, networks),
+        *framed_chain(TABLE, networks),
+        *node_sets(TABLE),
     ]
     for chain, rules in (
         ("from_link_local", _LINK_LOCAL_RULES),
-        ("sent", (_rate_rule(syns_per_s), *_SENDER_RULES, *_opening_rules())),
+        ("checked", (*_SENDER_RULES, *_opening_rules())),
+        ("sent", (_rate_rule(syns_per_s), "goto checked")),
+        ("answers", (*_answers_to_node(), "goto sent")),
+        ("entered", ("tcp flags & (syn | ack) == (syn | ack) goto answers", "goto sent")),
     ):
         lines += refill(TABLE, chain, rules)
-    return lines
+    return lines + address_lines(node_addresses)
+
+
+def address_lines(node_addresses: Iterable[IPAddress]) -> list[str]:
+    """Replace the node's addresses."""
+    return node_elements(TABLE, node_addresses)
+
+
+def _answers_to_node() -> tuple[str, ...]:
+    """Write the rules for SYN-ACKs to the node's own connections, which have no rate inside the pod either.
+
+    More of them gain a pod nothing: without a SYN of the node they cost the node what any segment does, and other
+    segments have no rate.
+    """
+    return "ip daddr @node4 goto checked", "ip6 daddr @node6 goto checked"
 
 
 _LINK_LOCAL_RULES = ("icmpv6 type nd-neighbor-advert iifname vmap @stated", "accept")
@@ -110,7 +129,6 @@ def _opening_rules() -> tuple[str, ...]:
         # A port that is not in the first fragment can be judged by nobody; TCP is not fragmented by its sender.
         f"ip protocol tcp ip frag-off & 0x3fff != 0 iifname @isolated {refusal}",
         f"frag nexthdr {_MAY_HIDE_TCP} iifname @isolated {refusal}",
-        *framed_syns(),
         f"{FIRST_SYN} iifname vmap @opened",
         "accept",
     )
@@ -125,7 +143,8 @@ def apply_lines(before: GuardedEndpoint | None, after: GuardedEndpoint, absent: 
     known = () if before is None else before.links.names
     lines = refill(TABLE, stated, _stated_rules(after))
     if after.egress != ALLOWS_ALL:
-        lines += refill(TABLE, syn, [*address_rules(after), drop(Reason.EGRESS_DENIED)])
+        framed = framed_syns() if after.by_identity else []
+        lines += refill(TABLE, syn, [*framed, *address_rules(after), drop(Reason.EGRESS_DENIED)])
     lines += difference(TABLE, _elements(before), _elements(after))
     if before is not None and before.egress != ALLOWS_ALL and after.egress == ALLOWS_ALL:
         lines += discard(TABLE, syn)
@@ -136,7 +155,7 @@ def apply_lines(before: GuardedEndpoint | None, after: GuardedEndpoint, absent: 
         if name not in known and name not in absent:
             link = chain_name(_LINK, after.attachment, name)
             hook = f'type filter hook ingress device "{name}" priority {_PRIORITY}; policy accept;'
-            lines += [f"add chain {TABLE} {link} {{ {hook} }}", f"add rule {TABLE} {link} goto sent"]
+            lines += [f"add chain {TABLE} {link} {{ {hook} }}", f"add rule {TABLE} {link} goto entered"]
     return lines
 
 

@@ -20,12 +20,12 @@ _SETS = {
     "nodes6": "type ipv6_addr",
     "nodeports": "type inet_proto . inet_service",
 }
-INTO_VIRTUAL = (
-    "ip daddr @services4",
-    "ip6 daddr @services6",
+INTO_NODE_PORTS = (
     "ip daddr @nodes4 meta l4proto . th dport @nodeports",
     "ip6 daddr @nodes6 meta l4proto . th dport @nodeports",
 )
+"""What goes to a node port of a Service; another node translates its own."""
+INTO_VIRTUAL = ("ip daddr @services4", "ip6 daddr @services6", *INTO_NODE_PORTS)
 """What goes to a virtual address of a Service."""
 
 

@@ -20,7 +20,7 @@ from enforcer_daemon.dataplane.netlink import NETLINK_NETFILTER, ask, decode_att
 from enforcer_daemon.dataplane.netns import open_in
 from enforcer_daemon.errors import DataplaneError
 
-NFPROTO_INET, NFPROTO_NETDEV = 1, 5
+NFPROTO_INET, NFPROTO_NETDEV, NFPROTO_BRIDGE = 1, 5, 7
 _GETTABLE, _GETCHAIN, _GETGEN = ((10 << 8) | message for message in (1, 4, 16))  # of NFNL_SUBSYS_NFTABLES
 _GENMSG = struct.Struct("=BBH")
 _TABLE_NAME, _TABLE_HANDLE = 1, 4

@@ -194,6 +194,11 @@ class CompiledRules:
             self._groups_of[peer] = known
         return known
 
+    @property
+    def names_pods(self) -> bool:
+        """Whether any rule has pods as peers."""
+        return bool(self._pod_groups)
+
     def could_allow(self, address: IPAddress | None, port: int | None, protocol: Protocol | None) -> bool:
         """Tell whether any rule could allow some peer there; None: not known yet."""
         if address is None:
@@ -259,6 +264,11 @@ class DirectionPolicy:
     def is_isolated(self) -> bool:
         """Whether any policy selects the pod for this direction; if none does, everything is allowed."""
         return self._allows_all is None
+
+    @property
+    def names_pods(self) -> bool:
+        """Whether the identity of a peer can make a difference: a rule names pods, or no policy isolates the pod."""
+        return self._allows_all is not None or self._rules.names_pods
 
     @property
     def isolating(self) -> tuple[RuleRef, ...]:

@@ -109,6 +109,30 @@ def test_a_flood_of_syns_ends_at_the_pods_interface(lab: Lab) -> None:
     assert dropped(4, SYN, 10 * _SYNS_PER_S) == 0
 
 
+def test_the_nodes_own_connections_have_no_rate(lab: Lab) -> None:
+    """Nor have they inside the pod: what a pod answers its node leaves all of the rate to its own connections."""
+    guard = Guard(syns_per_s=_SYNS_PER_S)
+    node = {version: ip_address(address) for version, address in NODE.items()}
+
+    def dropped(version: int, target: str, flags: int, count: int = 5 * _SYNS_PER_S) -> int:
+        before = act(lab, guard.drops)["packet-rate"]
+        packet = tcp_packet((POD[version], 8080), (target, 6000), flags)
+        link = ("eth0", ETHERTYPES[version], 0, 0, interface(lab.node, "pod0").mac)
+        with open_in(lab.pod, lambda: socket.socket(socket.AF_PACKET, socket.SOCK_DGRAM)) as sock:
+            for _ in range(count):
+                sock.sendto(packet, link)
+        return act(lab, guard.drops)["packet-rate"] - before
+
+    act(lab, lambda: guard.set_node_addresses(node.values()))
+    act(lab, lambda: guard.replace([guarded(lab)]))
+    assert [dropped(version, NODE[version], SYN | ACK) for version in (4, 6)] == [0, 0]
+    assert dropped(4, REMOTE[4], SYN, _SYNS_PER_S) == 0
+    assert dropped(4, NODE[4], SYN) > 0
+    act(lab, lambda: guard.set_node_addresses([node[4]]))
+    assert dropped(4, NODE[4], SYN | ACK) == 0
+    assert dropped(6, NODE[6], SYN | ACK) > 0
+
+
 def test_without_names_the_kernel_is_asked(lab: Lab) -> None:
     assert act(lab, lambda: find_links(lab.pod, {"eth0": ()})).names == ("pod0",)
 

@@ -46,13 +46,25 @@ def test_who_comes_masqueraded_ends_at_a_counted_drop() -> None:
     ]
 
 
-def test_what_an_isolated_pod_sends_needs_a_rule_by_address() -> None:
+def test_what_an_isolated_pod_sends_needs_a_rule_by_address_for_what_it_dialed() -> None:
+    """Only what has no connection is compared as it is now, after translation."""
     assert contents(guard_egress.apply_lines(None, CAGED)) == [
+        "oif != 0 jump vouched",
         "ip daddr 10.0.0.5 accept",
         "ip6 daddr fd00::5 accept",
+        "ct original ip daddr 10.9.0.0/16 meta l4proto 6 ct original proto-dst 443-443 accept",
+        "ct state != { invalid, untracked } counter goto drop_egress_denied",
         "ip daddr 10.9.0.0/16 meta l4proto 6 th dport 443-443 accept",
         "counter goto drop_egress_denied",
     ]
+
+
+def test_no_frame_of_a_pod_is_believed_whose_rules_name_no_pods() -> None:
+    by_address = replace(LINKED, by_identity=False)
+    assert contents(guard_egress.apply_lines(None, by_address))[0] == "oif != 0 jump lone"
+    framed = [line for line in guard_spoofing.apply_lines(None, LINKED) if "jump framed" in line]
+    assert len(framed) == 2
+    assert [line for line in guard_spoofing.apply_lines(None, by_address) if "framed" in line] == []
 
 
 def test_what_no_policy_isolates_is_not_looked_up() -> None:
