@@ -77,7 +77,7 @@ def render_replace(
     lines += guard_forged.skeleton(node) + guard_arrivals.skeleton()
     lines += guard_masquerade.skeleton() + guard_egress.skeleton(known, pods)
     lines += guard_spoofing.skeleton(known, syns_per_s, node) if on_links else []
-    lines += guard_bridge.skeleton(node) if on_bridges else []
+    lines += guard_bridge.skeleton(node, on_links=on_links) if on_bridges else []
     parts = (
         render_apply(None, endpoint, on_links=on_links, on_bridges=on_bridges, absent=absent) for endpoint in endpoints
     )

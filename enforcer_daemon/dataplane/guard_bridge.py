@@ -31,8 +31,8 @@ _PRIORITY = -300  # bridge-nf is at 0 and above
 _TAGGED = "{ 8021q, 8021ad }"
 
 
-def skeleton(node_addresses: Iterable[IPAddress]) -> list[str]:
-    """Return what the endpoints' elements hang on."""
+def skeleton(node_addresses: Iterable[IPAddress], *, on_links: bool) -> list[str]:
+    """Return what the endpoints' elements hang on; `on_links`: guard_spoofing has checked what registered pods send."""
     lines = [
         *counted_drops(TABLE, (Reason.SPOOFED_SOURCE, Reason.NOT_IP)),
         *sender_sets(TABLE),
@@ -40,6 +40,7 @@ def skeleton(node_addresses: Iterable[IPAddress]) -> list[str]:
         f"add set {TABLE} ports {{ type ifname; }}",
         f"add chain {TABLE} arrived {{ type filter hook prerouting priority {_PRIORITY}; policy accept; }}",
         f"add chain {TABLE} switched {{ type filter hook forward priority {_PRIORITY}; policy accept; }}",
+        *(f"add rule {TABLE} {chain} iifname @ports accept" for chain in ("arrived", "switched") if on_links),
         f"add rule {TABLE} switched meta protocol {_TAGGED} oifname @ports {drop(Reason.NOT_IP)}",
     ]
     for version, family in ((4, "ip"), (6, "ip6")):

@@ -42,6 +42,9 @@ def skeleton(node_addresses: Iterable[IPAddress]) -> list[str]:
         f"add chain {TABLE} forwarded {{ {_HOOK} }}",
         f"add chain {TABLE} sent_on {{ {_SENT_ON_HOOK} }}",
         f"add chain {TABLE} unproven",
+        # The kernel's own neighbor discovery shows the interface that it leaves by.
+        f"add rule {TABLE} unproven meta l4proto {{ icmp, ipv6-icmp, igmp }} accept",
+        f"add rule {TABLE} unproven meta skuid >= 0 accept",  # of a socket in this namespace
         f"add rule {TABLE} unproven ct direction reply accept",
         f"add rule {TABLE} unproven ct status snat accept",
         f"add rule {TABLE} unproven {refusal}",
