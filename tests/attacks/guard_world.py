@@ -141,6 +141,9 @@ class Witness:
         listing = self._lab.run(self._place, "nft", "-n", "list", "set", *self._TABLE.split(), "seen")
         return str(port) in listing.replace(",", " ").split()
 
+    def has_seen_any(self) -> bool:
+        return "elements" in self._lab.run(self._place, "nft", "-n", "list", "set", *self._TABLE.split(), "seen")
+
     def sees(self, port: int) -> bool:
         """Wait for a packet from a port, as long as a busy machine may need."""
         deadline = time.monotonic() + _PATIENCE_S
