@@ -1,5 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Where the transport header of an IP packet begins: IPv4 (RFC 791) and IPv6 with its extension headers (RFC 8200)."""
+"""Where the transport header of an IP packet begins: IPv4 (RFC 791) and IPv6 with its extension headers (RFC 8200).
+
+What counts as an extension header is what the kernel counts (ipv6_ext_hdr in net/ipv6/exthdrs_core.c), which conntrack,
+iptables and nft follow: a header that only this module walked past would let a rule for TCP release another protocol.
+The mobility header (135), HIP (139), Shim6 (140) and the experimental numbers (253, 254) are protocols to it, as are
+ESP (50) and "no next header" (59). The authentication header is walked past, except by nft, which compares it as
+protocol 51 and so lets less pass.
+"""
 
 from __future__ import annotations
 
@@ -20,7 +27,7 @@ _ROUTING = 43
 _FRAGMENT = 44
 _AUTHENTICATION = 51
 _DESTINATION = 60
-_MOBILITY = 135
+_EXTENSION_HEADERS = (_HOP_BY_HOP, _ROUTING, _FRAGMENT, _AUTHENTICATION, _DESTINATION)
 
 
 class IPHeader(NamedTuple):
@@ -59,7 +66,7 @@ def _decode_ipv6(packet: bytes) -> IPHeader:
     end = IPV6_HEADER + (packet[4] << 8 | packet[5])
     protocol, offset = packet[6], IPV6_HEADER
     for _ in range(_MAX_EXTENSION_HEADERS):
-        if protocol not in (_HOP_BY_HOP, _ROUTING, _FRAGMENT, _AUTHENTICATION, _DESTINATION, _MOBILITY):
+        if protocol not in _EXTENSION_HEADERS:
             return IPHeader(packet[8:24], packet[24:40], protocol, offset, end)
         if offset + 8 > min(end, len(packet)):
             raise PacketError("IPv6 extension header is truncated")

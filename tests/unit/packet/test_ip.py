@@ -48,6 +48,16 @@ def test_ipv6_extension_headers(headers: IPv6, offset: int) -> None:
     assert (found.offset, found.sport, found.dport) == (offset, 1, 2)
 
 
+@pytest.mark.parametrize("kind", [50, 59, 135, 139, 140, 253, 254])
+def test_what_the_kernel_takes_for_a_protocol_is_not_walked_past(kind: int) -> None:
+    """A rule for TCP must not release what a receiver hands to a socket of another protocol."""
+    inside = bytes((6, 0)) + bytes(6) + bytes(SYN)
+    for chain, offset in ((V6, 40), (V6 / IPv6ExtHdrHopByHop(), 48)):
+        packet = chain.copy()
+        packet.lastlayer().nh = kind
+        assert decode_ip(bytes(packet / inside))[2:4] == (kind, offset)
+
+
 @pytest.mark.parametrize(
     ("packet", "message"),
     [
