@@ -39,7 +39,10 @@ from enforcer_daemon.virtual import NOTHING_VIRTUAL, VirtualChange, VirtualEntri
 _PARTS = guard_masquerade, guard_egress, guard_forged, guard_arrivals
 """What works on every node."""
 _CHAINS = (
-    *((NFPROTO_INET, NAME, chain) for chain in ("framed", "vouched", "lone", "leaving", "entering", "answered")),
+    *(
+        (NFPROTO_INET, NAME, chain)
+        for chain in ("framed", "vouched", "lone", "leaving", "entering", "answered", "syn_acks")
+    ),
     *((NFPROTO_INET, NAME, chain) for chain in ("arrived", "forwarded", "sent_on", "unproven", "masqueraded")),
     *((NFPROTO_NETDEV, NAME, chain) for chain in ("framed", "checked", "sent", "answers", "entered")),
     *((NFPROTO_BRIDGE, NAME, chain) for chain in ("arrived", "switched")),

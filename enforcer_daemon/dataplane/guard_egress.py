@@ -9,6 +9,9 @@ What another enforcer decides on passes by its translated destination (guard_vou
 address for what the pod dialled, which is what its own enforcer evaluates; each packet is checked, so that a policy
 that changes ends such flows without a look at conntrack.
 
+A SYN with a frame may end where no enforcer is. So a SYN-ACK to an isolated pod needs a frame, or a rule by address for
+what was dialed, as it does for the pod's own enforcer.
+
 Untracked packets have no direction and no dialled destination. Their own destination is compared, and answers pass only
 to a peer that sent an untracked packet to the pod a moment ago.
 
@@ -38,6 +41,7 @@ from enforcer_daemon.reasons import Reason
 TABLE = f"inet {NAME}"
 _DESTINATIONS = ("ip daddr", "ip6 daddr")
 _DIALLED = ("ct original ip daddr", "ct original ip6 daddr", "ct original proto-dst")
+_TRANSLATED = ("ct reply ip saddr", "ct reply ip6 saddr")
 _HOOKS = {
     "leaving": "type filter hook postrouting priority 99; policy accept;",  # source NAT is at 100
     "entering": "type filter hook input priority 101; policy accept;",  # IPVS is at 98 and 99 (ip_vs_core.c)
@@ -53,7 +57,11 @@ _FAMILIES = ((4, "ipv4_addr", "ip"), (6, "ipv6_addr", "ip6"))
 def skeleton(networks: Iterable[IPNetwork], pod_networks: Iterable[IPNetwork]) -> list[str]:
     """Return what the endpoints' rules hang on; `networks` are those that frames are sent to."""
     lines = [*counted_drops(TABLE, (Reason.EGRESS_DENIED,)), *guard_vouched.skeleton(TABLE, networks, pod_networks)]
-    lines.append(f"add chain {TABLE} answered {{ {_ANSWERED_HOOK} }}")
+    lines += [f"add chain {TABLE} answered {{ {_ANSWERED_HOOK} }}", f"add chain {TABLE} syn_acks"]
+    # Another enforcer puts a frame behind it. A bare one needs a rule for what was dialed, as the frame of the SYN was
+    # believed without knowing whether there is an enforcer.
+    lines.append(f"add rule {TABLE} answered tcp flags & (syn | ack) == (syn | ack) ct direction reply goto syn_acks")
+    lines.append(f"add rule {TABLE} syn_acks jump framed")
     for version, kind, family in _FAMILIES:
         asked = f"type {kind} . inet_service . {kind} . inet_service . inet_proto; size {_MAX_ASKED};"
         lines += [
@@ -63,6 +71,7 @@ def skeleton(networks: Iterable[IPNetwork], pod_networks: Iterable[IPNetwork]) -
         request = f"ct state untracked {family} daddr @pods{version} meta l4proto {{ tcp, udp }}"
         answer = f"{family} daddr . th dport . {family} saddr . th sport . meta l4proto"
         lines.append(f"add rule {TABLE} answered {request} update @asked{version} {{ {answer} }}")
+        lines.append(f"add rule {TABLE} syn_acks {family} daddr vmap @sources{version}")
     rules = (
         # What conntrack calls invalid (a wrong checksum is enough) has no direction, and a socket may read it.
         "ct direction reply accept",
@@ -111,19 +120,16 @@ def _rules(endpoint: GuardedEndpoint) -> list[str]:
     denial = drop(Reason.EGRESS_DENIED)
     return [
         guard_vouched.vouched(by_identity=endpoint.by_identity),
-        *_own(endpoint),
+        # What the pod sent to a Service, and comes back to it.
+        *(f"{_TRANSLATED[address.version == 6]} {address} accept" for address in endpoint.addresses),
         *(address_rule(rule, *_DIALLED) for rule in endpoint.egress),
         f"ct state != {{ invalid, untracked }} {denial}",
-        *(address_rule(rule, *_DESTINATIONS) for rule in endpoint.egress),
+        *address_rules(endpoint),
         denial,
     ]
 
 
 def address_rules(endpoint: GuardedEndpoint) -> list[str]:
     """Let a pod reach itself, and what its policies allow by address, by the packet's own destination."""
-    return _own(endpoint) + [address_rule(rule, *_DESTINATIONS) for rule in endpoint.egress]
-
-
-def _own(endpoint: GuardedEndpoint) -> list[str]:
-    """Write the rules for the pod itself: also what it sent to a Service, and comes back to it."""
-    return [f"{_DESTINATIONS[address.version == 6]} {address} accept" for address in endpoint.addresses]
+    own = [f"{_DESTINATIONS[address.version == 6]} {address} accept" for address in endpoint.addresses]
+    return own + [address_rule(rule, *_DESTINATIONS) for rule in endpoint.egress]

@@ -38,7 +38,10 @@ def skeleton(table: str, networks: Iterable[IPNetwork], pod_networks: Iterable[I
         _VOUCHED: [
             *(f"{into} {FIRST_SYN} jump framed" for into in places),
             *(f"{into} {LONE_MESSAGE} accept" for into in places),
-            *(f"{into} meta l4proto {{ tcp, udp }} ct state established accept" for into in places),
+            *(
+                f"{into} meta l4proto {{ tcp, udp }} ct state established ct direction original accept"
+                for into in places
+            ),
         ],
     }
     for chain, rules in chains.items():

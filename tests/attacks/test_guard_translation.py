@@ -26,12 +26,14 @@ from tests.attacks.guard_world import (
     packet,
     translation,
 )
+from tests.e2e.attackers import Wire
 from tests.e2e.operation_world import FAMILIES, HTTP, NODES, RESET, app, block, pod, policy
 from triremectl.lab import HostSpec, Lab, PortSpec, ServicePort, ServiceSpec, Tools, WorldSpec
 
 pytestmark = pytest.mark.kernel
 
 OUTSIDE = HostSpec("outside", (ip_address("203.0.113.7"), ip_address("2001:db8::7")), (HTTP,))
+INSIDE = HostSpec("inside", node="b")
 VIP = {4: ip_address("10.96.0.50"), 6: ip_address("fd00:10:96::50")}
 FRONT = 443
 OWN_PORT = 10250
@@ -82,7 +84,7 @@ tools = pytest.mark.parametrize("tool", ["iptables", "nftables"])
 
 @pytest.fixture(scope="module")
 def lab(plugin: Path) -> Iterator[Lab]:
-    world = WorldSpec(NODES, {"x": {}}, PODS, (OUTSIDE,), (WEB,), MANIFESTS, RESET)
+    world = WorldSpec(NODES, {"x": {}}, PODS, (OUTSIDE, INSIDE), (WEB,), MANIFESTS, RESET)
     with Lab(world, Tools(plugin=plugin)) as lab:
         yield lab
 
@@ -174,6 +176,28 @@ def test_a_rule_for_what_was_dialed_holds_behind_the_translation(
         direct.settimeout(1)
         with pytest.raises(OSError, match=r"refused|timed out"):
             direct.connect((str(back[0]), back[1]))
+
+
+@hooks
+@versions
+@pytest.mark.parametrize("target", ["bridge-of-b", "host:inside"])
+def test_the_bare_answer_to_a_frame_does_not_come_back(lab: Lab, target: str, version: int, hooked: bool) -> None:
+    """Inside the pod networks are addresses that no enforcer stands before; only an answer shows which these are."""
+    place = "node:b" if target == "bridge-of-b" else target
+    address = _bridge(lab, version, "b") if target == "bridge-of-b" else lab.place(target).address(version)
+    gate = mac(lab, "node:a")
+    heard = {}
+    with bridge_hooks(lab, "node:a", are_on=hooked), lab.open_socket(place, FAMILIES[version]) as server:
+        server.bind((str(address), 0))
+        server.listen()
+        port = server.getsockname()[1]
+        for source in ("x/to-web", "x/free"):
+            own, sport = lab.place(source).address(version), fresh_port()
+            with Sender(lab, source) as sender, Wire(lab, source, version) as wire:
+                sender.send(gate, [packet("framed-syn", own, address, sport, port)])
+                answer = wire.find_segment(lambda found, sport=sport: found.dport == sport, 1.0)
+                heard[source] = answer is not None
+    assert heard == {"x/to-web": False, "x/free": True}
 
 
 # Rules that keep flows out of conntrack.

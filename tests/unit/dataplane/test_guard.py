@@ -50,10 +50,12 @@ def test_what_an_isolated_pod_sends_needs_a_rule_by_address_for_what_it_dialed()
     """Only what has no connection is compared as it is now, after translation."""
     assert contents(guard_egress.apply_lines(None, CAGED)) == [
         "oif != 0 jump vouched",
-        "ip daddr 10.0.0.5 accept",
-        "ip6 daddr fd00::5 accept",
+        "ct reply ip saddr 10.0.0.5 accept",
+        "ct reply ip6 saddr fd00::5 accept",
         "ct original ip daddr 10.9.0.0/16 meta l4proto 6 ct original proto-dst 443-443 accept",
         "ct state != { invalid, untracked } counter goto drop_egress_denied",
+        "ip daddr 10.0.0.5 accept",
+        "ip6 daddr fd00::5 accept",
         "ip daddr 10.9.0.0/16 meta l4proto 6 th dport 443-443 accept",
         "counter goto drop_egress_denied",
     ]
