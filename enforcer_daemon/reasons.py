@@ -80,8 +80,8 @@ _TEXTS: dict[Reason, str] = {
     "allows it.",
     Reason.IDENTITY_REQUIRED: "The peer's address is inside the enforced networks, it showed no identity, and "
     "networks.requireIdentity is set.",
-    Reason.SPOOFED_SOURCE: "A pod sent a packet under an address that is not its own, or somebody one to a pod "
-    "under its node's.",
+    Reason.SPOOFED_SOURCE: "A packet came under an address that is not its sender's: a pod's by another link than "
+    "the pod's own, or the node's from elsewhere.",
     Reason.SPOOFED_NEIGHBOUR: "A pod spoke for an address that is not its own (ARP, neighbour discovery), or as a "
     "router.",
     Reason.NOT_IP: "A pod sent a frame that is neither IP nor ARP, or is tagged for a VLAN.",

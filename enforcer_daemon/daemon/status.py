@@ -19,6 +19,7 @@ from enforcer_daemon.daemon.placement import PlacementGuard
 from enforcer_daemon.daemon.registrar import Registrar
 from enforcer_daemon.daemon.world import CompiledWorld
 from enforcer_daemon.dataplane.guard_links import passed_by_tc
+from enforcer_daemon.dataplane.guard_vouched import NOT_CLAIMED
 from enforcer_daemon.dataplane.queuecounters import LostPackets
 from enforcer_daemon.errors import DataplaneError
 from enforcer_daemon.identity.credential import vouched_domain
@@ -89,10 +90,13 @@ class Status:
         }
 
     async def _guard(self) -> object:
+        not_claimed = list(NOT_CLAIMED)
         try:
-            return {"problem": self._kernel.guard_problem, "drops": await self._kernel.guard_drops()}
+            drops = await self._kernel.guard_drops()
         except DataplaneError as err:
-            return {"problem": f"the guard is not as it was put in place: {err}", "drops": {}}
+            problem = f"the guard is not as it was put in place: {err}"
+            return {"problem": problem, "drops": {}, "not_claimed": not_claimed}
+        return {"problem": self._kernel.guard_problem, "drops": drops, "not_claimed": not_claimed}
 
     def _snapshot(self) -> object:
         if self.world is None:

@@ -26,6 +26,11 @@ _INTO_CONFIGURED_NODE_PORTS = tuple(
     f"{family} daddr @virtual{version} th dport {NODE_PORTS}" for family, version in (("ip", 4), ("ip6", 6))
 )
 _LONE, _VOUCHED = "lone", "vouched"
+NOT_CLAIMED = (
+    "pods whose egress rules name pods can send raw SYNs to every address of the enforced networks, without an answer",
+    "isolated pods can send raw UDP messages without data to every address of the enforced networks",
+)
+"""What forms cannot tell, and a tag could; for operators."""
 
 
 def skeleton(table: str, networks: Iterable[IPNetwork], pod_networks: Iterable[IPNetwork]) -> list[str]:
