@@ -142,6 +142,7 @@ def test_endpoints_are_adopted_and_no_rule_is_doubled(lab: Lab, ending: signal.S
     for name in "ab":
         tables = lab.run(f"node:{name}", "nft", "list", "tables").splitlines()
         assert sorted(table for table in tables if "trireme" in table) == [
+            "table bridge trireme_guard",
             "table inet trireme_guard",
             "table netdev trireme_guard",
         ]

@@ -160,6 +160,41 @@ def test_a_bridge_that_hides_packets_is_reported(lab: Lab) -> None:
     assert off.problem.startswith("net.bridge.bridge-nf-call-iptables is not 1")
 
 
+def test_what_stands_above_a_bridge_port_is_found(lab: Lab) -> None:
+    """The node's IP stack shows these as the input interface of the pod's packets."""
+    assert act(lab, lambda: find_links(lab.pod, {"eth0": ("pod0",)})).devices == ()
+    for command in ("link add br0 type bridge", "link set pod0 master br0"):
+        ip(lab.node, command)
+    assert act(lab, lambda: find_links(lab.pod, {"eth0": ("pod0",)})).devices == ("br0",)
+    ip(lab.node, "link add br0.7 link br0 type macvlan mode bridge")
+    links = act(lab, lambda: find_links(lab.pod, {"eth0": ("pod0",)}))
+    assert (links.devices, links.is_traced) == (("br0", "br0.7"), True)
+
+
+def test_a_pod_behind_what_is_no_bridge_is_not_traced_and_says_so(lab: Lab) -> None:
+    try:
+        ip(lab.node, "link add team0 type bond")
+    except DataplaneError:
+        pytest.skip("this kernel has no master of another kind")
+    ip(lab.node, "link set pod0 down")
+    ip(lab.node, "link set pod0 master team0")
+    links = act(lab, lambda: find_links(lab.pod, {"eth0": ("pod0",)}))
+    assert (links.devices, links.is_traced) == ((), False)
+    assert "pod0 is a port of what is no bridge" in links.problem
+
+
+def test_who_cannot_be_traced_is_not_compared(lab: Lab) -> None:
+    """Else everything that such a pod sends would be dropped."""
+    guard, endpoint = Guard(), guarded(lab)
+    elsewhere = replace(endpoint, links=replace(endpoint.links, names=("out0",)))
+    act(lab, lambda: guard.replace([replace(elsewhere, links=replace(elsewhere.links, is_traced=False))]))
+    assert gets_through(lab, POD[4])
+    act(lab, lambda: guard.apply(elsewhere))
+    assert not gets_through(lab, POD[4])
+    act(lab, lambda: guard.apply(endpoint))
+    assert gets_through(lab, POD[4])
+
+
 @pytest.mark.parametrize("kind", ["ingress", "clsact"])
 def test_tc_that_sees_packets_first_is_reported(lab: Lab, kind: str) -> None:
     assert act(lab, passed_by_tc) == frozenset()
