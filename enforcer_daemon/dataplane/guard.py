@@ -221,7 +221,9 @@ class Guard:
         self._virtual = change.applied_to(self._virtual)
         if not self._left or not self._has_nft or change.is_empty:
             return  # `replace` brings it to the kernel.
-        lines = [line for table in _virtual_tables(self._on_links) for line in guard_virtual.change_lines(table, change)]
+        lines = [
+            line for table in _virtual_tables(self._on_links) for line in guard_virtual.change_lines(table, change)
+        ]
         try:
             self._bring(_text(lines), dict(self._applied))
         except DataplaneError:

@@ -73,5 +73,5 @@ def framed_chain(table: str, networks: Iterable[IPNetwork]) -> list[str]:
 
 
 def framed_syns() -> list[str]:
-    """Write the rules that let SYNs with a frame pass, into the networks of `framed_chain` and to what Services earn."""
+    """Write the rules that let SYNs with a frame pass, into the networks of `framed_chain` and virtual addresses."""
     return [f"{match} {FIRST_SYN} jump framed" for match in (*INTO_ENFORCED, *INTO_VIRTUAL)]

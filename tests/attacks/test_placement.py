@@ -78,9 +78,8 @@ def test_pods_that_were_deleted_by_force_take_their_node_from_nobody(lab: KubeLa
 
 def test_a_connection_with_a_pod_that_the_cluster_does_not_have_ends(lab: KubeLab) -> None:
     lab.api.delete("Pod", "x", "mine-0")
-    with connection(lab, "x/mine-0", "victim/server") as (_, server):
-        with pytest.raises(ConnectionError):
-            server.recv(1)
+    with connection(lab, "x/mine-0", "victim/server") as (_, server), pytest.raises(ConnectionError):
+        server.recv(1)
     assert status(lab)["denied_nodes"] == []
 
 
