@@ -182,7 +182,7 @@ class PlacementSettings:
     retry_s: float = 5.0
     """After this time a pod that was not found is looked up once more before that counts, seconds."""
     denial_s: float = 3_600.0
-    """How long a node that claimed other nodes' pods is not believed, seconds."""
+    """How long a node that claimed another node's pod, or a claim of a pod that is not there, is denied, seconds."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -65,11 +65,12 @@ class ClusterSource:
         self._service_cidrs: Table[Any] = Table(SERVICE_CIDRS)
         self._virtual = VirtualAddresses(settings.networks)
         self._services: Table[Any] = Table(SERVICES, self._virtual.put)
+        self.namespaces = Reflector(self._namespaces, surroundings)
         self.pods = Reflector(self._pods, surroundings, f"spec.nodeName={settings.node}")
         networks = settings.networks
         self._reflectors: list[Reflector[Any]] = [
             Reflector(self._policies, surroundings),
-            Reflector(self._namespaces, surroundings),
+            self.namespaces,
             self.pods,
             # Other nodes matter for their pods' networks, and for addresses: of node ports, and that no Service earns.
             Reflector(
@@ -155,8 +156,8 @@ class ClusterSource:
         return pod if pod is not None and pod.uid == uid else None
 
     def has_namespace(self, name: str) -> bool:
-        """Tell whether the cluster has a namespace; before that is known, any."""
-        return not self.is_settled or ("", name) in self._namespaces.entries
+        """Tell whether the cluster has a namespace; while that is not followed, any."""
+        return not self.namespaces.health.is_up or ("", name) in self._namespaces.entries
 
     async def until_in_force(self, ref: PodRef, uid: str) -> Pod:
         """Wait until the world that all endpoints are judged by has this pod."""
