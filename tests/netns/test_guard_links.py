@@ -186,7 +186,8 @@ def test_a_pod_behind_what_is_no_bridge_is_not_traced_and_says_so(lab: Lab) -> N
 def test_who_cannot_be_traced_is_not_compared(lab: Lab) -> None:
     """Else everything that such a pod sends would be dropped."""
     guard, endpoint = Guard(), guarded(lab)
-    elsewhere = replace(endpoint, links=replace(endpoint.links, names=("out0",)))
+    ip(lab.node, "link add other0 type veth peer name other1")
+    elsewhere = replace(endpoint, links=replace(endpoint.links, names=("other0",)))
     act(lab, lambda: guard.replace([replace(elsewhere, links=replace(elsewhere.links, is_traced=False))]))
     assert gets_through(lab, POD[4])
     act(lab, lambda: guard.apply(elsewhere))
