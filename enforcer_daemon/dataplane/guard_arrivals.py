@@ -24,7 +24,11 @@ _HOOK = "type filter hook prerouting priority -300; policy accept;"  # before co
 
 def skeleton() -> list[str]:
     """Return what the endpoints' elements hang on; the drop is guard_forged's."""
-    lines = [*sender_sets(TABLE), f"add chain {TABLE} arrived {{ {_HOOK} }}"]
+    lines = [*sender_sets(TABLE)]
+    lines += [
+        f"add set {TABLE} selves{v} {{ type {kind} . {kind}; }}" for v, kind in ((4, "ipv4_addr"), (6, "ipv6_addr"))
+    ]
+    lines += [f"add chain {TABLE} arrived {{ {_HOOK} }}"]
     for version, family in ((4, "ip"), (6, "ip6")):
         match = f"{family} saddr @linked{version} {family} saddr . iifname != @homes{version}"
         # By lo come the node's own sockets: a transparent proxy speaks under the addresses of pods.
@@ -34,9 +38,17 @@ def skeleton() -> list[str]:
 
 def apply_lines(before: GuardedEndpoint | None, after: GuardedEndpoint) -> list[str]:
     """Bring an endpoint from what was applied before (None: nothing) to `after`."""
-    return difference(TABLE, sender_elements(before, with_devices=True), sender_elements(after, with_devices=True))
+    return difference(TABLE, _elements(before), _elements(after))
 
 
 def remove_lines(before: GuardedEndpoint) -> list[str]:
     """Take an endpoint away."""
-    return difference(TABLE, sender_elements(before, with_devices=True), {})
+    return difference(TABLE, _elements(before), {})
+
+
+def _elements(endpoint: GuardedEndpoint | None) -> dict[str, str]:
+    found = sender_elements(endpoint, with_devices=True)
+    if endpoint is not None and found:
+        # Source and destination of what a pod sends to itself: its source is the pod's for sure.
+        found |= {f"selves{address.version} {address} . {address}": "" for address in endpoint.addresses}
+    return found

@@ -15,6 +15,7 @@ from __future__ import annotations
 from enforcer_daemon.dataplane.guard_rules import (
     ALLOWS_ALL,
     FIRST_SYN,
+    LONE_MESSAGE,
     NAME,
     GuardedEndpoint,
     address_rule,
@@ -45,11 +46,25 @@ def skeleton() -> list[str]:
         f"add chain {TABLE} judge",
         # A process of the node sent it. No input interface alone does not tell: bridged packets have none here either.
         f"add rule {TABLE} masqueraded iif 0 meta skuid >= 0 accept",
+        *(f"add rule {TABLE} masqueraded {rule}" for rule in _messages()),
         f"add rule {TABLE} masqueraded ct state new ct direction original ct status snat goto judge",
         # Conntrack takes no notice of one on the ports of a connection that it still knows.
         f"add rule {TABLE} masqueraded {FIRST_SYN} ct direction original ct status snat goto judge",
         f"add rule {TABLE} judge ip daddr vmap @endpoints4",
         f"add rule {TABLE} judge ip6 daddr vmap @endpoints6",
+    ]
+
+
+def _messages() -> list[str]:
+    """Write the rules that drop handshake messages which come masqueraded, for all pods: UDP is by address there.
+
+    Answered, one would open a flow that the pod takes for its node's. A pod's own come back to it through a Service.
+    """
+    masqueraded = f"ct direction original ct status snat {LONE_MESSAGE}"
+    return [
+        f"{masqueraded} {family} daddr @pods{version} ct original {family} saddr . {family} daddr != @selves{version} "
+        + drop(Reason.UNIDENTIFIED_PEER)
+        for version, family in ((4, "ip"), (6, "ip6"))
     ]
 
 

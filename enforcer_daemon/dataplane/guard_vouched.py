@@ -26,6 +26,9 @@ _INTO_CONFIGURED_NODE_PORTS = tuple(
     f"{family} daddr @virtual{version} th dport {NODE_PORTS}" for family, version in (("ip", 4), ("ip6", 6))
 )
 _LONE, _VOUCHED = "lone", "vouched"
+# A broadcast would reach those that have no enforcer. Enforcers send no message behind extension headers, and the rules
+# of a pod do not look for one there.
+_LONE_MESSAGES = (f"fib daddr type != broadcast {LONE_MESSAGE}", f"ip6 nexthdr udp {LONE_MESSAGE}")
 NOT_CLAIMED = (
     "pods whose egress rules name pods can send raw SYNs to every address of the enforced networks, without an answer",
     "isolated pods can send raw UDP messages without data to every address of the enforced networks",
@@ -39,10 +42,10 @@ def skeleton(table: str, networks: Iterable[IPNetwork], pod_networks: Iterable[I
     places = (*INTO_ENFORCED, *INTO_NODE_PORTS, *_INTO_CONFIGURED_NODE_PORTS)
     chains = {
         # An empty datagram to an application that has no enforcer. Enforcers of pods that only answer send some, too.
-        _LONE: [f"{into} {LONE_MESSAGE} accept" for into in INTO_ENFORCED],
+        _LONE: [f"{into} {message} accept" for into, message in zip(INTO_ENFORCED, _LONE_MESSAGES, strict=True)],
         _VOUCHED: [
             *(f"{into} {FIRST_SYN} jump framed" for into in places),
-            *(f"{into} {LONE_MESSAGE} accept" for into in places),
+            *(f"{into} {message} accept" for into, message in zip(places, _LONE_MESSAGES * 2, strict=True)),
             *(
                 f"{into} meta l4proto {{ tcp, udp }} ct state established ct direction original accept"
                 for into in places

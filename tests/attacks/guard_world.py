@@ -7,7 +7,6 @@ import itertools
 import os
 import socket
 import struct
-import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from types import TracebackType
@@ -17,7 +16,7 @@ from enforcer_daemon.handshake.frames import MAGIC
 from enforcer_daemon.model import IPAddress
 from enforcer_daemon.packet.checksum import complement, ones_sum
 from enforcer_daemon.packet.udp import build_udp
-from tests.netns.lab import ACK, SYN, tcp_packet
+from tests.netns.lab import ACK, SYN, tcp_packet, wait_until
 from triremectl.lab import Lab
 from triremectl.lab.netns import in_netns, netns_path
 from triremectl.lab.network import POD_BRIDGE
@@ -146,12 +145,11 @@ class Witness:
 
     def sees(self, port: int) -> bool:
         """Wait for a packet from a port, as long as a busy machine may need."""
-        deadline = time.monotonic() + _PATIENCE_S
-        while not self.has_seen(port):
-            if time.monotonic() > deadline:
-                return False
-            time.sleep(0.02)
-        return True
+        return wait_until(lambda: self.has_seen(port), _PATIENCE_S)
+
+    def sees_any(self) -> bool:
+        """Wait for any packet."""
+        return wait_until(self.has_seen_any, _PATIENCE_S)
 
 
 @contextmanager

@@ -33,7 +33,7 @@ from triremectl.lab import HostSpec, Lab, PortSpec, ServicePort, ServiceSpec, To
 pytestmark = pytest.mark.kernel
 
 OUTSIDE = HostSpec("outside", (ip_address("203.0.113.7"), ip_address("2001:db8::7")), (HTTP,))
-INSIDE = HostSpec("inside", node="b")
+INSIDE, BESIDE = HostSpec("inside", node="b"), HostSpec("beside", node="a")
 VIP = {4: ip_address("10.96.0.50"), 6: ip_address("fd00:10:96::50")}
 FRONT = 443
 OWN_PORT = 10250
@@ -48,6 +48,14 @@ WEB = ServiceSpec(
     (PodRef("x", "web"),),
     (ServicePort(80, HTTP.number, node_port=30_001),),
 )
+NEAR_NODE_PORT = 30_002
+NEAR = ServiceSpec(
+    "x",
+    "near",
+    (ip_address("10.96.0.11"), ip_address("fd00:10:96::11")),
+    (PodRef("x", "near"),),
+    (ServicePort(5353, 5353, Protocol.UDP, node_port=NEAR_NODE_PORT),),
+)
 DNS = PortSpec(53, Protocol.UDP)
 PODS = (
     pod("caged", "a"),
@@ -56,6 +64,7 @@ PODS = (
     pod("to-cache", "a"),
     pod("free", "a"),
     pod("web", "b"),
+    pod("near", "a"),
     pod("answers", "a", DNS),
 )
 MANIFESTS = (
@@ -84,7 +93,7 @@ tools = pytest.mark.parametrize("tool", ["iptables", "nftables"])
 
 @pytest.fixture(scope="module")
 def lab(plugin: Path) -> Iterator[Lab]:
-    world = WorldSpec(NODES, {"x": {}}, PODS, (OUTSIDE, INSIDE), (WEB,), MANIFESTS, RESET)
+    world = WorldSpec(NODES, {"x": {}}, PODS, (OUTSIDE, INSIDE, BESIDE), (WEB, NEAR), MANIFESTS, RESET)
     with Lab(world, Tools(plugin=plugin)) as lab:
         yield lab
 
@@ -297,3 +306,57 @@ def test_a_pod_that_may_reach_nothing_answers_whoever_asks_it_untracked(
         asker.sendto(b"question", (str(pod_address), 53))
         assert asker.recv(100)
         assert not witness.has_seen(other)
+
+
+# Messages of the handshake for UDP.
+
+
+@hooks
+@versions
+@attackers
+def test_a_message_comes_masqueraded_to_no_pod(lab: Lab, attacker: str, version: int, hooked: bool) -> None:
+    """Answered, it would open a flow that the pod behind the node port takes for its node's."""
+    target, port = lab.place("node:a").address(version), NEAR_NODE_PORT
+    with (
+        bridge_hooks(lab, "node:a", are_on=hooked),
+        Witness(lab, "x/near") as witness,
+        Sender(lab, attacker) as sender,
+        lab.open_socket("host:outside", FAMILIES[version], socket.SOCK_DGRAM) as control,
+    ):
+        own = lab.place(attacker).address(version)
+        message = packet("lone-message", own, target, fresh_port(), port)
+        forms = [message] if version == 4 else [message, _behind_options(message)]
+        for form in forms:
+            sender.send(mac(lab, "node:a"), [form])
+        assert not witness.has_seen_any()
+        control.sendto(b"control", (str(target), port))
+        assert witness.sees_any()
+
+
+@versions
+@attackers
+def test_a_message_to_everybody_on_the_link_reaches_nobody(lab: Lab, attacker: str, version: int) -> None:
+    own = lab.place(attacker).address(version)
+    target = own if version == 4 else ip_address("ff02::1")
+    if version == 4:
+        (network,) = [network for network in lab.node("a").spec.pod_networks if network.version == 4]
+        target = network.broadcast_address
+    group = b"\xff" * 6 if version == 4 else b"\x33\x33\x00\x00\x00\x01"
+    with (
+        bridge_hooks(lab, "node:a", are_on=True),
+        Witness(lab, "host:beside") as witness,
+        Sender(lab, attacker) as caged,
+        Sender(lab, "x/free") as free,
+    ):
+        attack, control = fresh_port(), fresh_port()
+        caged.send(group, [packet("lone-message", own, target, attack, 5353)])
+        free.send(group, [packet("lone-message", lab.place("x/free").address(version), target, control, 5353)])
+        assert witness.sees(control)
+        assert not witness.has_seen(attack)
+
+
+def _behind_options(whole: bytes) -> bytes:
+    """Put an empty header of destination options before what an IPv6 packet carries."""
+    options = bytes((whole[6], 0)) + b"\x01\x04" + bytes(4)
+    length = int.from_bytes(whole[4:6], "big") + len(options)
+    return whole[:4] + length.to_bytes(2, "big") + bytes((60,)) + whole[7:40] + options + whole[40:]
