@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
 from functools import partial
 
 from enforcer_daemon.daemon.endpoint import Change, Endpoint
@@ -24,6 +25,18 @@ from enforcer_daemon.telemetry.logs import Logger
 MAX_BATCH_SPANS = 4_096
 """Spans of addresses and ports in one transaction of the guard; an endpoint that has more is one by itself. Others wait
 while a transaction runs: some 20 ms for so many."""
+
+
+@dataclass(slots=True)
+class _Turn:
+    """A namespace that follows."""
+
+    lock: asyncio.Lock = field(default_factory=asyncio.Lock)
+    asked: int = 0
+    """How many worlds it was to follow."""
+    done: int = 0
+    """How many of them it has followed."""
+    waiting: int = 0
 
 
 class Following:
@@ -46,9 +59,7 @@ class Following:
         self._leave_unsettled = leave_unsettled
         self._log = log
         self._world: CompiledWorld | None = None
-        self._locks: dict[str, asyncio.Lock] = {}
-        self._asked: dict[str, int] = {}
-        self._done: dict[str, int] = {}
+        self._namespaces: dict[str, _Turn] = {}
         self._labelled: set[str] = set()
         """Namespaces that have not seen yet that some namespace's labels changed."""
 
@@ -68,16 +79,20 @@ class Following:
                 tasks.create_task(self._follow(namespace))
 
     async def _follow(self, namespace: str) -> None:
-        number = self._asked[namespace] = self._asked.get(namespace, 0) + 1
-        lock = self._locks.setdefault(namespace, asyncio.Lock())
-        async with lock:
-            if self._done.get(namespace, 0) < number:
-                asked = self._asked[namespace]
-                await self._bring(namespace)
-                self._done[namespace] = asked
-        if self._done.get(namespace) == self._asked.get(namespace) and not lock.locked():
-            for table in (self._locks, self._asked, self._done):
-                table.pop(namespace, None)
+        turn = self._namespaces.setdefault(namespace, _Turn())
+        turn.asked += 1
+        turn.waiting += 1
+        number = turn.asked
+        try:
+            async with turn.lock:
+                if turn.done < number:  # Else one before took this world along.
+                    asked = turn.asked
+                    await self._bring(namespace)
+                    turn.done = asked
+        finally:
+            turn.waiting -= 1
+            if not turn.waiting:
+                del self._namespaces[namespace]
 
     async def _bring(self, namespace: str) -> None:
         """Bring one namespace's endpoints to the latest world."""
