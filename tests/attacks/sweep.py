@@ -1,0 +1,302 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The sweep: random packets of every form from one attacker to every kind of address, and what became of each."""
+
+from __future__ import annotations
+
+import os
+import random
+import socket
+import time
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
+from ipaddress import IPv4Address, ip_address
+
+from enforcer_daemon.model import IPAddress
+from tests.attacks import packets, world as places
+from tests.attacks.forms import FORMS, Aim
+from tests.attacks.links import LINK_FORMS, LinkAim
+from tests.attacks.witness import TAG_BYTES, Witness
+from tests.attacks.world import AttackWorld
+from triremectl.lab.netns import in_netns
+
+BROADCAST_MAC = b"\xff" * 6
+CONTROL = 0xFFFF_0000
+"""Numbers from here on are of packets that must arrive, so that silence means something."""
+_BATCH = 128
+_PATIENCE_S = 20.0
+_GRACE_S = 1.5
+"""For what an enforcer holds until it stops waiting for a proof (1 s), seconds."""
+
+
+@dataclass(frozen=True, slots=True)
+class Target:
+    """A kind of destination: its address of each version, ports worth trying, MACs that lead there."""
+
+    kind: str
+    addresses: Mapping[int, IPAddress]
+    ports: tuple[int, ...]
+    macs: tuple[bytes, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Origin:
+    """Where an attacker sends from."""
+
+    place: str
+    link: str
+    mac: bytes
+    own: Mapping[int, IPAddress]
+    spoofed: Mapping[int, Sequence[IPAddress]]
+    """Addresses that are not its own, which it may state."""
+
+
+@dataclass(frozen=True, slots=True)
+class Attempt:
+    """One numbered attempt of a sweep."""
+
+    number: int
+    form: str
+    target: str
+    version: int
+    source: IPAddress | None
+    frames: tuple[bytes, ...]
+
+    def __str__(self) -> str:
+        return f"#{self.number} {self.form} IPv{self.version} from {self.source} to {self.target}"
+
+
+@dataclass(slots=True)
+class Outcome:
+    """What became of a sweep."""
+
+    packets: int = 0
+    refused_by_link: int = 0
+    """Packets that the attacker's own interface would not send."""
+    arrivals: list[tuple[str, Attempt]] = field(default_factory=list)
+    """Place and attempt, each once."""
+    unknown: list[tuple[str, int]] = field(default_factory=list)
+    """Packets with the run's tag that belong to no attempt by their number."""
+
+    def counted(self) -> Counter[tuple[str, str, str]]:
+        """Count arrivals by form, kind of destination and place."""
+        return Counter((attempt.form, attempt.target, place) for place, attempt in self.arrivals)
+
+
+def targets(world: AttackWorld, spare: Sequence[str] = ()) -> list[Target]:
+    """Return every kind of destination that the world has, seen from a pod on node a, but the kinds in `spare`."""
+    gateway = world.macs["node:a"]
+
+    def at(place: str) -> dict[int, IPAddress]:
+        return {version: world.address(place, version) for version in (4, 6)}
+
+    def pair(addresses: Sequence[IPAddress]) -> dict[int, IPAddress]:
+        return {address.version: address for address in addresses}
+
+    def multicast_macs(four: IPv4Address) -> tuple[bytes, ...]:
+        return b"\x01\x00\x5e" + bytes((four.packed[1] & 0x7F,)) + four.packed[2:], BROADCAST_MAC
+
+    common = (8080, 5353, 53, 4789, 8472)
+    near, neighbor = world.macs[places.NEAR], world.macs[places.NEIGHBOR]
+    bridge_local = world.link_local("node:a", places.POD_BRIDGE)
+    four = world.address(places.CAGED, 4)
+    subnet = ip_address(int(four) | 0xFF)
+    found = [
+        Target("near-pod", at(places.NEAR), common, (near, gateway)),
+        Target("far-pod", at(places.FAR), common, (gateway,)),
+        Target("isolated-pod", at(places.ISOLATED), common, (world.macs[places.ISOLATED], gateway)),
+        Target("neighbor", at(places.NEIGHBOR), common, (neighbor, gateway)),
+        Target("outside", at(places.OUTSIDE), common, (gateway,)),
+        Target("own-node", at("node:a"), (places.KUBELET, 22, places.API_SERVER, *common), (gateway,)),
+        Target("other-node", at("node:b"), (places.KUBELET, 22, places.API_SERVER), (gateway,)),
+        Target("node-port-own", at("node:a"), (places.NODE_PORT, places.HOST_NODE_PORT), (gateway,)),
+        Target("node-port-other", at("node:b"), (places.NODE_PORT, places.HOST_NODE_PORT), (gateway,)),
+        Target("service-pods", pair(places.WEB_SERVICE), (80,), (gateway,)),
+        Target("service-nodes", pair(places.API_SERVICE), (443,), (gateway,)),
+        Target("service-outside", pair(places.OUTSIDE_SERVICE), (80,), (gateway,)),
+        Target("service-unknown-port", pair(places.WEB_SERVICE), (81, 10_250), (gateway,)),
+        Target("external-ip", at(places.EXTERNAL), (80,), (gateway,)),
+        Target("external-ip-unknown-port", at(places.EXTERNAL), (8080, 5353), (gateway,)),
+        Target("dns-local", pair(places.LOCAL_DNS), (53, 9253), (gateway,)),
+        Target("dns-service", pair(places.DNS_SERVICE), (53,), (gateway,)),
+        Target("gateway", {4: ip_address(int(subnet) - 254), 6: bridge_local}, (places.KUBELET, 53), (gateway,)),
+        Target("link-local", {6: world.link_local(places.NEAR)}, common, (near,)),
+        Target("broadcast", {4: ip_address("255.255.255.255")}, common, (BROADCAST_MAC, near, gateway)),
+        Target("subnet-broadcast", {4: subnet}, common, (BROADCAST_MAC, near, gateway)),
+        Target("multicast", pair(places.GROUPS[::2]), common, multicast_macs(IPv4Address("224.0.0.251"))),
+        Target("multicast-wide", pair(places.GROUPS[1::2]), common, multicast_macs(IPv4Address("239.1.2.3"))),
+        Target("all-nodes", {4: ip_address("224.0.0.1"), 6: ip_address("ff02::1")}, common, (b"\x33\x33\0\0\0\1",)),
+        Target("loopback", pair((ip_address("127.0.0.1"), ip_address("::1"))), (places.KUBELET, 53), (gateway, near)),
+        Target("unspecified", pair((ip_address("0.0.0.0"), ip_address("::"))), common, (gateway, near)),
+    ]
+    return [target for target in found if target.kind not in spare]
+
+
+def pod_origin(world: AttackWorld, pod: str) -> Origin:
+    """Return a pod, or a pod-like host, on node a as an attacker."""
+    others = [place for place in (places.NEAR, places.FREE, places.ISOLATED, places.FAR) if place != pod]
+    known = [world.address(place, version) for place in (*others, *_ROUND) for version in (4, 6)]
+    local = (world.link_local(pod), world.link_local("node:a", places.POD_BRIDGE))
+    stated = (*known, *local, *_ODD_SOURCES, *places.WEB_SERVICE, *places.LOCAL_DNS)
+    four = world.address(pod, 4)
+    gateway = ip_address(int(four) & ~0xFF | 1)
+    return Origin(
+        pod,
+        "eth0",
+        world.macs[pod],
+        {version: world.address(pod, version) for version in (4, 6)},
+        {version: [a for a in (*stated, gateway) if a.version == version] for version in (4, 6)},
+    )
+
+
+_ROUND = ("node:a", "node:b", places.OUTSIDE, places.NEIGHBOR)
+_ODD_SOURCES = tuple(
+    map(ip_address, ("127.0.0.1", "0.0.0.0", "255.255.255.255", "224.0.0.1", "169.254.7.7", "::", "::1", "fe80::bad", "ff02::1"))
+)
+
+
+class Sweep:
+    """Makes numbered attempts and sends them from an origin."""
+
+    def __init__(self, world: AttackWorld, origin: Origin, aims: Sequence[Target], tag: bytes, seed: int) -> None:
+        self._world, self._origin, self._targets = world, origin, aims
+        self._tag, self._rng = tag, random.Random(seed)
+        self._number = 0
+
+    def random_attempt(self, spoofing: float = 0.25, link_share: float = 0.06) -> Attempt:
+        """Make an attempt of a random form to a random destination, a part of them under addresses of others."""
+        rng = self._rng
+        if rng.random() < link_share:
+            return self.link_attempt(rng.choice(list(LINK_FORMS)))
+        target = rng.choice(self._targets)
+        version = rng.choice(list(target.addresses))
+        form = rng.choice(list(FORMS[version]))
+        source = None if rng.random() >= spoofing else rng.choice(self._origin.spoofed[version])
+        return self.attempt(form, target, version, source)
+
+    def attempt(self, form: str, target: Target, version: int, source: IPAddress | None = None) -> Attempt:
+        """Make an attempt of one form; `source` None: under the origin's own address."""
+        rng, stated = self._rng, source or self._origin.own[version]
+        aim = Aim(
+            version,
+            (stated.packed, target.addresses[version].packed),
+            (rng.randrange(20_000, 30_000), rng.choice(target.ports)),
+            self._marker(),
+            rng,
+            self._world.own_block,
+            self._world.copied_block,
+        )
+        macs = rng.choice(target.macs), self._origin.mac
+        frames = tuple(packets.ethernet(macs, packets.ETHERTYPES[version], p) for p in FORMS[version][form](aim))
+        return Attempt(self._number, form, target.kind, version, stated, frames)
+
+    def link_attempt(self, form: str) -> Attempt:
+        """Make an attempt of a form that ends on the pod's own link."""
+        world, origin = self._world, self._origin
+        aim = LinkAim(
+            self._marker(),
+            self._rng,
+            origin.mac,
+            world.macs[places.NEAR],
+            {version: origin.own[version].packed for version in (4, 6)},
+            {version: world.address(places.NEAR, version).packed for version in (4, 6)},
+            {version: world.address(places.ISOLATED, version).packed for version in (4, 6)},
+        )
+        version = 6 if form.startswith("nd-") else 4
+        return Attempt(self._number, form, "link", version, None, LINK_FORMS[form](aim))
+
+    def _marker(self) -> bytes:
+        self._number += 1
+        return self._tag + self._number.to_bytes(4, "big")
+
+    def forms_for(self, target: Target) -> Iterator[tuple[str, int]]:
+        """Yield each form that can be aimed at a destination, with its IP version."""
+        for version in target.addresses:
+            for form in FORMS[version]:
+                yield form, version
+
+
+@contextmanager
+def sender(world: AttackWorld, origin: Origin) -> Iterator[socket.socket]:
+    """Give a packet socket on the origin's link."""
+    kind = socket.SOCK_RAW
+    with in_netns(world.netns(origin.place), lambda: socket.socket(socket.AF_PACKET, kind, 0)) as sock:
+        sock.bind((origin.link, 0))
+        yield sock
+
+
+def run(
+    sock: socket.socket, attempts: Iterator[Attempt], witnesses: Mapping[str, Witness], deadline_s: float
+) -> tuple[Outcome, dict[int, Attempt]]:
+    """Send attempts until they end, or the time does; read the witnesses all the while."""
+    outcome, sent = Outcome(), {}
+    deadline = time.monotonic() + deadline_s
+    for count, attempt in enumerate(attempts):
+        sent[attempt.number] = attempt
+        for frame in attempt.frames:
+            try:
+                sock.send(frame)
+            except OSError:  # too long or too short for the interface
+                outcome.refused_by_link += 1
+                continue
+            outcome.packets += 1
+        if count % _BATCH == 0:
+            for witness in witnesses.values():
+                witness.drain()
+            if time.monotonic() > deadline:
+                break
+    return outcome, sent
+
+
+def settle(
+    world: AttackWorld, witnesses: Mapping[str, Witness], tag: bytes, grace_s: float = _GRACE_S, *, port: int = 9
+) -> None:
+    """Wait until packets that must arrive have arrived everywhere after all that was sent, and a while longer.
+
+    The nodes send them: a node always reaches its pods.
+    """
+    missing = dict.fromkeys(witnesses)
+    deadline = time.monotonic() + _PATIENCE_S
+    while missing:
+        assert time.monotonic() < deadline, f"no control packet arrived at {list(missing)}"
+        for index, place in enumerate(witnesses):
+            if place in missing:
+                _send_control(world, place, tag + (CONTROL + index).to_bytes(4, "big"), port)
+        time.sleep(0.02)
+        for index, (place, witness) in enumerate(witnesses.items()):
+            witness.drain()
+            if CONTROL + index in witness.arrived:
+                missing.pop(place, None)
+    end = time.monotonic() + grace_s
+    while time.monotonic() < end:
+        time.sleep(0.05)
+        for witness in witnesses.values():
+            witness.drain()
+
+
+def _send_control(world: AttackWorld, place: str, payload: bytes, port: int) -> None:
+    if place == places.FABRIC:
+        destination, source = "169.254.0.1", places.OUTSIDE
+    else:
+        destination = str(world.address(place, 4))
+        far = place in (places.FAR, places.FAR_ISOLATED)
+        source = "node:b" if far or place == "node:a" else "node:a"
+    with world.lab.open_socket(source, socket.AF_INET, socket.SOCK_DGRAM) as sock, suppress(ConnectionRefusedError):
+        sock.sendto(payload, (destination, port))
+
+
+def gather(outcome: Outcome, sent: Mapping[int, Attempt], witnesses: Mapping[str, Witness]) -> Outcome:
+    """Put together what arrived where."""
+    for place, witness in witnesses.items():
+        for number in sorted(witness.arrived):
+            if number in sent:
+                outcome.arrivals.append((place, sent[number]))
+            elif not CONTROL <= number < CONTROL + 0x1_0000:
+                outcome.unknown.append((place, number))
+    return outcome
+
+
+def fresh_tag() -> bytes:
+    """Return a tag that no other run has: no part of an address, of a header or of another tag."""
+    return b"\xa7" + os.urandom(TAG_BYTES - 1)
