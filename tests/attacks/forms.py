@@ -241,7 +241,9 @@ def _extended(kinds: Sequence[int], contents: Sequence[bytes] = ()) -> Form:
 
 def _random_chain(aim: Aim) -> Sequence[bytes]:
     known = (packets.HOP_BY_HOP, packets.ROUTING, packets.FRAGMENT, packets.AUTHENTICATION, packets.DESTINATION)
-    kinds = [aim.rng.choice((*known, packets.MOBILITY, packets.HIP, packets.SHIM6)) for _ in range(aim.rng.randint(1, 9))]
+    kinds = [
+        aim.rng.choice((*known, packets.MOBILITY, packets.HIP, packets.SHIM6)) for _ in range(aim.rng.randint(1, 9))
+    ]
     return _extended(kinds)(aim)
 
 

@@ -50,8 +50,12 @@ def iptables_text(fronts: Sequence[Front], local_dns: Sequence[IPAddress], versi
             outer = f"KUBE-EXT-{front.name}-{protocol}".upper()
             chains += [own, outer]
             match = f"-p {protocol} -m {protocol} --dport"
-            dispatch += [f"-A KUBE-SERVICES -d {a} {match} {front.port} -j {own}" for a in _of(front.addresses, version)]
-            dispatch += [f"-A KUBE-SERVICES -d {a} {match} {front.port} -j {outer}" for a in _of(front.external, version)]
+            dispatch += [
+                f"-A KUBE-SERVICES -d {a} {match} {front.port} -j {own}" for a in _of(front.addresses, version)
+            ]
+            dispatch += [
+                f"-A KUBE-SERVICES -d {a} {match} {front.port} -j {outer}" for a in _of(front.external, version)
+            ]
             if front.node_port:
                 node_ports.append(f"-A KUBE-NODEPORTS {match} {front.node_port} -j {outer}")
             services += [f"-A {outer} -j KUBE-MARK-MASQ", f"-A {outer} -j {own}"]

@@ -14,7 +14,8 @@ from tests.attacks.packets import UDP, ethernet
 _BROADCAST = b"\xff" * 6
 _ALL_NODES_MAC = b"\x33\x33\0\0\0\1"
 _ALL_NODES = b"\xff\x02" + bytes(13) + b"\1"
-_ROUTER = b"\xfe\x80" + bytes(13) + b"\1"
+ROUTER = b"\xfe\x80" + bytes(13) + b"\1"
+"""The router that an attacker claims to be; no node has this address on a pod's link."""
 ARP_TYPE, IP_TYPE = b"\x08\x06", packets.ETHERTYPES[4]
 
 
@@ -113,11 +114,11 @@ def _duplicate_detection(aim: LinkAim) -> tuple[bytes, ...]:
 
 def _router_advertisement(aim: LinkAim) -> tuple[bytes, ...]:
     prefix = b"\x03\x04\x40\xc0" + b"\0\0\xff\xff" * 2 + bytes(4) + b"\x20\x01\x0d\xb8" + bytes(12)
-    return _neighbor_discovery(aim, _ROUTER, _ALL_NODES, 134, struct.pack("!BBHII", 64, 0, 1800, 0, 0) + prefix)
+    return _neighbor_discovery(aim, ROUTER, _ALL_NODES, 134, struct.pack("!BBHII", 64, 0, 1800, 0, 0) + prefix)
 
 
 def _redirect(aim: LinkAim) -> tuple[bytes, ...]:
-    return _neighbor_discovery(aim, _ROUTER, aim.target[6], 137, bytes(4) + aim.neighbor[6] + aim.neighbor[6])
+    return _neighbor_discovery(aim, ROUTER, aim.target[6], 137, bytes(4) + aim.neighbor[6] + aim.neighbor[6])
 
 
 def _neighbor_discovery(aim: LinkAim, source: bytes, to: bytes, kind: int, body: bytes) -> tuple[bytes, ...]:

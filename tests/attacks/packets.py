@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Sequence
+from itertools import pairwise
 
 from enforcer_daemon.packet.checksum import complement, ones_sum
 
@@ -134,7 +135,7 @@ def fragments(packet: bytes, cuts: Sequence[int], identification: int) -> list[b
     body, protocol = packet[header:], packet[9] if is_four else packet[6]
     addresses = (packet[12:16], packet[16:20]) if is_four else (packet[8:24], packet[24:40])
     edges, pieces = [0, *cuts, len(body)], []
-    for start, end in zip(edges, edges[1:], strict=False):
+    for start, end in pairwise(edges):
         more = end < len(body)
         if is_four:
             field = start // 8 | (MORE_FRAGMENTS if more else 0)

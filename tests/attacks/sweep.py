@@ -7,24 +7,28 @@ import os
 import random
 import socket
 import time
-from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
-from ipaddress import IPv4Address, ip_address
+from ipaddress import IPv4Address, IPv6Address, ip_address
 
 from enforcer_daemon.model import IPAddress
-from tests.attacks import packets, world as places
+from tests.attacks import packets
+from tests.attacks import world as places
 from tests.attacks.forms import FORMS, Aim
 from tests.attacks.links import LINK_FORMS, LinkAim
-from tests.attacks.witness import TAG_BYTES, Witness
-from tests.attacks.world import AttackWorld
-from triremectl.lab.netns import in_netns
+from tests.attacks.witness import ETHERNET_BYTES, TAG_BYTES, UNNUMBERED, Witness
+from tests.attacks.world import AttackWorld, mac_of
+from triremectl.lab.netns import in_netns, open_socket
 
 BROADCAST_MAC = b"\xff" * 6
+OPENING = ("tcp-syn-framed-own", "udp-offer-own", "udp-offer-marked", "udp-lone-offer-own")
+"""Forms that another enforcer may answer."""
 CONTROL = 0xFFFF_0000
 """Numbers from here on are of packets that must arrive, so that silence means something."""
 _BATCH = 128
+_DISCARD = 9
+"""The port of control packets."""
 _PATIENCE_S = 20.0
 _GRACE_S = 1.5
 """For what an enforcer holds until it stops waiting for a proof (1 s), seconds."""
@@ -62,9 +66,22 @@ class Attempt:
     version: int
     source: IPAddress | None
     frames: tuple[bytes, ...]
+    ports: tuple[int, int] = (0, 0)
 
     def __str__(self) -> str:
         return f"#{self.number} {self.form} IPv{self.version} from {self.source} to {self.target}"
+
+
+@dataclass(frozen=True, slots=True)
+class Arrival:
+    """What was read at a place, and the attempt that it comes from."""
+
+    place: str
+    attempt: Attempt
+    packets: tuple[bytes, ...]
+
+    def __str__(self) -> str:
+        return f"{self.attempt} arrived at {self.place} as {self.packets[0][:64].hex()}"
 
 
 @dataclass(slots=True)
@@ -74,14 +91,8 @@ class Outcome:
     packets: int = 0
     refused_by_link: int = 0
     """Packets that the attacker's own interface would not send."""
-    arrivals: list[tuple[str, Attempt]] = field(default_factory=list)
-    """Place and attempt, each once."""
-    unknown: list[tuple[str, int]] = field(default_factory=list)
-    """Packets with the run's tag that belong to no attempt by their number."""
-
-    def counted(self) -> Counter[tuple[str, str, str]]:
-        """Count arrivals by form, kind of destination and place."""
-        return Counter((attempt.form, attempt.target, place) for place, attempt in self.arrivals)
+    arrivals: list[Arrival] = field(default_factory=list)
+    """By place and attempt, each once."""
 
 
 def targets(world: AttackWorld, spare: Sequence[str] = ()) -> list[Target]:
@@ -128,7 +139,7 @@ def targets(world: AttackWorld, spare: Sequence[str] = ()) -> list[Target]:
         Target("multicast-wide", pair(places.GROUPS[1::2]), common, multicast_macs(IPv4Address("239.1.2.3"))),
         Target("all-nodes", {4: ip_address("224.0.0.1"), 6: ip_address("ff02::1")}, common, (b"\x33\x33\0\0\0\1",)),
         Target("loopback", pair((ip_address("127.0.0.1"), ip_address("::1"))), (places.KUBELET, 53), (gateway, near)),
-        Target("unspecified", pair((ip_address("0.0.0.0"), ip_address("::"))), common, (gateway, near)),
+        Target("unspecified", pair((ip_address(0), ip_address("::"))), common, (gateway, near)),
     ]
     return [target for target in found if target.kind not in spare]
 
@@ -150,19 +161,81 @@ def pod_origin(world: AttackWorld, pod: str) -> Origin:
     )
 
 
+def outside_origin(world: AttackWorld) -> Origin:
+    """Return a machine on node a's own segment: it may state any address, also those of the node and its pods."""
+    stated = [world.address(place, version) for place in _EVERYBODY for version in (4, 6)]
+    stated += [*_ODD_SOURCES, *places.WEB_SERVICE, *places.LOCAL_DNS, world.link_local("node:a", "eth0")]
+    return Origin(
+        places.FABRIC,
+        "port0",
+        mac_of(world, places.FABRIC, "port0"),
+        {4: ip_address("169.254.0.1"), 6: ip_address("fe80::1")},
+        {version: [address for address in stated if address.version == version] for version in (4, 6)},
+    )
+
+
+def shut_targets(world: AttackWorld, *, is_outside: bool) -> list[Target]:
+    """Return every way to the pods whose ingress nothing is allowed, from node a's bridge or from outside of it."""
+    gateway = mac_of(world, "node:a", "eth0") if is_outside else world.macs["node:a"]
+    ports = (8080, 5353, 53)
+
+    def at(place: str) -> dict[int, IPAddress]:
+        return {version: world.address(place, version) for version in (4, 6)}
+
+    def pair(addresses: Sequence[IPAddress]) -> dict[int, IPAddress]:
+        return {address.version: address for address in addresses}
+
+    found = [
+        Target("isolated-pod", at(places.ISOLATED), ports, (gateway,)),
+        Target("node-port-own", at("node:a"), (places.SHUT_NODE_PORT,), (gateway,)),
+        Target("service-pods", pair(places.SHUT_SERVICE), (80,), (gateway,)),
+    ]
+    if is_outside:
+        return found
+    own = world.macs[places.ISOLATED]
+    subnet = ip_address(int(world.address(places.ISOLATED, 4)) | 0xFF)
+    multicast = (b"\x01\x00\x5e\0\0\xfb", BROADCAST_MAC, own)
+    return [
+        *found,
+        Target("isolated-direct", at(places.ISOLATED), ports, (own, BROADCAST_MAC)),
+        Target("far-isolated-pod", at(places.FAR_ISOLATED), ports, (gateway,)),
+        Target("node-port-other", at("node:b"), (places.SHUT_NODE_PORT,), (gateway,)),
+        Target("link-local", {6: world.link_local(places.ISOLATED)}, ports, (own, BROADCAST_MAC)),
+        Target("broadcast", {4: ip_address("255.255.255.255")}, ports, (BROADCAST_MAC, own)),
+        Target("subnet-broadcast", {4: subnet}, ports, (BROADCAST_MAC, own, gateway)),
+        Target("multicast", pair(places.GROUPS[::2]), ports, multicast),
+        Target("all-nodes", {4: ip_address("224.0.0.1"), 6: ip_address("ff02::1")}, ports, (BROADCAST_MAC, own)),
+        Target("loopback", pair((ip_address("127.0.0.1"), ip_address("::1"))), ports, (own,)),
+        Target("unspecified", pair((ip_address(0), ip_address("::"))), ports, (own,)),
+    ]
+
+
+_EVERYBODY = (
+    *("node:a", "node:b", places.NEAR, places.FAR, places.FREE, places.ISOLATED, places.FAR_ISOLATED),
+    *(places.OUTSIDE, places.NEIGHBOR),
+)
 _ROUND = ("node:a", "node:b", places.OUTSIDE, places.NEIGHBOR)
 _ODD_SOURCES = tuple(
-    map(ip_address, ("127.0.0.1", "0.0.0.0", "255.255.255.255", "224.0.0.1", "169.254.7.7", "::", "::1", "fe80::bad", "ff02::1"))
+    map(
+        ip_address,
+        ("127.0.0.1", 0, "255.255.255.255", "224.0.0.1", "169.254.7.7", "::", "::1", "fe80::bad", "ff02::1"),
+    )
 )
+
+
+UNKNOWN = Attempt(UNNUMBERED, "unknown", "unknown", 0, None, ())
+"""Whose number was cut off behind the tag."""
 
 
 class Sweep:
     """Makes numbered attempts and sends them from an origin."""
 
-    def __init__(self, world: AttackWorld, origin: Origin, aims: Sequence[Target], tag: bytes, seed: int) -> None:
+    def __init__(
+        self, world: AttackWorld, origin: Origin, aims: Sequence[Target], tag: bytes, seed: int, first: int = 0
+    ) -> None:
         self._world, self._origin, self._targets = world, origin, aims
         self._tag, self._rng = tag, random.Random(seed)
-        self._number = 0
+        self._number = first
 
     def random_attempt(self, spoofing: float = 0.25, link_share: float = 0.06) -> Attempt:
         """Make an attempt of a random form to a random destination, a part of them under addresses of others."""
@@ -175,13 +248,26 @@ class Sweep:
         source = None if rng.random() >= spoofing else rng.choice(self._origin.spoofed[version])
         return self.attempt(form, target, version, source)
 
-    def attempt(self, form: str, target: Target, version: int, source: IPAddress | None = None) -> Attempt:
+    def follower(self, attempt: Attempt, form: str) -> Attempt:
+        """Make an attempt of another form in the flow that an earlier one may have opened."""
+        target = next(target for target in self._targets if target.kind == attempt.target)
+        return self.attempt(form, target, attempt.version, attempt.source, attempt.ports)
+
+    def attempt(
+        self,
+        form: str,
+        target: Target,
+        version: int,
+        source: IPAddress | None = None,
+        ports: tuple[int, int] | None = None,
+    ) -> Attempt:
         """Make an attempt of one form; `source` None: under the origin's own address."""
         rng, stated = self._rng, source or self._origin.own[version]
+        ports = ports or (rng.randrange(20_000, 30_000), rng.choice(target.ports))
         aim = Aim(
             version,
             (stated.packed, target.addresses[version].packed),
-            (rng.randrange(20_000, 30_000), rng.choice(target.ports)),
+            ports,
             self._marker(),
             rng,
             self._world.own_block,
@@ -189,7 +275,7 @@ class Sweep:
         )
         macs = rng.choice(target.macs), self._origin.mac
         frames = tuple(packets.ethernet(macs, packets.ETHERTYPES[version], p) for p in FORMS[version][form](aim))
-        return Attempt(self._number, form, target.kind, version, stated, frames)
+        return Attempt(self._number, form, target.kind, version, stated, frames, ports)
 
     def link_attempt(self, form: str) -> Attempt:
         """Make an attempt of a form that ends on the pod's own link."""
@@ -210,24 +296,52 @@ class Sweep:
         self._number += 1
         return self._tag + self._number.to_bytes(4, "big")
 
-    def forms_for(self, target: Target) -> Iterator[tuple[str, int]]:
-        """Yield each form that can be aimed at a destination, with its IP version."""
-        for version in target.addresses:
-            for form in FORMS[version]:
-                yield form, version
+
+def forms_for(target: Target) -> Iterator[tuple[str, int]]:
+    """Yield each form that can be aimed at a destination, with its IP version."""
+    for version in target.addresses:
+        for form in FORMS[version]:
+            yield form, version
+
+
+Transmit = Callable[[bytes], object]
 
 
 @contextmanager
-def sender(world: AttackWorld, origin: Origin) -> Iterator[socket.socket]:
-    """Give a packet socket on the origin's link."""
+def by_packet_socket(world: AttackWorld, origin: Origin) -> Iterator[Transmit]:
+    """Give what sends a frame on the origin's link, past every rule of its own namespace."""
     kind = socket.SOCK_RAW
     with in_netns(world.netns(origin.place), lambda: socket.socket(socket.AF_PACKET, kind, 0)) as sock:
         sock.bind((origin.link, 0))
-        yield sock
+        yield sock.send
+
+
+@contextmanager
+def by_raw_socket(world: AttackWorld, origin: Origin) -> Iterator[Transmit]:
+    """Give what sends the IP packet of a frame through the origin's own kernel, and so through its rules."""
+    families = (socket.AF_INET, socket.AF_INET6)
+    with ExitStack() as stack:
+        sockets = [
+            stack.enter_context(open_socket(world.netns(origin.place), family, socket.SOCK_RAW, socket.IPPROTO_RAW))
+            for family in families
+        ]
+        four, six = sockets
+        four.setsockopt(socket.SOL_SOCKET, socket.SO_BROADCAST, 1)
+        for sock in sockets:
+            sock.setblocking(False)
+
+        def transmit(frame: bytes) -> None:
+            packet = frame[ETHERNET_BYTES:]
+            if packet[0] >> 4 == 4:
+                four.sendto(packet, (str(IPv4Address(packet[16:20])), 0))
+            else:
+                six.sendto(packet, (str(IPv6Address(packet[24:40])), 0, 0, 0))
+
+        yield transmit
 
 
 def run(
-    sock: socket.socket, attempts: Iterator[Attempt], witnesses: Mapping[str, Witness], deadline_s: float
+    transmit: Transmit, attempts: Iterable[Attempt], witnesses: Mapping[str, Witness], deadline_s: float = 60.0
 ) -> tuple[Outcome, dict[int, Attempt]]:
     """Send attempts until they end, or the time does; read the witnesses all the while."""
     outcome, sent = Outcome(), {}
@@ -236,8 +350,8 @@ def run(
         sent[attempt.number] = attempt
         for frame in attempt.frames:
             try:
-                sock.send(frame)
-            except OSError:  # too long or too short for the interface
+                transmit(frame)
+            except OSError:  # too long or too short for the interface, or refused by the kernel
                 outcome.refused_by_link += 1
                 continue
             outcome.packets += 1
@@ -249,20 +363,20 @@ def run(
     return outcome, sent
 
 
-def settle(
-    world: AttackWorld, witnesses: Mapping[str, Witness], tag: bytes, grace_s: float = _GRACE_S, *, port: int = 9
-) -> None:
+def settle(world: AttackWorld, witnesses: Mapping[str, Witness], tag: bytes, grace_s: float = _GRACE_S) -> None:
     """Wait until packets that must arrive have arrived everywhere after all that was sent, and a while longer.
 
     The nodes send them: a node always reaches its pods.
     """
     missing = dict.fromkeys(witnesses)
+    for index, witness in enumerate(witnesses.values()):
+        witness.arrived.pop(CONTROL + index, None)
     deadline = time.monotonic() + _PATIENCE_S
     while missing:
         assert time.monotonic() < deadline, f"no control packet arrived at {list(missing)}"
         for index, place in enumerate(witnesses):
             if place in missing:
-                _send_control(world, place, tag + (CONTROL + index).to_bytes(4, "big"), port)
+                _send_control(world, place, tag + (CONTROL + index).to_bytes(4, "big"))
         time.sleep(0.02)
         for index, (place, witness) in enumerate(witnesses.items()):
             witness.drain()
@@ -275,7 +389,7 @@ def settle(
             witness.drain()
 
 
-def _send_control(world: AttackWorld, place: str, payload: bytes, port: int) -> None:
+def _send_control(world: AttackWorld, place: str, payload: bytes) -> None:
     if place == places.FABRIC:
         destination, source = "169.254.0.1", places.OUTSIDE
     else:
@@ -283,17 +397,15 @@ def _send_control(world: AttackWorld, place: str, payload: bytes, port: int) -> 
         far = place in (places.FAR, places.FAR_ISOLATED)
         source = "node:b" if far or place == "node:a" else "node:a"
     with world.lab.open_socket(source, socket.AF_INET, socket.SOCK_DGRAM) as sock, suppress(ConnectionRefusedError):
-        sock.sendto(payload, (destination, port))
+        sock.sendto(payload, (destination, _DISCARD))
 
 
 def gather(outcome: Outcome, sent: Mapping[int, Attempt], witnesses: Mapping[str, Witness]) -> Outcome:
     """Put together what arrived where."""
     for place, witness in witnesses.items():
-        for number in sorted(witness.arrived):
-            if number in sent:
-                outcome.arrivals.append((place, sent[number]))
-            elif not CONTROL <= number < CONTROL + 0x1_0000:
-                outcome.unknown.append((place, number))
+        for number, found in sorted(witness.arrived.items()):
+            if not CONTROL <= number < CONTROL + 0x1_0000:
+                outcome.arrivals.append(Arrival(place, sent.get(number, UNKNOWN), tuple(found)))
     return outcome
 
 

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Witnesses of what arrives: behind every rule of a place, or on its link.
 
-A packet arrived if an application or a raw socket of the place could read it, or its kernel would answer it: that is what
-passes the last hook of INPUT. A packet socket sees a packet before the place's own rules may drop it, so it is a witness
-only where nothing is enforced, and for what no rule of INPUT ever sees (ARP, frames of other protocols).
+A packet arrived if an application or a raw socket of the place could read it, or its kernel would answer it: that is
+what passes the last hook of INPUT. A packet socket sees a packet before the place's own rules may drop it, so it is a
+witness only where nothing is enforced, and for what no rule of INPUT ever sees (ARP, frames of other protocols).
 """
 
 from __future__ import annotations
@@ -13,8 +13,18 @@ import socket
 import struct
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from typing import Any
 
-from enforcer_daemon.dataplane.netlink import NETLINK_NETFILTER, acknowledged, encode_attribute, open_netlink
+from enforcer_daemon.dataplane.netlink import (
+    NETLINK_NETFILTER,
+    acknowledged,
+    decode_attributes,
+    decode_messages,
+    encode_attribute,
+    open_netlink,
+)
+from tests.attacks.links import ROUTER
+from tests.attacks.packets import IPV6_HEADER_BYTES
 from triremectl.lab.netns import exec_prefix, in_netns, run
 
 ETH_P_ALL = 3
@@ -26,9 +36,14 @@ _LAST_PRIORITY = 2_000
 _CONFIGURE = 4 << 8 | 1  # linux/netfilter/nfnetlink.h: NFNL_SUBSYS_ULOG; nfnetlink_log.h: NFULNL_MSG_CONFIG
 _CFG_CMD, _CFG_MODE, _CFG_NLBUFSIZ, _CFG_TIMEOUT, _CFG_QTHRESH = 1, 2, 3, 4, 5
 _BIND, _COPY_PACKET, _COPIED_BYTES = 1, 2, 0xFFFF
+_PACKET = 4 << 8  # NFULNL_MSG_PACKET
+_PAYLOAD = 9  # NFULA_PAYLOAD
 _OUTGOING = 4  # linux/if_packet.h: PACKET_OUTGOING
 TAG_BYTES = 4
-_KEPT_SAMPLES = 64
+ETHERNET_BYTES = 14
+UNNUMBERED = -1
+_KEPT_PACKETS = 8
+"""Of one attempt, at one place."""
 
 Counted = Callable[[bytes], bool]
 
@@ -39,40 +54,70 @@ class Witness:
     def __init__(self, place: str, tag: bytes) -> None:
         self.place = place
         self._tag = tag
-        self._sockets: list[tuple[socket.socket, Counted | None]] = []
-        self.arrived: dict[int, int] = {}
-        """How often each numbered attempt arrived."""
-        self.samples: dict[int, bytes] = {}
-        """One message with each of the first attempts that arrived, for a report."""
+        self._log: list[socket.socket] = []
+        self._taps: list[tuple[socket.socket, Counted]] = []
+        self.arrived: dict[int, list[bytes]] = {}
+        """The distinct packets with which each numbered attempt arrived; UNNUMBERED: cut off behind the tag."""
 
-    def hear(self, sock: socket.socket, counts: Counted | None = None) -> None:
-        """Listen to one more socket; of a packet socket, to the frames that `counts` takes."""
+    def hear_log(self, sock: socket.socket) -> None:
+        """Listen to what the rules log."""
+        self._prepare(sock)
+        self._log.append(sock)
+
+    def hear_link(self, sock: socket.socket, counts: Counted) -> None:
+        """Listen to a packet socket, for the frames that `counts` takes."""
+        self._prepare(sock)
+        self._taps.append((sock, counts))
+
+    def _prepare(self, sock: socket.socket) -> None:
         sock.setblocking(False)
         sock.setsockopt(socket.SOL_SOCKET, SO_RCVBUFFORCE, _BUFFER_BYTES)
-        self._sockets.append((sock, counts))
 
     def drain(self) -> None:
         """Read all that is there now."""
-        for sock, counts in self._sockets:
-            while True:
-                try:
-                    data, address = sock.recvfrom(1 << 17)
-                except BlockingIOError:
-                    break
-                if counts is None or (address[2] != _OUTGOING and counts(data)):
-                    self._find(data)
+        for sock in self._log:
+            while (found := _next(sock)) is not None:
+                for message in decode_messages(found[0]):
+                    attributes = decode_attributes(message.body[4:]) if message.kind == _PACKET else {}
+                    packet = attributes.get(_PAYLOAD, b"")
+                    if not is_redirect(packet):
+                        self._find(packet)
+        for sock, counts in self._taps:
+            while (found := _next(sock)) is not None:
+                frame, address = found
+                if address[2] != _OUTGOING and counts(frame):
+                    self._find(frame[ETHERNET_BYTES:])
 
-    def _find(self, data: bytes) -> None:
-        at = data.find(self._tag)
-        seen: set[int] = set()
+    def _find(self, packet: bytes) -> None:
+        if is_icmp_error(packet):
+            return
+        at = packet.find(self._tag)
         while at >= 0:
-            number = data[at + TAG_BYTES : at + TAG_BYTES + 4]
-            seen.add(int.from_bytes(number, "big") if len(number) == 4 else -1)
-            at = data.find(self._tag, at + TAG_BYTES)
-        for number_seen in seen:
-            self.arrived[number_seen] = self.arrived.get(number_seen, 0) + 1
-            if len(self.samples) < _KEPT_SAMPLES:
-                self.samples.setdefault(number_seen, data)
+            number = packet[at + TAG_BYTES : at + TAG_BYTES + 4]
+            key = int.from_bytes(number, "big") if len(number) == 4 else UNNUMBERED
+            known = self.arrived.setdefault(key, [])
+            if packet not in known and len(known) < _KEPT_PACKETS:
+                known.append(packet)
+            at = packet.find(self._tag, at + TAG_BYTES)
+
+
+def _next(sock: socket.socket) -> tuple[bytes, tuple[Any, ...]] | None:
+    try:
+        return sock.recvfrom(1 << 17)
+    except BlockingIOError:
+        return None
+
+
+def is_icmp_error(packet: bytes) -> bool:
+    """Tell an ICMP error, which quotes the packet that it answers; ICMP is open by design."""
+    if packet[:1] and packet[0] >> 4 == 4:
+        return packet[9] == 1 and packet[(packet[0] & 15) * 4] in (3, 4, 5, 11, 12)
+    return len(packet) > IPV6_HEADER_BYTES and packet[6] == 58 and packet[IPV6_HEADER_BYTES] < 128
+
+
+def is_redirect(packet: bytes) -> bool:
+    """Tell an ICMPv6 redirect: a router quotes in it the packet that had a shorter way."""
+    return len(packet) > IPV6_HEADER_BYTES and packet[0] >> 4 == 6 and packet[6] == 58 and packet[40] == 137
 
 
 def is_any(_: bytes) -> bool:
@@ -83,9 +128,12 @@ def is_any(_: bytes) -> bool:
 def is_link_level(frame: bytes) -> bool:
     """Count what no rule of INPUT sees: other protocols than IP, and what speaks for a neighbor in ICMPv6."""
     ethertype = frame[12:14]
-    if ethertype == b"\x86\xdd":
-        return frame[20] == 58 and frame[54] in (134, 135, 136, 137)
-    return ethertype != b"\x08\x00"
+    if ethertype != b"\x86\xdd":
+        return ethertype != b"\x08\x00"
+    packet = frame[ETHERNET_BYTES:]
+    if is_redirect(packet) and packet[8:24] != ROUTER:
+        return False
+    return packet[6] == 58 and packet[IPV6_HEADER_BYTES] in (134, 135, 136, 137)
 
 
 @contextmanager
@@ -107,12 +155,12 @@ def listening(netns: str, place: str, tag: bytes, *, link: str, counts: Counted)
             encode_attribute(_CFG_TIMEOUT, struct.pack("!I", 1)),
         ):
             acknowledged(sock, _CONFIGURE, struct.pack("!BBH", socket.AF_UNSPEC, 0, _GROUP) + attribute)
-        witness.hear(sock)
+        witness.hear_log(sock)
         run([*exec_prefix(netns), "nft", rules])
         stack.callback(run, [*exec_prefix(netns), "nft", f"delete table {table}"])
         tap = stack.enter_context(
             in_netns(netns, lambda: socket.socket(socket.AF_PACKET, socket.SOCK_RAW, socket.htons(ETH_P_ALL)))
         )
         tap.bind((link, ETH_P_ALL))
-        witness.hear(tap, counts)
+        witness.hear_link(tap, counts)
         yield witness

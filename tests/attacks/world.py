@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The world that the permanent attacker finds: two nodes with everything that a cluster translates and leaves untracked.
+"""The world that the permanent attacker finds: two nodes, with all that a cluster translates and leaves untracked.
 
 A variant is one value: which form kube-proxy's rules have, whether bridges are filtered, which backend the pods' rules
 have. The lab stays; a variant is applied to it and taken away again.
@@ -7,12 +7,14 @@ have. The lab stays; a variant is applied to it and taken away again.
 
 from __future__ import annotations
 
+import os
 import socket
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from ipaddress import IPv6Address, ip_address
 
+from enforcer_daemon.dataplane.addresses import interface
 from enforcer_daemon.handshake.frames import SYN_ACK_OVERHEAD, SYN_OVERHEAD, is_frame
 from enforcer_daemon.model import IPAddress, PodRef
 from enforcer_daemon.packet.tcp import SYN, SYN_ACK
@@ -20,7 +22,6 @@ from tests.attacks.kube_proxy import Front, iptables_text, nft_text, removal
 from tests.attacks.witness import Witness, is_any, is_link_level, listening
 from tests.e2e.attackers import Listener, Wire
 from tests.e2e.operation_world import FAMILIES, NODES, pod, policy
-from tests.e2e.raw_pod import mac
 from triremectl.lab import HostSpec, Lab, ServicePort, ServiceSpec, WorldSpec
 from triremectl.lab.netns import exec_prefix, netns_path, run, write_sysctls
 from triremectl.lab.network import POD_BRIDGE
@@ -36,11 +37,14 @@ CAGED, FREE, NEAR, FAR, ISOLATED, FAR_ISOLATED = (
 )
 OUTSIDE, EXTERNAL, NEIGHBOR = "host:outside", "host:external", "host:neighbor"
 FABRIC = "fabric"
-NODE_PORT, HOST_NODE_PORT, KUBELET, API_SERVER = 30_080, 30_090, 10_250, 6_443
+NODE_PORT, HOST_NODE_PORT, SHUT_NODE_PORT, KUBELET, API_SERVER = 30_080, 30_090, 30_070, 10_250, 6_443
 LOCAL_DNS = (ip_address("169.254.20.10"), ip_address("fd00:169:254::10"))
 DNS_SERVICE = (ip_address("10.96.0.53"), ip_address("fd00:10:96::53"))
 WEB_SERVICE = (ip_address("10.96.0.10"), ip_address("fd00:10:96::10"))
 API_SERVICE = (ip_address("10.96.0.1"), ip_address("fd00:10:96::1"))
+HOST_SERVICE = (ip_address("10.96.0.90"), ip_address("fd00:10:96::90"))
+SHUT_SERVICE = (ip_address("10.96.0.70"), ip_address("fd00:10:96::70"))
+"""Leads to the pods whose ingress nothing is allowed."""
 OUTSIDE_SERVICE = (ip_address("10.96.0.20"), ip_address("fd00:10:96::20"))
 GROUPS = (ip_address("224.0.0.251"), ip_address("239.1.2.3"), ip_address("ff02::fb"), ip_address("ff05::1:3"))
 """Multicast groups that every place has joined."""
@@ -116,8 +120,17 @@ class AttackWorld:
 
     def link_local(self, place: str, ifname: str = "eth0") -> IPv6Address:
         """Return the address that the interface forms from its MAC (RFC 4291, appendix A)."""
-        own = mac(self.lab, place, ifname)
+        own = mac_of(self, place, ifname)
         return IPv6Address(b"\xfe\x80" + bytes(6) + bytes((own[0] ^ 2, *own[1:3], 0xFF, 0xFE, *own[3:])))
+
+
+def mac_of(world: AttackWorld, place: str, ifname: str = "eth0") -> bytes:
+    """Return an interface's MAC."""
+    descriptor = os.open(netns_path(world.netns(place)), os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        return interface(descriptor, ifname).mac
+    finally:
+        os.close(descriptor)
 
 
 def prepare(lab: Lab) -> AttackWorld:
@@ -134,8 +147,8 @@ def prepare(lab: Lab) -> AttackWorld:
             lab.run(node, "ip", "address", "add", cidr, "dev", "nodelocaldns", *extra)
         write_sysctls(lab.place(node).netns, {"net/ipv4/conf/all/route_localnet": "1"})
     for place in (CAGED, FREE, NEAR, ISOLATED, NEIGHBOR, FAR, FAR_ISOLATED):
-        world.macs[place] = mac(lab, place)
-    world.macs["node:a"] = mac(lab, "node:a", POD_BRIDGE)
+        world.macs[place] = mac_of(world, place)
+    world.macs["node:a"] = mac_of(world, "node:a", POD_BRIDGE)
     _learn_blocks(world)
     return world
 
@@ -163,7 +176,8 @@ def fronts(world: AttackWorld) -> list[Front]:
         Front("web", WEB_SERVICE, 80, at(8080, NEAR, FAR), node_port=NODE_PORT, external=external),
         Front("api", API_SERVICE, 443, at(API_SERVER, "node:a", "node:b")),
         Front("out", OUTSIDE_SERVICE, 80, at(8080, OUTSIDE)),
-        Front("hostnet", (ip_address("10.96.0.90"), ip_address("fd00:10:96::90")), 90, at(KUBELET, "node:b"), HOST_NODE_PORT),
+        Front("hostnet", HOST_SERVICE, 90, at(KUBELET, "node:b"), HOST_NODE_PORT),
+        Front("shut", SHUT_SERVICE, 80, at(8080, ISOLATED, FAR_ISOLATED), SHUT_NODE_PORT),
         Front("dns", DNS_SERVICE, 53, at(5353, NEAR, FAR)),
     ]
 
@@ -235,6 +249,11 @@ def _join_groups(stack: ExitStack, world: AttackWorld, place: str, link: str) ->
                 sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_JOIN_GROUP, group.packed + index.to_bytes(4, "little"))
 
 
-def exists(world: AttackWorld, place: str) -> bool:
-    """Tell whether the place's namespace is there."""
-    return netns_path(world.netns(place)).exists()
+@contextmanager
+def seen_from_free(world: AttackWorld) -> Iterator[None]:
+    """Exchange the two identity blocks: to the free pod its own is its own."""
+    world.own_block, world.copied_block = world.copied_block, world.own_block
+    try:
+        yield
+    finally:
+        world.own_block, world.copied_block = world.copied_block, world.own_block

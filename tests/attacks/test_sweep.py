@@ -1,0 +1,206 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Random packets of every form to every kind of address: nothing arrives that policy does not allow.
+
+The seeds are the same in every run, but for one, which is new each time and is printed. TRIREME_SWEEP_SEED repeats it;
+TRIREME_SWEEP_PACKETS is the number of attempts of the caged pod with CAP_NET_RAW, in all variants together.
+"""
+
+from __future__ import annotations
+
+import os
+import random
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+
+import pytest
+
+from tests.attacks import sweep
+from tests.attacks import world as places
+from tests.attacks.conftest import SWEPT
+from tests.attacks.expectations import FROM_CAGED, IMPOSSIBLE, TO_SHUT, NotClaimed, unexplained
+from tests.attacks.forms import FORMS
+from tests.attacks.links import LINK_FORMS
+from tests.attacks.sweep import Attempt, Outcome, Sweep, Target, Transmit
+from tests.attacks.witness import Witness
+from tests.attacks.world import AttackWorld, Variant
+from triremectl.lab import Lab, Tools
+
+pytestmark = pytest.mark.kernel
+
+ATTEMPTS = int(os.environ.get("TRIREME_SWEEP_PACKETS", "100000"))
+FRESH_SEED = int(os.environ.get("TRIREME_SWEEP_SEED", "0")) or random.SystemRandom().getrandbits(32)
+FIXED_SEED = 20_260
+SHARE_OF_FRESH = 0.25
+VARIANTS = [Variant(proxy, is_filtered) for proxy in ("iptables", "nft") for is_filtered in (True, False)]
+EVERYWHERE = (
+    *(places.NEAR, places.FAR, places.ISOLATED, places.FAR_ISOLATED),
+    *(places.NEIGHBOR, places.OUTSIDE, places.EXTERNAL, "node:a", "node:b", places.FABRIC),
+)
+SHUT = (places.ISOLATED, places.FAR_ISOLATED)
+_SHOWN = 40
+Record = Callable[[str, object], None]
+_ROUNDS, _TRIES = 12, 4
+
+
+@pytest.fixture(scope="module")
+def running(plugin: Path) -> Iterator[AttackWorld]:
+    with Lab(places.world_spec(), Tools(plugin=plugin)) as lab:
+        yield places.prepare(lab)
+
+
+@pytest.fixture(scope="module", params=VARIANTS, ids=str)
+def variant(request: pytest.FixtureRequest) -> Variant:
+    assert isinstance(request.param, Variant)
+    return request.param
+
+
+@pytest.fixture(scope="module")
+def world(running: AttackWorld, variant: Variant) -> Iterator[AttackWorld]:
+    with places.applied(running, variant):
+        yield running
+
+
+def _swept(
+    world: AttackWorld,
+    origin: sweep.Origin,
+    targets: Sequence[Target],
+    at: Sequence[str],
+    seeds: dict[int, int],
+    *,
+    spoofing: float = 0.25,
+    link_share: float = 0.06,
+    is_raw_ip: bool = False,
+) -> Outcome:
+    """Send random attempts, so many for each seed; return what arrived at the places."""
+    tag, total = sweep.fresh_tag(), Outcome()
+    channel = sweep.by_raw_socket if is_raw_ip else sweep.by_packet_socket
+    with places.witnesses(world, tag, *at) as witnesses, channel(world, origin) as transmit:
+        number = 0
+        known: dict[int, Attempt] = {}
+        for seed, count in seeds.items():
+            maker = Sweep(world, origin, targets, tag, seed, first=number)
+            attempts = (maker.random_attempt(spoofing, link_share) for _ in range(count))
+            outcome, sent = sweep.run(transmit, attempts, witnesses)
+            total.packets += outcome.packets
+            total.refused_by_link += outcome.refused_by_link
+            known |= sent
+            number += count
+        sweep.settle(world, witnesses, tag)
+        _follow(maker, transmit, witnesses, known)
+        sweep.settle(world, witnesses, tag)
+        return sweep.gather(total, known, witnesses)
+
+
+def _follow(maker: Sweep, transmit: Transmit, witnesses: Mapping[str, Witness], known: dict[int, Attempt]) -> None:
+    """Send data in the flows that a handshake's first packet may have opened in some conntrack on the way."""
+    opened = [attempt for attempt in known.values() if attempt.form in sweep.OPENING][:2_000]
+    followers = [maker.follower(attempt, "tcp-data" if attempt.form.startswith("tcp") else "udp") for attempt in opened]
+    _, sent = sweep.run(transmit, followers, witnesses)
+    known |= sent
+
+
+def _assert_nothing(outcome: Outcome, variant: Variant, accepted: Sequence[NotClaimed], record: Record) -> None:
+    left = unexplained(outcome.arrivals, variant, accepted)
+    record(SWEPT, f"{outcome.packets} packets, {len(left)} arrived; random seed {FRESH_SEED}")
+    shown = "\n".join(map(str, left[:_SHOWN]))
+    assert not left, f"{len(left)} arrivals (random seed {FRESH_SEED}):\n{shown}"
+
+
+def _seeds(count: int) -> dict[int, int]:
+    fresh = int(count * SHARE_OF_FRESH)
+    return {FIXED_SEED: count - fresh, FRESH_SEED: fresh}
+
+
+def test_no_packet_of_a_caged_pod_arrives(world: AttackWorld, variant: Variant, record_property: Record) -> None:
+    count = ATTEMPTS // len(VARIANTS)
+    origin = sweep.pod_origin(world, places.CAGED)
+    outcome = _swept(world, origin, sweep.targets(world), EVERYWHERE, _seeds(count))
+    _assert_nothing(outcome, variant, FROM_CAGED, record_property)
+    assert outcome.packets > count * 0.9
+
+
+def test_no_packet_of_a_caged_pod_arrives_by_its_own_kernel(
+    world: AttackWorld, variant: Variant, record_property: Record
+) -> None:
+    """By a raw socket of IP, past TCP and UDP of the pod's kernel, but through its rules and its enforcer."""
+    count = 4_000
+    origin = sweep.pod_origin(world, places.CAGED)
+    outcome = _swept(world, origin, sweep.targets(world), EVERYWHERE, _seeds(count), link_share=0.0, is_raw_ip=True)
+    _assert_nothing(outcome, variant, (), record_property)
+    assert outcome.packets > count // 3
+
+
+def test_nothing_of_a_neighbor_reaches_an_isolated_pod(
+    world: AttackWorld, variant: Variant, record_property: Record
+) -> None:
+    count = 12_000
+    origin = sweep.pod_origin(world, places.NEIGHBOR)
+    targets = sweep.shut_targets(world, is_outside=False)
+    outcome = _swept(world, origin, targets, SHUT, _seeds(count), spoofing=0.8, link_share=0.0)
+    _assert_nothing(outcome, variant, TO_SHUT, record_property)
+    assert outcome.packets > count * 0.9
+
+
+def test_nothing_from_outside_reaches_an_isolated_pod(
+    world: AttackWorld, variant: Variant, record_property: Record
+) -> None:
+    count = 12_000
+    origin = sweep.outside_origin(world)
+    targets = sweep.shut_targets(world, is_outside=True)
+    outcome = _swept(world, origin, targets, SHUT, _seeds(count), spoofing=0.9, link_share=0.0)
+    _assert_nothing(outcome, variant, TO_SHUT, record_property)
+    assert outcome.packets > count * 0.9
+
+
+# The control: what an unrestricted pod sends arrives, form by form.
+
+
+def test_every_form_of_an_unrestricted_pod_arrives(world: AttackWorld) -> None:
+    tag = sweep.fresh_tag()
+    origin = sweep.pod_origin(world, places.FREE)
+    targets = sweep.targets(world)
+    pairs = {(form, target.kind, version): target for target in targets for form, version in sweep.forms_for(target)}
+    missing = {key: target for key, target in pairs.items() if not any(line.covers(*key) for line in IMPOSSIBLE)}
+    assert len(missing) > len(pairs) // 2
+    with (
+        places.witnesses(world, tag, *EVERYWHERE) as witnesses,
+        sweep.by_packet_socket(world, origin) as transmit,
+        places.seen_from_free(world),
+    ):
+        maker = Sweep(world, origin, targets, tag, FRESH_SEED)
+        for _ in range(_ROUNDS):
+            attempts = (
+                maker.attempt(form, target, version)
+                for (form, _, version), target in list(missing.items())
+                for _ in range(_TRIES)
+            )
+            outcome, sent = sweep.run(transmit, attempts, witnesses)
+            sweep.settle(world, witnesses, tag, 0.2)
+            for arrival in sweep.gather(outcome, sent, witnesses).arrivals:
+                found = arrival.attempt
+                missing.pop((found.form, found.target, found.version), None)
+            if not missing:
+                return
+    assert not missing, f"{len(missing)} of {len(pairs)} never arrived (seed {FRESH_SEED}): {list(missing)[:_SHOWN]}"
+
+
+def test_every_form_on_the_link_of_an_unenforced_neighbor_arrives(world: AttackWorld) -> None:
+    tag = sweep.fresh_tag()
+    origin = sweep.pod_origin(world, places.NEIGHBOR)
+    with places.witnesses(world, tag, places.NEAR) as witnesses, sweep.by_packet_socket(world, origin) as transmit:
+        maker = Sweep(world, origin, sweep.targets(world), tag, FRESH_SEED)
+        outcome, sent = sweep.run(transmit, [maker.link_attempt(form) for form in LINK_FORMS] * 3, witnesses)
+        sweep.settle(world, witnesses, tag)
+        found = {arrival.attempt.form for arrival in sweep.gather(outcome, sent, witnesses).arrivals}
+    assert set(LINK_FORMS) - found == set()
+
+
+def test_the_table_of_forms_that_cannot_arrive_has_no_line_that_says_nothing() -> None:
+    forms = [(form, version) for version in FORMS for form in FORMS[version]]
+    for line in IMPOSSIBLE:
+        for pattern in line.forms:
+            assert any(
+                line.covers(form, line.targets[0].strip("*") or "any", version)
+                for form, version in forms
+                if version in line.versions
+            ), (line.why, pattern)
