@@ -328,7 +328,7 @@ def by_raw_socket(world: AttackWorld, origin: Origin) -> Iterator[Transmit]:
         four, six = sockets
         four.setsockopt(socket.SOL_SOCKET, socket.SO_BROADCAST, 1)
         for sock in sockets:
-            sock.setblocking(False)
+            sock.settimeout(_PATIENCE_S)  # what waits for the enforcer takes up room
 
         def transmit(frame: bytes) -> None:
             packet = frame[ETHERNET_BYTES:]
@@ -351,6 +351,8 @@ def run(
         for frame in attempt.frames:
             try:
                 transmit(frame)
+            except PermissionError:  # a rule of the pod's own namespace dropped it
+                pass
             except OSError:  # too long or too short for the interface, or refused by the kernel
                 outcome.refused_by_link += 1
                 continue

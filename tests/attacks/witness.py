@@ -13,7 +13,6 @@ import socket
 import struct
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from typing import Any
 
 from enforcer_daemon.dataplane.netlink import (
     NETLINK_NETFILTER,
@@ -24,7 +23,7 @@ from enforcer_daemon.dataplane.netlink import (
     open_netlink,
 )
 from tests.attacks.links import ROUTER
-from tests.attacks.packets import IPV6_HEADER_BYTES
+from tests.attacks.packets import ETHERTYPES, IPV6_HEADER_BYTES
 from triremectl.lab.netns import exec_prefix, in_netns, run
 
 ETH_P_ALL = 3
@@ -38,6 +37,8 @@ _CFG_CMD, _CFG_MODE, _CFG_NLBUFSIZ, _CFG_TIMEOUT, _CFG_QTHRESH = 1, 2, 3, 4, 5
 _BIND, _COPY_PACKET, _COPIED_BYTES = 1, 2, 0xFFFF
 _PACKET = 4 << 8  # NFULNL_MSG_PACKET
 _PAYLOAD = 9  # NFULA_PAYLOAD
+SOL_PACKET, PACKET_AUXDATA = 263, 8
+_VLAN_VALID = 0x10  # linux/if_packet.h: TP_STATUS_VLAN_VALID
 _OUTGOING = 4  # linux/if_packet.h: PACKET_OUTGOING
 TAG_BYTES = 4
 ETHERNET_BYTES = 14
@@ -67,6 +68,7 @@ class Witness:
     def hear_link(self, sock: socket.socket, counts: Counted) -> None:
         """Listen to a packet socket, for the frames that `counts` takes."""
         self._prepare(sock)
+        sock.setsockopt(SOL_PACKET, PACKET_AUXDATA, 1)
         self._taps.append((sock, counts))
 
     def _prepare(self, sock: socket.socket) -> None:
@@ -84,8 +86,8 @@ class Witness:
                         self._find(packet)
         for sock, counts in self._taps:
             while (found := _next(sock)) is not None:
-                frame, address = found
-                if address[2] != _OUTGOING and counts(frame):
+                frame, is_tagged, kind = found
+                if kind != _OUTGOING and (is_tagged or counts(frame)):
                     self._find(frame[ETHERNET_BYTES:])
 
     def _find(self, packet: bytes) -> None:
@@ -101,11 +103,17 @@ class Witness:
             at = packet.find(self._tag, at + TAG_BYTES)
 
 
-def _next(sock: socket.socket) -> tuple[bytes, tuple[Any, ...]] | None:
+def _next(sock: socket.socket) -> tuple[bytes, bool, int] | None:
+    """Read a message; of a frame also whether the kernel took a VLAN tag off it, and its kind (packet(7))."""
     try:
-        return sock.recvfrom(1 << 17)
+        data, ancillary, _, address = sock.recvmsg(1 << 17, 64)
     except BlockingIOError:
         return None
+    is_tagged = any(
+        (level, kind) == (SOL_PACKET, PACKET_AUXDATA) and bool(int.from_bytes(content[:4], "little") & _VLAN_VALID)
+        for level, kind, content in ancillary
+    )
+    return data, is_tagged, address[2] if len(address) > 2 else 0
 
 
 def is_icmp_error(packet: bytes) -> bool:
@@ -127,10 +135,12 @@ def is_any(_: bytes) -> bool:
 
 def is_link_level(frame: bytes) -> bool:
     """Count what no rule of INPUT sees: other protocols than IP, and what speaks for a neighbor in ICMPv6."""
-    ethertype = frame[12:14]
-    if ethertype != b"\x86\xdd":
-        return ethertype != b"\x08\x00"
-    packet = frame[ETHERNET_BYTES:]
+    ethertype, packet = frame[12:14], frame[ETHERNET_BYTES:]
+    version = next((version for version, known in ETHERTYPES.items() if known == ethertype), 0)
+    if version == 0 or version != packet[0] >> 4:
+        return True
+    if version == 4:
+        return False
     if is_redirect(packet) and packet[8:24] != ROUTER:
         return False
     return packet[6] == 58 and packet[IPV6_HEADER_BYTES] in (134, 135, 136, 137)
