@@ -143,6 +143,16 @@ FROM_CAGED: tuple[NotClaimed, ...] = (
 )
 
 
+BY_OWN_KERNEL: tuple[NotClaimed, ...] = (
+    NotClaimed(
+        "a bridge that netfilter does not see brings a pod's own multicast back to it, which opens the flow there",
+        ["*"],
+        ["all-nodes", "multicast*"],
+        [places.NEAR, places.ISOLATED, places.NEIGHBOR],
+        is_for=_is_switched_unseen,
+    ),
+)
+"""From the same pod by its own kernel."""
 TO_SHUT: tuple[NotClaimed, ...] = (
     NotClaimed(RESET_WHY, ["tcp-*"], ["*"], [places.ISOLATED, places.FAR_ISOLATED], is_bare_reset),
 )

@@ -14,7 +14,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from ipaddress import IPv6Address, ip_address
 
-from enforcer_daemon.dataplane.addresses import interface
+from enforcer_daemon.dataplane.addresses import Interface, interface
 from enforcer_daemon.handshake.frames import SYN_ACK_OVERHEAD, SYN_OVERHEAD, is_frame
 from enforcer_daemon.model import IPAddress, PodRef
 from enforcer_daemon.packet.tcp import SYN, SYN_ACK
@@ -48,6 +48,7 @@ SHUT_SERVICE = (ip_address("10.96.0.70"), ip_address("fd00:10:96::70"))
 OUTSIDE_SERVICE = (ip_address("10.96.0.20"), ip_address("fd00:10:96::20"))
 GROUPS = (ip_address("224.0.0.251"), ip_address("239.1.2.3"), ip_address("ff02::fb"), ip_address("ff05::1:3"))
 """Multicast groups that every place has joined."""
+LINK_GROUPS = (ip_address("ff02::1"), ip_address("ff02::fb"))
 _OUTSIDE = HostSpec("outside", (ip_address("203.0.113.7"), ip_address("2001:db8::7")))
 _EXTERNAL = HostSpec("external", (ip_address("198.51.100.50"), ip_address("2001:db8:bad::50")))
 _WEB = ServiceSpec(
@@ -119,18 +120,29 @@ class AttackWorld:
         return f"{self.lab.name}-fabric" if place == FABRIC else self.lab.place(place).netns
 
     def link_local(self, place: str, ifname: str = "eth0") -> IPv6Address:
-        """Return the address that the interface forms from its MAC (RFC 4291, appendix A)."""
-        own = mac_of(self, place, ifname)
-        return IPv6Address(b"\xfe\x80" + bytes(6) + bytes((own[0] ^ 2, *own[1:3], 0xFF, 0xFE, *own[3:])))
+        """Return an interface's link-local address."""
+        found = [address for address in _interface(self, place, ifname).addresses if address.is_link_local]
+        return next(address for address in found if isinstance(address, IPv6Address))
 
 
 def mac_of(world: AttackWorld, place: str, ifname: str = "eth0") -> bytes:
     """Return an interface's MAC."""
+    return _interface(world, place, ifname).mac
+
+
+def _interface(world: AttackWorld, place: str, ifname: str) -> Interface:
     descriptor = os.open(netns_path(world.netns(place)), os.O_RDONLY | os.O_CLOEXEC)
     try:
-        return interface(descriptor, ifname).mac
+        return interface(descriptor, ifname)
     finally:
         os.close(descriptor)
+
+
+def forget_neighbors(world: AttackWorld) -> None:
+    """Have the places of node a's bridge ask anew where an address is."""
+    for place in ("node:a", CAGED, FREE, NEAR, ISOLATED, NEIGHBOR):
+        for family in ("-4", "-6"):
+            run([*exec_prefix(world.netns(place)), "ip", family, "neigh", "flush", "all"])
 
 
 def prepare(lab: Lab) -> AttackWorld:
