@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 
+from tests.attacks import packets
 from tests.attacks import world as places
 from tests.attacks.packets import RST, SYN, TCP
 from tests.attacks.sweep import Arrival
@@ -153,6 +154,45 @@ BY_OWN_KERNEL: tuple[NotClaimed, ...] = (
     ),
 )
 """From the same pod by its own kernel."""
+_EXTENSIONS = (packets.HOP_BY_HOP, packets.ROUTING, packets.FRAGMENT, packets.AUTHENTICATION, packets.DESTINATION)
+"""What kernels step over to the transport header (ipv6_ext_hdr in net/ipv6/exthdrs_core.c)."""
+
+
+def is_to_allowed_port(packet: bytes) -> bool:
+    """Tell whether a packet is of TCP or UDP, to the port that policy allows, as a kernel reads it.
+
+    A fragment that is not the first has no port: the node lets none pass before the whole is there.
+    """
+    if packet[0] >> 4 == 4:
+        offset = (packet[0] & 15) * 4
+        protocol, is_later = packet[9], bool(int.from_bytes(packet[6:8], "big") & 0x1FFF)
+    else:
+        protocol, offset, is_later = _walk(packet)
+    if is_later:
+        return protocol in places.ALLOWED_PORTS
+    return int.from_bytes(packet[offset + 2 : offset + 4], "big") == places.ALLOWED_PORTS.get(protocol)
+
+
+def _walk(packet: bytes) -> tuple[int, int, bool]:
+    """Return protocol and offset behind the extension headers, and whether it is a later fragment."""
+    protocol, offset = packet[6], packets.IPV6_HEADER_BYTES
+    while protocol in _EXTENSIONS and offset + 8 <= len(packet):
+        kind, protocol = protocol, packet[offset]
+        if kind == packets.FRAGMENT:
+            if int.from_bytes(packet[offset + 2 : offset + 4], "big") & 0xFFF8:
+                return protocol, offset, True
+            offset += 8
+        else:
+            unit = 4 if kind == packets.AUTHENTICATION else 8
+            offset += packet[offset + 1] * unit + 8
+    return protocol, offset, False
+
+
+FROM_PARTLY: tuple[NotClaimed, ...] = (
+    NotClaimed("policy allows it", ["*"], ["outside"], [places.OUTSIDE], is_to_allowed_port),
+    *FROM_CAGED,
+)
+"""From the pod that may send to the ports of one host."""
 TO_SHUT: tuple[NotClaimed, ...] = (
     NotClaimed(RESET_WHY, ["tcp-*"], ["*"], [places.ISOLATED, places.FAR_ISOLATED], is_bare_reset),
 )

@@ -8,15 +8,14 @@ speak for a neighbor.
 
 from __future__ import annotations
 
-import random
 import struct
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 
 from enforcer_daemon.handshake import frames
 from enforcer_daemon.handshake.frames import MAGIC, SynFrame, encode_again, encode_proof, encode_syn, proof_option
 from enforcer_daemon.packet.udp import encode_option
 from tests.attacks import packets
+from tests.attacks.aim import Aim, Form
 from tests.attacks.packets import ACK, FIN, PSH, RST, SYN, TCP, UDP, URG
 
 ALONE, BESIDE = 0x5453, 0x5452
@@ -26,46 +25,6 @@ MARKER_ID, MARKER_FLOW_LABEL = 0x5452, 0x05452
 SCTP, UDP_LITE, DCCP = 132, 136, 33
 OTHER_PROTOCOLS = (4, 33, 41, 46, 47, 50, 51, 89, 94, 103, 108, 112, 115, 132, 135, 136, 139, 140, 142, 143, 253, 255)
 """Protocols that are neither TCP, UDP, ICMP nor IGMP; for IPv6 some of them are extension headers."""
-
-
-@dataclass(frozen=True, slots=True)
-class Aim:
-    """One attempt: from where to where, and what the attacker knows."""
-
-    version: int
-    addresses: tuple[bytes, bytes]
-    ports: tuple[int, int]
-    marker: bytes
-    """8 bytes."""
-    rng: random.Random
-    own_block: bytes
-    """Identity block of the attacking pod itself: no secret to it."""
-    copied_block: bytes
-    """Identity block of another pod."""
-
-    @property
-    def numbers(self) -> tuple[int, int]:
-        seq, ack = struct.unpack("!II", self.marker)
-        return seq, ack
-
-    @property
-    def data(self) -> bytes:
-        return self.marker + self.rng.randbytes(self.rng.choice((0, 1, 7, 24, 200)))
-
-    def wrap(self, protocol: int, payload: bytes, identification: int = 0) -> bytes:
-        """Put an IP header before it, of an ordinary kind."""
-        if self.version == 4:
-            return packets.ipv4(self.addresses, protocol, payload, identification=identification)
-        return packets.ipv6(self.addresses, protocol, payload)
-
-    def segment(self, flags: int, payload: bytes = b"", options: bytes = b"") -> bytes:
-        return packets.tcp(self.addresses, self.ports, self.numbers, flags, payload, options)
-
-    def datagram(self, payload: bytes, surplus: bytes = b"") -> bytes:
-        return packets.udp(self.addresses, self.ports, payload, surplus)
-
-
-Form = Callable[[Aim], Sequence[bytes]]
 
 
 def _nonce(aim: Aim) -> bytes:
@@ -189,7 +148,7 @@ def _copied(aim: Aim) -> bytes:
 
 
 def _raw_magic(aim: Aim) -> Sequence[bytes]:
-    """A datagram of 8 bytes with the magic where the guard looks for it, and no option that is well formed."""
+    """A datagram with the magic where the guard looks for it, and no option that is well formed."""
     surplus = aim.rng.randbytes(8) + MAGIC + aim.marker + bytes(40)
     return [aim.wrap(UDP, packets.udp(aim.addresses, aim.ports, b"", surplus))]
 

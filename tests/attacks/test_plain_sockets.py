@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.attacks import sweep
+from tests.attacks import origins, sweep
 from tests.attacks import world as places
 from tests.attacks.plain_pod import NEEDS_CAPABILITY, WAYS
 from tests.attacks.witness import UNNUMBERED, Witness
@@ -62,7 +62,7 @@ def world(request: pytest.FixtureRequest, running: AttackWorld) -> Iterator[Atta
 
 def _targets(world: AttackWorld) -> list[tuple[str, str, Sequence[int]]]:
     found = []
-    for target in sweep.targets(world, spare=("unspecified", "loopback", "service-unknown-port")):
+    for target in origins.targets(world, spare=("unspecified", "loopback", "service-unknown-port")):
         for address in target.addresses.values():
             is_on_link = address.is_link_local or address in places.LINK_GROUPS
             scope = "%eth0" if address.version == 6 and is_on_link else ""

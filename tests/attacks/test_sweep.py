@@ -14,13 +14,21 @@ from pathlib import Path
 
 import pytest
 
-from tests.attacks import sweep
+from tests.attacks import origins, sweep
 from tests.attacks import world as places
 from tests.attacks.conftest import SWEPT
-from tests.attacks.expectations import BY_OWN_KERNEL, FROM_CAGED, IMPOSSIBLE, TO_SHUT, NotClaimed, unexplained
-from tests.attacks.forms import FORMS
+from tests.attacks.expectations import (
+    BY_OWN_KERNEL,
+    FROM_CAGED,
+    FROM_PARTLY,
+    IMPOSSIBLE,
+    TO_SHUT,
+    NotClaimed,
+    unexplained,
+)
 from tests.attacks.links import LINK_FORMS
-from tests.attacks.sweep import Attempt, Outcome, Sweep, Target, Transmit
+from tests.attacks.origins import Origin, Target
+from tests.attacks.sweep import Attempt, Outcome, Sweep, Transmit
 from tests.attacks.witness import Witness
 from tests.attacks.world import AttackWorld, Variant
 from triremectl.lab import Lab, Tools
@@ -38,6 +46,10 @@ EVERYWHERE = (
 )
 SHUT = (places.ISOLATED, places.FAR_ISOLATED)
 _SHOWN = 40
+behind_translation = pytest.mark.xfail(
+    strict=True, reason="the guard takes a frame or a message for a reason to pass whatever translation makes of it"
+)
+own_link = pytest.mark.xfail(strict=True, reason="the guard believes an address whatever link it comes from")
 Record = Callable[[str, object], None]
 _ROUNDS, _TRIES = 12, 4
 
@@ -62,7 +74,7 @@ def world(running: AttackWorld, variant: Variant) -> Iterator[AttackWorld]:
 
 def _swept(
     world: AttackWorld,
-    origin: sweep.Origin,
+    origin: Origin,
     targets: Sequence[Target],
     at: Sequence[str],
     seeds: dict[int, int],
@@ -111,12 +123,37 @@ def _seeds(count: int) -> dict[int, int]:
     return {FIXED_SEED: count - fresh, FRESH_SEED: fresh}
 
 
+@behind_translation
 def test_no_packet_of_a_caged_pod_arrives(world: AttackWorld, variant: Variant, record_property: Record) -> None:
     count = ATTEMPTS // len(VARIANTS)
-    origin = sweep.pod_origin(world, places.CAGED)
-    outcome = _swept(world, origin, sweep.targets(world), EVERYWHERE, _seeds(count))
+    origin = origins.pod_origin(world, places.CAGED)
+    outcome = _swept(world, origin, origins.targets(world), EVERYWHERE, _seeds(count))
     _assert_nothing(outcome, variant, FROM_CAGED, record_property)
     assert outcome.packets > count * 0.9
+
+
+@behind_translation
+def test_a_pod_with_one_address_rule_reaches_what_it_allows_alone(
+    world: AttackWorld, variant: Variant, record_property: Record
+) -> None:
+    """Whatever a packet's headers look like, the port that policy compares is the one that the receiver reads."""
+    count = 8_000
+    origin = origins.pod_origin(world, places.PARTLY)
+    outcome = _swept(world, origin, origins.targets(world), EVERYWHERE, _seeds(count))
+    _assert_nothing(outcome, variant, FROM_PARTLY, record_property)
+    allowed = {arrival.attempt.form for arrival in outcome.arrivals if arrival.place == places.OUTSIDE}
+    assert {"tcp-syn", "udp", "fragments-udp", "ipv6-destination-options"} <= allowed
+
+
+@behind_translation
+@pytest.mark.stock_kernel
+def test_few_packets_of_a_caged_pod_on_any_kernel(running: AttackWorld, record_property: Record) -> None:
+    """The backend of the pods' rules is the one that the kernel has: nft where it has the queue expression."""
+    variant = Variant("nft")
+    with places.applied(running, variant):
+        origin = origins.pod_origin(running, places.CAGED)
+        outcome = _swept(running, origin, origins.targets(running), EVERYWHERE, {FIXED_SEED: 3_000})
+    _assert_nothing(outcome, variant, FROM_CAGED, record_property)
 
 
 def test_no_packet_of_a_caged_pod_arrives_by_its_own_kernel(
@@ -124,29 +161,31 @@ def test_no_packet_of_a_caged_pod_arrives_by_its_own_kernel(
 ) -> None:
     """By a raw socket of IP, past TCP and UDP of the pod's kernel, but through its rules and its enforcer."""
     count = 4_000
-    origin = sweep.pod_origin(world, places.CAGED)
-    outcome = _swept(world, origin, sweep.targets(world), EVERYWHERE, _seeds(count), link_share=0.0, is_raw_ip=True)
+    origin = origins.pod_origin(world, places.CAGED)
+    outcome = _swept(world, origin, origins.targets(world), EVERYWHERE, _seeds(count), link_share=0.0, is_raw_ip=True)
     _assert_nothing(outcome, variant, BY_OWN_KERNEL, record_property)
     assert outcome.packets > count // 3
 
 
+@own_link
 def test_nothing_of_a_neighbor_reaches_an_isolated_pod(
     world: AttackWorld, variant: Variant, record_property: Record
 ) -> None:
     count = 12_000
-    origin = sweep.pod_origin(world, places.NEIGHBOR)
-    targets = sweep.shut_targets(world, is_outside=False)
+    origin = origins.pod_origin(world, places.NEIGHBOR)
+    targets = origins.shut_targets(world, is_outside=False)
     outcome = _swept(world, origin, targets, SHUT, _seeds(count), spoofing=0.8, link_share=0.0)
     _assert_nothing(outcome, variant, TO_SHUT, record_property)
     assert outcome.packets > count * 0.9
 
 
+@own_link
 def test_nothing_from_outside_reaches_an_isolated_pod(
     world: AttackWorld, variant: Variant, record_property: Record
 ) -> None:
     count = 12_000
-    origin = sweep.outside_origin(world)
-    targets = sweep.shut_targets(world, is_outside=True)
+    origin = origins.outside_origin(world)
+    targets = origins.shut_targets(world, is_outside=True)
     outcome = _swept(world, origin, targets, SHUT, _seeds(count), spoofing=0.9, link_share=0.0)
     _assert_nothing(outcome, variant, TO_SHUT, record_property)
     assert outcome.packets > count * 0.9
@@ -157,8 +196,8 @@ def test_nothing_from_outside_reaches_an_isolated_pod(
 
 def test_every_form_of_an_unrestricted_pod_arrives(world: AttackWorld) -> None:
     tag = sweep.fresh_tag()
-    origin = sweep.pod_origin(world, places.FREE)
-    targets = sweep.targets(world)
+    origin = origins.pod_origin(world, places.FREE)
+    targets = origins.targets(world)
     pairs = {(form, target.kind, version): target for target in targets for form, version in sweep.forms_for(target)}
     missing = {key: target for key, target in pairs.items() if not any(line.covers(*key) for line in IMPOSSIBLE)}
     assert len(missing) > len(pairs) // 2
@@ -186,23 +225,12 @@ def test_every_form_of_an_unrestricted_pod_arrives(world: AttackWorld) -> None:
 
 def test_every_form_on_the_link_of_an_unenforced_neighbor_arrives(world: AttackWorld) -> None:
     tag = sweep.fresh_tag()
-    origin = sweep.pod_origin(world, places.NEIGHBOR)
+    origin = origins.pod_origin(world, places.NEIGHBOR)
     with places.witnesses(world, tag, places.NEAR) as witnesses, sweep.by_packet_socket(world, origin) as transmit:
-        maker = Sweep(world, origin, sweep.targets(world), tag, FRESH_SEED)
+        maker = Sweep(world, origin, origins.targets(world), tag, FRESH_SEED)
         outcome, sent = sweep.run(transmit, [maker.link_attempt(form) for form in LINK_FORMS] * 3, witnesses)
         sweep.settle(world, witnesses, tag)
         found = {arrival.attempt.form for arrival in sweep.gather(outcome, sent, witnesses).arrivals}
     places.forget_neighbors(world)  # what it claimed is believed: nobody guards it
     # br_netfilter drops what its type does not fit.
     assert set(LINK_FORMS) - found - {"link-wrong-version"} == set()
-
-
-def test_the_table_of_forms_that_cannot_arrive_has_no_line_that_says_nothing() -> None:
-    forms = [(form, version) for version in FORMS for form in FORMS[version]]
-    for line in IMPOSSIBLE:
-        for pattern in line.forms:
-            assert any(
-                line.covers(form, line.targets[0].strip("*") or "any", version)
-                for form, version in forms
-                if version in line.versions
-            ), (line.why, pattern)

@@ -16,12 +16,12 @@ from ipaddress import IPv6Address, ip_address
 
 from enforcer_daemon.dataplane.addresses import Interface, interface
 from enforcer_daemon.handshake.frames import SYN_ACK_OVERHEAD, SYN_OVERHEAD, is_frame
-from enforcer_daemon.model import IPAddress, PodRef
+from enforcer_daemon.model import IPAddress, PodRef, Protocol
 from enforcer_daemon.packet.tcp import SYN, SYN_ACK
 from tests.attacks.kube_proxy import Front, iptables_text, nft_text, removal
 from tests.attacks.witness import Witness, is_any, is_link_level, listening
 from tests.e2e.attackers import Listener, Wire
-from tests.e2e.operation_world import FAMILIES, NODES, pod, policy
+from tests.e2e.operation_world import FAMILIES, NODES, block, pod, policy
 from triremectl.lab import HostSpec, Lab, ServicePort, ServiceSpec, WorldSpec
 from triremectl.lab.netns import exec_prefix, netns_path, run, write_sysctls
 from triremectl.lab.network import POD_BRIDGE
@@ -35,6 +35,10 @@ CAGED, FREE, NEAR, FAR, ISOLATED, FAR_ISOLATED = (
     "x/isolated",
     "x/far-isolated",
 )
+PARTLY = "x/partly"
+"""May send to the outside host, to ALLOWED_PORTS alone."""
+ALLOWED_PORTS = {6: 8080, 17: 5353}
+"""By protocol."""
 OUTSIDE, EXTERNAL, NEIGHBOR = "host:outside", "host:external", "host:neighbor"
 FABRIC = "fabric"
 NODE_PORT, HOST_NODE_PORT, SHUT_NODE_PORT, KUBELET, API_SERVER = 30_080, 30_090, 30_070, 10_250, 6_443
@@ -85,6 +89,7 @@ def world_spec(rules_backend: str = "auto") -> WorldSpec:
         {"x": {}},
         pods=(
             pod("caged", "a"),
+            pod("partly", "a"),
             pod("free", "a"),
             pod("near", "a"),
             pod("isolated", "a"),
@@ -95,6 +100,18 @@ def world_spec(rules_backend: str = "auto") -> WorldSpec:
         services=(_WEB,),
         manifests=(
             policy("caged", "caged", egress=[]),
+            policy(
+                "partly",
+                "partly",
+                egress=[
+                    {
+                        "to": block("203.0.113.7/32", "2001:db8::7/128"),
+                        "ports": [
+                            {"protocol": Protocol(number).name, "port": port} for number, port in ALLOWED_PORTS.items()
+                        ],
+                    }
+                ],
+            ),
             policy("isolated", "isolated", ingress=[]),
             policy("far-isolated", "far-isolated", ingress=[]),
         ),
@@ -158,7 +175,7 @@ def prepare(lab: Lab) -> AttackWorld:
             cidr = f"{address}/{address.max_prefixlen}"
             lab.run(node, "ip", "address", "add", cidr, "dev", "nodelocaldns", *extra)
         write_sysctls(lab.place(node).netns, {"net/ipv4/conf/all/route_localnet": "1"})
-    for place in (CAGED, FREE, NEAR, ISOLATED, NEIGHBOR, FAR, FAR_ISOLATED):
+    for place in (CAGED, PARTLY, FREE, NEAR, ISOLATED, NEIGHBOR, FAR, FAR_ISOLATED):
         world.macs[place] = mac_of(world, place)
     world.macs["node:a"] = mac_of(world, "node:a", POD_BRIDGE)
     _learn_blocks(world)
