@@ -10,6 +10,7 @@ from ipaddress import IPv4Address, ip_address
 from enforcer_daemon.model import IPAddress
 from tests.attacks import world as places
 from tests.attacks.world import AttackWorld, mac_of
+from triremectl.lab.network import POD_BRIDGE
 
 BROADCAST_MAC = b"\xff" * 6
 
@@ -51,7 +52,7 @@ def targets(world: AttackWorld, spare: Sequence[str] = ()) -> list[Target]:
 
     common = (8080, 5353, 53, 4789, 8472)
     near, neighbor = world.macs[places.NEAR], world.macs[places.NEIGHBOR]
-    bridge_local = world.link_local("node:a", places.POD_BRIDGE)
+    bridge_local = world.link_local("node:a", POD_BRIDGE)
     four = world.address(places.CAGED, 4)
     subnet = ip_address(int(four) | 0xFF)
     found = [
@@ -89,7 +90,7 @@ def pod_origin(world: AttackWorld, pod: str) -> Origin:
     """Return a pod, or a pod-like host, on node a as an attacker."""
     others = [place for place in (places.NEAR, places.FREE, places.ISOLATED, places.FAR) if place != pod]
     known = [world.address(place, version) for place in (*others, *_ROUND) for version in (4, 6)]
-    local = (world.link_local(pod), world.link_local("node:a", places.POD_BRIDGE))
+    local = (world.link_local(pod), world.link_local("node:a", POD_BRIDGE))
     stated = (*known, *local, *_ODD_SOURCES, *places.WEB_SERVICE, *places.LOCAL_DNS)
     four = world.address(pod, 4)
     gateway = ip_address(int(four) & ~0xFF | 1)
@@ -156,9 +157,8 @@ _EVERYBODY = (
     *(places.OUTSIDE, places.NEIGHBOR),
 )
 _ROUND = ("node:a", "node:b", places.OUTSIDE, places.NEIGHBOR)
-_ODD_SOURCES = tuple(
-    map(
-        ip_address,
-        ("127.0.0.1", 0, "255.255.255.255", "224.0.0.1", "169.254.7.7", "::", "::1", "fe80::bad", "ff02::1"),
-    )
+_ODD_SOURCES = (
+    ip_address(0),
+    *map(ip_address, ("127.0.0.1", "255.255.255.255", "224.0.0.1", "169.254.7.7")),
+    *map(ip_address, ("::", "::1", "fe80::bad", "ff02::1")),
 )

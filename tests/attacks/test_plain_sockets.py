@@ -61,7 +61,7 @@ def world(request: pytest.FixtureRequest, running: AttackWorld) -> Iterator[Atta
 
 
 def _targets(world: AttackWorld) -> list[tuple[str, str, Sequence[int]]]:
-    found = []
+    found: list[tuple[str, str, Sequence[int]]] = []
     for target in origins.targets(world, spare=("unspecified", "loopback", "service-unknown-port")):
         for address in target.addresses.values():
             is_on_link = address.is_link_local or address in places.LINK_GROUPS
