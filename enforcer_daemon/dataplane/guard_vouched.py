@@ -11,6 +11,7 @@ enforcer's own hook can set would replace it here.
 from __future__ import annotations
 
 from collections.abc import Iterable
+from itertools import cycle
 
 from enforcer_daemon.dataplane.guard_rules import FIRST_SYN, INTO_ENFORCED, LONE_MESSAGE, network_sets
 from enforcer_daemon.dataplane.guard_virtual import INTO_NODE_PORTS, INTO_VIRTUAL
@@ -39,13 +40,14 @@ NOT_CLAIMED = (
 def skeleton(table: str, networks: Iterable[IPNetwork], pod_networks: Iterable[IPNetwork]) -> list[str]:
     """Make the chains that accept by the translated destination; `networks` are all that frames are sent to."""
     lines = framed_chain(table, pod_networks) + network_sets(table, "virtual", networks)
+    # Of each pair one is for IPv4, one for IPv6, as of the messages.
     places = (*INTO_ENFORCED, *INTO_NODE_PORTS, *_INTO_CONFIGURED_NODE_PORTS)
     chains = {
         # An empty datagram to an application that has no enforcer. Enforcers of pods that only answer send some, too.
         _LONE: [f"{into} {message} accept" for into, message in zip(INTO_ENFORCED, _LONE_MESSAGES, strict=True)],
         _VOUCHED: [
             *(f"{into} {FIRST_SYN} jump framed" for into in places),
-            *(f"{into} {message} accept" for into, message in zip(places, _LONE_MESSAGES * 2, strict=True)),
+            *(f"{into} {message} accept" for into, message in zip(places, cycle(_LONE_MESSAGES), strict=False)),
             *(
                 f"{into} meta l4proto {{ tcp, udp }} ct state established ct direction original accept"
                 for into in places

@@ -46,10 +46,6 @@ EVERYWHERE = (
 )
 SHUT = (places.ISOLATED, places.FAR_ISOLATED)
 _SHOWN = 40
-behind_translation = pytest.mark.xfail(
-    strict=True, reason="the guard takes a frame or a message for a reason to pass whatever translation makes of it"
-)
-own_link = pytest.mark.xfail(strict=True, reason="the guard believes an address whatever link it comes from")
 Record = Callable[[str, object], None]
 _ROUNDS, _TRIES = 12, 4
 
@@ -123,7 +119,6 @@ def _seeds(count: int) -> dict[int, int]:
     return {FIXED_SEED: count - fresh, FRESH_SEED: fresh}
 
 
-@behind_translation
 def test_no_packet_of_a_caged_pod_arrives(world: AttackWorld, variant: Variant, record_property: Record) -> None:
     count = ATTEMPTS // len(VARIANTS)
     origin = origins.pod_origin(world, places.CAGED)
@@ -132,7 +127,6 @@ def test_no_packet_of_a_caged_pod_arrives(world: AttackWorld, variant: Variant, 
     assert outcome.packets > count * 0.9
 
 
-@behind_translation
 def test_a_pod_with_one_address_rule_reaches_what_it_allows_alone(
     world: AttackWorld, variant: Variant, record_property: Record
 ) -> None:
@@ -145,7 +139,6 @@ def test_a_pod_with_one_address_rule_reaches_what_it_allows_alone(
     assert {"tcp-syn", "udp", "fragments-udp", "ipv6-destination-options"} <= allowed
 
 
-@behind_translation
 @pytest.mark.stock_kernel
 def test_few_packets_of_a_caged_pod_on_any_kernel(running: AttackWorld, record_property: Record) -> None:
     """The backend of the pods' rules is the one that the kernel has: nft where it has the queue expression."""
@@ -167,7 +160,6 @@ def test_no_packet_of_a_caged_pod_arrives_by_its_own_kernel(
     assert outcome.packets > count // 3
 
 
-@own_link
 def test_nothing_of_a_neighbor_reaches_an_isolated_pod(
     world: AttackWorld, variant: Variant, record_property: Record
 ) -> None:
@@ -179,7 +171,6 @@ def test_nothing_of_a_neighbor_reaches_an_isolated_pod(
     assert outcome.packets > count * 0.9
 
 
-@own_link
 def test_nothing_from_outside_reaches_an_isolated_pod(
     world: AttackWorld, variant: Variant, record_property: Record
 ) -> None:
