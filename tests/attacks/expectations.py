@@ -50,6 +50,30 @@ def _tcp_flags(packet: bytes) -> int:
     return packet[_transport(packet)[1] + 13]
 
 
+_EXTENSIONS = (packets.HOP_BY_HOP, packets.ROUTING, packets.FRAGMENT, packets.AUTHENTICATION, packets.DESTINATION)
+"""What kernels step over to the transport header (ipv6_ext_hdr in net/ipv6/exthdrs_core.c)."""
+
+
+def _walk(packet: bytes) -> tuple[int, int, bool]:
+    """Return protocol and offset behind the extension headers, and whether it is a later fragment."""
+    protocol, offset = packet[6], packets.IPV6_HEADER_BYTES
+    while protocol in _EXTENSIONS and offset + 8 <= len(packet):
+        kind, protocol = protocol, packet[offset]
+        if kind == packets.FRAGMENT:
+            if int.from_bytes(packet[offset + 2 : offset + 4], "big") & 0xFFF8:
+                return protocol, offset, True
+            offset += 8
+        else:
+            unit = 4 if kind == packets.AUTHENTICATION else 8
+            offset += packet[offset + 1] * unit + 8
+    return protocol, offset, False
+
+
+def is_udp(packet: bytes) -> bool:
+    """Tell whether a packet is of UDP, as a kernel reads it."""
+    return (packet[9] if packet[0] >> 4 == 4 else _walk(packet)[0]) == packets.UDP
+
+
 @dataclass(frozen=True, slots=True)
 class NotClaimed:
     """Arrivals that are not claimed to be stopped: patterns of forms, destinations and places, and what arrives."""
@@ -60,11 +84,14 @@ class NotClaimed:
     places: Sequence[str]
     shape: Shape = is_anything
     is_for: Callable[[Variant], bool] = lambda _: True
+    has_plain_syns: bool = False
+    """Whether a SYN without a frame is among them."""
 
     def covers(self, arrival: Arrival, variant: Variant) -> bool:
         """Tell whether this line accepts the arrival."""
         return (
             self.is_for(variant)
+            and (self.has_plain_syns or arrival.attempt.form not in PLAIN_SYNS)
             and _matches(arrival.attempt.form, self.forms)
             and _matches(arrival.attempt.target, self.targets)
             and _matches(arrival.place, self.places)
@@ -90,41 +117,28 @@ ON_THE_BRIDGE = (
     "multicast*",
     "all-nodes",
 )
-WITH_MESSAGE = (
-    "tcp-syn-framed*",
-    "udp-lone-*",
-    "udp-raw-magic",
-    "ipv4-*options",
-    "ipv6-*",
-    "ip-*",
-    "fragments-tcp-framed",
+WITH_MESSAGE = ("udp-lone-*", "udp-raw-magic", "ipv4-*options", "ipv6-*", "ip-*")
+WITH_FRAME = ("tcp-syn-framed*", "fragments-tcp-framed", "ipv4-*options", "ipv6-*", "ip-*")
+"""Forms that carry a message, or a frame, or may."""
+PLAIN_SYNS = (
+    "tcp-syn",
+    "tcp-syn-options",
+    "tcp-syn-data",
+    "tcp-syn-fast-open",
+    "tcp-syn-wrong-magic",
+    "tcp-syn-ece-cwr",
 )
-"""Forms that carry a frame or a message, or may."""
-NO_SYN = ("tcp-syn", "tcp-syn-options", "tcp-syn-data", "tcp-syn-fast-open", "tcp-syn-wrong-magic", "tcp-syn-ece-cwr")
 """Forms that are a SYN without a frame, which nothing lets pass."""
 
 RESET_WHY = "a pod's enforcer resets what belongs to no connection, with its numbers; nothing else of it arrives"
 
 FROM_CAGED: tuple[NotClaimed, ...] = (
     NotClaimed(
-        "a SYN with the pod's own identity reaches the other pod's kernel without its data, before egress is evaluated",
-        ["tcp-syn-framed-own"],
-        ["near-pod", "far-pod", "service-pods", "dns-service", "node-port-*", "external-ip"],
-        [places.NEAR, places.FAR],
-        is_bare_syn,
-    ),
-    NotClaimed(
-        "through a masquerade the identity in a SYN is not compared with its source address; no proof can follow it",
-        ["tcp-syn-framed-copied"],
-        ["node-port-*", "external-ip"],
-        [places.NEAR, places.FAR],
-        is_bare_syn,
-    ),
-    NotClaimed(
-        "a machine inside the enforced networks that no enforcer serves receives frames and messages",
+        "a machine inside the enforced networks that no enforcer serves receives messages without data",
         WITH_MESSAGE,
         ["neighbor"],
         [places.NEIGHBOR],
+        is_udp,
     ),
     NotClaimed(
         "a bridge that netfilter does not see switches everything but SYNs to pods of its own",
@@ -144,6 +158,30 @@ FROM_CAGED: tuple[NotClaimed, ...] = (
 )
 
 
+FROM_LABELLED: tuple[NotClaimed, ...] = (
+    NotClaimed(
+        "a SYN with the pod's own identity reaches the other pod's kernel without its data, before egress is evaluated",
+        ["tcp-syn-framed-own"],
+        ["near-pod", "far-pod", "service-pods", "dns-service", "node-port-*", "external-ip"],
+        [places.NEAR, places.FAR],
+        is_bare_syn,
+    ),
+    NotClaimed(
+        "through a masquerade the identity in a SYN is not compared with its source address; no proof can follow it",
+        ["tcp-syn-framed-copied"],
+        ["node-port-*", "external-ip"],
+        [places.NEAR, places.FAR],
+        is_bare_syn,
+    ),
+    NotClaimed(
+        "a machine inside the enforced networks that no enforcer serves receives frames",
+        WITH_FRAME,
+        ["neighbor"],
+        [places.NEIGHBOR],
+    ),
+    *FROM_CAGED,
+)
+"""From a pod whose rules name pods."""
 BY_OWN_KERNEL: tuple[NotClaimed, ...] = (
     NotClaimed(
         "a bridge that netfilter does not see brings a pod's own multicast back to it, which opens the flow there",
@@ -154,8 +192,6 @@ BY_OWN_KERNEL: tuple[NotClaimed, ...] = (
     ),
 )
 """From the same pod by its own kernel."""
-_EXTENSIONS = (packets.HOP_BY_HOP, packets.ROUTING, packets.FRAGMENT, packets.AUTHENTICATION, packets.DESTINATION)
-"""What kernels step over to the transport header (ipv6_ext_hdr in net/ipv6/exthdrs_core.c)."""
 
 
 def is_to_allowed_port(packet: bytes) -> bool:
@@ -173,23 +209,8 @@ def is_to_allowed_port(packet: bytes) -> bool:
     return int.from_bytes(packet[offset + 2 : offset + 4], "big") == places.ALLOWED_PORTS.get(protocol)
 
 
-def _walk(packet: bytes) -> tuple[int, int, bool]:
-    """Return protocol and offset behind the extension headers, and whether it is a later fragment."""
-    protocol, offset = packet[6], packets.IPV6_HEADER_BYTES
-    while protocol in _EXTENSIONS and offset + 8 <= len(packet):
-        kind, protocol = protocol, packet[offset]
-        if kind == packets.FRAGMENT:
-            if int.from_bytes(packet[offset + 2 : offset + 4], "big") & 0xFFF8:
-                return protocol, offset, True
-            offset += 8
-        else:
-            unit = 4 if kind == packets.AUTHENTICATION else 8
-            offset += packet[offset + 1] * unit + 8
-    return protocol, offset, False
-
-
 FROM_PARTLY: tuple[NotClaimed, ...] = (
-    NotClaimed("policy allows it", ["*"], ["outside"], [places.OUTSIDE], is_to_allowed_port),
+    NotClaimed("policy allows it", ["*"], ["outside"], [places.OUTSIDE], is_to_allowed_port, has_plain_syns=True),
     *FROM_CAGED,
 )
 """From the pod that may send to the ports of one host."""
@@ -270,9 +291,5 @@ IMPOSSIBLE: tuple[Impossible, ...] = (
 
 
 def unexplained(arrivals: Iterable[Arrival], variant: Variant, accepted: Sequence[NotClaimed]) -> list[Arrival]:
-    """Return the arrivals that no line accepts; a SYN without a frame is never accepted."""
-    return [
-        arrival
-        for arrival in arrivals
-        if arrival.attempt.form in NO_SYN or not any(line.covers(arrival, variant) for line in accepted)
-    ]
+    """Return the arrivals that no line accepts."""
+    return [arrival for arrival in arrivals if not any(line.covers(arrival, variant) for line in accepted)]

@@ -115,14 +115,15 @@ class Sweep:
         """Make an attempt of one form; `source` None: under the origin's own address."""
         rng, stated = self._rng, source or self._origin.own[version]
         ports = ports or (rng.randrange(20_000, 30_000), rng.choice(target.ports))
+        own = self._world.own_blocks.get(self._origin.place, b"")
         aim = Aim(
             version,
             (stated.packed, target.addresses[version].packed),
             ports,
             self._marker(),
             rng,
-            self._world.own_block,
-            self._world.copied_block,
+            own,
+            self._world.copied_block if own != self._world.copied_block else self._world.own_blocks[places.CAGED],
         )
         macs = rng.choice(target.macs), self._origin.mac
         frames = tuple(packets.ethernet(macs, packets.ETHERTYPES[version], p) for p in FORMS[version][form](aim))

@@ -21,7 +21,7 @@ from enforcer_daemon.packet.tcp import SYN, SYN_ACK
 from tests.attacks.kube_proxy import Front, iptables_text, nft_text, removal
 from tests.attacks.witness import Witness, is_any, is_link_level, listening
 from tests.e2e.attackers import Listener, Wire
-from tests.e2e.operation_world import FAMILIES, NODES, block, pod, policy
+from tests.e2e.operation_world import FAMILIES, NODES, app, block, pod, policy
 from triremectl.lab import HostSpec, Lab, ServicePort, ServiceSpec, WorldSpec
 from triremectl.lab.netns import exec_prefix, netns_path, run, write_sysctls
 from triremectl.lab.network import POD_BRIDGE
@@ -37,6 +37,8 @@ CAGED, FREE, NEAR, FAR, ISOLATED, FAR_ISOLATED = (
 )
 PARTLY = "x/partly"
 """May send to the outside host, to ALLOWED_PORTS alone."""
+LABELLED = "x/labelled"
+"""May send to pods of one label, of which there are none: its enforcer shows its identity to find that out."""
 ALLOWED_PORTS = {6: 8080, 17: 5353}
 """By protocol."""
 OUTSIDE, EXTERNAL, NEIGHBOR = "host:outside", "host:external", "host:neighbor"
@@ -90,6 +92,7 @@ def world_spec(rules_backend: str = "auto") -> WorldSpec:
         pods=(
             pod("caged", "a"),
             pod("partly", "a"),
+            pod("labelled", "a"),
             pod("free", "a"),
             pod("near", "a"),
             pod("isolated", "a"),
@@ -112,6 +115,7 @@ def world_spec(rules_backend: str = "auto") -> WorldSpec:
                     }
                 ],
             ),
+            policy("labelled", "labelled", egress=[{"to": [app("nowhere")]}]),
             policy("isolated", "isolated", ingress=[]),
             policy("far-isolated", "far-isolated", ingress=[]),
         ),
@@ -124,10 +128,10 @@ class AttackWorld:
     """The running lab, and what an attacker has learned in it."""
 
     lab: Lab
-    own_block: bytes = b""
-    """Identity block of the caged pod, as it answers any connection to it."""
+    own_blocks: dict[str, bytes] = field(default_factory=dict)
+    """Identity block of each attacking pod, as it answers any connection to it."""
     copied_block: bytes = b""
-    """Identity block of the free pod, as it shows it to the caged one."""
+    """Identity block of the free pod, as it shows it to whom it dials."""
     macs: dict[str, bytes] = field(default_factory=dict)
 
     def address(self, place: str, version: int) -> IPAddress:
@@ -175,23 +179,25 @@ def prepare(lab: Lab) -> AttackWorld:
             cidr = f"{address}/{address.max_prefixlen}"
             lab.run(node, "ip", "address", "add", cidr, "dev", "nodelocaldns", *extra)
         write_sysctls(lab.place(node).netns, {"net/ipv4/conf/all/route_localnet": "1"})
-    for place in (CAGED, PARTLY, FREE, NEAR, ISOLATED, NEIGHBOR, FAR, FAR_ISOLATED):
+    for place in (CAGED, PARTLY, LABELLED, FREE, NEAR, ISOLATED, NEIGHBOR, FAR, FAR_ISOLATED):
         world.macs[place] = mac_of(world, place)
     world.macs["node:a"] = mac_of(world, "node:a", POD_BRIDGE)
-    _learn_blocks(world)
+    for pod_name in (CAGED, PARTLY, LABELLED):
+        _learn_blocks(world, pod_name)
     return world
 
 
-def _learn_blocks(world: AttackWorld) -> None:
-    """Watch one connection to the caged pod: both sides show their identity in it."""
+def _learn_blocks(world: AttackWorld, pod: str) -> None:
+    """Watch one connection to a pod: both sides show their identity in it."""
     lab = world.lab
-    with Wire(lab, CAGED) as wire, Listener(lab, CAGED, 8_090) as listener, lab.open_socket(FREE) as client:
+    with Wire(lab, pod) as wire, Listener(lab, pod, 8_090) as listener, lab.open_socket(FREE) as client:
         client.settimeout(5)
         client.connect((str(listener.ip), listener.port))
         listener.accept()
         syn = wire.await_segment(lambda found: found.flags == SYN and is_frame(found.payload))
         answer = wire.await_segment(lambda found: found.flags & SYN_ACK == SYN_ACK and is_frame(found.payload))
-        world.copied_block, world.own_block = syn.payload[SYN_OVERHEAD:], answer.payload[SYN_ACK_OVERHEAD:]
+        world.own_blocks[FREE] = world.copied_block = syn.payload[SYN_OVERHEAD:]
+        world.own_blocks[pod] = answer.payload[SYN_ACK_OVERHEAD:]
 
 
 def fronts(world: AttackWorld) -> list[Front]:
@@ -276,13 +282,3 @@ def _join_groups(stack: ExitStack, world: AttackWorld, place: str, link: str) ->
                 sock.setsockopt(socket.IPPROTO_IP, socket.IP_ADD_MEMBERSHIP, request)
             else:
                 sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_JOIN_GROUP, group.packed + index.to_bytes(4, "little"))
-
-
-@contextmanager
-def seen_from_free(world: AttackWorld) -> Iterator[None]:
-    """Exchange the two identity blocks: to the free pod its own is its own."""
-    world.own_block, world.copied_block = world.copied_block, world.own_block
-    try:
-        yield
-    finally:
-        world.own_block, world.copied_block = world.copied_block, world.own_block
