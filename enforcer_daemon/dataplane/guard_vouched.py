@@ -29,7 +29,8 @@ _INTO_CONFIGURED_NODE_PORTS = tuple(
 _LONE, _VOUCHED = "lone", "vouched"
 # A broadcast would reach those that have no enforcer. Enforcers send no message behind extension headers, and the rules
 # of a pod do not look for one there.
-_LONE_MESSAGES = (f"fib daddr type != broadcast {LONE_MESSAGE}", f"ip6 nexthdr udp {LONE_MESSAGE}")
+_ONE = ("fib daddr type != broadcast", "")
+_LONE_MESSAGES = (f"{_ONE[0]} {LONE_MESSAGE}", f"ip6 nexthdr udp {LONE_MESSAGE}")
 NOT_CLAIMED = (
     "pods whose egress rules name pods can send raw SYNs to every address of the enforced networks, without an answer",
     "isolated pods can send raw UDP messages without data to every address of the enforced networks",
@@ -46,7 +47,7 @@ def skeleton(table: str, networks: Iterable[IPNetwork], pod_networks: Iterable[I
         # An empty datagram to an application that has no enforcer. Enforcers of pods that only answer send some, too.
         _LONE: [f"{into} {message} accept" for into, message in zip(INTO_ENFORCED, _LONE_MESSAGES, strict=True)],
         _VOUCHED: [
-            *(f"{into} {FIRST_SYN} jump framed" for into in places),
+            *(f"{into} {one} {FIRST_SYN} jump framed" for into, one in zip(places, cycle(_ONE), strict=False)),
             *(f"{into} {message} accept" for into, message in zip(places, cycle(_LONE_MESSAGES), strict=False)),
             *(
                 f"{into} meta l4proto {{ tcp, udp }} ct state established ct direction original accept"

@@ -20,6 +20,7 @@ from tests.attacks.conftest import SWEPT
 from tests.attacks.expectations import (
     BY_OWN_KERNEL,
     FROM_CAGED,
+    FROM_LABELLED,
     FROM_PARTLY,
     IMPOSSIBLE,
     TO_SHUT,
