@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What Services make virtual beyond the configured networks, as changes: single addresses, and node ports.
+"""What Services make virtual beyond the configured networks, as changes: ports of single addresses, and node ports.
 
 A change is as large as what changed, so that whoever holds a copy (the datapath, the guard) pays for that alone.
 """
@@ -11,28 +11,30 @@ from typing import NamedTuple
 from enforcer_daemon.model import Protocol
 
 NodePort = tuple[Protocol, int]
+ServicePort = tuple[bytes, Protocol, int]
+"""A packed address, and a port of it that kube-proxy translates."""
 
 
 class VirtualEntries(NamedTuple):
-    """Addresses are packed."""
+    """What is virtual; any other port of these addresses is not."""
 
-    addresses: frozenset[bytes] = frozenset()
-    """Load balancer and external addresses of Services: virtual on every port."""
+    services: frozenset[ServicePort] = frozenset()
+    """Load balancer and external addresses of Services, on their ports."""
     nodes: frozenset[bytes] = frozenset()
-    """Addresses of nodes: virtual on the node ports below, and on no other."""
+    """Packed addresses of nodes: virtual on the node ports below."""
     ports: frozenset[NodePort] = frozenset()
 
     def union(self, other: VirtualEntries) -> VirtualEntries:
         """Return what is in one of them."""
-        return VirtualEntries(self.addresses | other.addresses, self.nodes | other.nodes, self.ports | other.ports)
+        return VirtualEntries(self.services | other.services, self.nodes | other.nodes, self.ports | other.ports)
 
     def difference(self, other: VirtualEntries) -> VirtualEntries:
         """Return what is not in the other."""
-        return VirtualEntries(self.addresses - other.addresses, self.nodes - other.nodes, self.ports - other.ports)
+        return VirtualEntries(self.services - other.services, self.nodes - other.nodes, self.ports - other.ports)
 
     def intersection(self, other: VirtualEntries) -> VirtualEntries:
         """Return what is in both."""
-        return VirtualEntries(self.addresses & other.addresses, self.nodes & other.nodes, self.ports & other.ports)
+        return VirtualEntries(self.services & other.services, self.nodes & other.nodes, self.ports & other.ports)
 
 
 NOTHING_VIRTUAL = VirtualEntries()

@@ -16,7 +16,7 @@ from enforcer_daemon.prefixes import PrefixSet
 from enforcer_daemon.reasons import Reason
 from enforcer_daemon.settings import NetworkSettings
 from enforcer_daemon.verdict import Action, Verdict
-from enforcer_daemon.virtual import NodePort, VirtualChange
+from enforcer_daemon.virtual import NodePort, ServicePort, VirtualChange
 
 _MAX_DECISIONS = 16_384
 """Remembered decisions of one endpoint and direction; when there are more, all are asked again."""
@@ -74,7 +74,7 @@ class Networks:
 
     def __init__(self, settings: NetworkSettings) -> None:
         self._known: dict[bytes, Destination] = {}
-        self._addresses: set[bytes] = set()
+        self._services: set[ServicePort] = set()
         self._nodes: set[bytes] = set()
         self._ports: set[NodePort] = set()
         self.replace(settings)
@@ -90,22 +90,22 @@ class Networks:
     def change_virtual(self, change: VirtualChange) -> None:
         """Take over what Services make virtual beside the configured networks, or no longer do."""
         added, removed = change
-        self._addresses.difference_update(removed.addresses)
-        self._addresses.update(added.addresses)
+        self._services.difference_update(removed.services)
+        self._services.update(added.services)
         self._nodes.difference_update(removed.nodes)
         self._nodes.update(added.nodes)
         self._ports.difference_update(removed.ports)
         self._ports.update(added.ports)
 
     def destination(self, packed: bytes, port: int | None = None, protocol: Protocol = Protocol.TCP) -> Destination:
-        """Return the class of an address that is dialled; a node's is virtual on node ports alone.
+        """Return the class of an address that is dialled; a Service's and a node's are virtual on their ports alone.
 
         A configured virtual network may lie inside an enforced one; what a Service lists there stays a pod's address.
         """
         if packed in self._nodes and (protocol, port) in self._ports:
             return Destination.VIRTUAL
         configured = self._by_networks(packed)
-        if configured is Destination.EXTERNAL and packed in self._addresses:
+        if configured is Destination.EXTERNAL and port is not None and (packed, protocol, port) in self._services:
             return Destination.VIRTUAL
         return configured
 

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """The guard's sets of what Services make virtual: a pod's frames may go there, and are translated on the way.
 
-Single addresses and ports in sets of their own, beside the configured networks, so that a Service that changes adds and
-deletes its elements, and no table is made anew. A node's address counts on node ports alone, and so never leads to a
-port of the node's own. Source: nft(8).
+They stand beside the configured networks, so that a Service that changes adds and deletes its elements, and no table is
+made anew. Addresses count on the ports that kube-proxy translates, and so lead neither to a port of a node's own nor to
+whoever else has an external address. Source: nft(8).
 """
 
 from __future__ import annotations
@@ -14,18 +14,24 @@ from ipaddress import ip_address
 from enforcer_daemon.virtual import NodePort, VirtualChange, VirtualEntries
 
 _SETS = {
-    "services4": "type ipv4_addr",
-    "services6": "type ipv6_addr",
+    "services4": "type ipv4_addr . inet_proto . inet_service",
+    "services6": "type ipv6_addr . inet_proto . inet_service",
     "nodes4": "type ipv4_addr",
     "nodes6": "type ipv6_addr",
     "nodeports": "type inet_proto . inet_service",
 }
+_LENGTHS = ((4, 4), (6, 16))
+"""Bytes of an address of each IP version."""
 INTO_NODE_PORTS = (
     "ip daddr @nodes4 meta l4proto . th dport @nodeports",
     "ip6 daddr @nodes6 meta l4proto . th dport @nodeports",
 )
 """What goes to a node port of a Service; another node translates its own."""
-INTO_VIRTUAL = ("ip daddr @services4", "ip6 daddr @services6", *INTO_NODE_PORTS)
+INTO_VIRTUAL = (
+    "ip daddr . meta l4proto . th dport @services4",
+    "ip6 daddr . meta l4proto . th dport @services6",
+    *INTO_NODE_PORTS,
+)
 """What goes to a virtual address of a Service."""
 
 
@@ -42,21 +48,22 @@ def change_lines(table: str, change: VirtualChange) -> list[str]:
 
 def _element_lines(verb: str, table: str, entries: VirtualEntries) -> list[str]:
     elements = {
-        **_by_family("services", entries.addresses),
-        **_by_family("nodes", entries.nodes),
-        "nodeports": [_port_element(port) for port in sorted(entries.ports)],
+        **{f"services{version}": _service_elements(entries, length) for version, length in _LENGTHS},
+        **{f"nodes{version}": _addresses(entries.nodes, length) for version, length in _LENGTHS},
+        "nodeports": [_port(port) for port in sorted(entries.ports)],
     }
     return [f"{verb} element {table} {name} {{ {', '.join(found)} }}" for name, found in elements.items() if found]
 
 
-def _by_family(prefix: str, addresses: Iterable[bytes]) -> dict[str, list[str]]:
-    known = sorted(addresses)
-    return {
-        f"{prefix}{version}": [str(ip_address(packed)) for packed in known if len(packed) == length]
-        for version, length in ((4, 4), (6, 16))
-    }
+def _service_elements(entries: VirtualEntries, length: int) -> list[str]:
+    known = sorted(entry for entry in entries.services if len(entry[0]) == length)
+    return [f"{ip_address(packed)} . {_port((protocol, number))}" for packed, protocol, number in known]
 
 
-def _port_element(port: NodePort) -> str:
+def _addresses(addresses: Iterable[bytes], length: int) -> list[str]:
+    return [str(ip_address(packed)) for packed in sorted(addresses) if len(packed) == length]
+
+
+def _port(port: NodePort) -> str:
     protocol, number = port
     return f"{protocol.name.lower()} . {number}"

@@ -3,9 +3,9 @@
 
 What the settings name is not discovered: `networks.enforced` stands in for the nodes' podCIDRs, `networks.virtual` for
 all that is virtual. What only administrators and controllers write (podCIDRs, ServiceCIDRs) is believed as it is. What
-a Service states is earned: an address counts only where the operator allows it and where no pod or node is, and a
-node's address only on node ports in use. kube-proxy translates what is dialled there to a pod, or refuses it, so an
-identity that is sent there stays in the cluster.
+a Service states is earned: an address counts only where the operator allows it and where no pod or node is, on the
+Service's ports, and a node's address only on node ports in use. kube-proxy translates what is dialled there to a pod,
+or refuses it, so an identity that is sent there stays in the cluster; any other port it leaves alone.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from ipaddress import IPv4Network, IPv6Network, collapse_addresses, ip_address
-from itertools import islice
+from itertools import islice, product
 from typing import Generic, TypeVar
 
 from enforcer_daemon.kube.resources import NodeNetworks, ServiceAddresses
@@ -22,12 +22,12 @@ from enforcer_daemon.kube.table import Key
 from enforcer_daemon.model import IPAddress, IPNetwork
 from enforcer_daemon.prefixes import PrefixSet
 from enforcer_daemon.settings import NetworkSettings
-from enforcer_daemon.virtual import NodePort, VirtualChange, VirtualEntries
+from enforcer_daemon.virtual import NodePort, ServicePort, VirtualChange, VirtualEntries
 
-MAX_NAMESPACE_ADDRESSES = 1_024
-"""Addresses that the Services of one namespace make virtual, each Service's counted by itself."""
-MAX_ADDRESSES = 16_384
-"""The same of the cluster. About 3 MiB, and as many elements in the guard's sets."""
+MAX_NAMESPACE_PORTS = 1_024
+"""Ports of addresses that the Services of one namespace make virtual, each Service's counted by itself."""
+MAX_PORTS = 16_384
+"""The same of the cluster, the same port of an address counted once; as many elements have the guard's sets."""
 _EVERYWHERE = (IPv4Network("0.0.0.0/0"), IPv6Network("::/0"))
 _SPECIAL = PrefixSet(
     [
@@ -70,14 +70,14 @@ class VirtualAddresses:
         self._balancers = PrefixSet(_EVERYWHERE if balancers is None else balancers)
         self._enforced: frozenset[IPNetwork] = frozenset()
         self._pods = PrefixSet()
-        self._held: dict[Key, list[bytes]] = {}
+        self._held: dict[Key, list[ServicePort]] = {}
         self._in_namespace: Counter[str] = Counter()
-        self._holders: Counter[bytes] = Counter()
-        """Services that hold an address."""
+        self._holders: Counter[ServicePort] = Counter()
+        """How many Services hold a port of an address."""
         self._ports_of: dict[Key, tuple[NodePort, ...]] = {}
         self._port_holders: Counter[NodePort] = Counter()
         self._refused: dict[Key, str] = {}
-        self._addresses: _Tracked[bytes] = _Tracked()
+        self._in_force: _Tracked[ServicePort] = _Tracked()
         self._nodes: _Tracked[bytes] = _Tracked()
         self._ports: _Tracked[NodePort] = _Tracked()
 
@@ -91,20 +91,20 @@ class VirtualAddresses:
         """Take over where pods and nodes are; addresses there are none of a Service's."""
         enforced = frozenset(networks.enforced)
         addresses = {address.packed for node in nodes for address in node.addresses}
-        moved = PrefixSet(enforced ^ self._enforced)
-        affected = (addresses ^ self._nodes.in_force) & self._holders.keys()
-        if enforced != self._enforced:
-            affected |= {packed for packed in self._holders if packed in moved}
+        moved, changed = PrefixSet(enforced ^ self._enforced), addresses ^ self._nodes.in_force
+        if enforced == self._enforced and not changed:
+            return
         self._enforced, self._pods = enforced, PrefixSet(enforced)
         self._nodes.become(addresses)
-        for packed in affected:
-            self._decide(packed)
+        for entry in self._holders:
+            if entry[0] in changed or entry[0] in moved:
+                self._decide(entry)
 
     def take_change(self) -> VirtualChange:
         """Return what changed since the last time."""
-        addresses, nodes, ports = self._addresses.take(), self._nodes.take(), self._ports.take()
+        services, nodes, ports = self._in_force.take(), self._nodes.take(), self._ports.take()
         return VirtualChange(
-            VirtualEntries(addresses[0], nodes[0], ports[0]), VirtualEntries(addresses[1], nodes[1], ports[1])
+            VirtualEntries(services[0], nodes[0], ports[0]), VirtualEntries(services[1], nodes[1], ports[1])
         )
 
     def refusals(self, most: int) -> list[str]:
@@ -116,12 +116,12 @@ class VirtualAddresses:
         if len(self) == len(self._holders):
             return
         for key, held in self._held.items():
-            for packed in dict.fromkeys(held):
+            for packed in dict.fromkeys(packed for packed, _, _ in held):
                 if why := self._blocked(packed):
                     yield key, f"{ip_address(packed)} is not virtual: {why}"
 
     def __len__(self) -> int:
-        return len(self._addresses.in_force)
+        return len(self._in_force.in_force)
 
     def _withdraw(self, key: Key) -> None:
         self._refused.pop(key, None)
@@ -129,20 +129,24 @@ class VirtualAddresses:
         self._in_namespace[key[0]] -= len(held)
         if not self._in_namespace[key[0]]:
             del self._in_namespace[key[0]]
-        for packed in _released(self._holders, held):
-            self._addresses.discard(packed)
+        for entry in _released(self._holders, held):
+            self._in_force.discard(entry)
         for port in _released(self._port_holders, self._ports_of.pop(key, ())):
             self._ports.discard(port)
 
     def _grant(self, key: Key, service: ServiceAddresses) -> None:
-        held = [
-            packed
-            for addresses, allowed, setting in (
-                (service.external, self._external, "networks.externalIpNetworks"),
-                (service.load_balancers, self._balancers, "networks.loadBalancerNetworks"),
-            )
-            for packed in self._allowed(key, addresses, allowed, setting)
-        ]
+        held: list[ServicePort] = []
+        allowed = self._allowed(key, service.external, self._external, "networks.externalIpNetworks")
+        allowed += self._allowed(key, service.load_balancers, self._balancers, "networks.loadBalancerNetworks")
+        for packed, (protocol, number) in product(allowed, service.ports):
+            entry = packed, protocol, number
+            if why := self._limit(key[0], entry):
+                self._refused[key] = why
+                break
+            held.append(entry)
+            self._in_namespace[key[0]] += 1
+            self._holders[entry] += 1
+            self._decide(entry)
         if held:
             self._held[key] = held
         if service.node_ports:
@@ -151,35 +155,31 @@ class VirtualAddresses:
             self._port_holders[port] += 1
             self._ports.add(port)
 
-    def _allowed(self, key: Key, addresses: Iterable[IPAddress], allowed: PrefixSet, setting: str) -> Iterator[bytes]:
-        """Give what of these a Service holds from now on."""
+    def _allowed(self, key: Key, addresses: Iterable[IPAddress], allowed: PrefixSet, setting: str) -> list[bytes]:
+        """Return those of these addresses that the operator allows."""
+        found = []
         for address in addresses:
             packed = address.packed
-            if why := self._limit(key[0], packed):
-                self._refused.setdefault(key, why)
-                return
-            if packed not in allowed or packed in _SPECIAL:
-                why = f"outside {setting}" if packed not in allowed else "not the address of one host"
+            if packed in allowed and packed not in _SPECIAL:
+                found.append(packed)
+            else:
+                why = "not the address of one host" if packed in allowed else f"outside {setting}"
                 self._refused.setdefault(key, f"{address} is not virtual: {why}")
-                continue
-            self._in_namespace[key[0]] += 1
-            self._holders[packed] += 1
-            self._decide(packed)
-            yield packed
+        return found
 
-    def _limit(self, namespace: str, packed: bytes) -> str:
-        if self._in_namespace[namespace] >= MAX_NAMESPACE_ADDRESSES:
-            return f"not all is virtual: its namespace has {MAX_NAMESPACE_ADDRESSES} virtual addresses already"
-        if len(self._holders) >= MAX_ADDRESSES and packed not in self._holders:
-            return f"not all is virtual: the cluster has {MAX_ADDRESSES} virtual addresses already"
+    def _limit(self, namespace: str, entry: ServicePort) -> str:
+        if self._in_namespace[namespace] >= MAX_NAMESPACE_PORTS:
+            return f"not all is virtual: its namespace has {MAX_NAMESPACE_PORTS} virtual ports of addresses already"
+        if len(self._holders) >= MAX_PORTS and entry not in self._holders:
+            return f"not all is virtual: the cluster has {MAX_PORTS} virtual ports of addresses already"
         return ""
 
-    def _decide(self, packed: bytes) -> None:
-        """Have an address that Services hold in force, or not."""
-        if self._blocked(packed):
-            self._addresses.discard(packed)
+    def _decide(self, entry: ServicePort) -> None:
+        """Have a port of an address that Services hold in force, or not."""
+        if self._blocked(entry[0]):
+            self._in_force.discard(entry)
         else:
-            self._addresses.add(packed)
+            self._in_force.add(entry)
 
     def _blocked(self, packed: bytes) -> str:
         if packed in self._nodes.in_force:

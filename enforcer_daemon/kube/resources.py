@@ -11,7 +11,8 @@ from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from ipaddress import ip_network
-from typing import Generic, TypeVar
+from itertools import islice
+from typing import Any, Generic, TypeVar
 
 from enforcer_daemon.kube.stored import StoredPolicy
 from enforcer_daemon.model import IPAddress, IPNetwork, Protocol
@@ -38,8 +39,8 @@ MAX_EXTERNAL_IPS = 64
 so many."""
 MAX_INGRESS = 256
 """Load balancers' addresses in the status of one Service; some controllers list every node."""
-MAX_SERVICE_NODE_PORTS = 1_024
-"""Node ports of one Service; the default range of a cluster has 2,768 in all."""
+MAX_SERVICE_PORTS = 1_024
+"""Ports of one Service that has node ports, or addresses of its own; the range of node ports has 2,768 by default."""
 _NOT_PROXIED = ("service.kubernetes.io/service-proxy-name", "service.kubernetes.io/headless")
 """Labels of Services that kube-proxy leaves alone."""
 _NODE_ADDRESSES = frozenset({"InternalIP", "ExternalIP"})
@@ -88,6 +89,8 @@ class ServiceAddresses:
     load_balancers: tuple[IPAddress, ...] = ()
     """Addresses in the status, which controllers write, of load balancers whose traffic nodes take over."""
     node_ports: tuple[NodePort, ...] = ()
+    ports: tuple[NodePort, ...] = ()
+    """Ports of these addresses."""
 
 
 _NOTHING = ServiceAddresses()
@@ -147,14 +150,15 @@ def _reduce_service(manifest: Manifest) -> dict[str, object]:
     named = {"metadata": _pick(metadata, "name", "namespace")}
     if isinstance(spec, Mapping) and _is_passed_over(_as_mapping(metadata.get("labels")), spec):
         return named
+    balancer = _as_mapping(_as_mapping(manifest.get("status")).get("loadBalancer")).get("ingress")
     left = _pick(spec, "externalIPs", "ports")
     if isinstance(left, dict):
         left["externalIPs"] = _cut(left.get("externalIPs"), MAX_EXTERNAL_IPS)
         if isinstance(ports := left.get("ports"), list):
-            picked = (_pick(port, "nodePort", "protocol") for port in ports)
-            kept = [port for port in picked if not isinstance(port, dict) or "nodePort" in port]
-            left["ports"] = _cut(kept, MAX_SERVICE_NODE_PORTS)
-    balancer = _as_mapping(_as_mapping(manifest.get("status")).get("loadBalancer")).get("ingress")
+            picked = (_pick(port, "port", "nodePort", "protocol") for port in ports)
+            if not left["externalIPs"] and not balancer:
+                picked = (port for port in picked if not isinstance(port, dict) or "nodePort" in port)
+            left["ports"] = list(islice(picked, MAX_SERVICE_PORTS + 1))
     ingress = _pick_each(_cut(balancer, MAX_INGRESS), "ip", "ipMode")
     return {**named, "spec": left, "status": {"ingress": ingress}}
 
@@ -261,15 +265,16 @@ def _decode_service(reduced: Manifest) -> ServiceAddresses:
         if ingress.get("ip") and ingress.get("ipMode") != "Proxy":
             texts.append((f"{path}.ip", ingress.get("ip")))
     balancers = _addresses(reader, texts)
-    ports = [
-        _node_port(reader, reader.struct(entry, path), path)
-        for path, entry in _few(reader, spec.get("ports"), "spec.ports", MAX_SERVICE_NODE_PORTS)
-    ]
+    ports, node_ports = [], []
+    for path, entry in _few(reader, spec.get("ports"), "spec.ports", MAX_SERVICE_PORTS):
+        port = reader.struct(entry, path)
+        ports += _read_port(reader, port, path, "port")
+        node_ports += _read_port(reader, port, path, "nodePort")
     reader.finish()
-    if not (external or balancers or ports):
+    if not (external or balancers or node_ports):
         return _NOTHING
-    known = dict.fromkeys(port for port in ports if port is not None)
-    return ServiceAddresses(tuple(dict.fromkeys(external)), tuple(dict.fromkeys(balancers)), tuple(known))
+    lists: tuple[list[Any], ...] = (external, balancers, node_ports, ports if external or balancers else [])
+    return ServiceAddresses(*(tuple(dict.fromkeys(found)) for found in lists))
 
 
 def _few(reader: Reader, value: object, path: str, most: int) -> list[tuple[str, object]]:
@@ -281,14 +286,14 @@ def _few(reader: Reader, value: object, path: str, most: int) -> list[tuple[str,
     return []
 
 
-def _node_port(reader: Reader, port: Mapping[str, object], path: str) -> NodePort | None:
-    """Read the node port of a Service's port; None where it is none that identities travel to."""
-    number = reader.integer(port.get("nodePort"), f"{path}.nodePort")
+def _read_port(reader: Reader, port: Mapping[str, object], path: str, field: str) -> list[NodePort]:
+    """Read a port's number; give it where it is one that identities travel to."""
+    number = reader.integer(port.get(field), f"{path}.{field}")
     protocol = reader.string(port.get("protocol"), f"{path}.protocol") or "TCP"
     if not number:
-        return None
-    reader.invalid(f"{path}.nodePort", number, check_port_number(number))
-    return (Protocol[protocol], number) if protocol in ("TCP", "UDP") else None
+        return []
+    reader.invalid(f"{path}.{field}", number, check_port_number(number))
+    return [(Protocol[protocol], number)] if protocol in ("TCP", "UDP") else []
 
 
 def _networks(reader: Reader, value: object, path: str) -> tuple[IPNetwork, ...]:

@@ -224,7 +224,7 @@ class ClusterSource:
                 *[str(warning) for warning in self._policies.warnings()][:_MAX_TOLD_WARNINGS],
                 *self._virtual.refusals(_MAX_TOLD_WARNINGS),
             ],
-            "virtual_addresses": len(self._virtual),
+            "virtual_ports": len(self._virtual),
             "watches": {
                 reflector.resource.plural: _describe(reflector.health) | {"objects": len(reflector.table.entries)}
                 for reflector in self._reflectors

@@ -30,6 +30,8 @@ pytestmark = pytest.mark.kernel
 
 UDP_PORT = PortSpec(5353, Protocol.UDP)
 OUTSIDE = HostSpec("outside", (ip_address("203.0.113.7"), ip_address("2001:db8::7")), (HTTP, UDP_PORT))
+ALLOWED = HostSpec("allowed", (ip_address("198.51.100.9"), ip_address("2001:db8:9::9")), (HTTP, UDP_PORT))
+"""A host whose addresses the operator has set apart for Services, though it is there."""
 NEAR = HostSpec("near", node="a")
 """A pod that nobody enforces."""
 PODS = (pod("caged", "a"), pod("free", "a"), pod("server", "b"))
@@ -42,9 +44,12 @@ both = pytest.mark.parametrize("version", [4, 6])
 @pytest.fixture(scope="module")
 def lab(plugin: Path) -> Iterator[KubeLab]:
     # The operator allows external addresses where pods are, too: none of a pod's is earned by that.
-    allowed = [str(network) for node in NODES for network in node.pod_networks]
+    allowed = [str(address) for address in ALLOWED.addresses]
+    allowed += [str(network) for node in NODES for network in node.pod_networks]
     settings = {**RESET, "networks": {"requireIdentity": True, "externalIpNetworks": allowed}}
-    world = WorldSpec(NODES, {"x": {}}, pods=PODS, hosts=(OUTSIDE, NEAR), manifests=(CAGED,), settings=settings)
+    world = WorldSpec(
+        NODES, {"x": {}}, pods=PODS, hosts=(OUTSIDE, ALLOWED, NEAR), manifests=(CAGED,), settings=settings
+    )
     with KubeLab(world, Tools(plugin=plugin)) as lab:
         yield lab
 
@@ -65,7 +70,9 @@ def stating(lab: KubeLab, **spec: object) -> Iterator[None]:
 
 def listing(lab: KubeLab, place: str) -> Any:
     """Have a Service that lists the addresses of a place."""
-    return stating(lab, externalIPs=[str(address) for address in lab.place(place).addresses])
+    ports = [{"name": f"p{number}", "port": number, "protocol": protocol} for number, protocol in
+             ((HTTP.number, "TCP"), (HTTP.number, "UDP"))]  # fmt: skip
+    return stating(lab, externalIPs=[str(address) for address in lab.place(place).addresses], ports=ports)
 
 
 Form = Callable[[Scene, bytes, int], Sequence[Any]]
@@ -103,17 +110,31 @@ def test_an_external_address_of_a_service_is_no_way_out_for_a_caged_pod(lab: Kub
 
 @both
 def test_nobodys_token_leaves_the_cluster_because_a_service_names_a_host(lab: KubeLab, version: int) -> None:
-    def frames_heard(place: str) -> list[bool]:
-        """Connect from a pod to a place; tell of each SYN that came there whether it carries a frame."""
-        with hearing(lab, place) as sock:
-            assert outcome(lab, "x/free", place, HTTP.number, version) is Outcome.CONNECTED
-            return [MAGIC in frame for frame in _drain(sock) if MAGIC in frame or _is_syn(frame, version)]
-
-    assert True in frames_heard("x/server")
+    assert True in _frames_heard(lab, "x/server", version)
     with listing(lab, "host:outside"):
-        found = frames_heard("host:outside")
+        found = _frames_heard(lab, "host:outside", version)
         assert found
         assert True not in found
+
+
+@both
+def test_an_allowed_address_is_virtual_on_the_services_ports_alone(lab: KubeLab, version: int) -> None:
+    """Nobody translates what goes to another port: it leaves the cluster, for whoever has the address there."""
+    addresses = [str(address) for address in ALLOWED.addresses]
+    with stating(lab, externalIPs=addresses, ports=[{"port": 80}]):
+        found = _frames_heard(lab, "host:allowed", version)
+        assert found
+        assert True not in found
+        for form in (framed_syn, lone_message):
+            assert gets_out(lab, form, "x/free", "host:allowed", HTTP.number, version, must=True)
+            assert not gets_out(lab, form, "x/caged", "host:allowed", HTTP.number, version, must=False)
+
+
+def _frames_heard(lab: KubeLab, place: str, version: int) -> list[bool]:
+    """Connect from a pod to a place; tell of each SYN that came there whether it carries a frame."""
+    with hearing(lab, place) as sock:
+        assert outcome(lab, "x/free", place, HTTP.number, version) is Outcome.CONNECTED
+        return [MAGIC in frame for frame in _drain(sock) if MAGIC in frame or _is_syn(frame, version)]
 
 
 def _drain(sock: socket.socket) -> list[bytes]:

@@ -14,7 +14,7 @@ from enforcer_daemon.dataplane.guard import Guard
 from enforcer_daemon.dataplane.netns import open_in
 from enforcer_daemon.dataplane.tools import run_in
 from enforcer_daemon.model import Protocol
-from enforcer_daemon.virtual import VirtualChange, VirtualEntries
+from enforcer_daemon.virtual import ServicePort, VirtualChange, VirtualEntries
 from tests.netns.lab import Lab, open_lab
 
 pytestmark = pytest.mark.kernel
@@ -22,12 +22,18 @@ pytestmark = pytest.mark.kernel
 T = TypeVar("T")
 TABLES = ("netdev", "inet")
 PORTS = frozenset({(Protocol.TCP, 30080), (Protocol.UDP, 30053)})
+
+
+def on_80(*texts: str) -> frozenset[ServicePort]:
+    return frozenset((ip_address(text).packed, Protocol.TCP, 80) for text in texts)
+
+
 FIRST = VirtualEntries(
-    frozenset(ip_address(text).packed for text in ("203.0.113.1", "203.0.113.2", "2001:db8::1")),
+    on_80("203.0.113.1", "203.0.113.2", "2001:db8::1"),
     frozenset(ip_address(text).packed for text in ("192.0.2.1", "2001:db8:1::1")),
     PORTS,
 )
-SECOND = VirtualEntries(frozenset({ip_address("203.0.113.9").packed}))
+SECOND = VirtualEntries(on_80("203.0.113.9"))
 
 
 @pytest.fixture
@@ -68,9 +74,9 @@ def test_a_change_adds_and_deletes_its_elements_and_nothing_else(lab: Lab) -> No
     made = handles(lab)
     for family in TABLES:
         found = listed(lab, family)
-        assert found["services4"] == {"203.0.113.1", "203.0.113.2"}
+        assert found["services4"] == {"203.0.113.1 . tcp . 80", "203.0.113.2 . tcp . 80"}
         assert (found["services6"], found["nodes4"], found["nodes6"]) == (
-            {"2001:db8::1"},
+            {"2001:db8::1 . tcp . 80"},
             {"192.0.2.1"},
             {"2001:db8:1::1"},
         )
@@ -79,7 +85,7 @@ def test_a_change_adds_and_deletes_its_elements_and_nothing_else(lab: Lab) -> No
     assert handles(lab) == made
     for family in TABLES:
         found = listed(lab, family)
-        assert found["services4"] == {"203.0.113.9"}
+        assert found["services4"] == {"203.0.113.9 . tcp . 80"}
         assert not (found["services6"] | found["nodes4"] | found["nodes6"] | found["nodeports"])
 
 
@@ -101,13 +107,13 @@ def test_a_change_brings_back_tables_that_somebody_emptied(lab: Lab) -> None:
     act(lab, lambda: guard.change_virtual(VirtualChange(FIRST)))
     run_in(lab.node, ("nft", "flush", "ruleset"))
     act(lab, lambda: guard.change_virtual(VirtualChange(SECOND)))
-    assert listed(lab, "netdev")["services4"] == {"203.0.113.1", "203.0.113.2", "203.0.113.9"}
+    assert listed(lab, "netdev")["services4"] == {f"203.0.113.{number} . tcp . 80" for number in (1, 2, 9)}
 
 
 def test_very_many_addresses_are_one_transaction(lab: Lab) -> None:
     guard = Guard()
     act(lab, lambda: guard.replace([]))
-    many = frozenset((0xCB00_0000 + number).to_bytes(4, "big") for number in range(16_384))
+    many = frozenset(((0xCB00_0000 + number).to_bytes(4, "big"), Protocol.TCP, 80) for number in range(16_384))
     act(lab, lambda: guard.change_virtual(VirtualChange(VirtualEntries(many))))
     act(lab, lambda: guard.change_virtual(VirtualChange(removed=VirtualEntries(frozenset(sorted(many)[:256])))))
     assert len(listed(lab, "netdev")["services4"]) == 16_384 - 256

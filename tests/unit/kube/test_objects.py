@@ -17,7 +17,7 @@ from enforcer_daemon.kube.networks import discover, missing_networks
 from enforcer_daemon.kube.resources import (
     MAX_EXTERNAL_IPS,
     MAX_INGRESS,
-    MAX_SERVICE_NODE_PORTS,
+    MAX_SERVICE_PORTS,
     NAMESPACES,
     NETWORK_POLICIES,
     NODES,
@@ -220,7 +220,9 @@ def test_addresses_of_services() -> None:
     }
     addresses = (ip_address("203.0.113.1"),), (ip_address("198.51.100.7"),)
     found = read(SERVICES, service)
-    assert found.value == ServiceAddresses(*addresses, ((Protocol.TCP, 30081), (Protocol.UDP, 30081)))
+    node_ports = ((Protocol.TCP, 30081), (Protocol.UDP, 30081))
+    ports = ((Protocol.TCP, 80), (Protocol.TCP, 81), (Protocol.UDP, 81))
+    assert found.value == ServiceAddresses(*addresses, node_ports, ports)
     assert b"labels" not in found.document
 
 
@@ -255,7 +257,7 @@ def test_a_service_with_more_addresses_than_may_be_is_refused_and_hardly_read() 
     assert (refused.value, [problem.field for problem in refused.problems]) == (None, ["spec.externalIPs"])
     assert f"at most {MAX_EXTERNAL_IPS}" in refused.problems[0].message
     assert len(str(SERVICES.reduce(listing(20_000)))) < 30 * MAX_EXTERNAL_IPS
-    ports = [{"nodePort": 1 + number} for number in range(MAX_SERVICE_NODE_PORTS + 1)]
+    ports = [{"nodePort": 1 + number} for number in range(MAX_SERVICE_PORTS + 1)]
     assert read(SERVICES, {"metadata": {"name": "s", "namespace": "x"}, "spec": {"ports": ports}}).problems
     ports = [{"port": 1 + number} for number in range(5_000)]  # Without node ports, as many as it likes.
     entry = read(SERVICES, {"metadata": {"name": "s", "namespace": "x"}, "spec": {"ports": ports}})

@@ -8,12 +8,12 @@ from ipaddress import IPv4Address, IPv4Network, IPv6Network, ip_address, ip_netw
 import pytest
 
 from enforcer_daemon.datapath.judging import Destination, Networks
-from enforcer_daemon.kube.networks import MAX_ADDRESSES, MAX_NAMESPACE_ADDRESSES, VirtualAddresses
+from enforcer_daemon.kube.networks import MAX_NAMESPACE_PORTS, MAX_PORTS, VirtualAddresses
 from enforcer_daemon.kube.resources import NodeNetworks, ServiceAddresses
 from enforcer_daemon.model import IPAddress, Protocol
 from enforcer_daemon.prefixes import PrefixSet
 from enforcer_daemon.settings import NetworkSettings
-from enforcer_daemon.virtual import NOTHING_VIRTUAL, VirtualChange, VirtualEntries
+from enforcer_daemon.virtual import NOTHING_VIRTUAL, NodePort, ServicePort, VirtualChange, VirtualEntries
 
 WEB = ("shop", "web")
 PODS = (ip_network("10.1.0.0/16"), ip_network("fd01::/64"))
@@ -50,12 +50,23 @@ def packed(*texts: str) -> frozenset[bytes]:
     return frozenset(ip_address(text).packed for text in texts)
 
 
+def stated(
+    external: tuple[IPAddress, ...] = (),
+    balancers: tuple[IPAddress, ...] = (),
+    node_ports: tuple[NodePort, ...] = (),
+    ports: tuple[NodePort, ...] = ((Protocol.TCP, 80),),
+) -> ServiceAddresses:
+    return ServiceAddresses(external, balancers, node_ports, ports)
+
+
+def on_80(*texts: str) -> frozenset[ServicePort]:
+    return frozenset((address, Protocol.TCP, 80) for address in packed(*texts))
+
+
 def test_external_addresses_are_believed_nowhere_by_default_and_load_balancers_everywhere() -> None:
     virtual = book(NetworkSettings(enforced=PODS))
-    virtual.put(
-        WEB, ServiceAddresses(addresses("203.0.113.1", "2001:db8::1"), addresses("198.51.100.7", "2001:db8::7"))
-    )
-    assert virtual.take_change().added.addresses == packed("198.51.100.7", "2001:db8::7")
+    virtual.put(WEB, stated(addresses("203.0.113.1", "2001:db8::1"), addresses("198.51.100.7", "2001:db8::7")))
+    assert virtual.take_change().added.services == on_80("198.51.100.7", "2001:db8::7")
     assert virtual.refusals(10) == ["Service shop/web: 203.0.113.1 is not virtual: outside networks.externalIpNetworks"]
 
 
@@ -67,37 +78,37 @@ def test_both_are_believed_as_far_as_the_operator_allows() -> None:
     )
     virtual = book(settings)
     external = addresses("203.0.113.1", "198.51.100.1", "2001:db8:e::1", "2001:db8:f::1")
-    virtual.put(WEB, ServiceAddresses(external, addresses("198.51.100.7", "198.51.100.200", "203.0.113.2")))
-    assert virtual.take_change().added.addresses == packed("203.0.113.1", "2001:db8:e::1", "198.51.100.7")
+    virtual.put(WEB, stated(external, addresses("198.51.100.7", "198.51.100.200", "203.0.113.2")))
+    assert virtual.take_change().added.services == on_80("203.0.113.1", "2001:db8:e::1", "198.51.100.7")
 
 
 @pytest.mark.parametrize("listed", ["10.1.0.9", "fd01::9", "192.0.2.1", "192.0.2.2", "2001:db8:1::1", *SPECIAL])
 def test_no_service_earns_a_pods_a_nodes_or_a_special_address(listed: str) -> None:
     virtual = book()
-    virtual.put(WEB, ServiceAddresses(addresses(listed), addresses(listed)))
+    virtual.put(WEB, stated(addresses(listed), addresses(listed)))
     assert virtual.take_change().is_empty
     assert len(virtual.refusals(10)) == 1
 
 
 def test_an_address_that_a_node_or_its_pods_get_later_is_lost_and_comes_back() -> None:
     virtual = book()
-    virtual.put(WEB, ServiceAddresses(addresses("203.0.113.1", "203.0.113.9")))
+    virtual.put(WEB, stated(addresses("203.0.113.1", "203.0.113.9")))
     virtual.take_change()
     more = [*NODES, NodeNetworks("c", (), addresses("203.0.113.1"))]
     virtual.set_networks(NetworkSettings(enforced=(*PODS, ip_network("203.0.113.8/29"))), more)
     change = virtual.take_change()
-    assert (change.added.addresses, change.added.nodes) == (frozenset(), packed("203.0.113.1"))
-    assert change.removed.addresses == packed("203.0.113.1", "203.0.113.9")
+    assert (change.added.services, change.added.nodes) == (frozenset(), packed("203.0.113.1"))
+    assert change.removed.services == on_80("203.0.113.1", "203.0.113.9")
     virtual.set_networks(ALLOWED, NODES)
-    assert virtual.take_change().added.addresses == packed("203.0.113.1", "203.0.113.9")
+    assert virtual.take_change().added.services == on_80("203.0.113.1", "203.0.113.9")
 
 
 def test_an_address_of_two_services_stays_until_both_are_gone() -> None:
     virtual = book()
     ports = ((Protocol.TCP, 30080),)
     for name in ("web", "other"):
-        virtual.put(("shop", name), ServiceAddresses(addresses("203.0.113.1"), (), ports))
-    added = VirtualEntries(packed("203.0.113.1"), frozenset(), frozenset(ports))
+        virtual.put(("shop", name), stated(addresses("203.0.113.1"), (), ports))
+    added = VirtualEntries(on_80("203.0.113.1"), frozenset(), frozenset(ports))
     assert virtual.take_change() == VirtualChange(added)
     virtual.put(WEB, None)
     assert virtual.take_change().is_empty
@@ -107,13 +118,13 @@ def test_an_address_of_two_services_stays_until_both_are_gone() -> None:
 
 def test_what_comes_and_goes_between_two_looks_is_no_change() -> None:
     virtual = book()
-    virtual.put(WEB, ServiceAddresses(addresses("203.0.113.1")))
+    virtual.put(WEB, stated(addresses("203.0.113.1")))
     virtual.put(WEB, None)
     assert virtual.take_change().is_empty
-    virtual.put(WEB, ServiceAddresses(addresses("203.0.113.1")))
+    virtual.put(WEB, stated(addresses("203.0.113.1")))
     virtual.take_change()
-    virtual.put(WEB, ServiceAddresses(addresses("203.0.113.2")))
-    virtual.put(WEB, ServiceAddresses(addresses("203.0.113.1")))
+    virtual.put(WEB, stated(addresses("203.0.113.2")))
+    virtual.put(WEB, stated(addresses("203.0.113.1")))
     assert virtual.take_change().is_empty
 
 
@@ -123,35 +134,45 @@ def many(first: int, count: int) -> tuple[IPAddress, ...]:
 
 def test_a_namespace_has_no_more_than_its_share() -> None:
     virtual = book()
-    for number in range(MAX_NAMESPACE_ADDRESSES // 256 + 1):
-        virtual.put(("shop", f"s{number}"), ServiceAddresses(many(number * 256, 256)))
-    assert len(virtual) == MAX_NAMESPACE_ADDRESSES
-    assert "its namespace has 1024 virtual addresses already" in virtual.refusals(1)[0]
-    virtual.put(("other", "web"), ServiceAddresses(addresses("198.51.100.1")))
-    assert len(virtual) == MAX_NAMESPACE_ADDRESSES + 1
+    for number in range(MAX_NAMESPACE_PORTS // 256 + 1):
+        virtual.put(("shop", f"s{number}"), stated(many(number * 256, 256)))
+    assert len(virtual) == MAX_NAMESPACE_PORTS
+    assert "its namespace has 1024 virtual ports of addresses already" in virtual.refusals(1)[0]
+    virtual.put(("other", "web"), stated(addresses("198.51.100.1")))
+    assert len(virtual) == MAX_NAMESPACE_PORTS + 1
+
+
+def test_addresses_times_ports_are_no_more_than_the_share() -> None:
+    virtual = book()
+    ports = tuple((Protocol.TCP, 1 + number) for number in range(1_000))
+    virtual.put(WEB, stated(many(0, 64), ports=ports))
+    assert len(virtual) == MAX_NAMESPACE_PORTS
+    assert len(virtual.take_change().added.services) == MAX_NAMESPACE_PORTS
+    virtual.put(WEB, None)
+    assert len(virtual) == 0
 
 
 def test_the_cluster_has_no_more_than_fit() -> None:
     virtual = book()
-    for number in range(MAX_ADDRESSES // 256 + 1):
-        virtual.put((f"n{number // 4}", f"s{number}"), ServiceAddresses(many(number * 256, 256)))
-    assert len(virtual) == MAX_ADDRESSES
-    assert "the cluster has 16384 virtual addresses already" in virtual.refusals(1)[0]
+    for number in range(MAX_PORTS // 256 + 1):
+        virtual.put((f"n{number // 4}", f"s{number}"), stated(many(number * 256, 256)))
+    assert len(virtual) == MAX_PORTS
+    assert "the cluster has 16384 virtual ports of addresses already" in virtual.refusals(1)[0]
 
 
 def test_a_change_of_one_service_looks_at_its_own_addresses_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     """One namespace's updates, however often, cost the loop what they state."""
     virtual = book()
     for number in range(50):
-        virtual.put((f"n{number}", "s"), ServiceAddresses(many(number * 256, 256)))
+        virtual.put((f"n{number}", "s"), stated(many(number * 256, 256)))
     virtual.take_change()
     looked_at: list[bytes] = []
     blocked = VirtualAddresses._blocked
     monkeypatch.setattr(VirtualAddresses, "_blocked", lambda self, it: looked_at.append(it) or blocked(self, it))
-    virtual.put(("n0", "s"), ServiceAddresses(many(256_000, 3)))
+    virtual.put(("n0", "s"), stated(many(256_000, 3)))
     assert len(looked_at) == 3
     change = virtual.take_change()
-    assert (len(change.added.addresses), len(change.removed.addresses)) == (3, 256)
+    assert (len(change.added.services), len(change.removed.services)) == (3, 256)
 
 
 # What the datapath makes of it.
@@ -176,9 +197,11 @@ def test_a_nodes_address_is_virtual_on_node_ports_in_use_alone() -> None:
 
 def test_a_listed_address_of_a_pod_stays_a_pods_and_must_show_its_identity() -> None:
     networks = Networks(NetworkSettings(enforced=PODS, require_identity=True))
-    networks.change_virtual(VirtualChange(VirtualEntries(packed("10.1.0.9", "203.0.113.1"), packed("10.1.0.8"))))
+    networks.change_virtual(VirtualChange(VirtualEntries(on_80("10.1.0.9", "203.0.113.1"), packed("10.1.0.8"))))
     assert destination(networks, "10.1.0.9") is Destination.ENFORCED
     assert destination(networks, "203.0.113.1") is Destination.VIRTUAL
+    for port, protocol in ((81, Protocol.TCP), (80, Protocol.UDP)):  # Nobody translates these.
+        assert destination(networks, "203.0.113.1", port, protocol) is Destination.EXTERNAL
     for pod in ("10.1.0.8", "10.1.0.9"):
         assert networks.must_show_identity(ip_address(pod).packed)
     assert not networks.must_show_identity(ip_address("203.0.113.1").packed)
@@ -195,7 +218,7 @@ def test_a_change_of_services_classes_no_other_address_anew(monkeypatch: pytest.
         networks.destination(address, 80)
     asked.clear()
     for number in range(20):
-        added = VirtualEntries(frozenset(address.packed for address in many(100_000 + 256 * number, 256)))
+        added = VirtualEntries(on_80(*map(str, many(100_000 + 256 * number, 256))))
         networks.change_virtual(VirtualChange(added))
         for address in ours:
             networks.destination(address, 80)
@@ -218,8 +241,8 @@ def packed_one(text: str) -> bytes:
 
 
 def test_a_change_beyond_what_is_known() -> None:
-    known = VirtualEntries(packed("203.0.113.1"), packed("192.0.2.1"), frozenset({(Protocol.TCP, 30080)}))
-    change = VirtualChange(known, VirtualEntries(packed("203.0.113.2")))
+    known = VirtualEntries(on_80("203.0.113.1"), packed("192.0.2.1"), frozenset({(Protocol.TCP, 30080)}))
+    change = VirtualChange(known, VirtualEntries(on_80("203.0.113.2")))
     assert change.beyond(known).is_empty
     assert change.beyond(NOTHING_VIRTUAL) == VirtualChange(known)
-    assert change.applied_to(VirtualEntries(packed("203.0.113.2"))) == known
+    assert change.applied_to(VirtualEntries(on_80("203.0.113.2"))) == known
