@@ -27,13 +27,14 @@ from enforcer_daemon.dataplane import (
     guard_spoofing,
     guard_virtual,
 )
-from enforcer_daemon.dataplane.guard_rules import ALLOWS_ALL, NAME, GuardedEndpoint
+from enforcer_daemon.dataplane.guard_rules import NAME, GuardedEndpoint
+from enforcer_daemon.dataplane.guard_sets import new_sets, old_sets
+from enforcer_daemon.dataplane.guard_shares import endpoint_sets, first_portion
 from enforcer_daemon.dataplane.netlink import NETLINK_NETFILTER, open_netlink
 from enforcer_daemon.dataplane.tampering import NFPROTO_BRIDGE, NFPROTO_INET, NFPROTO_NETDEV, common_state, generation
 from enforcer_daemon.dataplane.tools import run
 from enforcer_daemon.errors import DataplaneError
 from enforcer_daemon.model import AttachmentId, IPAddress, IPNetwork
-from enforcer_daemon.policy.address_rules import AddressRule, size_of
 from enforcer_daemon.virtual import NOTHING_VIRTUAL, VirtualChange, VirtualEntries
 
 _PARTS = guard_masquerade, guard_egress, guard_forged, guard_arrivals
@@ -81,8 +82,10 @@ def render_replace(
     lines += guard_masquerade.skeleton() + guard_egress.skeleton(known, pods)
     lines += guard_spoofing.skeleton(known, syns_per_s, node) if on_links else []
     lines += guard_bridge.skeleton(node, on_links=on_links) if on_bridges else []
+    listed = tuple(endpoints)
+    lines += new_sets(_virtual_tables(on_links), {}, endpoint_sets(listed))
     parts = (
-        render_apply(None, endpoint, on_links=on_links, on_bridges=on_bridges, absent=absent) for endpoint in endpoints
+        render_apply(None, endpoint, on_links=on_links, on_bridges=on_bridges, absent=absent) for endpoint in listed
     )
     return _text(lines) + "".join(parts)
 
@@ -95,7 +98,7 @@ def render_apply(
     on_bridges: bool = True,
     absent: Container[str] = (),
 ) -> str:
-    """Return the transaction that brings an endpoint from what was applied before (None: nothing) to `after`."""
+    """Return the change of an endpoint from what was applied before (None: nothing) to `after`, without its sets."""
     lines = [line for part in _PARTS for line in part.apply_lines(before, after)]
     lines += guard_bridge.apply_lines(before, after) if on_bridges else []
     return _text(lines + (guard_spoofing.apply_lines(before, after, absent) if on_links else []))
@@ -118,33 +121,8 @@ def _text(lines: Iterable[str]) -> str:
 
 
 def _virtual_tables(on_links: bool) -> tuple[str, ...]:
-    """Return the tables whose rules know what Services make virtual."""
+    """Return the tables with rules by address, and with what Services make virtual."""
     return _tables(on_links, on_bridges=False)
-
-
-MAX_REPLACED = 65_536
-"""Rules by address, and spans in them, of all endpoints in the transaction that replaces the tables; what is beyond
-follows right after, one endpoint at a time, and until then has no rules by address. So what one tenant writes keeps no
-other's pod out of the tables, nor nft from making them within its limit of memory."""
-
-
-def first_portion(endpoints: Iterable[GuardedEndpoint]) -> list[GuardedEndpoint]:
-    """Return the endpoints, the largest without the rules for which the first transaction has no room."""
-    found, left = [], MAX_REPLACED
-    for endpoint in sorted(endpoints, key=_weight):
-        left -= _weight(endpoint)
-        found.append(
-            endpoint if left >= 0 else replace(endpoint, rules=_none(endpoint.rules), egress=_none(endpoint.egress))
-        )
-    return found
-
-
-def _weight(endpoint: GuardedEndpoint) -> int:
-    return size_of((*endpoint.rules, *endpoint.egress))
-
-
-def _none(rules: tuple[AddressRule, ...]) -> tuple[AddressRule, ...]:
-    return rules if rules == ALLOWS_ALL else ()
 
 
 class _Reach(TypedDict):
@@ -249,9 +227,17 @@ class Guard:
         self._note()
         for attachment, endpoint in whole.items():
             if endpoint != wanted[attachment]:
-                _nft(render_apply(wanted[attachment], endpoint, absent=_absent([endpoint]), **self._reach))
-                self._applied[attachment] = endpoint
+                text = render_apply(wanted[attachment], endpoint, absent=_absent([endpoint]), **self._reach)
+                after = self._applied | {attachment: endpoint}
+                _nft(self._with_sets(text, after))
+                self._applied = after
                 self._note()
+
+    def _with_sets(self, text: str, wanted: Mapping[AttachmentId, GuardedEndpoint]) -> str:
+        """Make what the rules of a change use before it, and take away after it what none uses any longer."""
+        tables = _virtual_tables(self._on_links)
+        before, after = endpoint_sets(self._applied.values()), endpoint_sets(wanted.values())
+        return _text(new_sets(tables, before, after)) + text + _text(old_sets(tables, before, after))
 
     def _replacement(self, wanted: Mapping[AttachmentId, GuardedEndpoint]) -> str:
         absent = _absent(wanted.values())
@@ -306,7 +292,7 @@ class Guard:
     def _bring(self, text: str, wanted: dict[AttachmentId, GuardedEndpoint]) -> None:
         """Apply a change; where the tables are not as they were left, as after `nft flush ruleset`, make them anew."""
         try:
-            _nft(text)
+            _nft(self._with_sets(text, wanted))
         except DataplaneError:
             self.replace(wanted.values())
         self._applied = wanted

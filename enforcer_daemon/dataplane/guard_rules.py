@@ -7,22 +7,19 @@ A text for `nft -f` is one transaction: all of it comes into force, or nothing. 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from ipaddress import (
-    IPv4Address,
     IPv4Network,
     IPv6Address,
     IPv6Network,
     collapse_addresses,
-    summarize_address_range,
 )
-from itertools import islice
 
+from enforcer_daemon.dataplane.guard_sets import address_match, port_match
 from enforcer_daemon.handshake.frames import MAGIC
 from enforcer_daemon.model import AttachmentId, IPAddress, IPNetwork
 from enforcer_daemon.policy.address_rules import AddressRule
-from enforcer_daemon.policy.tables import Span
 from enforcer_daemon.reasons import Reason
 
 NAME = "trireme_guard"
@@ -108,23 +105,12 @@ def address_rule(rule: AddressRule, four: str, six: str, port: str = "th dport")
     """Write a rule that accepts, whatever its size one of nft; `four`, `six` and `port` are what is compared."""
     words: list[str] = []
     if (addresses := rule.addresses) is not None:
-        kind = IPv4Address if addresses.version == 4 else IPv6Address
-        words.append(f"{four if addresses.version == 4 else six} {_interval_set(kind, addresses.spans)}")
+        words.append(f"{four if addresses.version == 4 else six} {address_match(addresses)}")
     if rule.protocol is not None:
         words.append(f"meta l4proto {rule.protocol.value}")
         if rule.spans is not None:
-            ranges = [f"{first}-{last}" for first, last in rule.spans]
-            words.append(f"{port} {ranges[0] if len(ranges) == 1 else listed(ranges)}")
+            words.append(f"{port} {port_match(rule.spans)}")
     return " ".join([*words, "accept"])
-
-
-def _interval_set(kind: Callable[[int], IPAddress], spans: Sequence[Span]) -> str:
-    """Write addresses as one network where they are one, else as an anonymous set of intervals."""
-    if len(spans) == 1:
-        networks = list(islice(summarize_address_range(*map(kind, spans[0])), 2))
-        if len(networks) == 1:
-            return str(networks[0])
-    return listed(str(kind(first)) if first == last else f"{kind(first)}-{kind(last)}" for first, last in spans)
 
 
 def _collapsed(networks: Iterable[IPNetwork]) -> list[IPNetwork]:

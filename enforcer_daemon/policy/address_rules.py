@@ -14,7 +14,7 @@ from enforcer_daemon.model import IPAddress, IPNetwork, Protocol
 from enforcer_daemon.policy.objects import LAST_PORT, IPBlock
 from enforcer_daemon.policy.tables import AddressSet, PortSet, Span, merged
 
-MAX_KERNEL_RULES = 2_048
+MAX_KERNEL_RULES = 256
 MAX_KERNEL_SPANS = 65_536
 """Rules by address of one pod in one direction that the kernel is given, and spans of addresses and ports in them. A
 rule is one allowance of addresses on ports that no other shares; a span is what an ipBlock leaves, or some ports."""

@@ -9,6 +9,8 @@ from ipaddress import IPv6Address, ip_address, ip_network
 from enforcer_daemon.dataplane import guard_egress, guard_masquerade, guard_spoofing, guard_vouched
 from enforcer_daemon.dataplane.guard import first_portion, render_apply, render_remove, render_replace
 from enforcer_daemon.dataplane.guard_rules import ALLOWS_ALL, GuardedEndpoint, Links
+from enforcer_daemon.dataplane.guard_sets import new_sets, old_sets
+from enforcer_daemon.dataplane.guard_shares import endpoint_sets
 from enforcer_daemon.model import AttachmentId, Protocol
 from enforcer_daemon.policy.evaluate import AddressRule
 
@@ -29,6 +31,9 @@ CAGED = replace(WEB, egress=(AddressRule(ip_network("10.9.0.0/16"), (), Protocol
 LINKED = replace(CAGED, links=Links(("veth0",), (IPv6Address("fe80::5"),)))
 
 
+(NAMED,) = endpoint_sets([WEB])
+
+
 def contents(lines: list[str]) -> list[str]:
     """Give what follows the names of the endpoint's chains."""
     return [line.split(" ", 5)[5] for line in lines if line.startswith("add rule")]
@@ -39,7 +44,7 @@ def test_who_comes_masqueraded_ends_at_a_counted_drop() -> None:
         "meta length >= 201 tcp flags & (fin | syn | rst | ack) == syn accept",
         "ct original ip saddr 10.0.0.5 accept",
         "ct original ip6 saddr fd00::5 accept",
-        "ct original ip saddr { 10.0.0.0-10.0.255.255, 10.2.0.0-10.255.255.255 } meta l4proto 6 th dport 80-90 accept",
+        f"ct original ip saddr @{NAMED} meta l4proto 6 th dport 80-90 accept",
         "ct original ip6 saddr fd00::/8 accept",
         "meta l4proto 17 accept",
         "counter goto drop_unidentified_peer",
@@ -143,7 +148,7 @@ def test_replace_begins_with_nothing() -> None:
 
 
 def test_the_first_transaction_has_all_endpoints_but_not_the_rules_of_the_largest(monkeypatch) -> None:
-    monkeypatch.setattr("enforcer_daemon.dataplane.guard.MAX_REPLACED", 12)
+    monkeypatch.setattr("enforcer_daemon.dataplane.guard_shares.MAX_REPLACED", 12)
     large = replace(CAGED, attachment=AttachmentId("c0", "eth0"), rules=WEB.rules * 3)
 
     first, second = first_portion([large, CAGED])
@@ -151,3 +156,19 @@ def test_the_first_transaction_has_all_endpoints_but_not_the_rules_of_the_larges
     assert first == CAGED
     assert second == replace(large, rules=(), egress=())
     assert first_portion([replace(large, egress=ALLOWS_ALL)])[0].egress == ALLOWS_ALL
+
+
+def test_a_set_is_made_once_however_many_pods_and_rules_compare_with_it() -> None:
+    others = [replace(WEB, attachment=AttachmentId(f"c{number}", "eth0")) for number in range(3)]
+    lines = render_replace(others, (), on_links=False).splitlines()
+    made = [line for line in lines if line.startswith(f"add set inet trireme_guard {NAMED} ")]
+    definition = "{ type ipv4_addr; flags interval; elements = { 10.0.0.0-10.0.255.255, 10.2.0.0-10.255.255.255 }; }"
+    assert made == [f"add set inet trireme_guard {NAMED} {definition}"]
+    assert sum(f"@{NAMED}" in line for line in lines) >= 3
+
+
+def test_sets_are_made_before_their_rules_and_taken_away_when_none_uses_them() -> None:
+    before, after = endpoint_sets([WEB]), endpoint_sets([replace(WEB, rules=())])
+    assert new_sets(["inet t"], {}, before) == [f"add set inet t {NAMED} {before[NAMED]}"]
+    assert new_sets(["inet t"], before, before) == old_sets(["inet t"], before, before) == []
+    assert old_sets(["inet t", "netdev t"], before, after) == [f"delete set {t} t {NAMED}" for t in ("inet", "netdev")]
