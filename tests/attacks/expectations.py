@@ -179,6 +179,12 @@ FROM_LABELLED: tuple[NotClaimed, ...] = (
         ["neighbor"],
         [places.NEIGHBOR],
     ),
+    NotClaimed(
+        "only the other node knows where its node port leads: a frame reaches a port of that node's own",
+        [*WITH_FRAME, *WITH_MESSAGE],
+        ["node-port-other"],
+        ["node:b"],
+    ),
     *FROM_CAGED,
 )
 """From a pod whose rules name pods."""
