@@ -9,6 +9,7 @@ change all the time gets a small part of the processor. Token bucket: a burst of
 from __future__ import annotations
 
 import asyncio
+import gc
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -23,6 +24,8 @@ RATE = 0.02
 MAX_BUCKETS = 4_096
 """Namespaces whose budgets are remembered; the fullest bucket makes room."""
 _THREADS = 4
+_LARGE_S = 0.02
+"""Work that makes so many objects that no search for cyclic garbage should walk them, processor seconds."""
 SWITCH_INTERVAL_S = 0.0005
 """How long a thread may keep the interpreter while another waits for it, seconds; Python's default is ten times this,
 and a packet would wait that long."""
@@ -45,6 +48,7 @@ class Turns:
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self._clock = clock
         self._buckets: dict[str, _Bucket] = {}
+        self._running = 0
         self._threads = ThreadPoolExecutor(_THREADS, thread_name_prefix="objects")
 
     def wait_s(self, namespace: str) -> float:
@@ -57,22 +61,27 @@ class Turns:
         if not is_urgent and (wait_s := self.wait_s(namespace)):
             await asyncio.sleep(wait_s)
 
-        def timed() -> tuple[T, float]:
+        spent: list[float] = []
+
+        def timed() -> T:
             started = time.thread_time()
             try:
-                return work(), time.thread_time() - started
-            except BaseException:
-                failed.append(time.thread_time() - started)
-                raise
+                return work()
+            finally:
+                spent.append(time.thread_time() - started)
 
-        failed: list[float] = []
+        self._running += 1
+        gc.disable()  # A search through what is just being made would hold up every thread, again and again.
         try:
-            result, taken_s = await asyncio.get_running_loop().run_in_executor(self._threads, timed)
-        except Exception:
-            self._charge(namespace, sum(failed))
-            raise
-        self._charge(namespace, taken_s)
-        return result
+            return await asyncio.get_running_loop().run_in_executor(self._threads, timed)
+        finally:
+            self._running -= 1
+            if not self._running:
+                if sum(spent) > _LARGE_S:
+                    # Objects and what is compiled of them are trees: what goes out of use is freed without a search.
+                    gc.freeze()
+                gc.enable()
+            self._charge(namespace, sum(spent))
 
     def _charge(self, namespace: str, taken_s: float) -> None:
         now = self._clock()
