@@ -1,0 +1,124 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Namespaces follow worlds by themselves: none waits for another, and those between are skipped."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from dataclasses import dataclass, field
+from types import SimpleNamespace
+from typing import Any, cast
+
+import pytest
+import structlog
+
+from enforcer_daemon.daemon import following as module
+from enforcer_daemon.daemon.endpoint import Change
+from enforcer_daemon.daemon.following import Following, batches
+from enforcer_daemon.model import Identity, PodRef
+from enforcer_daemon.sources.turns import Turns
+
+NOTHING_NEW = Change(False, False, False)
+
+
+@dataclass
+class FakeWorld:
+    """A world by its number; compiling waits for the namespace's gate."""
+
+    number: int
+    gates: dict[str, threading.Event] = field(default_factory=dict)
+
+    @property
+    def world(self) -> FakeWorld:
+        return self
+
+    @property
+    def namespaces(self) -> dict[str, object]:
+        return {}
+
+    @property
+    def snapshot(self) -> int:
+        return self.number
+
+    def identity_of(self, _: object, identity: Identity) -> Identity:
+        return identity
+
+    def prepare(self, identity: Identity) -> None:
+        if gate := self.gates.get(identity.pod.namespace):
+            assert gate.wait(10)
+
+
+class FakeEndpoint:
+    """An endpoint that notes by which worlds it was updated."""
+
+    policy = None
+    sandbox = SimpleNamespace(requests={})
+    flows = ()
+
+    def __init__(self, namespace: str) -> None:
+        self.identity = Identity(PodRef(namespace, "pod"), (), {}, {}, "node")
+        self.seen: list[int] = []
+
+    def is_touched(self, *_: object) -> bool:
+        return True
+
+    def is_identity_new(self, _: Identity) -> bool:
+        return False
+
+    def update(self, _: Identity, snapshot: int) -> Change:
+        self.seen.append(snapshot)
+        return NOTHING_NEW
+
+    def forget_unfinished(self, *_: object) -> None:
+        """Do nothing."""
+
+
+class FakeRejudging:
+    """Ends nothing."""
+
+    async def judge(self, *_: object) -> None:
+        """Do nothing."""
+
+    async def judge_masqueraded(self, _: object) -> None:
+        """Do nothing."""
+
+
+@pytest.fixture
+def pair(monkeypatch: pytest.MonkeyPatch) -> tuple[FakeEndpoint, FakeEndpoint]:
+    monkeypatch.setattr(module, "guarded", lambda *_: None)
+    return FakeEndpoint("slow"), FakeEndpoint("quick")
+
+
+def following(*endpoints: FakeEndpoint) -> Following:
+    by_netns: Any = dict(enumerate(endpoints))
+    nothing = cast(Any, None)
+    return Following(by_netns, Turns(), nothing, cast(Any, FakeRejudging()), nothing, structlog.get_logger())
+
+
+def test_a_slow_namespace_holds_up_no_other_and_skips_what_lies_between(
+    pair: tuple[FakeEndpoint, FakeEndpoint],
+) -> None:
+    slow, quick = pair
+
+    async def work() -> None:
+        gate = threading.Event()
+        follower = following(slow, quick)
+        worlds = [FakeWorld(number, {"slow": gate}) for number in (1, 2, 3)]
+        async with asyncio.timeout(10), asyncio.TaskGroup() as tasks:
+            for world in worlds:
+                tasks.create_task(follower.follow(cast(Any, world)))
+            while quick.seen[-1:] != [3]:  # noqa: ASYNC110 - a fake's list
+                await asyncio.sleep(0.001)
+            assert slow.seen == []
+            gate.set()
+        assert slow.seen[-1] == 3
+        assert len(slow.seen) <= 2
+        assert follower._namespaces == {}
+
+    asyncio.run(work())
+
+
+def test_one_transaction_has_so_many_spans_and_at_least_one_endpoint(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "MAX_BATCH_SPANS", 10)
+    weights: Any = [4, 4, 4, 30, 1]
+    assert list(batches(weights, lambda weight: cast(int, weight))) == [[4, 4], [4], [30], [1]]
