@@ -51,7 +51,7 @@ from enforcer_daemon.telemetry.metrics import Metrics
 _TEND_S = 0.1
 """How often endpoints give up what took too long, seconds."""
 _SPACING = 5.0
-"""Between two worlds passes this many times what the first took on the loop."""
+"""Between two worlds passes this many times the processor time that the first took on the loop."""
 _UPKEEP_S = 1.0
 """How often the clock, tokens, queued deletions and vanished namespaces are looked at, seconds."""
 
@@ -192,11 +192,11 @@ class Daemon:
         """Follow one world after the other; a namespace that takes long holds up neither later ones nor others."""
         async with asyncio.TaskGroup() as tasks:
             async for world in worlds:
-                started = time.monotonic()
+                started, working = time.monotonic(), time.thread_time()
                 tasks.create_task(self._put_in_force(await self._compile(world), started))
                 # New pods are judged by it from here on, so it may be called in force. Changes that follow one another
                 # without end leave the loop most of its time.
-                await asyncio.sleep((time.monotonic() - started) * _SPACING)
+                await asyncio.sleep((time.thread_time() - working) * _SPACING)
 
     async def _take(self, world: World) -> None:
         await self._put_in_force(await self._compile(world), time.monotonic())
