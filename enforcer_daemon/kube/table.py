@@ -128,7 +128,9 @@ class Table(Generic[Value]):
         self.entries[entry.key] = entry = self._stored(entry)
         is_known = before is not None and before.document == entry.document and before.problems == entry.problems
         if is_known and before is not None and (entry.document or before.value == entry.value):
-            return False  # At most its UID is new.
+            # At most its UID is new, and its value was decoded once more.
+            self.entries[entry.key] = replace(entry, value=before.value)
+            return False
         self._bad.pop(entry.key, None)
         if entry.problems:
             self._bad[entry.key] = entry.problems

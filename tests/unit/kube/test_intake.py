@@ -130,6 +130,18 @@ def test_a_policy_that_was_taken_unseen_is_checked_later(monkeypatch: pytest.Mon
     asyncio.run(work())
 
 
+def test_a_good_policy_that_is_checked_is_not_kept_decoded(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def work() -> None:
+        with Desk(monkeypatch) as desk:
+            entry = read_entry(NETWORK_POLICIES, json.loads(event("good"))["object"], {}, is_decoded=False)
+            desk.table.replace([entry])
+            desk.intake.check(desk.table, ("x", "good"))
+            await desk.settle()
+            assert desk.table.values()[0].policy is None
+
+    asyncio.run(work())
+
+
 def test_a_failure_ends_who_waits_for_one(monkeypatch: pytest.MonkeyPatch) -> None:
     async def work() -> None:
         with Desk(monkeypatch) as desk:
