@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from benchmarks import changes, cluster, connections, decisions, dns, floods
+from benchmarks import changes, cluster, connections, decisions, dns, floods, tenants
 
 if __name__ == "__main__":
     connections.main()
@@ -17,3 +17,5 @@ if __name__ == "__main__":
     floods.main()
     print()
     cluster.main()
+    print()
+    tenants.main()

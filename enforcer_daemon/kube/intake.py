@@ -84,8 +84,10 @@ class Intake:
         left = _BATCH_BYTES
         while waiting and left > 0:
             name = next(iter(waiting))
-            batch.append((name, waiting.pop(name)))
-            left -= len(batch[-1][1][1] or b"")
+            table, line = waiting.pop(name)
+            batch.append((name, (table, line)))
+            checked = table.entries.get(name[1]) if line == b"" else None
+            left -= len(line or b"") if checked is None else len(checked.document)
         return batch
 
     def _end(self, task: asyncio.Task[None]) -> None:

@@ -142,6 +142,26 @@ def test_a_good_policy_that_is_checked_is_not_kept_decoded(monkeypatch: pytest.M
     asyncio.run(work())
 
 
+def test_so_many_bytes_are_decoded_in_one_go(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "_BATCH_BYTES", 100)
+
+    async def work() -> None:
+        with Desk(monkeypatch) as desk:
+            manifests = [json.loads(event(f"p{number}"))["object"] for number in range(4)]
+            desk.table.replace([read_entry(NETWORK_POLICIES, each, {}, is_decoded=False) for each in manifests])
+            goes: list[int] = []
+            read_all = module._read_all
+            monkeypatch.setattr(module, "_read_all", lambda batch: goes.append(len(batch)) or read_all(batch))
+            for number in range(4):
+                desk.intake.check(desk.table, ("x", f"p{number}"))
+            desk.put("large", ingress=[{"ports": [{"port": 1 + port} for port in range(20)]}])
+            desk.put("next")
+            await desk.settle()
+            assert goes == [2, 2, 1, 1]
+
+    asyncio.run(work())
+
+
 def test_a_failure_ends_who_waits_for_one(monkeypatch: pytest.MonkeyPatch) -> None:
     async def work() -> None:
         with Desk(monkeypatch) as desk:
