@@ -81,7 +81,7 @@ def _facts(endpoint: Mapping[str, object]) -> tuple[Text, ...]:
         Text(pod_name(endpoint)),
         Text(as_text(endpoint.get("ifname"))),
         Text("\n".join(map(as_text, as_list(endpoint.get("ips")))) or "-"),
-        _state(state, problem, endpoint.get("guard")),
+        _state(state, problem, endpoint.get("guard"), as_mapping(endpoint.get("leases"))),
         Text(_isolated(as_mapping(endpoint.get("isolated")))),
         Text("\n".join(map(as_text, as_list(endpoint.get("policies")))) or "-"),
         _identity_size(endpoint),
@@ -89,10 +89,16 @@ def _facts(endpoint: Mapping[str, object]) -> tuple[Text, ...]:
     )
 
 
-def _state(state: str, problem: object, guard: object) -> Text:
-    """Say how the pod is enforced, and what the guard on the node cannot see of it."""
+def _state(state: str, problem: object, guard: object, leases: Mapping[str, object]) -> Text:
+    """Say how the pod is enforced, what the guard on the node cannot see of it, and which peers are not heard."""
     text = Text(f"{state}: {problem}" if problem else state, style="" if state in ("-", "enforced") else "bold red")
-    return text.append(f"\nguard: {guard}", style="yellow") if guard else text
+    if guard:
+        text.append(f"\nguard: {guard}", style="yellow")
+    if unanswered := leases.get("unanswered"):
+        pairs = as_text(leases.get("pairs"))
+        told = f"\nleases: {unanswered} of {pairs} peers never answered; silence ends none of their flows"
+        text.append(told, style="yellow")
+    return text
 
 
 def _labels(endpoint: Mapping[str, object]) -> Text:

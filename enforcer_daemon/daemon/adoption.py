@@ -23,6 +23,7 @@ class Adoption:
         self._registry = registry
         self._log = log
         self._cut_off: dict[AttachmentId, PodRef] = {}
+        self._gone: list[AddRequest] = []
 
     @property
     def cut_off(self) -> list[str]:
@@ -79,8 +80,14 @@ class Adoption:
         """The pod was deleted."""
         self._cut_off.pop(attachment, None)
 
+    def take_gone(self) -> list[AddRequest]:
+        """Return the recorded pods that no longer exist, since the last call."""
+        gone, self._gone = self._gone, []
+        return gone
+
     def _drop(self, record: Record) -> None:
         self._registry.remove(record.attachment)
+        self._gone.append(record.request)
         self._log.info("endpoint is gone", pod=str(record.request.pod), attachment=str(record.attachment))
 
 

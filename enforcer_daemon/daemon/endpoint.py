@@ -7,32 +7,44 @@ import asyncio
 import math
 import os
 import time
-from typing import NamedTuple
+from collections.abc import Callable, Iterable, Sequence
+from typing import NamedTuple, TypeVar
 
 from enforcer_daemon.daemon.flowstore import FlowStore
+from enforcer_daemon.daemon.leasestore import LeaseStore
 from enforcer_daemon.daemon.node import Node
 from enforcer_daemon.daemon.reconsider import MasqueradedFlows, Reconsideration
+from enforcer_daemon.daemon.room import require_room
 from enforcer_daemon.daemon.sandbox import Sandbox
 from enforcer_daemon.daemon.service import QueueService
 from enforcer_daemon.daemon.world import CompiledWorld
 from enforcer_daemon.datapath.context import EndpointContext
 from enforcer_daemon.datapath.endpoint import EndpointDatapath
+from enforcer_daemon.datapath.flowindex import JudgedFlow
 from enforcer_daemon.datapath.judging import Judge
 from enforcer_daemon.dataplane.addresses import interface
 from enforcer_daemon.dataplane.backends import RulesBackend
 from enforcer_daemon.dataplane.conntrack import Conntrack
-from enforcer_daemon.dataplane.established import ReleasedFlow, end_flows, end_masqueraded, highest_index
+from enforcer_daemon.dataplane.established import (
+    EndedIndexes,
+    ReleasedFlow,
+    end_flows,
+    end_masqueraded,
+    highest_index,
+    indexes_in_use,
+    take_back,
+)
 from enforcer_daemon.dataplane.netns import tune_conntrack
+from enforcer_daemon.dataplane.nodeflows import SentTuple
 from enforcer_daemon.dataplane.queue import MAX_COPIED_BYTES, PacketQueue
 from enforcer_daemon.dataplane.queuecounters import LostPackets
 from enforcer_daemon.dataplane.ratelimits import QueueLimits
 from enforcer_daemon.dataplane.rules import EndpointRules
 from enforcer_daemon.dataplane.tampering import RulesWatch
 from enforcer_daemon.errors import IdentityTooLargeError
-from enforcer_daemon.handshake.frames import SYN_ACK_OVERHEAD
-from enforcer_daemon.handshake.local import LocalToken
+from enforcer_daemon.handshake.leasepairs import Lapse
+from enforcer_daemon.handshake.leases import Leases
 from enforcer_daemon.model import Direction, Identity
-from enforcer_daemon.packet.tcp import overhead
 from enforcer_daemon.policy.compile import PolicySnapshot
 from enforcer_daemon.policy.evaluate import PodPolicy
 from enforcer_daemon.settings import DataplaneSettings
@@ -40,10 +52,14 @@ from enforcer_daemon.telemetry.flowlog import FlowLog
 from enforcer_daemon.telemetry.logs import Logger
 from enforcer_daemon.verdict import Verdict
 
-_LARGEST_LABELS = 3
-"""Labels that are named when an identity is too large."""
+T = TypeVar("T")
+
 _REPEAT_SLACK_S = 0.005
 """Answers that are due within so short a time are repeated together, seconds."""
+
+
+PeerChange = tuple[Identity, Identity | None]
+"""A peer pod's identity until now, and its new one; None where the pod is gone."""
 
 
 class Change(NamedTuple):
@@ -57,6 +73,11 @@ class Change(NamedTuple):
     def also(self, other: Change) -> Change:
         """Give both changes as one."""
         return Change(*(one or another for one, another in zip(self, other, strict=True)))
+
+
+def _is_lapsed(flow: JudgedFlow, lapse: Lapse) -> bool:
+    is_peer = (flow.peer.pod, flow.peer.trust_domain) == (lapse.peer.pod, lapse.peer.trust_domain)
+    return is_peer and flow.address.packed == lapse.address and flow.protocol in lapse.protocols
 
 
 class Endpoint:
@@ -73,6 +94,8 @@ class Endpoint:
         self.flow_log = flow_log
         self.problem = ""
         """Why the endpoint cannot open connections at present; empty where it can."""
+        self.on_ended: Callable[[Endpoint, Sequence[ReleasedFlow]], None] = lambda _endpoint, _flows: None
+        """Hears of flows that were ended in the pod, and must end on the node as well."""
         self._node = node
         self._queue: PacketQueue | None = None
         self._service: QueueService | None = None
@@ -80,13 +103,17 @@ class Endpoint:
         # No larger than what the queue shows of a packet: a frame must be read, written and taken off whole.
         self.mtu = min(MAX_COPIED_BYTES, *(interface(sandbox.netns_fd, name).mtu for name in sandbox.ifnames))
         token = node.sign(identity)
-        self.identity_bytes, self.budget_bytes = _require_room(token, self.mtu)
+        self.identity_bytes, self.budget_bytes = require_room(token, self.mtu)
         self.store = store
         self.flows = store.load(highest_index(sandbox.netns_fd))
         judge = Judge(identity.pod, identity.trust_domain, policy, self.flows)
         self._context = EndpointContext(identity.pod, node.context, judge, token, self.mtu)
+        self._context.fresh_until = time.monotonic() + node.context.lease_times.udp_lapse_s
+        self._leases = LeaseStore(store)
+        self._context.leases.answered = self._leases.load()
         self.datapath = EndpointDatapath(self._context)
         self.token_signed_at = time.time()
+        self._has_looked = False
         self._repeat_at = math.inf
         self._repeating: asyncio.TimerHandle | None = None
 
@@ -153,6 +180,7 @@ class Endpoint:
         is_identity_new = self.is_identity_new(identity)
         if is_identity_new:
             self.identity = identity
+            self._context.fresh_until = time.monotonic() + self._node.context.lease_times.udp_lapse_s
             self.sign()
         before, self.policy = self.policy, snapshot.pod_policy(self.identity)
         self._context.judge.replace_rules(self.policy)
@@ -164,34 +192,92 @@ class Endpoint:
         """End the established flows that are no longer allowed, in a thread; raise DataplaneError or NetnsError."""
         question = self._reconsideration(world, change)
         indexes = tuple(index for index, _ in self.flows)  # The thread must not walk what the loop adds to.
-        netns_fd = os.dup(self.sandbox.netns_fd)  # The endpoint may be closed meanwhile, and its number used again.
 
-        def end() -> list[ReleasedFlow]:
-            try:
-                if not change.are_addresses_new and question.is_moot(indexes):
-                    return []  # Without a look at the kernel's table, which takes long: most changes end nothing.
-                return end_flows(netns_fd, question)
-            finally:
-                os.close(netns_fd)
+        def end(netns_fd: int) -> list[ReleasedFlow]:
+            if not change.are_addresses_new and question.is_moot(indexes):
+                return []  # Without a look at the kernel's table, which takes long: most changes end nothing.
+            return end_flows(netns_fd, question)
 
-        return await asyncio.to_thread(end)
+        ended = await self._in_netns(end)
+        self.on_ended(self, ended)
+        return ended
 
     async def end_masqueraded(self) -> list[ReleasedFlow]:
         """End the flows of clients that came as the node and are no longer allowed, as `reconsider` does."""
         if not self.policy.ingress.is_isolated:
             return []
         home, ingress = self._node.addresses.union(self.identity.ips), self.policy.ingress
+
+        def end(netns_fd: int) -> list[ReleasedFlow]:
+            with Conntrack() as conntrack:
+                flows = MasqueradedFlows(home, ingress, conntrack.original_source)
+                return end_masqueraded(netns_fd, flows.is_ended)
+
+        ended = await self._in_netns(end)
+        self.on_ended(self, ended)
+        return ended
+
+    async def reevaluate_peer(self, old: Identity, new: Identity | None) -> list[ReleasedFlow]:
+        """Re-evaluate all flows with a peer pod whose identity changed (None: end them all); return what ended."""
+        return await self.reevaluate_peers([(old, new)])
+
+    async def reevaluate_peers(self, changes: Sequence[PeerChange]) -> list[ReleasedFlow]:
+        """Do so for several peers; raise DataplaneError or NetnsError (the index knows the new identities at once)."""
+        denied: set[int] = set()
+        gone: set[int] = set()
+        for old, new in changes:
+            flows = self.flows.of_pod(old)
+            if new is None:
+                gone.update(flows)
+            elif flows:
+                denied.update(index for index, flow in flows.items() if not self._may_reach(flow, new))
+                self.store.replace(self.flows.replace_peer(flows, new), self.flows)
+        return await self._end_indexes(frozenset(denied | gone), gone)
+
+    async def end_strangers(self, newcomer: Identity) -> list[ReleasedFlow]:
+        """End all flows with pods that had an address before which is a newcomer's now; raises as the others do."""
+        strangers = self.flows.of_strangers(newcomer)
+        return await self._end_indexes(frozenset(strangers), strangers)
+
+    async def _end_indexes(self, indexes: frozenset[int], gone: Iterable[int]) -> list[ReleasedFlow]:
+        if not indexes:
+            return []
+        effects = self.datapath.forget_unfinished(indexes.__contains__)
+        if effects and self._queue is not None:
+            self._queue.carry_out(effects)
+        ended = await self._in_netns(lambda netns_fd: end_flows(netns_fd, EndedIndexes(indexes)))
+        self.flows.note_ended(gone)
+        self.on_ended(self, ended)
+        return ended
+
+    def _may_reach(self, flow: JudgedFlow, peer: Identity) -> bool:
+        """Tell whether the pod's own policy allows a flow with a peer under a new identity."""
+        if self._node.is_peer_denied(peer):
+            return False
+        side = self.policy.direction(flow.direction)
+        return side.judge(peer, flow.address, flow.port, flow.protocol).is_allowed
+
+    async def take_back(self, flows: Iterable[SentTuple]) -> list[SentTuple]:
+        """Take the releases of flows back that the pod opened; their next packets shake hands again."""
+        wanted = tuple(flows)
+        for flow in wanted:
+            remote, own = (flow.destination.packed, flow.destination_port), (flow.source.packed, flow.source_port)
+            effects = self.datapath.forget_opened(remote, own)
+            if effects and self._queue is not None:
+                self._queue.carry_out(effects)
+        return await self._in_netns(lambda netns_fd: take_back(netns_fd, wanted))
+
+    async def _in_netns(self, work: Callable[[int], T]) -> T:
+        """Let a thread work in the pod's namespace; the endpoint may be closed meanwhile."""
         netns_fd = os.dup(self.sandbox.netns_fd)
 
-        def end() -> list[ReleasedFlow]:
+        def run() -> T:
             try:
-                with Conntrack() as conntrack:
-                    flows = MasqueradedFlows(home, ingress, conntrack.original_source)
-                    return end_masqueraded(netns_fd, flows.is_ended)
+                return work(netns_fd)
             finally:
                 os.close(netns_fd)
 
-        return await asyncio.to_thread(end)
+        return await asyncio.to_thread(run)
 
     def forget_unfinished(self, world: CompiledWorld, change: Change) -> None:
         """Give up the handshakes that are no longer allowed; call it before `reconsider`, on the loop."""
@@ -202,6 +288,37 @@ class Endpoint:
         if effects and self._queue is not None:
             self._queue.carry_out(effects)
 
+    @property
+    def leases(self) -> Leases:
+        """The leases with the pods that the endpoint has released flows with."""
+        return self._context.leases
+
+    @property
+    def has_flows(self) -> bool:
+        """Whether any flow was released by an identity, so that the kernel may have some."""
+        return bool(self.leases or (self.flows and not self._has_looked))
+
+    async def look_for_flows(self) -> None:
+        """Tell the leases which flows the kernel has; raise DataplaneError or NetnsError."""
+        looked_at = time.monotonic()
+        indexes = await self._in_netns(indexes_in_use)
+        self._has_looked = True
+        found = (flow for index in indexes if (flow := self.flows.get(index)) is not None)
+        own = {ip.version: ip.packed for ip in reversed(self.identity.ips)}
+        flows = [
+            (flow.peer, flow.address.packed, own[flow.address.version], flow.protocol)
+            for flow in found
+            if flow.address.version in own and flow.peer.pod != self.identity.pod
+        ]
+        self.leases.use(flows, looked_at, time.monotonic())
+        if self.is_open:  # It may have ended meanwhile, and its files with it.
+            self._leases.save(self.leases.worked())
+
+    async def end_lapsed(self, lapses: Sequence[Lapse]) -> list[ReleasedFlow]:
+        """End the flows that nobody stands for any longer; raise DataplaneError or NetnsError."""
+        lapsed = (index for index, flow in self.flows if any(_is_lapsed(flow, lapse) for lapse in lapses))
+        return await self._end_indexes(frozenset(lapsed), ())
+
     def _reconsideration(self, world: CompiledWorld, change: Change) -> Reconsideration:
         is_denied = self._node.is_peer_denied
         return Reconsideration(self.identity, self.policy, self.flows, world, change.is_identity_new, is_denied)
@@ -211,7 +328,7 @@ class Endpoint:
         self.token_signed_at = time.time()
         try:
             token = self._node.sign(self.identity)
-            self.identity_bytes, self.budget_bytes = _require_room(token, self.mtu)
+            self.identity_bytes, self.budget_bytes = require_room(token, self.mtu)
         except IdentityTooLargeError as err:
             self.problem = str(err)
             self._context.local.expires_at = 0.0  # It must not be shown any longer, and the new one cannot be.
@@ -227,7 +344,7 @@ class Endpoint:
 
     def tend(self, now: float) -> None:
         """Give up what took too long; call it a few times a second."""
-        effects = self.datapath.expire(now)
+        effects = (*self.datapath.expire(now), *self.datapath.renew_leases(now))
         if effects and self._queue is not None:
             self._queue.carry_out(effects)
         if self._context.reports:
@@ -291,20 +408,3 @@ def _says_the_same(one: Identity, other: Identity) -> bool:
         other.named_ports,
         other.ips,
     )
-
-
-def _require_room(token: LocalToken, mtu: int) -> tuple[int, int]:
-    """Give the size of the larger handshake payload and the room that the interface has for it, in bytes."""
-    identity = token.identity
-    size = SYN_ACK_OVERHEAD + len(token.block)
-    budget = mtu - max(overhead(ip.packed) for ip in identity.ips)
-    if size > budget:
-        labels = {**identity.namespace_labels, **identity.labels}
-        largest = sorted(labels.items(), key=lambda label: -len(label[0]) - len(label[1]))[:_LARGEST_LABELS]
-        named = ", ".join(f"{key} ({len(key) + len(value)} bytes)" for key, value in largest)
-        place = f"its interface (MTU {mtu})" if mtu < MAX_COPIED_BYTES else f"the packet queue ({mtu} bytes)"
-        raise IdentityTooLargeError(
-            f"identity of {identity.pod} takes {size} bytes in a handshake packet, {place} has room "
-            f"for {budget}; its largest labels: {named}"
-        )
-    return size, budget

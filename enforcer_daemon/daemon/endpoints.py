@@ -14,11 +14,12 @@ from enforcer_daemon.daemon.adoption import Adoption, with_found_links
 from enforcer_daemon.daemon.announcements import Announcements
 from enforcer_daemon.daemon.endpoint import Change, Endpoint
 from enforcer_daemon.daemon.flowstore import FlowStore
-from enforcer_daemon.daemon.following import Following
+from enforcer_daemon.daemon.following import Following, FollowingWork
 from enforcer_daemon.daemon.kernel import Kernel, guard_name, guarded
 from enforcer_daemon.daemon.node import Node
 from enforcer_daemon.daemon.rejudging import Rejudging
-from enforcer_daemon.daemon.sandbox import Sandbox
+from enforcer_daemon.daemon.sandbox import Sandbox, recorded_identity
+from enforcer_daemon.daemon.staleflows import StaleFlows
 from enforcer_daemon.daemon.world import CompiledWorld
 from enforcer_daemon.dataplane.netns import current_netns, netns_id
 from enforcer_daemon.errors import DataplaneError, EnforcerError, IdentityTooLargeError, NetnsError, RegistrationError
@@ -55,14 +56,13 @@ class Endpoints:
         self._by_netns: dict[NetnsId, Endpoint] = {}
         self._unsettled: set[NetnsId] = set()
         """Endpoints whose rules or guard the kernel refused to change; tried again until it does."""
-        own = current_netns()
-        try:
-            self._own_netns = netns_id(own)
-        finally:
-            os.close(own)
+        with os.fdopen(current_netns(), "rb") as own:
+            self._own_netns = netns_id(own.fileno())
         self._rejudging = Rejudging(log, metrics)
+        self.stale = StaleFlows(kernel, self.__iter__, log, metrics)
         self._turns = turns
-        self._following = Following(self._by_netns, self._turns, kernel, self._rejudging, self._leave_unsettled, log)
+        work = FollowingWork(kernel, turns, self._rejudging, self.stale)
+        self._following = Following(self._by_netns, work, self._leave_unsettled, log)
         self._adoption = Adoption(registry, log)
         self._changing = asyncio.Lock()
         """Registrations take turns; a change of the world does not wait for them."""
@@ -72,8 +72,6 @@ class Endpoints:
 
     def __len__(self) -> int:
         return len(self._by_netns)
-
-    # The registrar.
 
     async def add(self, request: AddRequest, netns_fd: int) -> None:
         """Enforce a pod's interface; a repetition changes nothing, a second interface joins its sandbox."""
@@ -88,6 +86,7 @@ class Endpoints:
             await self._prepare({request.attachment: request})
             async with self._changing:
                 await self._add(request, netns_fd, netns)
+            await self.stale.start_clean(netns)
         except IdentityTooLargeError as err:
             if self.announcements is not None:
                 self.announcements.note_identity({request.attachment: request}, str(err))
@@ -111,24 +110,19 @@ class Endpoints:
         if known is not None and known.identity.pod != request.pod:
             raise RegistrationError(messages.FAILED, f"the network namespace is that of {known.identity.pod}")
         if self._settings.registration.require_labels:
-            self._require_labels(request)
+            self._require_world().require_labels(request)
         await self._forget_elsewhere(request.attachment, netns)
+        before = known.sandbox.ips if known else ()
         if known is None:
-            await self._open(Sandbox(os.dup(netns_fd), netns, {request.attachment: request}))
+            known = await self._open(Sandbox(os.dup(netns_fd), netns, {request.attachment: request}))
         else:
             await self._resize(known, known.sandbox.with_request(request).with_links())
+        if not set(known.sandbox.ips) <= set(before):
+            self.stale.note_start(netns, known.identity)
         self._registry.put(Record(request, netns))
         self._log.info("endpoint enforced", pod=str(request.pod), attachment=str(request.attachment))
         if not self._require_world().knows_labels({request.attachment: request}):
             self._log.warning("no labels known, policies that select by label do not reach it", pod=str(request.pod))
-
-    def _require_labels(self, request: AddRequest) -> None:
-        if not self._require_world().knows_labels({request.attachment: request}):
-            raise RegistrationError(
-                messages.FAILED,
-                f"registration.requireLabels: no labels are known of pod {request.pod}; its Pod manifest must be in "
-                "policyDir before it starts, or the runtime must pass its labels (args.cni.labels)",
-            )
 
     async def _open(self, sandbox: Sandbox) -> Endpoint:
         """Make an endpoint: queue first, then rules, then the guard; the sandbox's descriptor goes with it."""
@@ -140,6 +134,7 @@ class Endpoints:
             flow_log = FlowLog(identity.pod, self._log, self._metrics, time.time, on_denial)
             policy = world.snapshot.pod_policy(identity)
             endpoint = Endpoint(sandbox, self._node, policy, flow_log, self._flow_store(sandbox.netns))
+            endpoint.on_ended = self.stale.note_ended
             endpoint.open(self._settings.dataplane, self._log)
         except BaseException:
             os.close(sandbox.netns_fd)
@@ -165,8 +160,7 @@ class Endpoints:
                 await self._kernel.guard(endpoint)
 
     def _flow_store(self, netns: NetnsId) -> FlowStore:
-        flows = self._settings.registration.run_dir / "flows"
-        return FlowStore(flows / f"{netns.device}-{netns.inode}.jsonl", self._log)
+        return FlowStore.of(self._settings.registration.run_dir, netns, self._log)
 
     async def _resize(self, endpoint: Endpoint, sandbox: Sandbox) -> None:
         before = guard_name(endpoint.sandbox)
@@ -189,8 +183,10 @@ class Endpoints:
             record = self._registry.records.get(attachment)
             self._registry.remove(attachment)
             self._adoption.forget(attachment)
-            if record is not None and all(known.netns != record.netns for known in self._registry.records.values()):
-                self._flow_store(record.netns).remove()  # Also of a pod that was never adopted.
+            if record is not None:  # Also of a pod that was never adopted.
+                self.stale.note_gone(recorded_identity(record.request, self._settings))
+                if all(known.netns != record.netns for known in self._registry.records.values()):
+                    self._flow_store(record.netns).remove()
 
     async def _forget_elsewhere(self, attachment: AttachmentId, netns: NetnsId | None) -> None:
         """Take an attachment out of every endpoint but the one of `netns`."""
@@ -207,6 +203,8 @@ class Endpoints:
         self._metrics.endpoints.set(len(self._by_netns))
         endpoint.close()
         endpoint.store.remove()
+        self.stale.note_stop(endpoint.sandbox.netns)
+        self.stale.note_gone(endpoint.identity)
         await self._kernel.unguard(guard_name(endpoint.sandbox))
         self._log.info("endpoint forgotten", pod=str(endpoint.identity.pod), attachment=str(attachment))
 
@@ -284,14 +282,12 @@ class Endpoints:
             raise RegistrationError(messages.TRY_AGAIN, "the policies have not been read yet", retryable=True)
         return self._world
 
-    # The rest of the daemon.
-
     def load(self) -> None:
         """Read the records of an earlier daemon; call it once, before all else."""
         self._adoption.load()
 
     async def adopt(self) -> bool:
-        """Take over the recorded pods that still exist, once, after `load` and a world; tell whether all could be."""
+        """Take over the recorded pods that still exist, after `load` and a world; tell whether all could be."""
         async with self._changing:
             sandboxes = self._adoption.sandboxes(self._is_excluded, self._flow_store)
             world = self._require_world()
@@ -304,6 +300,8 @@ class Endpoints:
             for sandbox in sandboxes:
                 await self._adopt(sandbox)
             await self._adoption.set_free(self._is_excluded, self._flow_store, self._kernel)
+            for gone in self._adoption.take_gone():
+                self.stale.note_gone(recorded_identity(gone, self._settings))
             return not self._adoption.cut_off
 
     async def _adopt(self, sandbox: Sandbox) -> None:

@@ -15,8 +15,11 @@ from typing import Any
 
 from enforcer_daemon.datapath.flowindex import FIRST, FlowIndex, JudgedFlow
 from enforcer_daemon.marks import MAX_INDEX
-from enforcer_daemon.model import Direction, Identity, NamedPort, PodRef, Protocol
+from enforcer_daemon.model import Direction, Identity, NamedPort, NetnsId, PodRef, Protocol
 from enforcer_daemon.telemetry.logs import Logger
+
+MAX_SPARE_LINES = 4_096
+"""Lines that later ones replace, before the file is written anew: a label that toggles adds some each time."""
 
 
 class FlowStore:
@@ -27,6 +30,22 @@ class FlowStore:
         self._log = log
         self._is_torn = False
         """Whether the file ends in the middle of a line, which the next entry must not be joined to."""
+        self._lines_written = 0
+
+    @classmethod
+    def of(cls, run_dir: Path, netns: NetnsId, log: Logger) -> FlowStore:
+        """Return the file of a namespace's endpoint."""
+        return cls(run_dir / "flows" / f"{netns.device}-{netns.inode}.jsonl", log)
+
+    @property
+    def log(self) -> Logger:
+        """Return where problems with the endpoint's files are told."""
+        return self._log
+
+    @property
+    def lease_path(self) -> Path:
+        """Return where the endpoint's leases are kept, which end with it."""
+        return self._path.with_suffix(".leases")
 
     def load(self, highest_in_use: int) -> FlowIndex:
         """Read what an earlier daemon wrote; an absent file is an empty index.
@@ -34,7 +53,9 @@ class FlowStore:
         `highest_in_use` is the highest index in the kernel's marks.
         """
         known: dict[int, JudgedFlow] = {}
-        for number, line in enumerate(self._lines(), 1):
+        lines = self._lines()
+        self._lines_written = len(lines)
+        for number, line in enumerate(lines, 1):
             try:
                 index, flow = _decode(json.loads(line))
             except (ValueError, KeyError, TypeError, AttributeError) as err:
@@ -56,8 +77,9 @@ class FlowStore:
 
     def append(self, entries: Iterable[tuple[int, JudgedFlow]]) -> None:
         """Add entries; where that fails the running daemon still knows them."""
-        text = "\n" if self._is_torn else ""
-        text += "".join(json.dumps(_encode(index, flow), separators=(",", ":")) + "\n" for index, flow in entries)
+        lines = _encode_lines(entries)
+        self._lines_written += len(lines)
+        text = "".join(["\n" if self._is_torn else "", *lines])
         try:
             self._path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
             self._path.touch(mode=0o600)
@@ -68,9 +90,32 @@ class FlowStore:
             self._is_torn = True  # Some of it may be there.
             self._log.error("flow index not written", path=str(self._path), error=str(err))
 
+    def replace(self, entries: Iterable[tuple[int, JudgedFlow]], index: FlowIndex) -> None:
+        """Replace entries, which `index` has already, by later lines; write the file anew if too many are spare."""
+        self.append(entries)
+        if self._lines_written > len(index) + MAX_SPARE_LINES:
+            self._rewrite(index)
+
+    def _rewrite(self, index: FlowIndex) -> None:
+        lines = _encode_lines(index)
+        beside = self._path.with_suffix(".new")
+        try:
+            beside.touch(mode=0o600)
+            beside.write_text("".join(lines), encoding="utf-8")
+            beside.replace(self._path)
+        except OSError as err:
+            self._log.error("flow index not written", path=str(beside), error=str(err))
+        else:
+            self._is_torn, self._lines_written = False, len(lines)
+
     def remove(self) -> None:
         """Forget the endpoint."""
         self._path.unlink(missing_ok=True)
+        self.lease_path.unlink(missing_ok=True)
+
+
+def _encode_lines(entries: Iterable[tuple[int, JudgedFlow]]) -> list[str]:
+    return [json.dumps(_encode(index, flow), separators=(",", ":")) + "\n" for index, flow in entries]
 
 
 def _encode(index: int, flow: JudgedFlow) -> dict[str, Any]:

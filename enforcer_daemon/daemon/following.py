@@ -11,10 +11,12 @@ import asyncio
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import partial
+from typing import NamedTuple
 
 from enforcer_daemon.daemon.endpoint import Change, Endpoint
 from enforcer_daemon.daemon.kernel import Kernel, guarded
 from enforcer_daemon.daemon.rejudging import Rejudging
+from enforcer_daemon.daemon.staleflows import StaleFlows
 from enforcer_daemon.daemon.world import CompiledWorld
 from enforcer_daemon.errors import DataplaneError, EnforcerError
 from enforcer_daemon.model import Identity, NetnsId
@@ -39,23 +41,28 @@ class _Turn:
     waiting: int = 0
 
 
+class FollowingWork(NamedTuple):
+    """What a change is brought in force by."""
+
+    kernel: Kernel
+    turns: Turns
+    rejudging: Rejudging
+    stale: StaleFlows
+
+
 class Following:
     """Follows worlds. For the event loop's thread alone."""
 
     def __init__(
         self,
         endpoints: Mapping[NetnsId, Endpoint],
-        turns: Turns,
-        kernel: Kernel,
-        rejudging: Rejudging,
+        work: FollowingWork,
         leave_unsettled: Callable[[Endpoint, EnforcerError], None],
         log: Logger,
     ) -> None:
         """Follow for these endpoints, as they are at any time."""
         self._endpoints = endpoints
-        self._turns = turns
-        self._kernel = kernel
-        self._rejudging = rejudging
+        self._kernel, self._turns, self._rejudging, self._stale = work
         self._leave_unsettled = leave_unsettled
         self._log = log
         self._world: CompiledWorld | None = None
@@ -104,8 +111,10 @@ class Following:
         changed: list[tuple[Endpoint, Change]] = []
         for endpoint in self._of(namespace):
             before = guarded(endpoint.sandbox, endpoint.policy)
-            identity = world.identity_of(endpoint.sandbox.requests, endpoint.identity)
-            change = endpoint.update(identity, world.snapshot)
+            known_as = endpoint.identity
+            change = endpoint.update(world.identity_of(endpoint.sandbox.requests, known_as), world.snapshot)
+            if change.is_identity_new:
+                self._stale.note_change(known_as, endpoint.identity)
             if guarded(endpoint.sandbox, endpoint.policy) != before:
                 reguarded.append(endpoint)
             if change.is_identity_new or change.is_policy_new or are_labels_new:
@@ -119,6 +128,8 @@ class Following:
                 self._log.error("rules left out", pod=str(endpoint.identity.pod), problem=problem)
         await self._guard(reguarded)
         await self._rejudging.judge_masqueraded(reguarded)
+        if self._stale.is_pending and changed:  # What ended is this namespace's, or of pods that have flows with it.
+            await self._stale.settle_or_leave()
 
     async def _guard(self, endpoints: list[Endpoint]) -> None:
         for batch in batches(endpoints, _weight):

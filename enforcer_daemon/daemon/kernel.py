@@ -63,6 +63,11 @@ class Kernel:
         async with self._guarding:
             await asyncio.to_thread(self._guard.remove, name)
 
+    async def freshen(self, addresses: Iterable[IPAddress]) -> None:
+        """Have the guard doubt what these addresses send in flows that it does not know; raise DataplaneError."""
+        async with self._guarding:
+            await asyncio.to_thread(self._guard.freshen, tuple(addresses))
+
     async def guard_node(self, addresses: Iterable[IPAddress]) -> None:
         """Let nobody pass for the node under these addresses; raise DataplaneError."""
         async with self._guarding:

@@ -20,7 +20,9 @@ from enforcer_daemon.daemon.endpoints import Endpoints
 from enforcer_daemon.daemon.enrolment import Enrolment
 from enforcer_daemon.daemon.following import namespaces_of
 from enforcer_daemon.daemon.kernel import Kernel
+from enforcer_daemon.daemon.leases import LeaseKeeper
 from enforcer_daemon.daemon.node import Node
+from enforcer_daemon.daemon.notices import Notices
 from enforcer_daemon.daemon.placement import PlacementGuard
 from enforcer_daemon.daemon.registrar import Registrar
 from enforcer_daemon.daemon.status import Status
@@ -30,6 +32,7 @@ from enforcer_daemon.dataplane.backends import choose_backend
 from enforcer_daemon.dataplane.guard import Guard
 from enforcer_daemon.dataplane.succession import Succession
 from enforcer_daemon.errors import DataplaneError, SettingsError
+from enforcer_daemon.handshake.leasepairs import LeaseTimes
 from enforcer_daemon.kube.credentials import ClusterCredentials
 from enforcer_daemon.kube.events import EventSender
 from enforcer_daemon.kube.placement import PlacementCheck
@@ -56,30 +59,40 @@ _UPKEEP_S = 1.0
 """How often the clock, tokens, queued deletions and vanished namespaces are looked at, seconds."""
 
 
-async def serve(settings: Settings, log: Logger) -> None:
+_TIMES = LeaseTimes()
+
+
+async def serve(settings: Settings, log: Logger, times: LeaseTimes = _TIMES) -> None:
     """Run the daemon until SIGTERM or SIGINT; raise EnforcerError where something that is needed fails.
 
     Where the node's certificate comes from the cluster, the first one is awaited here, however long that takes: no pod
     can be registered before it, so kubelet waits too.
     """
     if settings.credentials.source is not CredentialSource.KUBERNETES:
-        await Daemon(settings, log).run()
+        await Daemon(settings, log, None, times).run()
         return
     credentials = ClusterCredentials(settings, log)
     async with asyncio.TaskGroup() as tasks:
         following = tasks.create_task(credentials.run(), name="credentials")
         await credentials.until_there()
-        await Daemon(settings, log, credentials).run()
+        await Daemon(settings, log, credentials, times).run()
         following.cancel()
 
 
 class Daemon:
     """The parts, wired."""
 
-    def __init__(self, settings: Settings, log: Logger, credentials: ClusterCredentials | None = None) -> None:
+    def __init__(
+        self,
+        settings: Settings,
+        log: Logger,
+        credentials: ClusterCredentials | None = None,
+        times: LeaseTimes = _TIMES,
+    ) -> None:
         self._settings = settings
         self._log = log
         self._node = Node(settings, log)
+        self._node.context.lease_times = times
         if credentials is not None:
             self._node.outside_problem = lambda: credentials.problem
         self._metrics = Metrics(self._node.context.bound_hits)
@@ -102,6 +115,7 @@ class Daemon:
             self._node.context.placement = check.open(settings)
             check.placement.has_namespace = self._cluster.has_namespace
             self._placement = PlacementGuard(check, self._endpoints, self._announcements)
+        self._leases = LeaseKeeper(self._endpoints, times, log, self._metrics)
         self._registrar = Registrar(self._endpoints, settings, self._cluster)
         results = settings.registration.cni_results_dir
         self._enrolment = None if results is None else Enrolment(results, self._registrar, self._endpoints.knows, log)
@@ -162,8 +176,11 @@ class Daemon:
             if self._settings.metrics.listen is not None:
                 tasks.create_task(self._serve_metrics(self._settings.metrics.listen), name="metrics")
             tasks.create_task(self._tend(), name="tend")
+            tasks.create_task(self._leases.run(), name="leases")
             tasks.create_task(self._upkeep(), name="upkeep")
             tasks.create_task(self._keep_rules(), name="rules")
+            tasks.create_task(self._endpoints.stale.run(), name="stale flows")
+            tasks.create_task(Notices(self._endpoints.__iter__, self._log).run(), name="guard's log")
             tasks.create_task(self._follow_addresses(addresses), name="addresses")
 
     async def _adopt(self) -> None:

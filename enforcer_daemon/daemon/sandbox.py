@@ -11,8 +11,9 @@ from enforcer_daemon.dataplane.guard_links import find_links
 from enforcer_daemon.dataplane.guard_rules import Links
 from enforcer_daemon.dataplane.netns import netns_id
 from enforcer_daemon.errors import NetnsError
-from enforcer_daemon.model import AttachmentId, IPAddress, NetnsId, PodRef
+from enforcer_daemon.model import AttachmentId, Identity, IPAddress, NetnsId, PodRef
 from enforcer_daemon.registration.request import AddRequest
+from enforcer_daemon.settings import Settings
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,6 +63,11 @@ class Sandbox:
                 os.close(descriptor)
                 return True
         return False
+
+
+def recorded_identity(request: AddRequest, settings: Settings) -> Identity:
+    """Say of a pod that is gone what tells whose its flows were."""
+    return Identity(request.pod, request.ips, {}, {}, settings.node, trust_domain=settings.trust_domain)
 
 
 def open_netns(path: str, expected: NetnsId) -> int | None:

@@ -174,6 +174,7 @@ def _describe(endpoint: Endpoint) -> dict[str, object]:
         "policies": sorted(policies),
         "half_open_flows": endpoint.datapath.half_open_flows,
         "held_packets": endpoint.datapath.held_packets,
+        "leases": {"pairs": len(endpoint.leases), "unanswered": endpoint.leases.unanswered()},
         "lost_packets": endpoint.lost._asdict(),
         "counters": endpoint.flow_log.counts() | _unjudged(endpoint.lost),
         "recent_denials": [denial.as_json() for denial in endpoint.flow_log.recent],

@@ -34,7 +34,7 @@ def withdraw(settings: Settings, log: Logger) -> list[str]:
         adoption.load()
 
         def flow_store(netns: NetnsId) -> FlowStore:
-            return FlowStore(run_dir / "flows" / f"{netns.device}-{netns.inode}.jsonl", log)
+            return FlowStore.of(run_dir, netns, log)
 
         left = [f"record {aside.path}: {aside.problem}" for aside in registry.set_aside]
         for sandbox in adoption.sandboxes(lambda _: False, flow_store):

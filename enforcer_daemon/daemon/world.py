@@ -6,6 +6,8 @@ from __future__ import annotations
 from collections.abc import Container, Iterable, Mapping
 from dataclasses import dataclass, replace
 
+from cni_plugin import messages
+from enforcer_daemon.errors import RegistrationError
 from enforcer_daemon.model import AttachmentId, Identity
 from enforcer_daemon.policy.compile import MAX_NAMESPACE_BYTES, PolicySnapshot, compile_snapshot
 from enforcer_daemon.registration.request import AddRequest
@@ -64,6 +66,15 @@ class CompiledWorld:
     def evaluates(self, peer: Identity) -> bool:
         """Tell whether a peer's own policies are evaluated here, beside its node: those of large namespaces are not."""
         return self.snapshot.size_of(peer.pod.namespace) <= MAX_PEER_NAMESPACE_BYTES
+
+    def require_labels(self, request: AddRequest) -> None:
+        """Raise RegistrationError for a pod whose labels nobody said."""
+        if not self.knows_labels({request.attachment: request}):
+            raise RegistrationError(
+                messages.FAILED,
+                f"registration.requireLabels: no labels are known of pod {request.pod}; its Pod manifest must be in "
+                "policyDir before it starts, or the runtime must pass its labels (args.cni.labels)",
+            )
 
     def prepare(self, identity: Identity) -> None:
         """Compile what selects a pod, which may take long; for threads."""

@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from struct import Struct
 from typing import NamedTuple
 
@@ -13,6 +13,9 @@ from enforcer_daemon.errors import PeerError
 from enforcer_daemon.handshake.bounds import Bound, FairTable
 from enforcer_daemon.handshake.datagrams import LONE_EXID
 from enforcer_daemon.handshake.flows import Flow
+from enforcer_daemon.handshake.leaseframes import LEASE_PORT
+from enforcer_daemon.handshake.leasepairs import LeaseTimes
+from enforcer_daemon.handshake.leases import Leases, Outgoing
 from enforcer_daemon.handshake.local import LocalToken
 from enforcer_daemon.handshake.peers import Peer, PeerVerifier
 from enforcer_daemon.handshake.placement import Placement
@@ -67,6 +70,7 @@ class NodeContext:
         "addresses",
         "bound_hits",
         "deny_with",
+        "lease_times",
         "networks",
         "placement",
         "random",
@@ -99,6 +103,7 @@ class NodeContext:
         self.bound_hits = verifier.bound_hits
         self.placement: Placement | None = None
         """Whether pods are where their nodes say; None: that is not looked up."""
+        self.lease_times = LeaseTimes()
         self._nonces: FairTable[bytes, bytes] = FairTable(settings.max_nonces, settings.max_nonces)
         """Whoever used most is forgotten first."""
 
@@ -144,7 +149,9 @@ class EndpointContext:
         "_held",
         "_hold_ids",
         "_own",
+        "fresh_until",
         "judge",
+        "leases",
         "local",
         "lost_reports",
         "mtu",
@@ -160,6 +167,10 @@ class EndpointContext:
         self.local = local
         """The token for new flows; unfinished flows keep the one they began with."""
         self.mtu = mtu
+        self.leases = Leases(node.lease_times, node.random, node.bound_hits)
+        self.fresh_until = 0.0
+        """Until when peers may still have released flows of a pod that had the address before, or of this pod under an
+        identity that it no longer has; monotonic seconds."""
         self.reports: list[FlowReport] = []
         self.lost_reports = 0
         self._hold_ids = 0
@@ -213,6 +224,17 @@ class EndpointContext:
         packet = build_udp(key[half:-4], key[:half], (near_port, far_port), b"", surplus)
         self._own.add((key, hash(content)))
         return Inject(packet, is_untracked=True)
+
+    def send_leases(self, messages: Iterable[Outgoing]) -> tuple[Inject, ...]:
+        """Send lease messages from the pod's addresses."""
+        ports = _PORTS.pack(LEASE_PORT, LEASE_PORT)
+        return tuple(self.send_message(remote + own + ports, content) for own, remote, content in messages)
+
+    def note_release(self, flow: Flow, peer: Peer, address: bytes, now: float) -> None:
+        """Take note for the leases that a flow with a peer at its own address has been proven."""
+        if not self.judge.is_own(peer):
+            ends = address, flow.key[(len(flow.key) - 4) // 2 : -4]
+            self.leases.note(peer, ends, flow.protocol, flow.local, now)
 
     def is_own_message(self, key: bytes, content: bytes) -> bool:
         """Tell whether the enforcer itself sent this message; as often as it did."""

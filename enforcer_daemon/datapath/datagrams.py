@@ -9,14 +9,23 @@ from enforcer_daemon.datapath.context import EndpointContext
 from enforcer_daemon.datapath.udp_initiator import DatagramInitiator
 from enforcer_daemon.datapath.udp_responder import DatagramResponder
 from enforcer_daemon.errors import FrameError, PeerError
-from enforcer_daemon.handshake.datagrams import find_message
-from enforcer_daemon.handshake.frames import TYPE_AGAIN, TYPE_ANSWER, TYPE_OFFER, TYPE_PROOF, frame_type
+from enforcer_daemon.handshake.datagrams import bare, find_message
+from enforcer_daemon.handshake.frames import (
+    MARKER_ID,
+    TYPE_AGAIN,
+    TYPE_ANSWER,
+    TYPE_LEASE,
+    TYPE_OFFER,
+    TYPE_PROOF,
+    frame_type,
+)
+from enforcer_daemon.handshake.leaseframes import LEASE_PORT
 from enforcer_daemon.handshake.machine import State
 from enforcer_daemon.marks import CUT, INDEX_MASK, INDEX_SHIFT, NODE, RELEASED, REPLY, UNSUMMED
 from enforcer_daemon.model import Direction
-from enforcer_daemon.packet.udp import UDPDatagram, decode_udp, without_surplus
+from enforcer_daemon.packet.udp import UDPDatagram, decode_udp, is_marked
 from enforcer_daemon.reasons import Reason
-from enforcer_daemon.verdict import ACCEPT, DROP, Inject, Settle, Verdict
+from enforcer_daemon.verdict import ACCEPT, DROP, TAKEN, Inject, Settle, Verdict
 
 
 class Datagrams:
@@ -67,7 +76,7 @@ class Datagrams:
             if is_lone:
                 return DROP
             # To a group or to all: nobody can answer for its address.
-            return self._in(decode_udp(without_surplus(datagram)), key, mark, now)
+            return self._in(decode_udp(bare(datagram)), key, mark, now)
         match frame_type(content):
             case kind if kind == TYPE_OFFER:
                 return self.responder.offer_in(datagram, found, key, mark, now)
@@ -77,11 +86,26 @@ class Datagrams:
                 return self.initiator.answer_in(datagram, content, key, mark, now)
             case kind if kind == TYPE_AGAIN and is_lone:
                 return self.initiator.again_in(content, key, mark, now)
+            case kind if kind == TYPE_LEASE and is_lone:
+                return self._lease_in(datagram, content, now)
             case kind:
                 raise FrameError(Reason.MALFORMED_FRAME, f"type {kind} beside a datagram")
 
+    def _lease_in(self, datagram: UDPDatagram, content: bytes, now: float) -> Verdict:
+        """Take in what a peer's enforcer says of all flows of a pair."""
+        if (datagram.sport, datagram.dport) != (LEASE_PORT, LEASE_PORT):
+            raise FrameError(Reason.MALFORMED_FRAME, "lease message on other ports")
+        context = self._context
+        answers = context.leases.receive(
+            content, (datagram.src, datagram.dst), lambda block: context.node.verify(block, datagram.src, now), now
+        )
+        return TAKEN._replace(effects=context.send_leases(answers))
+
     def _in(self, datagram: UDPDatagram, key: bytes, mark: int, now: float) -> Verdict:
         if mark & (RELEASED | NODE):
+            if is_marked(datagram.packet, MARKER_ID):
+                side = self.initiator if mark & REPLY else self.responder
+                return side.doubted_in(datagram, key, mark, now)
             raise FrameError(Reason.MALFORMED_FRAME, "looks like a message to the kernel's rules, and is none")
         answered = self.responder.find(key, now)
         if answered is not None:
@@ -104,7 +128,12 @@ class Datagrams:
             for flow in side.flows.known():
                 if flow.release.mark and is_denied((flow.release.mark & INDEX_MASK) >> INDEX_SHIFT):
                     effects += side.abort(flow)  # type: ignore[arg-type]
-        return tuple(effects)
+        return (*effects, *self.responder.forget_rivals())
+
+    def forget_opened(self, key: bytes) -> tuple[Settle | Inject, ...]:
+        """Forget a flow that the pod opened, whose release is taken back: its next datagram begins a handshake."""
+        flow = self.initiator.flows.get(key)
+        return () if flow is None or flow.state is not State.RELEASED else self.initiator.abort(flow)
 
 
 def _flow_key(datagram: UDPDatagram, direction: Direction) -> bytes:

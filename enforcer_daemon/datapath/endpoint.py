@@ -9,7 +9,9 @@ from enforcer_daemon.datapath.context import EndpointContext, FlowReport, reset_
 from enforcer_daemon.datapath.datagrams import Datagrams
 from enforcer_daemon.datapath.initiator import Initiator
 from enforcer_daemon.datapath.responder import Responder
+from enforcer_daemon.datapath.rivals import Rival
 from enforcer_daemon.errors import PacketError, PeerError
+from enforcer_daemon.handshake.flows import Flow
 from enforcer_daemon.handshake.machine import Event, State
 from enforcer_daemon.marks import INDEX_MASK, INDEX_SHIFT, NODE, RELEASED, REPLY
 from enforcer_daemon.model import Decision, Direction
@@ -79,6 +81,10 @@ class EndpointDatapath:
                 self._context.report_flow(flow, Reason.HANDSHAKE_TIMEOUT)
         return (*effects, *self._datagrams.expire(now))
 
+    def renew_leases(self, now: float) -> tuple[Inject, ...]:
+        """Return the lease messages that are due; call it a few times a second."""
+        return self._context.send_leases(self._context.leases.tick(self._context.local, now))
+
     @property
     def repeat_at(self) -> float | None:
         """When `repeat_answers` has something to do next, monotonic seconds; None: nothing as things stand."""
@@ -94,10 +100,15 @@ class EndpointDatapath:
         Both ends of an unfinished one are reset: connect() may have returned, and must not wait for ever. The released
         ones that are remembered are forgotten too: their next packet must not be released again.
         """
+
+        def denied(flow: Flow | Rival) -> bool:
+            return bool(flow.release.mark) and is_denied((flow.release.mark & INDEX_MASK) >> INDEX_SHIFT)
+
         effects: list[Settle | Inject] = []
+        self._responder.rivals.refuse(denied)
         for side in (self._initiator, self._responder):
             for flow in side.flows.known():
-                if flow.release.mark and is_denied((flow.release.mark & INDEX_MASK) >> INDEX_SHIFT):
+                if denied(flow):
                     effects += side.abort(flow)  # type: ignore[arg-type]
         return (*effects, *self._datagrams.forget_unfinished(is_denied))
 
@@ -110,6 +121,11 @@ class EndpointDatapath:
             if flow.state is State.OPENING:
                 self._initiator.flows.discard(flow)
         self._datagrams.initiator.forget_opening()
+
+    def forget_opened(self, remote: tuple[bytes, int], own: tuple[bytes, int]) -> tuple[Settle | Inject, ...]:
+        """Forget a UDP flow that the pod opened and whose release is taken back (packed addresses and ports)."""
+        ports = remote[1].to_bytes(2, "big") + own[1].to_bytes(2, "big")
+        return self._datagrams.forget_opened(remote[0] + own[0] + ports)
 
     def take_reports(self) -> list[FlowReport]:
         """Give the decisions since the last call."""

@@ -8,10 +8,10 @@ is with. A flow that was judged by address alone needs no entry: its address and
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from enforcer_daemon.handshake.peers import Peer
-from enforcer_daemon.marks import MAX_INDEX
+from enforcer_daemon.marks import INDEX_MASK, INDEX_SHIFT, MAX_INDEX, NODE
 from enforcer_daemon.model import Direction, Identity, IPAddress, Protocol
 
 UNKNOWN = 0
@@ -36,6 +36,11 @@ class JudgedFlow:
     protocol: Protocol
 
 
+def is_by_address(mark: int) -> bool:
+    """Tell whether a released flow is the node's, or allowed whoever is at the address."""
+    return bool(mark & NODE) or (mark & INDEX_MASK) >> INDEX_SHIFT == BY_ADDRESS
+
+
 class FlowIndex:
     """The table of one endpoint. It only grows, up to the bound of the mark; a restart of the pod empties it."""
 
@@ -51,11 +56,19 @@ class FlowIndex:
         self.is_complete = len(self._flows) == self._next - FIRST
         """Whether all flows judged by an identity have an entry: not after a loss, nor when the table was full."""
         self._fresh: list[tuple[int, JudgedFlow]] = []
-        self._addresses = {ip.packed for flow in self._flows.values() for ip in flow.peer.ips}
+        self._ended: set[int] = set()
+        self._by_address: dict[bytes, set[int]] = {}
+        """Indexes of the flows with peers that have a packed address."""
+        for number, flow in self._flows.items():
+            self._note_addresses(number, flow.peer)
 
     def knows(self, address: bytes) -> bool:
         """Tell whether any peer with this packed address has been judged by its identity."""
-        return address in self._addresses
+        return address in self._by_address
+
+    def _note_addresses(self, number: int, peer: Identity) -> None:
+        for ip in peer.ips:
+            self._by_address.setdefault(ip.packed, set()).add(number)
 
     def __len__(self) -> int:
         return len(self._flows)
@@ -72,7 +85,9 @@ class FlowIndex:
         flow = JudgedFlow(direction, peer.identity, address, port, protocol)
         content = _content(flow)
         number = self._numbers.get(content)
-        if number is None:
+        if number is not None:
+            self._ended.discard(number)
+        else:
             if self._next > MAX_INDEX:
                 self.is_complete = False
                 return UNKNOWN
@@ -80,8 +95,36 @@ class FlowIndex:
             self._numbers[content] = number
             self._flows[number] = flow
             self._fresh.append((number, flow))
-            self._addresses |= peer.addresses
+            self._note_addresses(number, peer.identity)
         return number
+
+    def of_pod(self, identity: Identity) -> dict[int, JudgedFlow]:
+        """Return the flows with one pod, under whatever identity it was known, by their index."""
+        return {number: flow for number, flow in self._at(identity) if _is_of(flow.peer, identity)}
+
+    def of_strangers(self, identity: Identity) -> dict[int, JudgedFlow]:
+        """Return the flows with other pods that had one of this pod's addresses before, by their index."""
+        return {number: flow for number, flow in self._at(identity) if not _is_of(flow.peer, identity)}
+
+    def _at(self, identity: Identity) -> Iterator[tuple[int, JudgedFlow]]:
+        found = set[int]().union(*(self._by_address.get(ip.packed, ()) for ip in identity.ips))
+        for number in found - self._ended:
+            yield number, self._flows[number]
+
+    def note_ended(self, numbers: Iterable[int]) -> None:
+        """Take note that no flow of these indexes is left, since their peer is gone."""
+        self._ended.update(numbers)
+
+    def replace_peer(self, numbers: Iterable[int], identity: Identity) -> list[tuple[int, JudgedFlow]]:
+        """Let flows be those of another identity of the same pod; return the entries, to be kept likewise."""
+        changed = [(number, replace(self._flows[number], peer=identity)) for number in numbers]
+        for number, flow in changed:
+            self._numbers.pop(_content(self._flows[number]), None)
+            self._flows[number] = flow
+            self._note_addresses(number, identity)
+        for number, flow in changed:
+            self._numbers.setdefault(_content(flow), number)
+        return changed
 
     @property
     def has_fresh(self) -> bool:
@@ -92,6 +135,12 @@ class FlowIndex:
         """Give the entries since the last call, to be kept for the next daemon."""
         fresh, self._fresh = self._fresh, []
         return fresh
+
+
+def _is_of(peer: Identity, identity: Identity) -> bool:
+    """Tell whether a peer at a pod's address is that pod: by name, and by UID if both state one."""
+    is_same_name = (peer.pod, peer.trust_domain) == (identity.pod, identity.trust_domain)
+    return is_same_name and (peer.uid == identity.uid or not peer.uid or not identity.uid)
 
 
 def _content(flow: JudgedFlow) -> tuple[object, ...]:

@@ -136,6 +136,7 @@ class Initiator:
         if not decision.is_allowed:
             return self._refuse(segment, flow, key)
         flow.advance(Event.SYN_ACK_VERIFIED)
+        flow.address = frame.address
         return _deliver(segment)
 
     def _forgotten_syn_ack(self, segment: Segment, key: bytes) -> Verdict:
@@ -187,10 +188,12 @@ class Initiator:
         next_i, next_r = (flow.isn + 1) & _NUMBERS, (flow.isn_r + 1) & _NUMBERS
         return dropped + self._context.reset_both(flow.key, (next_i, next_r), (next_r, next_i))
 
-    def _settle(self, flow: InitiatorFlow) -> None:
+    def _settle(self, flow: InitiatorFlow, now: float) -> None:
         """Remember a released flow without what only its handshake needed."""
         self.flows.settle(flow)
         flow.frame = b""
+        if flow.peer is not None:
+            self._context.note_release(flow, flow.peer, flow.address, now)
 
     def segment_out(self, flow: InitiatorFlow, segment: Segment, mark: int, now: float) -> Verdict:
         """Let the pod's first segment after the SYN-ACK carry the proof, and release the flow with it."""
@@ -213,7 +216,7 @@ class Initiator:
         is_small = segment.data == segment.end or length <= len(flow.frame) + _SYN_HEADERS
         if has_room(options) and is_small and not mark & CUT:
             flow.advance(Event.PROOF_ATTACHED)
-            self._settle(flow)
+            self._settle(flow, now)
             # First, since nothing counts that follows an end-of-options marker of the pod's stack.
             options = proof_option(flow.proof, is_lone=False) + options
             packet = with_options_and_payload(segment, options, segment.payload)
@@ -232,7 +235,7 @@ class Initiator:
             # None waits: what did, timed out, and so our ACK was lost before it came here.
             return self._context.hold(flow, now, () if flow.held else (_lone_proof(segment, flow),))
         flow.advance(Event.LONE_PROOF_PASSED)
-        self._settle(flow)
+        self._settle(flow, now)
         return flow.release._replace(effects=self._context.settle_held(flow, flow.release))
 
     def awaits_answer(self, key: bytes) -> bool:

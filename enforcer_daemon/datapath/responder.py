@@ -8,6 +8,7 @@ from struct import Struct
 from enforcer_daemon.datapath.binding import require_source
 from enforcer_daemon.datapath.context import EndpointContext, bare_reset
 from enforcer_daemon.datapath.judging import Ruling
+from enforcer_daemon.datapath.rivals import PlainRival, Rival, Rivals, answers, is_same_attempt
 from enforcer_daemon.datapath.unproven import Unproven
 from enforcer_daemon.errors import PeerError, TokenError
 from enforcer_daemon.handshake.flows import FlowTable, Offer, ResponderFlow, fragmentation_of
@@ -63,6 +64,7 @@ class Responder:
         self.flows: FlowTable[ResponderFlow] = FlowTable(context.node.settings, context.node.bound_hits)
         self.unproven = Unproven(context.node.settings.max_half_open_flows)
         self._unknown_syn_acks: dict[tuple[bytes, int], int] = {}
+        self.rivals = Rivals(context.node.bound_hits)
 
     def syn_in(self, segment: Segment, key: bytes, mark: int, now: float, *, is_answer: bool = False) -> Verdict:
         """Let a SYN in: verified and judged by its frame, or by its address where it has none.
@@ -73,10 +75,12 @@ class Responder:
         payload = segment.payload
         flow = self.flows.get(key)
         if not is_frame(payload):
-            return self._plain_syn(segment, key, flow, is_answer=is_answer)
+            return self._plain_syn(segment, key, flow, mark, now, is_answer=is_answer)
         syn_hash = frame_hash(payload)
         if flow is not None and (flow.offer.isn, flow.offer.syn_hash) == (segment.seq, syn_hash):
             return _deliver_again(segment, flow, now)
+        if len(self.rivals) and self.rivals.has(key, segment, syn_hash):
+            return _deliver_syn(segment, 0)
         context = self._context
         frame = decode_syn(payload)
         peer = context.node.verify(frame.block, segment.src, now)
@@ -86,6 +90,8 @@ class Responder:
         if not decision.is_allowed:
             self._report_syn(segment.src, segment, decision, peer)
             return self._deny_syn(segment, key)
+        if context.leases.suspect(peer, address, now) and mark & RELEASED:
+            return DROP  # Until it is known whether the pod of the released connection lives; the SYN comes again.
         self._require_room(segment)
         if now + context.node.wall_offset_s > context.local.expires_at:
             raise TokenError(Reason.TOKEN_EXPIRED, "our own; is the identity too large, or the daemon overloaded?")
@@ -93,11 +99,14 @@ class Responder:
         context.node.use_nonce(frame.nonce, connection, address)
         context.report(Direction.INGRESS, segment.src, segment.dport, decision, peer=peer.identity)
         offer = Offer(frame.nonce, segment.seq, syn_hash, segment.dst, segment.dport)
-        flow = ResponderFlow(key, context.local, peer, offer, now + context.node.settings.timeout_s)
-        flow.release = release
-        flow.offered_at = now
-        flow.source = address  # Behind a masquerade several pods share the packet's.
-        evicted = self.flows.add(flow)
+        fresh = ResponderFlow(key, context.local, peer, offer, now + context.node.settings.timeout_s)
+        fresh.release = release
+        fresh.offered_at = now
+        fresh.source = address  # Behind a masquerade several pods share the packet's.
+        if mark & RELEASED or (flow is not None and not is_same_attempt(flow, segment)):
+            self.rivals.add(segment, fresh, address, now)
+            return _deliver_syn(segment, 0)
+        evicted = self.flows.add(fresh)
         verdict = _deliver_syn(segment, mark)
         return verdict if evicted is None else verdict._replace(effects=context.give_up(*evicted))
 
@@ -122,7 +131,16 @@ class Responder:
         port = segment.dport if direction is Direction.INGRESS else segment.sport
         self._context.report(direction, address, port, decision, peer=None if peer is None else peer.identity)
 
-    def _plain_syn(self, segment: Segment, key: bytes, flow: ResponderFlow | None, *, is_answer: bool) -> Verdict:
+    def _plain_syn(
+        self,
+        segment: Segment,
+        key: bytes,
+        flow: ResponderFlow | None,
+        mark: int,
+        now: float,
+        *,
+        is_answer: bool,
+    ) -> Verdict:
         context = self._context
         source, destination = (segment.src, segment.sport), (segment.dst, segment.dport)
         address, is_node = context.node.trace(TCP, source, destination)
@@ -135,6 +153,9 @@ class Responder:
         self._report_syn(address, segment, decision)
         if not decision.is_allowed:
             return self._deny_syn(segment, key)  # A stranger's SYN ends nobody's handshake.
+        if mark & RELEASED or (flow is not None and not is_same_attempt(flow, segment)):
+            self.rivals.add(segment, PlainRival(key, release), address, now)
+            return ACCEPT
         if flow is not None:
             self.flows.discard(flow)
         return release
@@ -147,6 +168,9 @@ class Responder:
     def syn_ack_out(self, segment: Segment, key: bytes, mark: int, now: float) -> Verdict:
         """Attach our frame and proof; a retransmission gets the same ones."""
         flow = self.answered(segment, key)
+        rival = None if flow is not None and answers(flow, segment) else self.rivals.take(key, segment)
+        if rival is not None:
+            return self._replace_by_rival(segment, key, rival, mark, now)
         if flow is None:
             if mark & (RELEASED | NODE):
                 return ACCEPT
@@ -157,6 +181,25 @@ class Responder:
             raise PeerError(Reason.UNKNOWN_FLOW, "SYN-ACK of another connection than the one that was proven")
         if flow.state is State.RELEASED:
             return ACCEPT  # Bare: the pod's kernel lost the ACK, or has no room yet; we lack no proof.
+        return self._attach_frame(segment, flow, key, now)
+
+    def _replace_by_rival(self, segment: Segment, key: bytes, rival: Rival, mark: int, now: float) -> Verdict:
+        """Let the earlier connection of these ports end: the pod's kernel has begun another one."""
+        earlier = self.flows.get(rival.key)
+        effects: tuple[Settle | Inject, ...] = ()
+        if earlier is not None:
+            effects = self._context.settle_held(earlier, DROP)
+            self.flows.discard(earlier)
+        if isinstance(rival, PlainRival):
+            return rival.release._replace(effects=effects)
+        evicted = self.flows.add(rival)
+        if evicted is not None:
+            effects += self._context.give_up(*evicted)
+        verdict = self._attach_frame(segment, rival, key, now)
+        action = Action.FORGET if mark & OWN_MASK else Action.ACCEPT
+        return verdict._replace(action=action, effects=effects)
+
+    def _attach_frame(self, segment: Segment, flow: ResponderFlow, key: bytes, now: float) -> Verdict:
         if segment.seq != flow.isn_r:
             self._answer(segment, flow, now)
             flow.answers_from = key[-2:]
@@ -250,7 +293,7 @@ class Responder:
                 return flow.release
             case State.PROVEN:
                 flow.advance(Event.SEGMENT_FOLLOWED)
-                self._settle(flow)
+                self._settle(flow, now)
                 return flow.release
             case State.ANSWERED:
                 return self._await_proof(segment, flow, now)
@@ -262,21 +305,22 @@ class Responder:
         if flow.state is State.ANSWERED:
             flow.peer.note_round_trip(now - flow.answered_at)
         if found.is_lone:
-            return self._accept_lone_proof(flow)
+            return self._accept_lone_proof(flow, now)
         if flow.state is not State.RELEASED:
             flow.advance(Event.PROOF_VERIFIED)
-            self._settle(flow)
+            self._settle(flow, now)
         packet = with_options_and_payload(segment, found.rest, segment.payload)
         effects = self._context.settle_held(flow, flow.release) if flow.held else ()
         return Verdict(Action.RELEASE, packet, flow.release.mark, effects=effects)
 
-    def _settle(self, flow: ResponderFlow) -> None:
+    def _settle(self, flow: ResponderFlow, now: float) -> None:
         """Remember a released flow without what only its handshake needed; its SYN is of no use any more."""
         self.flows.settle(flow)
         self._context.node.finish_nonce(flow.offer.nonce, flow.source)
+        self._context.note_release(flow, flow.peer, flow.source, now)
         flow.frame = b""
 
-    def _accept_lone_proof(self, flow: ResponderFlow) -> Verdict:
+    def _accept_lone_proof(self, flow: ResponderFlow, now: float) -> Verdict:
         """Consume an ACK of the other enforcer's own; what waits, or else the next segment, carries the release."""
         if flow.state is State.RELEASED:
             return TAKEN
@@ -284,7 +328,7 @@ class Responder:
         effects = self._context.settle_held(flow, flow.release)
         if effects:
             flow.advance(Event.SEGMENT_FOLLOWED)
-            self._settle(flow)
+            self._settle(flow, now)
         return TAKEN._replace(effects=effects)
 
     def _await_proof(self, segment: Segment, flow: ResponderFlow, now: float) -> Verdict:
@@ -312,7 +356,7 @@ class Responder:
 
 
 def _deliver_syn(segment: Segment, mark: int) -> Verdict:
-    """Take off the frame; an earlier release of the same ports and addresses is taken back with it."""
+    """Take off the frame, and the mark of a connection that the node itself had with these ports."""
     packet = with_options_and_payload(segment, without_fast_open(segment.options), b"", NOT_TO_BE_CUT)
     return Verdict(Action.FORGET if mark & OWN_MASK else Action.ACCEPT, packet)
 

@@ -10,16 +10,19 @@ from __future__ import annotations
 
 from enforcer_daemon.datapath.binding import require_dialled
 from enforcer_daemon.datapath.context import EndpointContext
+from enforcer_daemon.datapath.flowindex import is_by_address
 from enforcer_daemon.datapath.judging import Destination
 from enforcer_daemon.errors import PeerError, TokenError
-from enforcer_daemon.handshake.bounds import Bound, BoundHits
-from enforcer_daemon.handshake.datagrams import RIDING_EXID, DatagramInitiatorFlow
+from enforcer_daemon.handshake.allowance import TokenBucket
+from enforcer_daemon.handshake.bounds import Bound
+from enforcer_daemon.handshake.datagrams import DatagramInitiatorFlow, bare, beside, marked
 from enforcer_daemon.handshake.flows import FlowTable
 from enforcer_daemon.handshake.frames import TYPE_ANSWER, decode_again, decode_syn_ack
+from enforcer_daemon.handshake.lapse import UDP_LAPSE_S
 from enforcer_daemon.handshake.machine import Event, State
 from enforcer_daemon.marks import NODE, RELEASED, REPLY
 from enforcer_daemon.model import Decision, Direction, Protocol
-from enforcer_daemon.packet.udp import SURPLUS_OVERHEAD, UDPDatagram, with_option
+from enforcer_daemon.packet.udp import SURPLUS_OVERHEAD, UDPDatagram
 from enforcer_daemon.reasons import Reason
 from enforcer_daemon.verdict import ACCEPT, DROP, TAKEN, Action, Inject, Settle, Verdict
 
@@ -41,29 +44,6 @@ DRAIN_S = 0.05
 end goes to the kernel all the same."""
 
 
-class Allowance:
-    """So many handshakes again a second, and as many at once."""
-
-    __slots__ = ("_burst", "_hits", "_left", "_rate", "_since")
-
-    def __init__(self, rate: float, hits: BoundHits) -> None:
-        self._hits = hits
-        self._rate = rate
-        self._burst = max(1.0, rate)
-        self._left = self._burst
-        self._since = 0.0
-
-    def take(self, now: float) -> bool:
-        """Take one; tell whether there was one."""
-        self._left = min(self._burst, self._left + max(0.0, now - self._since) * self._rate)
-        self._since = now
-        if self._left < 1.0:
-            self._hits[Bound.HANDSHAKES_AGAIN] += 1
-            return False
-        self._left -= 1.0
-        return True
-
-
 class DatagramInitiator:
     """The initiating side of one endpoint."""
 
@@ -73,7 +53,7 @@ class DatagramInitiator:
         self.flows: FlowTable[DatagramInitiatorFlow] = FlowTable(settings, context.node.bound_hits)
         self._waiting: dict[bytes, DatagramInitiatorFlow] = {}
         """Flows for which something is to be done when their time comes."""
-        self._again = Allowance(settings.max_handshakes_again_per_s, context.node.bound_hits)
+        self._again = TokenBucket(settings.max_handshakes_again_per_s, context.node.bound_hits, Bound.HANDSHAKES_AGAIN)
         self._lag_s = 0.0
         """How long an offer waited in the pod's queue lately, seconds; its answer waits there as long."""
 
@@ -89,7 +69,9 @@ class DatagramInitiator:
         """Let a datagram out: with our offer, or after the answer, into the enforced networks; by address elsewhere."""
         flow = self.find(key, now)
         if flow is not None:
-            return flow.let_go(now) if flow.state is State.RELEASED else self._let_wait(datagram, flow, now)
+            if flow.state is not State.RELEASED:
+                return self._let_wait(datagram, flow, now)
+            return self._go_on(datagram, flow, now) if now < flow.doubted_until else flow.let_go(now)
         judge, dst, dport = self._context.judge, datagram.dst, datagram.dport
         destination = self._context.node.networks.destination(dst, dport, Protocol.UDP)
         decision, release = judge.egress(None, dst, dport, Protocol.UDP)
@@ -118,9 +100,9 @@ class DatagramInitiator:
         if flow.is_external_allowed and is_first:
             if self._has_room(datagram, flow.offer):
                 flow.is_shown = True
-                return Verdict(Action.ACCEPT, with_option(datagram, RIDING_EXID, flow.offer))
+                return Verdict(Action.ACCEPT, beside(datagram, flow.offer))
             if flow.is_overdue:
-                return ACCEPT
+                return self._without_room(datagram, flow, now)
         effects: tuple[Inject, ...] = ()
         if is_first:
             self._await_answer(flow, now)
@@ -131,6 +113,27 @@ class DatagramInitiator:
             flow.waiting = {hold_id: found for hold_id, found in flow.waiting.items() if hold_id in flow.held}
         flow.waiting[verdict.hold_id] = datagram
         return verdict
+
+    def _go_on(self, datagram: UDPDatagram, flow: DatagramInitiatorFlow, now: float) -> Verdict:
+        """Let a datagram of a fresh pod out to a peer that showed no identity.
+
+        The peer may be a pod that still has the flow of whoever had the address before: its enforcer sees no plain
+        datagram of that. So each carries the offer, as long as the address is fresh.
+        """
+        flow.deadline = now + UDP_LAPSE_S
+        if self._has_room(datagram, flow.offer):
+            return Verdict(Action.ACCEPT, beside(datagram, flow.offer), flow.release.mark)
+        return self._without_room(datagram, flow, now)
+
+    def _without_room(self, datagram: UDPDatagram, flow: DatagramInitiatorFlow, now: float) -> Verdict:
+        """Let a datagram out for which nobody answered, and which has no room for the offer."""
+        if now >= self._context.fresh_until:
+            return ACCEPT
+        effects: tuple[Inject, ...] = ()
+        if now - flow.offered_at >= _PATIENCE_S:
+            flow.offered_at = now
+            effects = (self._context.send_message(flow.key, flow.offer),)
+        return Verdict(Action.ACCEPT, marked(datagram), effects=effects)
 
     def _has_room(self, datagram: UDPDatagram, message: bytes) -> bool:
         length = datagram.end + 1 + SURPLUS_OVERHEAD + len(message)
@@ -173,10 +176,12 @@ class DatagramInitiator:
             self._forget(flow)
             return Verdict(Action.CONSUME, effects=context.settle_held(flow, DROP))
         flow.release = release
+        flow.doubted_until = 0.0
         if flow.state is State.OPENING:
             self._settle(flow, Event.ANSWER_VERIFIED, now)
+        context.note_release(flow, peer, answer.address, now)
         if flow.held:  # What waits goes first, and takes the flow with it.
-            return TAKEN._replace(effects=self._let_go(flow, flow.proof, flow.let_go(now)))
+            return TAKEN._replace(effects=self._let_go(flow, flow.proof, flow.let_go(now), now))
         effects = (context.send_message(flow.key, flow.proof),)
         when_drained = not mark & RELEASED and now < flow.drained_at
         return Verdict(Action.CONSUME, mark=release.mark, effects=effects, when_drained=when_drained)
@@ -187,7 +192,9 @@ class DatagramInitiator:
         self.flows.settle(flow)
         flow.deadline, flow.drained_at = now + REMEMBERED_S, now + DRAIN_S
 
-    def _let_go(self, flow: DatagramInitiatorFlow, proof: bytes, last: Verdict) -> tuple[Settle | Inject, ...]:
+    def _let_go(
+        self, flow: DatagramInitiatorFlow, proof: bytes, last: Verdict, now: float
+    ) -> tuple[Settle | Inject, ...]:
         """Let what waits leave in order, the oldest beside the proof or after it; the last has a verdict of its own.
 
         Without an answer each that has room carries the offer: a plain one would be judged by its address.
@@ -195,18 +202,21 @@ class DatagramInitiator:
         waiting, flow.waiting = flow.waiting, {}
         held = [settle.hold_id for settle in self._context.settle_held(flow, ACCEPT)]
         effects: list[Settle | Inject] = []
-        is_unanswered = flow.state is State.OPENING
+        is_unanswered, is_fresh = flow.state is State.OPENING, now < self._context.fresh_until
+        is_doubted = is_unanswered or now < flow.doubted_until
         for n, hold_id in enumerate(held):
             datagram = waiting.get(hold_id)
             verdict = last if n + 1 == len(held) else ACCEPT
             if datagram is None:  # It came in: on its own, while nobody has answered, it proves nothing.
                 effects.append(Settle(hold_id, DROP if is_unanswered else verdict))
                 continue
-            message = flow.offer if is_unanswered else proof
+            message = flow.offer if is_doubted else proof
             if message and self._has_room(datagram, message):
-                verdict = verdict._replace(payload=with_option(datagram, RIDING_EXID, message))
+                verdict = verdict._replace(payload=beside(datagram, message))
             elif proof:
                 effects.append(self._context.send_message(flow.key, proof))
+            elif is_doubted and is_fresh:
+                verdict = verdict._replace(payload=marked(datagram))
             proof = b""
             effects.append(Settle(hold_id, verdict))
         if proof:
@@ -218,6 +228,9 @@ class DatagramInitiator:
 
         An answer can overtake the other enforcer's, so the address is not taken for the peer at once.
         """
+        if now < flow.doubted_until:
+            flow.deadline = now + UDP_LAPSE_S
+            return Verdict(Action.ACCEPT, mark=flow.release.mark)
         if flow.state is State.RELEASED:
             return flow.let_go(now)
         decision, release = self._context.judge.egress(None, datagram.src, datagram.sport, Protocol.UDP)
@@ -229,7 +242,10 @@ class DatagramInitiator:
                 flow.repeat_at = flow.opened_at + _PATIENCE_S
                 self._waiting[flow.key] = flow
             return Verdict(Action.ACCEPT, mark=release.mark) if is_first else ACCEPT
-        return release._replace(effects=self._take_as_address(flow, now))
+        effects = self._take_as_address(flow, now)
+        if now < flow.doubted_until:
+            return Verdict(Action.ACCEPT, mark=release.mark, effects=effects)
+        return release._replace(effects=effects)
 
     def _take_as_address(self, flow: DatagramInitiatorFlow, now: float) -> tuple[Settle | Inject, ...]:
         """Nobody showed an identity: the peer is its address, which policy allows."""
@@ -240,7 +256,10 @@ class DatagramInitiator:
             self._forget(flow)
             return self._context.settle_held(flow, DROP)
         self._settle(flow, Event.TAKEN_AS_ADDRESS, now)
-        return self._let_go(flow, b"", flow.let_go(now))
+        if now < self._context.fresh_until:
+            flow.doubted_until, flow.deadline = self._context.fresh_until, now + UDP_LAPSE_S
+            return self._let_go(flow, b"", ACCEPT, now)
+        return self._let_go(flow, b"", flow.let_go(now), now)
 
     def again_in(self, message: bytes, key: bytes, mark: int, now: float) -> Verdict:
         """Shake hands again for a flow that the pod opened and that was released here, while it goes on.
@@ -248,21 +267,64 @@ class DatagramInitiator:
         Who asks proves nothing, so asking gains nothing: at most a handshake, and those are counted.
         """
         decode_again(message)
+        flow = self.find(key, now)
+        if flow is not None and now < flow.doubted_until:
+            # The peer is a pod after all, and has not seen an offer: it would have answered.
+            return (
+                TAKEN._replace(effects=(self._context.send_message(key, flow.offer),))
+                if self._again.take(now)
+                else DROP
+            )
         if mark & (RELEASED | NODE | REPLY) != RELEASED | REPLY:
             raise PeerError(Reason.UNKNOWN_FLOW, "a request to shake hands again for no flow of the pod's")
-        if self.find(key, now) is not None:
+        if self._is_under_way(key, now):
             return DROP
+        effects = self._offer_again(key, now)
+        return TAKEN._replace(effects=effects) if effects else DROP
+
+    def doubted_in(self, datagram: UDPDatagram, key: bytes, mark: int, now: float) -> Verdict:
+        """Let a marked datagram without a message into a released flow of the pod's only after another handshake.
+
+        Its marker is there by chance, or a guard put it in, since a pod that has the address only now sends likewise.
+        """
+        if is_by_address(mark):
+            return accepted_bare(datagram)
+        flow = self.find(key, now)
+        if flow is not None and flow.state is not State.RELEASED:
+            # Not as an answer of an address without an enforcer: that would release the flow by its address.
+            decision, _ = self._context.judge.egress(None, datagram.src, datagram.sport, Protocol.UDP)
+            return accepted_bare(datagram) if decision.is_allowed else self._context.hold(flow, now)
+        if self._is_under_way(key, now):
+            return accepted_bare(datagram)
+        effects = self._offer_again(key, now)
+        opened = self.flows.get(key)
+        if opened is None:
+            raise PeerError(Reason.UNKNOWN_FLOW, "a marked datagram, and no handshake can tell whose it is")
+        return self._context.hold(opened, now, effects)
+
+    def _is_under_way(self, key: bytes, now: float) -> bool:
+        """Tell whether a handshake is under way or just over; forget one that is over."""
+        flow = self.find(key, now)
+        if flow is None:
+            return False
+        if flow.state is not State.RELEASED or now < flow.drained_at:
+            return True
+        self._forget(flow)
+        return False
+
+    def _offer_again(self, key: bytes, now: float) -> tuple[Settle | Inject, ...]:
+        """Begin a handshake for a flow that is released; return nothing where none may be begun."""
         address, port = key[: (len(key) - 4) // 2], int.from_bytes(key[-4:-2], "big")
         destination = self._context.node.networks.destination(address, port, Protocol.UDP)
         if destination is Destination.EXTERNAL:
-            return DROP
+            return ()
         if not self._context.judge.could_allow_egress(destination, address, port, Protocol.UDP):
-            return Verdict(Action.CONSUME)
+            return ()  # A release that policy forbids ends by the change of policy.
         if not self._again.take(now):
-            return DROP
+            return ()
         flow, effects = self._open(key, now)
         self._await_answer(flow, now)
-        return TAKEN._replace(effects=(*effects, self._context.send_message(key, flow.offer)))
+        return (*effects, self._context.send_message(key, flow.offer))
 
     def expire(self, now: float) -> tuple[Settle | Inject, ...]:
         """Send offers again, give up waiting for enforcers that need not be there, and forget what took too long."""
@@ -283,7 +345,7 @@ class DatagramInitiator:
             # Nothing came back at all: they may be too large to carry the offer, and the peer without an enforcer.
             del self._waiting[flow.key]
             flow.is_overdue = True
-            return self._let_go(flow, b"", ACCEPT)
+            return self._let_go(flow, b"", ACCEPT, now)
         if flow.repeats >= MAX_REPEATS or not flow.has_waiting():
             del self._waiting[flow.key]
             return ()
@@ -305,3 +367,7 @@ class DatagramInitiator:
     def _forget(self, flow: DatagramInitiatorFlow) -> None:
         self.flows.discard(flow)
         self._waiting.pop(flow.key, None)
+
+
+def accepted_bare(datagram: UDPDatagram) -> Verdict:
+    return ACCEPT._replace(payload=bare(datagram)) if datagram.has_surplus else ACCEPT

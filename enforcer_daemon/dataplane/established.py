@@ -12,7 +12,7 @@ from __future__ import annotations
 import errno
 import socket
 import struct
-from collections.abc import Callable
+from collections.abc import Callable, Container, Iterable
 from dataclasses import dataclass
 from ipaddress import ip_address
 from pathlib import Path
@@ -29,6 +29,7 @@ from enforcer_daemon.dataplane.netlink import (
     open_netlink,
 )
 from enforcer_daemon.dataplane.netns import open_in
+from enforcer_daemon.dataplane.nodeflows import SentTuple, encode_tuple
 from enforcer_daemon.errors import DataplaneError
 from enforcer_daemon.marks import INDEX_MASK, INDEX_SHIFT, NODE, OWN_MASK, RELEASED
 from enforcer_daemon.model import IPAddress, Protocol
@@ -76,6 +77,12 @@ class ReleasedFlow:
     tuple_attribute: bytes
     """CTA_TUPLE_ORIG, to name the entry again."""
 
+    def sent_by(self, pod: Container[IPAddress]) -> SentTuple:
+        """Return the flow by what a pod with these addresses sends in it."""
+        ends = (self.source, self.source_port), (self.destination, self.destination_port)
+        own, other = ends if self.source in pod else ends[::-1]
+        return SentTuple(self.protocol, *own, *other)
+
 
 class FlowJudge(Interface):
     """Who says which flows may go on."""
@@ -114,9 +121,55 @@ def end_masqueraded(netns_fd: int, is_ended: Callable[[ReleasedFlow], bool]) -> 
     return open_in(netns_fd, end)
 
 
+@dataclass(frozen=True, slots=True)
+class EndedIndexes:
+    """Ends all flows of some indexes, and no other."""
+
+    indexes: frozenset[int]
+
+    def is_index_allowed(self, index: int) -> bool:
+        """Tell whether an index is none of them."""
+        return index not in self.indexes
+
+    def is_ended(self, flow: ReleasedFlow) -> bool:
+        """Tell that none of these flows may go on."""
+        return flow.index in self.indexes
+
+
+def take_back(netns_fd: int, flows: Iterable[SentTuple]) -> list[SentTuple]:
+    """Take the releases of flows back that the pod opened; return them. Their next packets go to the enforcer.
+
+    A flow that was opened to the pod stays: only its opener can handshake again. Raises DataplaneError.
+    """
+
+    def take() -> list[SentTuple]:
+        try:
+            with open_netlink(NETLINK_NETFILTER) as sock:
+                return [flow for flow in flows if _take_back(sock, flow)]
+        except OSError as err:
+            raise DataplaneError(f"conntrack: {err}") from err
+
+    return open_in(netns_fd, take)
+
+
+def _take_back(sock: socket.socket, flow: SentTuple) -> bool:
+    request = struct.pack("=BBH", _FAMILIES[flow.source.version], 0, 0) + encode_tuple(flow)
+    body = ask(sock, _CT_GET, request, 1)
+    found = None if body is None else decode_flow(body)
+    if found is None or found.sent_by((found.source,)) != flow:
+        return False
+    _clear_mark(sock, found)
+    return True
+
+
 def highest_index(netns_fd: int) -> int:
     """Return the highest index in the marks of a namespace's released flows, 0 where there are none."""
     return open_in(netns_fd, lambda: max((_index_of(body) or 0 for body in _dump()), default=0))
+
+
+def indexes_in_use(netns_fd: int) -> frozenset[int]:
+    """Return the indexes in the marks of a namespace's released flows. Blocks as `end_flows` does."""
+    return open_in(netns_fd, lambda: frozenset(index for body in _dump() if (index := _index_of(body)) is not None))
 
 
 def list_released() -> list[ReleasedFlow]:

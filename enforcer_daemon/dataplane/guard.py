@@ -4,7 +4,8 @@
 A pod with CAP_NET_RAW passes by the rules of its own namespace, and a masqueraded client passes them under the node's
 address. The guard stands where neither can: on the pod's interface in the node's namespace (guard_spoofing), on its
 bridge (guard_bridge), where packets enter the node's IP stack (guard_arrivals), where the node forwards (guard_forged),
-behind every translation of the destination (guard_egress), and after source NAT (guard_masquerade).
+behind every translation of the destination (guard_egress), and after source NAT (guard_masquerade). Fresh addresses
+are watched in both directions (guard_fresh).
 
 The tables stay in the kernel while the daemon is down, and are replaced as a whole when it starts.
 """
@@ -23,11 +24,12 @@ from enforcer_daemon.dataplane import (
     guard_bridge,
     guard_egress,
     guard_forged,
+    guard_fresh,
     guard_masquerade,
     guard_spoofing,
     guard_virtual,
 )
-from enforcer_daemon.dataplane.guard_rules import NAME, GuardedEndpoint
+from enforcer_daemon.dataplane.guard_rules import LOG_GROUP, NAME, GuardedEndpoint, without_log
 from enforcer_daemon.dataplane.guard_sets import new_sets, old_sets
 from enforcer_daemon.dataplane.guard_shares import endpoint_sets, first_portion
 from enforcer_daemon.dataplane.netlink import NETLINK_NETFILTER, open_netlink
@@ -37,7 +39,7 @@ from enforcer_daemon.errors import DataplaneError
 from enforcer_daemon.model import AttachmentId, IPAddress, IPNetwork
 from enforcer_daemon.virtual import NOTHING_VIRTUAL, VirtualChange, VirtualEntries
 
-_PARTS = guard_masquerade, guard_egress, guard_forged, guard_arrivals
+_PARTS = guard_masquerade, guard_egress, guard_forged, guard_arrivals, guard_fresh
 """What works on every node."""
 _CHAINS = (
     *(
@@ -45,6 +47,7 @@ _CHAINS = (
         for chain in ("framed", "vouched", "lone", "leaving", "entering", "answered", "syn_acks")
     ),
     *((NFPROTO_INET, NAME, chain) for chain in ("arrived", "forwarded", "sent_on", "unproven", "masqueraded")),
+    *((NFPROTO_INET, NAME, chain) for chain in guard_fresh.CHAINS),
     *((NFPROTO_NETDEV, NAME, chain) for chain in ("framed", "checked", "sent", "answers", "entered")),
     *((NFPROTO_BRIDGE, NAME, chain) for chain in ("arrived", "switched")),
 )
@@ -53,8 +56,11 @@ SYNS_PER_S = 8_000
 """SYNs and SYN-ACKs of a pod that its interface on the node lets pass in a second, unless another rate is given."""
 _UNSUPPORTED = "not supported"
 """What the kernel says of a family or hook that it was built without; any other failure is no reason to do less."""
+_NO_MODULE = "No such file"
+"""What it says where nfnetlink_log is missing (nf_logger_find_get)."""
 _PROBE = "add table netdev {0}\nadd chain netdev {0} probe {{ type filter hook ingress device lo priority 0; }}\n"
 _BRIDGE_PROBE = "add table bridge {0}\nadd chain bridge {0} probe {{ type filter hook prerouting priority 0; }}\n"
+_LOG_PROBE = f"add table inet {{0}}\nadd chain inet {{0}} probe\nadd rule inet {{0}} probe log group {LOG_GROUP}\n"
 _PROBE_TABLE = "trireme_probe"
 
 
@@ -79,7 +85,7 @@ def render_replace(
     lines = [f"{verb} table {table}" for table in _tables(on_links, on_bridges) for verb in ("add", "delete", "add")]
     lines += [line for table in _virtual_tables(on_links) for line in guard_virtual.skeleton(table, virtual)]
     lines += guard_forged.skeleton(node) + guard_arrivals.skeleton()
-    lines += guard_masquerade.skeleton() + guard_egress.skeleton(known, pods)
+    lines += guard_masquerade.skeleton() + guard_egress.skeleton(known, pods) + guard_fresh.skeleton()
     lines += guard_spoofing.skeleton(known, syns_per_s, node) if on_links else []
     lines += guard_bridge.skeleton(node, on_links=on_links) if on_bridges else []
     listed = tuple(endpoints)
@@ -142,6 +148,7 @@ class Guard:
     __slots__ = (
         "_applied",
         "_generation",
+        "_has_log",
         "_has_nft",
         "_left",
         "_networks",
@@ -162,7 +169,7 @@ class Guard:
         self._virtual = NOTHING_VIRTUAL
         self._applied: dict[AttachmentId, GuardedEndpoint] = {}
         self._has_nft = True
-        self._on_links = self._on_bridges = True
+        self._on_links = self._on_bridges = self._has_log = True
         self._left: tuple[bytes | None, ...] = ()
         """The tables as we left them; empty before the first time."""
         self._generation = b""
@@ -240,8 +247,9 @@ class Guard:
         return _text(new_sets(tables, before, after)) + text + _text(old_sets(tables, before, after))
 
     def _replacement(self, wanted: Mapping[AttachmentId, GuardedEndpoint]) -> str:
+        """Render all of it; every address is fresh, since nobody saw what passed while the tables were not there."""
         absent = _absent(wanted.values())
-        return render_replace(
+        text = render_replace(
             wanted.values(),
             self._networks,
             on_links=self._on_links,
@@ -252,14 +260,15 @@ class Guard:
             syns_per_s=self._syns_per_s,
             virtual=self._virtual,
         )
+        return text if self._has_log else _text(without_log(text.splitlines()))
 
     def _look_at_kernel(self) -> None:
         if shutil.which("nft") is None:
             self._has_nft, self.problem = False, "nft is missing on the node: nothing is guarded there"
             return
         self._has_nft = True
-        link_problem, bridge_problem = _lack(_PROBE), _lack(_BRIDGE_PROBE)
-        self._on_links, self._on_bridges = not link_problem, not bridge_problem
+        link_problem, bridge_problem, log_problem = _lack(_PROBE), _lack(_BRIDGE_PROBE), _lack(_LOG_PROBE, _NO_MODULE)
+        self._on_links, self._on_bridges, self._has_log = not link_problem, not bridge_problem, not log_problem
         problems = []
         if link_problem:
             problems.append(
@@ -270,7 +279,16 @@ class Guard:
                 f"the kernel has no nft chains on bridges: a neighbour on a pod's bridge can pass for others "
                 f"({bridge_problem})"
             )
+        if log_problem:
+            problems.append(f"the kernel does not log to user space: drops of the guard are not told ({log_problem})")
         self.problem = "; ".join(problems)
+
+    def freshen(self, addresses: Iterable[IPAddress]) -> None:
+        """Let the time of guarded addresses begin, as when their pod's identity has changed."""
+        guarded = {address for endpoint in self._applied.values() for address in endpoint.addresses}
+        lines = guard_fresh.freshen_lines(address for address in addresses if address in guarded)
+        if lines and self._has_nft:
+            self._bring(_text(lines), dict(self._applied))
 
     def apply(self, *endpoints: GuardedEndpoint) -> None:
         """Bring endpoints to their present addresses, rules and links, all at once; what is so already is not touched.
@@ -371,12 +389,12 @@ class Guard:
         return found
 
 
-def _lack(probe: str) -> str:
+def _lack(probe: str, sign: str = _UNSUPPORTED) -> str:
     """Return what the kernel says if it was built without what the probe needs; raise DataplaneError otherwise."""
     try:
         run(("nft", "-c", "-f", "-"), probe.format(_PROBE_TABLE))
     except DataplaneError as err:
-        if _UNSUPPORTED not in str(err):
+        if _UNSUPPORTED not in str(err) and sign not in str(err):
             raise
         return str(err)
     return ""

@@ -56,7 +56,10 @@ _FAMILIES = ((4, "ipv4_addr", "ip"), (6, "ipv6_addr", "ip6"))
 
 def skeleton(networks: Iterable[IPNetwork], pod_networks: Iterable[IPNetwork]) -> list[str]:
     """Return what the endpoints' rules hang on; `networks` are those that frames are sent to."""
-    lines = [*counted_drops(TABLE, (Reason.EGRESS_DENIED,)), *guard_vouched.skeleton(TABLE, networks, pod_networks)]
+    lines = [
+        *counted_drops(TABLE, (Reason.EGRESS_DENIED,), is_logged=True),
+        *guard_vouched.skeleton(TABLE, networks, pod_networks),
+    ]
     lines += [f"add chain {TABLE} answered {{ {_ANSWERED_HOOK} }}", f"add chain {TABLE} syn_acks"]
     # Another enforcer puts a frame behind it. A bare one needs a rule for what was dialed, as the frame of the SYN was
     # believed without knowing whether there is an enforcer.

@@ -17,7 +17,7 @@ from ipaddress import (
 )
 
 from enforcer_daemon.dataplane.guard_sets import address_match, port_match
-from enforcer_daemon.handshake.frames import MAGIC
+from enforcer_daemon.handshake.frames import MAGIC, MARKER_ID
 from enforcer_daemon.model import AttachmentId, IPAddress, IPNetwork
 from enforcer_daemon.policy.address_rules import AddressRule
 from enforcer_daemon.reasons import Reason
@@ -28,7 +28,16 @@ ALLOWS_ALL = (AddressRule(),)
 INTO_ENFORCED = ("ip daddr @enforced4", "ip6 daddr @enforced6")
 LONE_MESSAGE = f"udp length 8 @th,128,32 0x{MAGIC.hex()}"
 """A handshake's message in a datagram without data; it stands 16 bytes behind the beginning of the UDP header."""
+MARKERS = (f"ip id {MARKER_ID:#x}", f"ip6 flowlabel {MARKER_ID:#x}")
+"""Of a datagram that carries a message beside its data."""
 FIRST_SYN = "tcp flags & (fin | syn | rst | ack) == syn"
+LOG_GROUP = 21_586
+"""Of nfnetlink_log: where the daemon hears of what the guard dropped."""
+LOGGED_PER_S = 16
+"""Packets of one pod that the daemon hears of in a second; it needs one of a flow."""
+LOGGED_BYTES = 128
+"""Of each: IP and UDP headers, also with a few extension headers."""
+_MAX_LOGGED_SOURCES = 4_096
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,17 +130,41 @@ def _collapsed(networks: Iterable[IPNetwork]) -> list[IPNetwork]:
     return [*four, *six]
 
 
-def counted_drops(table: str, reasons: Iterable[Reason], also: str = "") -> list[str]:
-    """Make, for each reason, a counter that outlives the rules of an endpoint, and a chain that counts and drops."""
+def counted_drops(table: str, reasons: Iterable[Reason], also: str = "", *, is_logged: bool = False) -> list[str]:
+    """Make, for each reason, a counter that outlives the rules of an endpoint, and a chain that counts and drops.
+
+    With `is_logged` the daemon hears of what a pod lost (inet tables only).
+    """
     lines = []
     for reason in reasons:
         name = counter_name(reason)
+        lines += [f"add counter {table} {name}", f"add chain {table} drop_{name}"]
+        lines += logged(table, f"drop_{name}", reason.value) if is_logged else []
+        lines.append(f"add rule {table} drop_{name} {also} counter name {name} drop")
+    return lines
+
+
+def logged(table: str, chain: str, prefix: str) -> list[str]:
+    """Make rules that tell the daemon of a packet, not too often for each sender, and go on.
+
+    `prefix` says what becomes of it. A kernel without nfnetlink_log refuses them: see `without_log`.
+    """
+    lines = []
+    for version, kind, source in ((4, "ipv4_addr", "ip saddr"), (6, "ipv6_addr", "ip6 saddr")):
+        name = f"logged{version}"
+        flags = f"size {_MAX_LOGGED_SOURCES}; flags dynamic,timeout; timeout 2s;"
+        rate = f"{source} limit rate {LOGGED_PER_S}/second burst {LOGGED_PER_S} packets"
+        log = f'log group {LOG_GROUP} prefix "{prefix}" snaplen {LOGGED_BYTES}'
         lines += [
-            f"add counter {table} {name}",
-            f"add chain {table} drop_{name}",
-            f"add rule {table} drop_{name} {also} counter name {name} drop",
+            f"add set {table} {name} {{ type {kind}; {flags} }}",
+            f"add rule {table} {chain} update @{name} {{ {rate} }} {log}",
         ]
     return lines
+
+
+def without_log(lines: Iterable[str]) -> list[str]:
+    """Leave out the rules that log."""
+    return [line for line in lines if f"log group {LOG_GROUP} " not in line]
 
 
 def counter_name(reason: Reason) -> str:

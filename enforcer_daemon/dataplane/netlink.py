@@ -111,29 +111,47 @@ def acknowledged(sock: socket.socket, kind: int, body: bytes, tolerated: Contain
             raise DataplaneError(f"netlink: request {kind:#x}: {os.strerror(code)}")
 
 
-def dump(family: int, kind: int, body: bytes) -> list[bytes]:
-    """Return the bodies of all objects of a kind, from a socket of its own in the current network namespace."""
+def dump(family: int, kind: int, body: bytes, containing: bytes = b"") -> list[bytes]:
+    """Return the bodies of all objects of a kind, from a socket of its own in the current network namespace.
+
+    With `containing` only of those in which these bytes are; the others cost hardly anything.
+    """
     for _ in range(_MAX_DUMP_ATTEMPTS):
         with open_netlink(family) as sock:
             sock.send(_HEADER.pack(16 + len(body), kind, NLM_F_REQUEST | NLM_F_DUMP, 0, 0) + body)
-            bodies = _receive_dump(sock, kind)
+            bodies = _receive_dump(sock, kind, containing)
         if bodies is not None:
             return bodies
     raise DataplaneError(f"netlink: dump {kind:#x} was interrupted {_MAX_DUMP_ATTEMPTS} times")
 
 
-def _receive_dump(sock: socket.socket, kind: int) -> list[bytes] | None:
+def _receive_dump(sock: socket.socket, kind: int, containing: bytes) -> list[bytes] | None:
     """Return the dump, or None where it changed while it was read and may have holes."""
     bodies: list[bytes] = []
     is_interrupted = False
     while True:
-        for message in decode_messages(sock.recv(_RECEIVE_BYTES)):
+        data = sock.recv(_RECEIVE_BYTES)
+        if containing not in data and not _has_news(data):
+            continue
+        for message in decode_messages(data):
             is_interrupted |= bool(message.flags & NLM_F_DUMP_INTR)
             if message.kind == NLMSG_DONE:
                 return None if is_interrupted else bodies
             if message.kind == NLMSG_ERROR:
                 raise DataplaneError(f"netlink: dump {kind:#x}: {os.strerror(_error(message.body))}")
-            bodies.append(message.body)
+            if containing in message.body:
+                bodies.append(message.body)
+
+
+def _has_news(data: bytes) -> bool:
+    """Tell whether a part of a dump has more than objects: its end, an error, or that it was interrupted."""
+    offset = 0
+    while offset + 16 <= len(data):
+        length, kind, flags, _, _ = _HEADER.unpack_from(data, offset)
+        if kind in (NLMSG_DONE, NLMSG_ERROR) or flags & NLM_F_DUMP_INTR or length < 16:
+            return True
+        offset += (length + 3) & ~3
+    return False
 
 
 def _error(body: bytes) -> int:

@@ -10,7 +10,7 @@ Both renderings say the same, for packets of the registered interfaces alone, in
     SYN-ACK    of the node's connection, outwards, to the node: go on
     SYN        any other: the connection's bits into the packet's mark, to the enforcer; one that arrives against its
                connection's direction is told by a bit
-    message    of a handshake beside a datagram, inwards: likewise
+    message    of a handshake beside a datagram, inwards: likewise; told by itself, or by the marker in the IP header
     released   or the node's connection: go on
     ICMP       ICMPv6 (NDP, MLD) and IGMP: go on; no NetworkPolicy speaks of them
     new flow   not TCP, from the node, inwards: the flow is the node's; go on
@@ -31,7 +31,7 @@ from dataclasses import dataclass
 from typing import Literal, get_args
 
 from enforcer_daemon.dataplane.ratelimits import QueueLimits, iptables_limits, nft_limits, nft_sets
-from enforcer_daemon.handshake.frames import MAGIC
+from enforcer_daemon.handshake.frames import MAGIC, MARKER_ID
 from enforcer_daemon.marks import CONSUME, FORGET, INDEX_MASK, NODE, OWN_MASK, RELEASED, REPLY, UNTRACKED
 from enforcer_daemon.model import IPAddress
 
@@ -99,6 +99,8 @@ _TO_SURPLUS: dict[Family, str] = {4: "0x0>>0x16&0x3c@0x4>>0x10@", 6: "0x0>>0x1c&
 _SURPLUS_AT: dict[Family, int] = {4: 0, 6: 8}
 _MAGIC_AT = (8, 9)
 """Where a message begins in the surplus area, for even and odd UDP lengths (enforcer_daemon/packet/udp.py)."""
+_MARKER: dict[Family, str] = {4: f"0x2&0xffff={MARKER_ID:#x}", 6: f"0x0&0xfffff={MARKER_ID:#x}"}
+"""The identification of IPv4, the flow label of IPv6."""
 _TELL_REPLY = f"-m conntrack --ctdir REPLY -j MARK --set-xmark {REPLY:#x}/{REPLY:#x}"
 _IS_REPLY = f"-p udp {_TELL_REPLY}"
 
@@ -171,10 +173,12 @@ def _iptables_main(
 
 
 def _messages(family: Family) -> tuple[str, ...]:
-    return tuple(
-        f'-p udp -m u32 --u32 "{_TO_SURPLUS[family]}{_SURPLUS_AT[family] + at:#x}=0x{MAGIC.hex()}" -g TRIREME-MESSAGE'
-        for at in _MAGIC_AT
-    )
+    """Find messages where they are, and datagrams whose sender says that they may carry one.
+
+    A guard marks datagrams that carry none too, in flows that it does not know: they are evaluated like these.
+    """
+    places = [f"{_TO_SURPLUS[family]}{_SURPLUS_AT[family] + at:#x}=0x{MAGIC.hex()}" for at in _MAGIC_AT]
+    return tuple(f'-p udp -m u32 --u32 "{match}" -g TRIREME-MESSAGE' for match in (*places, _MARKER[family]))
 
 
 def _new_from_node() -> tuple[str, ...]:
@@ -315,8 +319,10 @@ def _nft_chains(rules: EndpointRules) -> dict[str, tuple[str, ...]]:
         "main_in": (
             *main,
             "tcp flags & syn == syn goto syn_in",
-            # One that rides on a datagram is told from it by the enforcer, where the flow is not released.
             f"udp length 8 @th,128,32 == 0x{MAGIC.hex()} goto message",
+            # nft cannot compute where the surplus area begins, so a piggybacked message is told by its packet's marker.
+            f"meta l4proto udp ip id {MARKER_ID:#x} goto message",
+            f"meta l4proto udp ip6 flowlabel {MARKER_ID:#x} goto message",
             *rest,
             "meta l4proto != tcp ct state new ip saddr @node4 goto node",
             "meta l4proto != tcp ct state new ip6 saddr @node6 goto node",

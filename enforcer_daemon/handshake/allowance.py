@@ -21,6 +21,30 @@ _LEAST_BURST = 4.0
 """So that the reserves leave something to every rank, whatever the rate."""
 
 
+class TokenBucket:
+    """So many of something a second, and as many at once; what is refused is counted."""
+
+    __slots__ = ("_bound", "_burst", "_hits", "_left", "_rate", "_since")
+
+    def __init__(self, rate: float, hits: BoundHits, bound: Bound) -> None:
+        self._hits = hits
+        self._bound = bound
+        self._rate = rate
+        self._burst = max(1.0, rate)
+        self._left = self._burst
+        self._since = 0.0
+
+    def take(self, now: float) -> bool:
+        """Take one; tell whether there was one."""
+        self._left = min(self._burst, self._left + max(0.0, now - self._since) * self._rate)
+        self._since = now
+        if self._left < 1.0:
+            self._hits[self._bound] += 1
+            return False
+        self._left -= 1.0
+        return True
+
+
 class Allowance:
     """The signature checks that a node will still make, for whom."""
 

@@ -33,6 +33,7 @@ class Bound(Enum):
     REPORTS = "reports"
     HANDSHAKES_AGAIN = "handshakes-again"
     OWN_PACKETS = "own-packets"
+    LEASES = "leases"
 
     __hash__ = object.__hash__  # Members are single objects; Enum's own hash is in Python.
 

@@ -16,6 +16,7 @@ from enforcer_daemon.errors import FrameError
 from enforcer_daemon.handshake.flows import Flow
 from enforcer_daemon.handshake.frames import (
     MAGIC,
+    MARKER_ID,
     PROOF_BYTES,
     TYPE_ANSWER,
     TYPE_OFFER,
@@ -31,7 +32,7 @@ from enforcer_daemon.handshake.machine import DATAGRAM_TRANSITIONS, Event, State
 from enforcer_daemon.handshake.peers import Peer
 from enforcer_daemon.handshake.proofs import frame_hash, require_equal
 from enforcer_daemon.model import Decision, Direction, Protocol, RuleRef
-from enforcer_daemon.packet.udp import UDPDatagram, find_option
+from enforcer_daemon.packet.udp import UDPDatagram, find_option, is_marked, with_marker, with_option, without_surplus
 from enforcer_daemon.reasons import Reason
 from enforcer_daemon.verdict import Verdict
 
@@ -59,6 +60,30 @@ def find_message(datagram: UDPDatagram) -> tuple[bytes, bool] | None:
     return option.content, is_lone
 
 
+def beside(datagram: UDPDatagram, message: bytes) -> bytes:
+    """Write a datagram of the pod's again with a message beside it, and the marker by which rules find it.
+
+    Raise PacketError if only the beginning of the packet is at hand, or it will be cut.
+    """
+    return with_option(datagram, RIDING_EXID, message, MARKER_ID)
+
+
+def marked(datagram: UDPDatagram) -> bytes | None:
+    """Write a datagram of the pod's again with the marker; None if it cannot be rewritten."""
+    is_whole = datagram.tail <= len(datagram.packet) and datagram.end <= len(datagram.packet)
+    return with_marker(datagram, MARKER_ID) if is_whole and not datagram.is_cut else None
+
+
+def bare(datagram: UDPDatagram) -> bytes:
+    """Write a datagram again without the message beside it and without its marker.
+
+    What stood in the marker's place is not known: 0, which is all that an atomic datagram needs (RFC 6864).
+    """
+    if is_marked(datagram.packet, MARKER_ID):
+        datagram = datagram._replace(packet=with_marker(datagram, 0))
+    return without_surplus(datagram)
+
+
 def responder_proof(key: bytes, nonces: bytes, offer_hash: bytes, answer: bytes) -> bytes:
     """Compute proof_r; the proof field of `answer` is not covered."""
     return hmac.digest(key, b"datagram-answer" + nonces + offer_hash + without_proof(answer), "sha256")[:PROOF_BYTES]
@@ -77,7 +102,7 @@ class DatagramFlow(Flow):
 
     __slots__ = ("drained_at", "repeat_at", "repeats")
 
-    protocol: ClassVar[int] = Protocol.UDP
+    protocol: ClassVar[Protocol] = Protocol.UDP
 
     def __init__(self, key: bytes, local: LocalToken, state: State, deadline: float) -> None:
         super().__init__(key, local, state, deadline)
@@ -100,6 +125,7 @@ class DatagramInitiatorFlow(DatagramFlow):
     """A flow that the pod opens."""
 
     __slots__ = (
+        "doubted_until",
         "is_external_allowed",
         "is_overdue",
         "is_shown",
@@ -125,6 +151,8 @@ class DatagramInitiatorFlow(DatagramFlow):
         self.proof = b""
         """The message that carries proof_i, once the answer is verified."""
         self.opened_at = self.offered_at = now
+        self.doubted_until = 0.0
+        """Until when the flow is not given to the kernel by its peer's address alone, monotonic seconds."""
         self.is_external_allowed = False
         """Whether policy lets the pod reach this address whoever is there: then its datagrams need not wait."""
         self.is_overdue = False

@@ -29,7 +29,7 @@ class Flow:
 
     __slots__ = ("deadline", "held", "key", "local", "release", "source", "state")
 
-    protocol: ClassVar[int] = Protocol.TCP
+    protocol: ClassVar[Protocol] = Protocol.TCP
     direction: ClassVar[Direction] = Direction.INGRESS
     """EGRESS where the pod opens the flow."""
 
@@ -72,7 +72,7 @@ def fragmentation_of(nonce: bytes) -> bytes:
 class InitiatorFlow(Flow):
     """A connection that the pod opens."""
 
-    __slots__ = ("again", "frame", "isn", "isn_r", "nonce", "peer", "proof")
+    __slots__ = ("address", "again", "frame", "isn", "isn_r", "nonce", "peer", "proof")
 
     direction: ClassVar[Direction] = Direction.EGRESS
 
@@ -82,6 +82,8 @@ class InitiatorFlow(Flow):
         self.isn = isn
         self.frame = encode_syn(SynFrame(nonce, local.block))
         self.peer: Peer | None = None
+        self.address = b""
+        """The peer's own address, as its enforcer states it."""
         self.proof = b""
         self.isn_r = 0
         self.again: tuple[Inject, ...] = ()

@@ -5,7 +5,8 @@ SYN      magic 4 | version 1 | type 1 | length 2 | nonce 16 | identity block
 SYN-ACK  magic 4 | version 1 | type 2 | length 2 | nonce 16 | address 16 | port 2 | proof 16 | identity block
 identity block   credential length 2 | token length 2 | credential | token
 option   kind 253 | length 20 | ExID 2 | proof 16
-datagrams: types 3 (as SYN) and 4 (as SYN-ACK); 5: head | proof 16; 6: head alone, "shake hands again"
+datagrams: types 3 (as SYN) and 4 (as SYN-ACK); 5: head | proof 16; 6: head alone, "shake hands again";
+           7: see leaseframes.py
 """
 
 from __future__ import annotations
@@ -25,8 +26,12 @@ TYPE_OFFER = 3
 TYPE_ANSWER = 4
 TYPE_PROOF = 5
 TYPE_AGAIN = 6
+TYPE_LEASE = 7
 NONCE_BYTES = 16
 PROOF_BYTES = 16
+MARKER_ID = 0x5452
+"""IPv4 identification (with DONT_FRAGMENT, so it has no other use: RFC 6864) or IPv6 flow label of a datagram that
+carries a piggybacked message: nft cannot compute where the surplus area begins."""
 
 _HEAD = Struct("!4sBBH16s")
 _ANSWER = Struct("!16sH16s")
@@ -35,6 +40,10 @@ SYN_OVERHEAD = _HEAD.size
 SYN_ACK_OVERHEAD = _HEAD.size + _ANSWER.size
 MAX_FRAME_BYTES = 9_000
 """A jumbo packet; no frame can be larger than one packet."""
+
+MARKER_ID = 0x5452
+"""What marks a datagram with a message beside it at a fixed offset, for rules that cannot compute where its surplus
+area begins: IPv4 identification, with DONT_FRAGMENT set, or IPv6 flow label."""
 
 PROOF_OPTION_BYTES = 20
 PROOF_EXID = b"\x54\x52"
@@ -86,7 +95,7 @@ def encode_syn(frame: SynFrame, kind: int = TYPE_SYN) -> bytes:
 
 def decode_syn(payload: bytes, kind: int = TYPE_SYN) -> SynFrame:
     """Read such a frame; raise FrameError for anything else."""
-    nonce = _decode_head(payload, kind)
+    nonce = decode_head(payload, kind)
     return SynFrame(nonce, payload[_HEAD.size :])
 
 
@@ -98,7 +107,7 @@ def encode_syn_ack(frame: SynAckFrame, kind: int = TYPE_SYN_ACK) -> bytes:
 
 def decode_syn_ack(payload: bytes, kind: int = TYPE_SYN_ACK) -> SynAckFrame:
     """Read such a frame; raise FrameError for anything else."""
-    nonce = _decode_head(payload, kind)
+    nonce = decode_head(payload, kind)
     if len(payload) < SYN_ACK_OVERHEAD:
         raise FrameError(Reason.MALFORMED_FRAME, "SYN-ACK frame is truncated")
     address, port, proof = _ANSWER.unpack_from(payload, _HEAD.size)
@@ -122,7 +131,7 @@ def encode_proof(nonce: bytes, proof: bytes) -> bytes:
 
 def decode_proof(payload: bytes) -> tuple[bytes, bytes]:
     """Read nonce and proof; raise FrameError for anything else."""
-    nonce = _decode_head(payload, TYPE_PROOF)
+    nonce = decode_head(payload, TYPE_PROOF)
     if len(payload) != _HEAD.size + PROOF_BYTES:
         raise FrameError(Reason.MALFORMED_FRAME, f"proof of {len(payload) - _HEAD.size} bytes")
     return nonce, payload[_HEAD.size :]
@@ -135,10 +144,15 @@ def encode_again(nonce: bytes) -> bytes:
 
 def decode_again(payload: bytes) -> bytes:
     """Read its nonce; raise FrameError for anything else."""
-    nonce = _decode_head(payload, TYPE_AGAIN)
+    nonce = decode_head(payload, TYPE_AGAIN)
     if len(payload) != _HEAD.size:
         raise FrameError(Reason.MALFORMED_FRAME, "more than the head")
     return nonce
+
+
+def encode_head(kind: int, length: int, nonce: bytes) -> bytes:
+    """Write the head of a message of a kind, whose whole length is given."""
+    return _HEAD.pack(MAGIC, VERSION, kind, length, nonce)
 
 
 def frame_type(payload: bytes) -> int:
@@ -148,7 +162,8 @@ def frame_type(payload: bytes) -> int:
     return payload[5]
 
 
-def _decode_head(payload: bytes, expected_type: int) -> bytes:
+def decode_head(payload: bytes, expected_type: int) -> bytes:
+    """Read a head and return its nonce; raise FrameError if it is of another kind or states another length."""
     if len(payload) < _HEAD.size:
         raise FrameError(Reason.MALFORMED_FRAME, "truncated")
     magic, version, kind, length, nonce = _HEAD.unpack_from(payload)

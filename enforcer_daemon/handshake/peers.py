@@ -37,13 +37,14 @@ _Value = TypeVar("_Value")
 class Peer:
     """A pod at the other end, as its verified token states it. Compared by object: it keys caches."""
 
-    __slots__ = ("addresses", "ephemeral_key", "identity", "not_after", "round_trip_s", "token_hash")
+    __slots__ = ("addresses", "ephemeral_key", "identity", "issued_at", "not_after", "round_trip_s", "token_hash")
 
     def __init__(self, claims: Claims, token: bytes, credential: Credential) -> None:
         self.identity: Identity = claims.identity
         self.addresses = frozenset(address.packed for address in claims.identity.ips)
         self.ephemeral_key = claims.ephemeral_key
         self.token_hash = frame_hash(token)
+        self.issued_at = claims.issued_at
         self.not_after = min(claims.expires_at, credential.not_after)
         self.round_trip_s = 0.0
         """How long it takes from our SYN-ACK to its proof, smoothed; 0 where that is not known yet."""

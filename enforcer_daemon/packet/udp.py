@@ -26,6 +26,8 @@ _EXTENDED = 255
 _HEADER = Struct("!HHHH")
 _OPTION = Struct("!HBBHH")
 _OCS_BYTES = 2
+_DONT_FRAGMENT = b"\x40\x00"
+_FLOW_LABEL = 0xF_FFFF
 SURPLUS_OVERHEAD = _OPTION.size
 """Bytes of the surplus area before the option's content, without the one that makes its offset even."""
 
@@ -114,13 +116,38 @@ def encode_option(udp_length: int, exid: int, content: bytes) -> bytes:
     return padding + _OPTION.pack(ocs, *head) + content
 
 
-def with_option(datagram: UDPDatagram, exid: int, content: bytes) -> bytes:
+def with_option(datagram: UDPDatagram, exid: int, content: bytes, marker: int | None = None) -> bytes:
     """Write the packet again with an option behind the user data, in place of any surplus area.
 
-    Raise PacketError where only the beginning of the packet is at hand, or it will be cut.
+    `marker`: see `with_marker`. Raise PacketError where only the beginning of the packet is at hand, or it will be cut.
     """
     surplus = encode_option(datagram.tail - datagram.offset, exid, content)
-    return _rewritten(datagram, surplus)
+    return _rewritten(datagram if marker is None else _marked(datagram, marker), surplus)
+
+
+def with_marker(datagram: UDPDatagram, marker: int) -> bytes:
+    """Write the packet again with a number of 16 bits at a fixed offset.
+
+    It is the IPv4 identification, with DONT_FRAGMENT set, so that no fragments are taken for those of another packet
+    (RFC 6864), or the IPv6 flow label. Raise PacketError as `with_option` does.
+    """
+    return _rewritten(_marked(datagram, marker), datagram.packet[datagram.tail : datagram.end])
+
+
+def is_marked(packet: bytes, marker: int) -> bool:
+    """Tell whether a packet bears the number of `with_marker`."""
+    if packet[0] >> 4 == 4:
+        return packet[4:6] == marker.to_bytes(2, "big")
+    return int.from_bytes(packet[1:4], "big") & _FLOW_LABEL == marker
+
+
+def _marked(datagram: UDPDatagram, marker: int) -> UDPDatagram:
+    packet = datagram.packet
+    if packet[0] >> 4 == 4:
+        head = packet[:4] + marker.to_bytes(2, "big") + _DONT_FRAGMENT + packet[8:]
+    else:
+        head = packet[:1] + (packet[1] & 0xF0).to_bytes(1, "big") + marker.to_bytes(2, "big") + packet[4:]
+    return datagram._replace(packet=head)
 
 
 def without_surplus(datagram: UDPDatagram) -> bytes:

@@ -91,6 +91,16 @@ class Metrics:
         self.ended_flows = Counter(
             "enforcer_ended_flows", "Established flows that a change no longer allowed.", registry=self.registry
         )
+        self.lapsed_flows = Counter(
+            "trireme_lapsed_flows",
+            "Established flows that ended because their peer fell silent.",
+            registry=self.registry,
+        )
+        self.unanswered_leases = Gauge(
+            "trireme_unanswered_leases",
+            "Pairs of pods with flows whose lease messages never came through; silence does not end their flows.",
+            registry=self.registry,
+        )
         self.half_open_flows = Gauge(
             "enforcer_half_open_flows", "Unfinished handshakes of all pods.", registry=self.registry
         )

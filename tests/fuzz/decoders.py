@@ -35,6 +35,7 @@ from enforcer_daemon.handshake.frames import (
     proof_option,
     without_proof,
 )
+from enforcer_daemon.handshake.leaseframes import decode_lease, encode_lease, require_mac
 from enforcer_daemon.identity.credential import TrustBundle, decode_credential
 from enforcer_daemon.identity.tokens import Claims, decode_token, encode_token
 from enforcer_daemon.packet.ip import decode_ip
@@ -129,6 +130,11 @@ def frame(content: bytes) -> None:
         assert encode_proof(*decode_proof(content)) == content
     with suppress(FrameError):
         assert encode_again(decode_again(content)) == content
+    with suppress(FrameError):
+        lease = decode_lease(content)
+        with_mac = encode_lease(lease, b"key")
+        assert decode_lease(with_mac)._replace(mac=lease.mac) == lease
+        require_mac(with_mac, b"key")
     for kind in (TYPE_OFFER, TYPE_ANSWER):
         with suppress(FrameError):
             assert frame_type(content) != kind or decode_syn(content, kind).block == content[24:]

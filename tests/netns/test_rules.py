@@ -18,12 +18,15 @@ from enforcer_daemon.dataplane.backends import RulesBackend, choose_backend
 from enforcer_daemon.dataplane.inject import Injector
 from enforcer_daemon.dataplane.netns import open_in
 from enforcer_daemon.dataplane.tools import run_in
+from enforcer_daemon.handshake.frames import MARKER_ID
 from enforcer_daemon.model import Direction
+from enforcer_daemon.packet.udp import build_udp, decode_udp, with_marker
 from enforcer_daemon.settings import RulesBackend as BackendSetting
 from enforcer_daemon.verdict import ACCEPT, DROP, Action, Settle, Verdict
 from tests.netns.lab import (
     ACK,
     EVERY_BACKEND,
+    FAMILIES,
     NODE,
     POD,
     REMOTE,
@@ -254,6 +257,34 @@ def test_forget_takes_a_release_back(lab: Lab, version: int) -> None:
                     accepted.recv(16)
     finally:
         injector.close()
+
+
+def test_a_marked_datagram_of_a_released_flow_is_queued_and_shows_the_release(lab: Lab, version: int) -> None:
+    """A message behind its data is for the enforcer; nft cannot find it there."""
+    judge = Recorder(lambda *_: Verdict(Action.RELEASE, mark=marks.released_mark(7)))
+    with (
+        serve(lab, judge),
+        lab.socket(lab.pod, version, socket.SOCK_DGRAM) as server,
+        lab.socket(lab.remote, version, socket.SOCK_DGRAM) as client,
+        open_in(lab.remote, lambda: socket.socket(FAMILIES[version], socket.SOCK_RAW, socket.IPPROTO_RAW)) as raw,
+    ):
+        server.bind((POD[version], 5353))
+        client.bind((REMOTE[version], 4444))
+        client.sendto(b"first", (POD[version], 5353))
+        assert server.recv(100) == b"first"
+        client.sendto(b"in the kernel", (POD[version], 5353))
+        assert server.recv(100) == b"in the kernel"
+        assert len(judge.seen) == 1
+        judge.answer = lambda *_: ACCEPT
+        ends = ip_address(REMOTE[version]).packed, ip_address(POD[version]).packed
+        marked = with_marker(decode_udp(build_udp(*ends, (4444, 5353), b"marked")), MARKER_ID)
+        raw.sendto(marked, (POD[version], 0))
+        assert server.recv(100) == b"marked"
+        ((packet, *seen),) = judge.seen[1:]
+        assert (decode_udp(packet).payload, seen) == (b"marked", [Direction.INGRESS, marks.released_mark(7)])
+        client.sendto(b"still in the kernel", (POD[version], 5353))
+        assert server.recv(100) == b"still in the kernel"
+        assert len(judge.seen) == 2
 
 
 def test_icmp_passes_without_an_enforcer(lab: Lab, version: int) -> None:

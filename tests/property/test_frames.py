@@ -24,6 +24,7 @@ from enforcer_daemon.handshake.frames import (
     proof_option,
     without_proof,
 )
+from enforcer_daemon.handshake.leaseframes import LeaseFlag, LeaseMessage, decode_lease, encode_lease
 from enforcer_daemon.packet.tcp import walk_options
 from enforcer_daemon.reasons import Reason
 
@@ -38,13 +39,23 @@ kernel_options = st.sampled_from(
 
 @given(st.one_of(st.binary(max_size=200), st.binary(max_size=200).map(lambda rest: MAGIC + b"\x01" + rest)))
 def test_any_bytes_are_a_frame_or_a_frame_error(payload: bytes) -> None:
-    for decode in (decode_syn, decode_syn_ack, decode_block):
+    for decode in (decode_syn, decode_syn_ack, decode_block, decode_lease):
         reason = None
         try:
             decode(payload)
         except FrameError as err:
             reason = err.reason
         assert reason in (None, Reason.MALFORMED_FRAME, Reason.FRAME_VERSION)
+
+
+@given(nonces, nonces, nonces, nonces, st.integers(0, 7), blocks, st.none() | st.binary(min_size=32, max_size=32))
+def test_a_lease_message_round_trips(
+    nonce: bytes, echo: bytes, sender: bytes, receiver: bytes, flags: int, block: bytes, key: bytes | None
+) -> None:
+    shown = block or b"block" if flags & LeaseFlag.PRESENTS else b""
+    message = LeaseMessage(nonce, echo, sender, receiver, LeaseFlag(flags), block=shown)
+    read = decode_lease(encode_lease(message, key))
+    assert read._replace(mac=message.mac) == message
 
 
 @given(nonces, blocks)

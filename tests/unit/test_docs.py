@@ -16,6 +16,9 @@ from pathlib import Path
 import pytest
 
 from enforcer_daemon.handshake import frames
+from enforcer_daemon.handshake.lapse import TCP_LAPSE_S, UDP_LAPSE_S
+from enforcer_daemon.handshake.leaseframes import LEASE_BYTES, LEASE_PORT
+from enforcer_daemon.handshake.leasepairs import MAX_PAIRS
 from enforcer_daemon.handshake.machine import DATAGRAM_TRANSITIONS, TRANSITIONS, Event, State
 from enforcer_daemon.identity.dictionary import TOKEN_DICTIONARY
 from enforcer_daemon.identity.tokens import MAX_CLAIMS_BYTES
@@ -155,6 +158,12 @@ def test_wire_constants() -> None:
         f"| {frames.SYN_OVERHEAD} | rest | identity block |",
         f"| {frames.SYN_ACK_OVERHEAD} | rest | identity block |",
         f"| {frames.PROOF_BYTES} | proof_i |",
+        f"version {frames.VERSION}, type {frames.TYPE_LEASE}, length",
+        f"| {LEASE_BYTES} | rest | the sender's identity block",
+        f"from port {LEASE_PORT:,} to\nport {LEASE_PORT:,}",
+        f"IPv4 identification {frames.MARKER_ID:#06x}",
+        f"After {UDP_LAPSE_S:.0f} s the pair's UDP flows lapse, after\n  {TCP_LAPSE_S:.0f} s its TCP connections",
+        f"| pairs of a pod | {MAX_PAIRS:,};",
         f"kind {OPTION_EXPERIMENT_1} (RFC 4727)",
         f"length {frames.PROOF_OPTION_BYTES} |",
         f"`{frames.PROOF_EXID.hex(' ')}` on a segment",
@@ -182,14 +191,18 @@ def example() -> dict[str, bytes]:
     return {name: bytes.fromhex(digits) for name, digits in values.items()}
 
 
-def render_datagrams() -> str:
-    known = json.loads(read("tests/vectors/handshake/version-1.json"))["datagrams"]
+def render_known(section: str) -> str:
+    known = json.loads(read("tests/vectors/handshake/version-1.json"))[section]
     pieces = [(name, textwrap.wrap(digits, 64)) for name, digits in known.items()]
     return "\n".join(f"{'' if n else name:<26}{line}" for name, lines in pieces for n, line in enumerate(lines))
 
 
 def test_example_of_datagrams_is_the_known_answer() -> None:
-    assert fenced(read("docs/protocol.md"), "text datagrams") == render_datagrams()
+    assert fenced(read("docs/protocol.md"), "text datagrams") == render_known("datagrams")
+
+
+def test_example_of_leases_is_the_known_answer() -> None:
+    assert fenced(read("docs/protocol.md"), "text lease") == render_known("lease")
 
 
 def sha256_of(digits: str) -> str:

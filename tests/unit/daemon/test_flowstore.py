@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import stat
+from dataclasses import replace
 from ipaddress import ip_address
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from enforcer_daemon.daemon import flowstore
 from enforcer_daemon.daemon.flowstore import FlowStore
 from enforcer_daemon.datapath.flowindex import FIRST, FlowIndex, JudgedFlow
 from enforcer_daemon.marks import MAX_INDEX
@@ -154,3 +156,20 @@ def test_any_bytes_are_an_index_or_reported(tmp_path: Path, content: bytes):
     (tmp_path / "flows" / "one.jsonl").write_bytes(content)
     log = Log()
     assert len(load(tmp_path, log)) + len(log.errors) == len(content.splitlines())
+
+
+def test_a_later_line_replaces_an_entry_and_spare_lines_are_bounded(tmp_path: Path, monkeypatch: Any) -> None:
+    monkeypatch.setattr(flowstore, "MAX_SPARE_LINES", 3)
+    kept, path = store(tmp_path), tmp_path / "flows" / "one.jsonl"
+    kept.append([entry(FIRST), entry(FIRST + 1)])
+    index = load(tmp_path)
+    for app in "abcd":
+        relabelled = replace(PEER, labels={"app": app})
+        kept.replace(index.replace_peer([FIRST], relabelled), index)
+        (found, other) = (load(tmp_path).get(at) for at in (FIRST, FIRST + 1))
+        assert found is not None
+        assert other is not None
+        assert (found.peer.labels, other.peer.labels) == ({"app": app}, PEER.labels)
+        assert len(path.read_text().splitlines()) <= 2 + 3
+    assert len(path.read_text().splitlines()) == 2
+    assert stat.S_IMODE(path.stat().st_mode) == 0o600

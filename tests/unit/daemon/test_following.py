@@ -14,7 +14,7 @@ import structlog
 
 from enforcer_daemon.daemon import following as module
 from enforcer_daemon.daemon.endpoint import Change
-from enforcer_daemon.daemon.following import Following, batches
+from enforcer_daemon.daemon.following import Following, FollowingWork, batches
 from enforcer_daemon.model import Identity, PodRef
 from enforcer_daemon.sources.turns import Turns
 
@@ -83,6 +83,12 @@ class FakeRejudging:
         """Do nothing."""
 
 
+class FakeStale:
+    """Has nothing to end."""
+
+    is_pending = False
+
+
 @pytest.fixture
 def pair(monkeypatch: pytest.MonkeyPatch) -> tuple[FakeEndpoint, FakeEndpoint]:
     monkeypatch.setattr(module, "guarded", lambda *_: None)
@@ -92,7 +98,8 @@ def pair(monkeypatch: pytest.MonkeyPatch) -> tuple[FakeEndpoint, FakeEndpoint]:
 def following(*endpoints: FakeEndpoint) -> Following:
     by_netns: Any = dict(enumerate(endpoints))
     nothing = cast(Any, None)
-    return Following(by_netns, Turns(), nothing, cast(Any, FakeRejudging()), nothing, structlog.get_logger())
+    work = FollowingWork(nothing, Turns(), cast(Any, FakeRejudging()), cast(Any, FakeStale()))
+    return Following(by_netns, work, nothing, structlog.get_logger())
 
 
 def test_a_slow_namespace_holds_up_no_other_and_skips_what_lies_between(

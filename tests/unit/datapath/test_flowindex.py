@@ -91,3 +91,35 @@ def test_a_full_table_gives_unknown_and_still_finds_what_it_has(monkeypatch: pyt
     assert not index.is_complete
     assert number(index) == FIRST
     assert index.get(UNKNOWN) is None
+
+
+def test_flows_of_a_pod_are_found_by_its_address_name_and_uid():
+    index = FlowIndex()
+    first, second = number(index, replace(WEB, uid="1")), number(index, replace(WEB, pod=PodRef("shop", "later")))
+    assert set(index.of_pod(WEB)) == {first}
+    assert set(index.of_pod(replace(WEB, uid="1"))) == {first}
+    assert index.of_pod(replace(WEB, uid="2")) == {}
+    assert index.of_pod(replace(WEB, ips=(ip_address("10.0.0.10"),))) == {}
+    assert set(index.of_strangers(WEB)) == {second}
+
+
+def test_flows_follow_their_peers_identity():
+    index = FlowIndex()
+    one, other = number(index), number(index, port=81)
+    relabelled = replace(WEB, labels={"app": "quarantine"})
+    changed = index.replace_peer([one, other], relabelled)
+    assert [(at, flow.peer) for at, flow in changed] == [(one, relabelled), (other, relabelled)]
+    assert number(index, relabelled) == one
+    assert number(index) not in (one, other)
+    index.replace_peer(index.of_pod(relabelled), WEB)
+    assert {flow.peer for _, flow in index} == {WEB}
+    assert number(index, port=81) == other
+
+
+def test_flows_that_ended_with_their_pod_are_not_found_until_their_number_is_used_again():
+    index = FlowIndex()
+    one = number(index)
+    index.note_ended([one])
+    assert (index.of_pod(WEB), index.of_strangers(replace(WEB, pod=PodRef("shop", "later")))) == ({}, {})
+    assert number(index) == one
+    assert set(index.of_pod(WEB)) == {one}

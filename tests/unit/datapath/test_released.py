@@ -11,7 +11,7 @@ from enforcer_daemon.verdict import Action
 from tests.unit.datapath.pair import Connection, connect, make_pair, release, segment
 
 
-def test_a_new_connection_on_released_ports_takes_back_the_release() -> None:
+def test_the_servers_answer_to_a_new_connection_takes_back_the_release() -> None:
     connection = Connection(*make_pair())
     release(connection)
     again = Connection(connection.client, connection.server, isn_i=9_000, isn_r=9_500)
@@ -19,8 +19,10 @@ def test_a_new_connection_on_released_ports_takes_back_the_release() -> None:
     verdict = again.client.verdict(again.syn(), Direction.EGRESS, mark=RELEASED)
     assert verdict.action is Action.FORGET
     arrived = again.server.verdict(verdict.payload or b"", Direction.INGRESS, mark=RELEASED)
-    assert (arrived.action, arrived.payload) == (Action.FORGET, again.syn())
-    (syn_ack,) = again.server.send(again.syn_ack())
+    assert (arrived.action, arrived.payload) == (Action.ACCEPT, again.syn())  # It proves nothing.
+    answer = again.server.verdict(again.syn_ack(), Direction.EGRESS, mark=RELEASED)
+    assert answer.action is Action.FORGET  # The server's kernel has no other connection of these ports.
+    syn_ack = answer.payload or b""
     again.client.receive(syn_ack)
     (ack,) = again.client.send(again.ack())
     assert find_proof(segment(ack).options) is not None

@@ -6,9 +6,9 @@ from __future__ import annotations
 from dataclasses import replace
 from ipaddress import IPv6Address, ip_address, ip_network
 
-from enforcer_daemon.dataplane import guard_egress, guard_masquerade, guard_spoofing, guard_vouched
+from enforcer_daemon.dataplane import guard_egress, guard_fresh, guard_masquerade, guard_spoofing, guard_vouched
 from enforcer_daemon.dataplane.guard import first_portion, render_apply, render_remove, render_replace
-from enforcer_daemon.dataplane.guard_rules import ALLOWS_ALL, GuardedEndpoint, Links
+from enforcer_daemon.dataplane.guard_rules import ALLOWS_ALL, GuardedEndpoint, Links, without_log
 from enforcer_daemon.dataplane.guard_sets import new_sets, old_sets
 from enforcer_daemon.dataplane.guard_shares import endpoint_sets
 from enforcer_daemon.model import AttachmentId, Protocol
@@ -111,13 +111,44 @@ def test_an_endpoint_that_is_no_longer_isolated_keeps_nothing_of_it() -> None:
 
 def test_only_addresses_that_changed_are_touched() -> None:
     moved = replace(WEB, addresses=(ip_address("fd00::5"), ip_address("10.0.0.6")))
-    elements = [line for line in render_apply(WEB, moved, on_links=False).splitlines() if "element" in line]
+    lines = render_apply(WEB, moved, on_links=False).splitlines()
+    elements = [line for line in lines if "element" in line and "fresh_" not in line]
     assert elements[0] == "delete element inet trireme_guard endpoints4 { 10.0.0.5 }"
     assert elements[1].startswith("add element inet trireme_guard endpoints4 { 10.0.0.6 : goto endpoint_")
     assert elements[2:] == [
         "delete element inet trireme_guard pods4 { 10.0.0.5 }",
         "add element inet trireme_guard pods4 { 10.0.0.6 }",
+        "delete element inet trireme_guard own4 { 10.0.0.5 }",
+        "add element inet trireme_guard own4 { 10.0.0.6 }",
     ]
+    assert {line.split("{ ")[1].split()[0] for line in lines if "fresh_" in line} == {"10.0.0.5", "10.0.0.6"}
+
+
+def test_an_address_is_fresh_for_as_long_as_its_releases_elsewhere_may_last() -> None:
+    lines = guard_fresh.freshen_lines([ip_address("10.0.0.5")])
+    assert [line.replace("element inet trireme_guard ", "") for line in lines] == [
+        "add fresh_tcp4 { 10.0.0.5 timeout 600s }",
+        "delete fresh_tcp4 { 10.0.0.5 }",
+        "add fresh_udp4 { 10.0.0.5 timeout 120s }",
+        "delete fresh_udp4 { 10.0.0.5 }",
+        "add fresh_tcp4 { 10.0.0.5 timeout 600s }",
+        "add fresh_udp4 { 10.0.0.5 timeout 120s }",
+    ]
+
+
+def test_an_endpoint_that_stays_as_it_was_is_not_fresh_again() -> None:
+    assert [line for line in render_apply(WEB, CAGED, on_links=False).splitlines() if "fresh" in line] == []
+
+
+def test_a_kernel_that_does_not_log_gets_all_other_rules() -> None:
+    lines = render_replace([WEB], [ip_network("10.0.0.0/8")], on_links=False).splitlines()
+    left = without_log(lines)
+    assert {line.split()[4] for line in lines if line not in left} == {
+        "drop_egress_denied",
+        "drop_unknown_flow",
+        "datagram_sent",
+    }
+    assert [line for line in left if " log " in line] == []
 
 
 def test_remove_takes_elements_before_the_chains_they_lead_to() -> None:

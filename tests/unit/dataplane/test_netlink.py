@@ -10,6 +10,7 @@ import pytest
 
 from enforcer_daemon.dataplane.conntrack import decode_original_source, encode_request
 from enforcer_daemon.dataplane.netlink import Message, decode_attributes, decode_messages, encode_attribute
+from enforcer_daemon.dataplane.nodeflows import SentTuple, decode_entry, encode_filter, encode_tuple
 from enforcer_daemon.errors import DataplaneError
 
 
@@ -56,3 +57,32 @@ def test_the_answer_states_the_original_source() -> None:
     for useless in (b"", bytes(4), answer(2, bytes(4)), answer(1, bytes(5))):
         with pytest.raises(DataplaneError, match="no original source"):
             decode_original_source(useless)
+
+
+def _tuple(protocol: int, source: str, destination: str, ports: tuple[int, int]) -> bytes:
+    return decode_attributes(
+        encode_tuple(SentTuple(protocol, ip_address(source), ports[0], ip_address(destination), ports[1]))
+    )[1]
+
+
+def test_an_entry_is_named_by_its_tuple_zone_and_identifier() -> None:
+    original = _tuple(6, "10.0.0.1", "10.96.0.1", (4000, 80))
+    reply = _tuple(6, "10.0.0.2", "10.0.0.1", (8080, 4000))
+    body = b"\x02\0\0\0" + encode_attribute(1 | 0x8000, original) + encode_attribute(2 | 0x8000, reply)
+    body += encode_attribute(12, b"abcd") + encode_attribute(18, b"\0\7") + encode_attribute(8, bytes(4))
+    for address in ("10.0.0.1", "10.0.0.2", "10.96.0.1"):
+        request = decode_entry(body, ip_address(address))
+        assert request is not None
+        assert request[:4] == b"\x02\0\0\0"
+        assert decode_attributes(request[4:]) == {1: original, 12: b"abcd", 18: b"\0\7"}
+    assert decode_entry(body, ip_address("10.0.0.3")) is None
+
+
+@pytest.mark.parametrize("side", [1, 2])
+def test_a_dump_is_filtered_by_the_source_of_one_direction(side: int) -> None:
+    request = encode_filter(ip_address("10.0.0.1"), side)
+    wanted = decode_attributes(request[4:])
+    assert request[0] == 2
+    assert decode_attributes(decode_attributes(wanted[side])[1]) == {1: ip_address("10.0.0.1").packed}
+    assert decode_attributes(wanted[25]) == {side: struct.pack("=I", 1)}
+    assert encode_filter(ip_address("fd00::1"), side) == b"\x0a\0\0\0"  # The kernel's filter is wrong there.

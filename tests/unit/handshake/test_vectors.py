@@ -37,6 +37,7 @@ from enforcer_daemon.handshake.frames import (
     find_proof,
     proof_option,
 )
+from enforcer_daemon.handshake.leaseframes import LEASE_PORT, decode_lease, encode_lease, require_mac
 from enforcer_daemon.handshake.proofs import Transcript, frame_hash, initiator_proof, pair_key, responder_proof
 from enforcer_daemon.identity.credential import TrustBundle, decode_credential
 from enforcer_daemon.identity.dictionary import TOKEN_DICTIONARY
@@ -131,6 +132,35 @@ def test_the_messages_beside_datagrams_are_these_bytes() -> None:
     surplus = encode_option(UDP_HEADER, LONE_EXID, raw("datagrams", "proof_message"))
     ends = ip_address("10.1.0.2").packed, address
     assert build_udp(*ends, (40_000, 53), b"", surplus) == raw("datagrams", "proof_packet")
+
+
+def test_lease_messages_are_these_bytes() -> None:
+    """A probe, its answer and a presentation; the key and the MACs by the specification's formulas too."""
+    ids = [sha256(raw(side, "token")).digest()[:16] for side in ("initiator", "responder")]
+    first, second = sorted(("initiator", "responder"), key=lambda side: sha256(raw(side, "token")).digest())
+    private = X25519PrivateKey.from_private_bytes(raw(first, "ephemeral_private_key"))
+    shared = private.exchange(X25519PublicKey.from_public_bytes(raw(second, "ephemeral_public_key")))
+    salt = sha256(raw(first, "token")).digest() + sha256(raw(second, "token")).digest()
+    pair = hmac.digest(hmac.digest(salt, shared, "sha256"), b"trireme handshake version 1\x01", "sha256")
+    key = hmac.digest(pair, b"lease key", "sha256")
+    assert key == raw("lease", "lease_key")
+    nonces = raw("initiator", "nonce"), raw("responder", "nonce")
+    block = encode_block(raw("initiator", "credential"), raw("initiator", "token"))
+    for name, fields, flags, rest in (
+        ("probe", (nonces[0], bytes(16), ids[0], ids[1]), 1, b""),
+        ("answer", (nonces[1], nonces[0], ids[1], ids[0]), 0, b""),
+        ("presentation_head", (nonces[0], bytes(16), ids[0], ids[1]), 3, block),
+    ):
+        length = 89 + len(rest)
+        head = b"\xd3TRI\x01\x07" + length.to_bytes(2, "big") + b"".join(fields) + bytes((flags,))
+        expected = head + hmac.digest(key, b"lease" + head + rest, "sha256")[:16]
+        assert expected == raw("lease", name)
+        message = decode_lease(expected + rest)
+        require_mac(expected + rest, key)
+        assert encode_lease(message, key) == expected + rest
+    surplus = encode_option(UDP_HEADER, LONE_EXID, raw("lease", "probe"))
+    ends = ip_address("10.1.0.2").packed, ip_address("10.2.0.2").packed
+    assert build_udp(*ends, (LEASE_PORT, LEASE_PORT), b"", surplus) == raw("lease", "probe_packet")
 
 
 def test_the_specifications_formulas_give_the_same_key_and_proofs() -> None:

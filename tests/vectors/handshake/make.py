@@ -6,6 +6,7 @@ python -m tests.vectors.handshake.make > tests/vectors/handshake/version-1.json
 
 from __future__ import annotations
 
+import hmac
 import json
 import sys
 from datetime import UTC, datetime, timedelta
@@ -31,6 +32,7 @@ from enforcer_daemon.handshake.frames import (
     encode_syn_ack,
     proof_option,
 )
+from enforcer_daemon.handshake.leaseframes import LEASE_BYTES, LEASE_PORT, LeaseFlag, LeaseMessage, encode_lease
 from enforcer_daemon.handshake.proofs import Transcript, frame_hash, initiator_proof, pair_key, responder_proof
 from enforcer_daemon.identity.authority import issue_credential, make_authority, node_spiffe_id
 from enforcer_daemon.identity.credential import decode_credential
@@ -97,7 +99,32 @@ def make() -> dict[str, Any]:
         "proof_i": proof_i.hex(),
         "proof_option": proof_option(proof_i, is_lone=False).hex(),
         "lone_proof_option": proof_option(proof_i, is_lone=True).hex(),
+        "lease": make_lease(raw),
         "datagrams": make_datagrams(key, raw["i"], blank._replace(port=53)),
+    }
+
+
+def make_lease(raw: dict[str, dict[str, bytes]]) -> dict[str, str]:
+    """Make a probe of the client's enforcer and the answer of the server's, and the client's presentation."""
+    one, two = raw["i"], raw["r"]
+    ids = {side: frame_hash(raw[side]["token"])[:16] for side in "ir"}
+    # The token with the lower hash counts as the initiator's.
+    (_, first), (_, second) = sorted((frame_hash(side["token"]), side) for side in (one, two))
+    private = X25519PrivateKey.from_private_bytes(first["ephemeral_private_key"])
+    hashes = frame_hash(first["token"]), frame_hash(second["token"])
+    key = hmac.digest(pair_key(private, second["ephemeral_public_key"], *hashes), b"lease key", "sha256")
+    probe = LeaseMessage(one["nonce"], bytes(16), ids["i"], ids["r"], LeaseFlag.PROBE)
+    answer = LeaseMessage(two["nonce"], one["nonce"], ids["r"], ids["i"], LeaseFlag(0))
+    block = encode_block(one["credential"], one["token"])
+    shown = probe._replace(flags=LeaseFlag.PROBE | LeaseFlag.PRESENTS, block=block)
+    surplus = encode_option(UDP_HEADER, datagrams.LONE_EXID, encode_lease(probe, key))
+    ends = ip_address("10.1.0.2").packed, ip_address("10.2.0.2").packed
+    return {
+        "lease_key": key.hex(),
+        "probe": encode_lease(probe, key).hex(),
+        "answer": encode_lease(answer, key).hex(),
+        "presentation_head": encode_lease(shown, key)[:LEASE_BYTES].hex(),
+        "probe_packet": build_udp(*ends, (LEASE_PORT, LEASE_PORT), b"", surplus).hex(),
     }
 
 

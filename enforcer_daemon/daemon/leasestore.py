@@ -1,0 +1,58 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Pairs whose lease messages have come through, on disk beside the flow index, for the next daemon.
+
+Without it, silence of a peer that died while no daemon ran would count as a path that never carried a lease message.
+"""
+
+from __future__ import annotations
+
+import ipaddress
+import json
+from collections.abc import Iterable
+
+from enforcer_daemon.daemon.flowstore import FlowStore
+from enforcer_daemon.handshake.leasepairs import MAX_PAIRS, PairKey
+from enforcer_daemon.model import PodRef
+
+
+class LeaseStore:
+    """The file of one endpoint."""
+
+    def __init__(self, flows: FlowStore) -> None:
+        self._path = flows.lease_path
+        self._log = flows.log
+        self._saved: frozenset[PairKey] = frozenset()
+
+    def load(self) -> frozenset[PairKey]:
+        """Read what an earlier daemon wrote; what is absent or unreadable is empty."""
+        try:
+            rows = json.loads(self._path.read_bytes())
+            self._saved = frozenset(
+                (str(domain), PodRef(str(namespace), str(name)), ipaddress.ip_address(address).packed)
+                for domain, namespace, name, address in rows[:MAX_PAIRS]
+            )
+        except FileNotFoundError:
+            pass
+        except (OSError, ValueError, TypeError) as err:
+            self._log.error("leases unreadable; silence of peers ends no flow", path=str(self._path), error=str(err))
+        return self._saved
+
+    def save(self, pairs: Iterable[PairKey]) -> None:
+        """Write the pairs, if they are others than before."""
+        present = frozenset(pairs)
+        if present == self._saved:
+            return
+        rows = [
+            [domain, pod.namespace, pod.name, str(ipaddress.ip_address(address))]
+            for domain, pod, address in sorted(present)
+        ]
+        beside = self._path.with_suffix(".leases-new")
+        try:
+            self._path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+            beside.touch(mode=0o600)
+            beside.write_text(json.dumps(rows), encoding="utf-8")
+            beside.replace(self._path)
+        except OSError as err:
+            self._log.error("leases not written", path=str(self._path), error=str(err))
+        else:
+            self._saved = present

@@ -1,0 +1,177 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The guard on fresh addresses: what a pod sends opens a flow or belongs to one that the node knows.
+
+An address is fresh after its pod started, changed its identity, or lost a flow: for as long as a peer may still hold a
+release that the address no longer deserves (handshake/lapse.py). Whoever sends into such a release by packet socket,
+or from a plain socket past an enforcer that has not answered, sends what the node's conntrack does not know:
+
+- TCP that is neither SYN nor RST passes only in a connection with a whole handshake behind it. A stale peer's socket
+  answers a SYN with an ACK that shows its numbers, so a reply alone does not count.
+- UDP in a flow without a reply passes only with a message, which the peer's enforcer evaluates.
+- A stale peer's own segments are refused with RST, which ends its socket; else they would show the numbers.
+- A stale peer's own datagrams look like those of a peer without an enforcer, and replies to them would pass. So a flow
+  is doubted if the peer opens it without a message, or answers without its enforcer's answer before: the guard puts the
+  marker into what the pod sends in it. Then a peer's enforcer sees that, which the release would keep from it; a peer
+  without an enforcer takes no notice. Other messages than an answer do not count, since an unproven request gets them.
+
+Of every registered pod, the daemon hears of datagrams that open a flow into the enforced networks without a message:
+the pod's kernel holds a release that the node's conntrack has lost, and whoever gets them may be another by now.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+
+from enforcer_daemon.dataplane.guard_rules import (
+    LONE_MESSAGE,
+    MARKERS,
+    NAME,
+    GuardedEndpoint,
+    counted_drops,
+    difference,
+    drop,
+    logged,
+    refill,
+)
+from enforcer_daemon.handshake.frames import MARKER_ID, TYPE_ANSWER
+from enforcer_daemon.handshake.lapse import TCP_LAPSE_S, UDP_LAPSE_S
+from enforcer_daemon.model import IPAddress
+from enforcer_daemon.reasons import Reason
+
+TABLE = f"inet {NAME}"
+CHAINS = ("fresh_sent", "fresh_reached", "segment_sent", "datagram_sent", "datagram_arrived", "doubted_sent")
+STRAY = "stray"
+"""Prefix of the log for a datagram that passes, and shows that a release outlived the node's entry."""
+_SENT_HOOK = "type filter hook prerouting priority -148; policy accept;"  # right behind the egress policy
+_ARRIVED_HOOK = "type filter hook forward priority -2; policy accept;"
+_FAMILIES = ((4, "ipv4_addr", "ip"), (6, "ipv6_addr", "ip6"))
+_SETS: Mapping[str, float] = {"fresh_tcp": TCP_LAPSE_S, "fresh_udp": UDP_LAPSE_S}
+_MAX_FLOWS = 65_536
+"""UDP flows of the node that are known as answered, or doubted."""
+_ANSWER = f"{LONE_MESSAGE} @th,168,8 {TYPE_ANSWER}"
+"""The type stands behind magic and version."""
+_NO_SYN = "tcp flags & (syn | rst) == 0"
+_LOCAL_UNTRACKED = "ct state untracked fib daddr type local accept"
+"""A cache on the node whose flows are kept out of conntrack (NodeLocal DNS); no pod is behind it."""
+
+
+def skeleton() -> list[str]:
+    """Return what the addresses hang on."""
+    lines = counted_drops(TABLE, (Reason.UNKNOWN_FLOW,), is_logged=True)
+    for version, kind, _ in _FAMILIES:
+        lines.append(f"add set {TABLE} own{version} {{ type {kind}; }}")
+        lines += [f"add set {TABLE} {name}{version} {{ type {kind}; flags timeout; }}" for name in _SETS]
+        key = f"type {kind} . inet_service . {kind} . inet_service; size {_MAX_FLOWS}"
+        flags = f"flags dynamic,timeout; timeout {UDP_LAPSE_S:.0f}s;"
+        lines += [f"add set {TABLE} {name}{version} {{ {key}; {flags} }}" for name in ("told", "doubted")]
+    lines += refill(TABLE, "segment_sent", tuple(_segment_rules()))
+    lines += refill(TABLE, "doubted_sent", (f"ip id set {MARKER_ID:#x}", f"ip6 flowlabel set {MARKER_ID:#x}", "accept"))
+    lines += refill(TABLE, "datagram_arrived", tuple(_arrival_rules()))
+    lines += refill(TABLE, "datagram_sent", tuple(_datagram_rules()))
+    lines += [*logged(TABLE, "datagram_sent", STRAY), f"add rule {TABLE} datagram_sent accept"]
+    lines.append(f"add chain {TABLE} fresh_sent {{ {_SENT_HOOK} }}")
+    lines += [f"add rule {TABLE} fresh_sent {rule}" for rule in _dispatch_rules()]
+    lines.append(f"add chain {TABLE} fresh_reached {{ {_ARRIVED_HOOK} }}")
+    return lines + [f"add rule {TABLE} fresh_reached {rule}" for rule in _refusal_rules()]
+
+
+def _dispatch_rules() -> Iterable[str]:
+    """Only what goes into the enforced networks, or comes out of them, can meet a release of ours."""
+    yield "meta l4proto != { tcp, udp } accept"
+    yield "meta l4proto tcp ct status assured accept"
+    for version, _, family in _FAMILIES:
+        match = f"{family} saddr @enforced{version} {family} daddr @own{version} meta l4proto udp"
+        yield f"{match} jump datagram_arrived"
+    yield _LOCAL_UNTRACKED
+    for version, _, family in _FAMILIES:
+        into = f"{family} daddr @virtual{version}"  # what the pod dialed, before any translation
+        yield f"{family} saddr @own{version} {into} meta l4proto udp goto datagram_sent"
+        yield f"{family} saddr @fresh_tcp{version} {into} {_NO_SYN} goto segment_sent"
+
+
+def _segment_rules() -> Iterable[str]:
+    yield "ct direction reply ct state established accept"  # the other end opened it, by a SYN
+    yield drop(Reason.UNKNOWN_FLOW)
+
+
+def _datagram_rules() -> Iterable[str]:
+    yield f"{LONE_MESSAGE} accept"
+    yield from (f"{marker} accept" for marker in MARKERS)
+    for version, _, family in _FAMILIES:
+        known = f"meta l4proto udp ct state established {family} saddr @fresh_udp{version} {_original(family)}"
+        yield f"{known} @doubted{version} goto doubted_sent"
+    yield "ct state established accept"
+    for version, _, family in _FAMILIES:
+        yield f"{family} saddr @fresh_udp{version} {drop(Reason.UNKNOWN_FLOW)}"
+
+
+def _arrival_rules() -> Iterable[str]:
+    """Doubt flows; where there is no room to remember that, the datagram is dropped.
+
+    A flow with replies that is older than two seconds counts as assured: its beginning was seen here.
+    """
+    for version, _, family in _FAMILIES:
+        nfproto = f"meta nfproto ipv{version} meta l4proto udp"
+        yield f"{nfproto} {_ANSWER} ct direction reply update @told{version} {{ {_original(family)} }} return"
+    yield f"{LONE_MESSAGE} return"
+    yield from (f"{marker} return" for marker in MARKERS)
+    yield from (f"{family} daddr != @fresh_udp{version} return" for version, _, family in _FAMILIES)
+    yield "ct state { invalid, untracked } return"  # No reply to it counts as established.
+    yield "ct status assured return"
+    yield "ct direction original ct state != new return"
+    for version, _, family in _FAMILIES:
+        nfproto = f"meta nfproto ipv{version} meta l4proto udp"
+        yield f"{nfproto} {_original(family)} @told{version} return"
+        yield f"{nfproto} update @doubted{version} {{ {_original(family)} }} return"
+    yield drop(Reason.UNKNOWN_FLOW)
+
+
+def _original(family: str) -> str:
+    """Name a flow in both directions and whatever NAT does to it, also before conntrack has given it a number."""
+    places = (f"ct original {family} saddr", "ct original proto-src", f"ct original {family} daddr")
+    return " . ".join((*places, "ct original proto-dst"))
+
+
+def _refusal_rules() -> Iterable[str]:
+    for version, _, family in _FAMILIES:
+        match = f"{family} saddr @enforced{version} {family} daddr @fresh_tcp{version} {_NO_SYN} ct state new"
+        yield f"{match} counter name unknown_flow reject with tcp reset"
+
+
+def apply_lines(before: GuardedEndpoint | None, after: GuardedEndpoint) -> list[str]:
+    """Bring an endpoint from what was applied before (None: nothing) to `after`; what is new of it is fresh."""
+    known = () if before is None else before.addresses
+    new = [address for address in after.addresses if address not in known]
+    gone = [address for address in known if address not in after.addresses]
+    return difference(TABLE, _elements(known), _elements(after.addresses)) + forget_lines(gone) + freshen_lines(new)
+
+
+def remove_lines(before: GuardedEndpoint) -> list[str]:
+    """Take an endpoint away."""
+    return difference(TABLE, _elements(before.addresses), {}) + forget_lines(before.addresses)
+
+
+def _elements(addresses: Iterable[IPAddress]) -> dict[str, str]:
+    return {f"own{address.version} {address}": "" for address in addresses}
+
+
+def freshen_lines(addresses: Iterable[IPAddress]) -> list[str]:
+    """Let the time of addresses begin, also where it runs already."""
+    return [line for address in addresses for line in (*_gone(address), *_begun(address))]
+
+
+def forget_lines(addresses: Iterable[IPAddress]) -> list[str]:
+    """Let addresses be fresh no longer."""
+    return [line for address in addresses for line in _gone(address)]
+
+
+def _begun(address: IPAddress) -> list[str]:
+    return [
+        f"add element {TABLE} {name}{address.version} {{ {address} timeout {s:.0f}s }}" for name, s in _SETS.items()
+    ]
+
+
+def _gone(address: IPAddress) -> list[str]:
+    """An element that is not there, as after its time, is no error only where it was added before."""
+    taken = [f"delete element {TABLE} {name}{address.version} {{ {address} }}" for name in _SETS]
+    return [line for pair in zip(_begun(address), taken, strict=True) for line in pair]

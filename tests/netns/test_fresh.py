@@ -1,0 +1,266 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the guard lets a fresh address send, what it tells of it, and the entries of the node's conntrack."""
+
+from __future__ import annotations
+
+import socket
+import time
+from collections.abc import Callable, Iterator
+from ipaddress import ip_address, ip_network
+from typing import TypeVar
+
+import pytest
+
+from enforcer_daemon.dataplane import nodeflows
+from enforcer_daemon.dataplane.droplog import DropLog, Notice
+from enforcer_daemon.dataplane.guard import Guard
+from enforcer_daemon.dataplane.guard_fresh import STRAY
+from enforcer_daemon.dataplane.guard_rules import ALLOWS_ALL, LOGGED_PER_S, GuardedEndpoint
+from enforcer_daemon.dataplane.netns import open_in
+from enforcer_daemon.dataplane.nodeflows import SentTuple, remove_flows, remove_of
+from enforcer_daemon.dataplane.tools import run_in
+from enforcer_daemon.errors import DataplaneError
+from enforcer_daemon.handshake.datagrams import LONE_EXID
+from enforcer_daemon.handshake.frames import MARKER_ID, TYPE_ANSWER, TYPE_OFFER, SynFrame, encode_syn
+from enforcer_daemon.model import AttachmentId
+from enforcer_daemon.packet.tcp import ACK, PSH, build
+from enforcer_daemon.packet.udp import UDP_HEADER, build_udp, decode_udp, encode_option, is_marked, with_marker
+from tests.netns.lab import FAMILIES, NODE_OUTSIDE, POD, REMOTE, Lab, open_lab
+
+pytestmark = pytest.mark.kernel
+
+T = TypeVar("T")
+NETWORKS = [ip_network("10.88.0.0/24"), ip_network("fd88::/64"), ip_network("10.77.0.0/24"), ip_network("fd77::/64")]
+POD_SIDE = GuardedEndpoint(
+    AttachmentId("c1", "eth0"), (ip_address(POD[4]), ip_address(POD[6])), ALLOWS_ALL, by_identity=True
+)
+PORTS = 4444, 5353
+
+
+@pytest.fixture(params=(4, 6), ids=("ipv4", "ipv6"))
+def version(request: pytest.FixtureRequest) -> int:
+    return int(request.param)
+
+
+@pytest.fixture
+def lab() -> Iterator[Lab]:
+    with open_lab() as lab:
+        yield lab
+
+
+@pytest.fixture
+def guard(lab: Lab) -> Guard:
+    guard = Guard(NETWORKS)
+    on_node(lab, lambda: guard.replace([POD_SIDE]))
+    assert guard.problem == ""
+    return guard
+
+
+def on_node(lab: Lab, work: Callable[[], T]) -> T:
+    return open_in(lab.node, work)
+
+
+def grow_old(lab: Lab) -> None:
+    """Let the time of all fresh addresses be over."""
+    for name in ("fresh_tcp4", "fresh_tcp6", "fresh_udp4", "fresh_udp6"):
+        run_in(lab.node, ("nft", "flush", "set", "inet", "trireme_guard", name))
+
+
+class Wire:
+    """Raw packets of the pod or the remote, and what comes to it. A context manager."""
+
+    def __init__(self, lab: Lab, place: int, version: int) -> None:
+        self.version = version
+        here, there = (POD, REMOTE) if place == lab.pod else (REMOTE, POD)
+        self.ends = ip_address(here[version]).packed, ip_address(there[version]).packed
+        self.target = there[version]
+        family = FAMILIES[version]
+        self._out = open_in(place, lambda: socket.socket(family, socket.SOCK_RAW, socket.IPPROTO_RAW))
+        protocol = socket.htons(0x0800 if version == 4 else 0x86DD)
+        self._in = open_in(place, lambda: socket.socket(socket.AF_PACKET, socket.SOCK_DGRAM, protocol))
+
+    def __enter__(self) -> Wire:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._out.close()
+        self._in.close()
+
+    def datagram(self, payload: bytes = b"", surplus: bytes = b"", ports: tuple[int, int] = PORTS) -> bytes:
+        return build_udp(*self.ends, ports, payload, surplus)
+
+    def message(self, kind: int, ports: tuple[int, int] = PORTS) -> bytes:
+        content = encode_syn(SynFrame(bytes(16), b""), kind)
+        return self.datagram(b"", encode_option(UDP_HEADER, LONE_EXID, content), ports)
+
+    def send(self, packet: bytes) -> None:
+        self._out.sendto(packet, (self.target, 0))
+
+    def find(self, wanted: bytes, timeout_s: float) -> bytes | None:
+        """Return the packet with these bytes, if it comes in time."""
+        deadline = time.monotonic() + timeout_s
+        while (left := deadline - time.monotonic()) > 0:
+            self._in.settimeout(left)
+            try:
+                packet = self._in.recv(2048)
+            except TimeoutError:
+                return None
+            if wanted in packet and packet[12 if self.version == 4 else 8 :].startswith(self.ends[1]):
+                return packet
+        return None
+
+
+@pytest.fixture
+def pod(lab: Lab, version: int) -> Iterator[Wire]:
+    with Wire(lab, lab.pod, version) as wire:
+        yield wire
+
+
+@pytest.fixture
+def remote(lab: Lab, version: int) -> Iterator[Wire]:
+    with Wire(lab, lab.remote, version) as wire:
+        yield wire
+
+
+def notices(log: DropLog) -> list[Notice]:
+    deadline = time.monotonic() + 3
+    while not (found := log.read(64)):
+        assert time.monotonic() < deadline, "nothing is told"
+        time.sleep(0.01)
+    return found
+
+
+def test_a_datagram_that_opens_a_flow_needs_a_message(lab: Lab, guard: Guard, pod: Wire, remote: Wire) -> None:
+    with on_node(lab, DropLog) as log:
+        plain = pod.datagram(b"plain-1")
+        pod.send(plain)
+        assert remote.find(b"plain-1", 0.3) is None
+        (told,) = notices(log)
+        assert (told.prefix, decode_udp(told.packet).payload) == ("unknown-flow", b"plain-1")
+        pod.send(with_marker(decode_udp(pod.datagram(b"marked")), MARKER_ID))
+        assert remote.find(b"marked", 3) is not None
+        pod.send(pod.message(TYPE_OFFER, (4445, 5353)))
+        assert remote.find(b"\xd3TRI", 3) is not None
+        assert log.read(64) == []
+        assert on_node(lab, guard.drops)["unknown-flow"] == 1
+
+        grow_old(lab)
+        pod.send(pod.datagram(b"plain-2", ports=(4446, 5353)))
+        assert remote.find(b"plain-2", 3) is not None
+        assert [told.prefix for told in notices(log)] == [STRAY]
+
+        on_node(lab, lambda: guard.freshen([ip_address(POD[pod.version]), ip_address("10.9.9.9")]))
+        pod.send(pod.datagram(b"plain-3", ports=(4447, 5353)))
+        assert remote.find(b"plain-3", 0.3) is None
+
+
+def test_the_daemon_hears_of_a_flood_no_more_often_than_it_may(lab: Lab, guard: Guard, pod: Wire) -> None:
+    with on_node(lab, DropLog) as log:
+        for _ in range(20 * LOGGED_PER_S):
+            pod.send(pod.datagram(b"flood"))
+        told, deadline = notices(log), time.monotonic() + 0.5
+        while time.monotonic() < deadline:
+            told += log.read(64)
+            time.sleep(0.05)
+        assert LOGGED_PER_S <= len(told) <= 4 * LOGGED_PER_S
+
+
+def test_only_one_program_hears_of_drops(lab: Lab, guard: Guard) -> None:
+    with on_node(lab, DropLog), pytest.raises(DataplaneError, match="log of the guard"):
+        on_node(lab, DropLog)
+
+
+def test_what_answers_a_peer_that_showed_no_message_is_marked(lab: Lab, guard: Guard, pod: Wire, remote: Wire) -> None:
+    remote.send(remote.datagram(b"stale?", ports=PORTS[::-1]))
+    assert pod.find(b"stale?", 3) is not None
+    pod.send(pod.datagram(b"answer-1"))
+    answer = remote.find(b"answer-1", 3)
+    assert answer is not None
+    assert is_marked(answer, MARKER_ID)
+    assert decode_udp(answer).payload == b"answer-1"
+
+
+@pytest.mark.parametrize("kind", [TYPE_ANSWER, TYPE_OFFER])
+def test_what_follows_an_answer_of_the_peers_enforcer_is_not_marked(
+    lab: Lab, guard: Guard, pod: Wire, remote: Wire, kind: int
+) -> None:
+    """Another message of it may be had by asking, and says nothing."""
+    pod.send(pod.message(TYPE_OFFER))
+    assert remote.find(b"\xd3TRI", 3) is not None
+    remote.send(remote.message(kind, PORTS[::-1]))
+    assert pod.find(b"\xd3TRI", 3) is not None
+    remote.send(remote.datagram(b"reply", ports=PORTS[::-1]))
+    assert pod.find(b"reply", 3) is not None
+    pod.send(pod.datagram(b"next"))
+    found = remote.find(b"next", 3)
+    assert found is not None
+    assert is_marked(found, MARKER_ID) is (kind != TYPE_ANSWER)
+
+
+def test_a_connection_needs_a_handshake(lab: Lab, guard: Guard, pod: Wire, remote: Wire, version: int) -> None:
+    def data(ports: tuple[int, int]) -> bytes:
+        return build(*pod.ends, ports, (1_000, 2_000), ACK | PSH, 500, b"injected")
+
+    pod.send(data((4444, 80)))
+    assert remote.find(b"injected", 0.3) is None
+    with lab.listen(lab.remote, version, 80) as listener, lab.socket(lab.pod, version) as client:
+        client.connect((REMOTE[version], 80))
+        server, _ = listener.accept()
+        with server:
+            client.sendall(b"by right")
+            assert server.recv(8) == b"by right"
+            server.sendall(b"answer")
+            assert client.recv(6) == b"answer"
+    grow_old(lab)
+    pod.send(data((4445, 80)))
+    assert remote.find(b"injected", 3) is not None
+
+
+def test_a_stale_segment_is_refused(lab: Lab, guard: Guard, pod: Wire, remote: Wire) -> None:
+    remote.send(build(*remote.ends, (80, 4444), (1_000, 2_000), ACK, 500))
+    reset = (4444).to_bytes(2, "big") + (80).to_bytes(2, "big") + (2_000).to_bytes(4, "big")
+    assert remote.find(reset, 3) is not None
+    assert pod.find((80).to_bytes(2, "big") + (4444).to_bytes(2, "big"), 0.2) is None
+
+
+def _count(lab: Lab) -> int:
+    listings = [run_in(lab.node, ("conntrack", "-L", "-f", family, "-p", "udp")) for family in ("ipv4", "ipv6")]
+    return sum("dport=5353" in line for listing in listings for line in str(listing).splitlines())
+
+
+def test_entries_of_an_address_are_removed_and_no_others(lab: Lab, guard: Guard, pod: Wire, version: int) -> None:
+    grow_old(lab)
+    addresses = [ip_address(POD[version])]
+    for port in range(4444, 4450):
+        pod.send(pod.datagram(b"one", ports=(port, 5353)))
+    with lab.socket(lab.node, version, socket.SOCK_DGRAM) as other:
+        other.bind((NODE_OUTSIDE[version], 4444))
+        other.sendto(b"another's", (REMOTE[version], 5353))
+        _await(lambda: _count(lab) == 7)
+        assert on_node(lab, lambda: remove_of(addresses, limit=2)) == 2
+        one = SentTuple(17, ip_address(POD[version]), 4449, ip_address(REMOTE[version]), 5353)
+        on_node(lab, lambda: remove_flows([one, one]))
+        _await(lambda: _count(lab) in (4, 5))
+        assert on_node(lab, lambda: remove_of(addresses)) in (3, 4)
+        assert _count(lab) == 1
+        assert on_node(lab, lambda: remove_of(addresses)) == 0
+
+
+def test_a_kernel_that_does_not_filter_gives_the_same(
+    lab: Lab, guard: Guard, pod: Wire, version: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    grow_old(lab)
+    pod.send(pod.datagram(b"one"))
+    _await(lambda: _count(lab) == 1)
+    family = b"\x02" if version == 4 else b"\x0a"
+    monkeypatch.setattr(nodeflows, "encode_filter", lambda *_: family + bytes(3))
+    assert on_node(lab, lambda: remove_of([ip_address("10.1.1.1" if version == 4 else "fd01::1")])) == 0
+    assert on_node(lab, lambda: remove_of([ip_address(POD[version])])) >= 1
+    assert _count(lab) == 0
+
+
+def _await(is_so: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 3
+    while not is_so():
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
