@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Iterable, Mapping
+from weakref import WeakValueDictionary
 
 from enforcer_daemon.daemon.endpoint import Change, Endpoint
 from enforcer_daemon.daemon.world import CompiledWorld
@@ -14,7 +15,10 @@ from enforcer_daemon.telemetry.logs import Logger
 from enforcer_daemon.telemetry.metrics import Metrics
 
 _JUDGED_AT_ONCE = 2
-"""Endpoints whose established flows are judged at one moment; the kernel's part of it does not wait for Python's."""
+"""Endpoints of a namespace whose established flows are judged at one moment; the kernel's part of it does not wait for
+Python's."""
+_JUDGED_IN_ALL = 4
+"""Endpoints of all namespaces: one namespace with many of them leaves others their turn."""
 
 
 class Rejudging:
@@ -25,7 +29,9 @@ class Rejudging:
         self._metrics = metrics
         self._left: dict[NetnsId, Change] = {}
         """Endpoints whose established flows the kernel did not show or end; tried again until it does."""
-        self._turns = asyncio.Semaphore(_JUDGED_AT_ONCE)
+        self._turns = asyncio.Semaphore(_JUDGED_IN_ALL)
+        self._own_turns: WeakValueDictionary[str, asyncio.Semaphore] = WeakValueDictionary()
+        """Of the namespaces that are judged again at present."""
 
     def __len__(self) -> int:
         """Count the endpoints that are still to be judged again."""
@@ -33,7 +39,8 @@ class Rejudging:
 
     async def judge(self, endpoint: Endpoint, world: CompiledWorld, change: Change) -> None:
         """End what the world no longer allows; what the kernel refuses is left for `retry`."""
-        async with self._turns:
+        own_turns = self._own_turns.setdefault(endpoint.identity.pod.namespace, asyncio.Semaphore(_JUDGED_AT_ONCE))
+        async with own_turns, self._turns:
             if not endpoint.is_open:
                 return
             netns, pod = endpoint.sandbox.netns, str(endpoint.identity.pod)

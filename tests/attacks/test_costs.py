@@ -42,6 +42,19 @@ def netns() -> Iterator[Callable[[Callable[[], T]], T]]:
         subprocess.run(("ip", "netns", "del", name), check=True)
 
 
+def test_sets_of_every_kind_are_what_the_kernel_takes(netns: Callable[..., object]) -> None:
+    rules = tuple(
+        AddressRule.of(AddressSet(version, [(base, base + 5), (base + 9, base + 9)]), protocol, ((1, 5), (9, 9)))
+        for version, base in ((4, 0x0A000000), (6, 0xFD << 120))
+        for protocol in Protocol
+    )
+    guard = Guard()
+    netns(lambda: guard.replace([_endpoint("c", 1, rules)]))
+    sets = netns(_sets)
+    assert isinstance(sets, list)
+    assert {name.partition("_")[0] for name in sets} >= {"addresses4", "addresses6", "ports"}
+
+
 def _rules(seed: int) -> tuple[AddressRule, ...]:
     """Give rules that share neither addresses nor ports, each with two sets."""
     return tuple(

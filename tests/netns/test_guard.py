@@ -22,6 +22,8 @@ from enforcer_daemon.errors import DataplaneError
 from enforcer_daemon.model import AttachmentId, Protocol
 from enforcer_daemon.packet.udp import build_udp
 from enforcer_daemon.policy.evaluate import AddressRule
+from enforcer_daemon.policy.objects import IPBlock
+from enforcer_daemon.policy.tables import AddressSet
 from enforcer_daemon.verdict import DROP
 from tests.netns.lab import (
     BACKENDS,
@@ -70,6 +72,10 @@ def lab() -> Iterator[Lab]:
 def act(lab: Lab, change: Callable[[], T]) -> T:
     """Do what the daemon does in its own namespace, the host's."""
     return open_in(lab.node, change)
+
+
+def addresses(*networks: str) -> AddressSet:
+    return AddressSet.of_blocks(4, [IPBlock(ip_network(network)) for network in networks])
 
 
 def guarded(*rules: AddressRule) -> GuardedEndpoint:
@@ -131,6 +137,10 @@ def _reusing_client(lab: Lab, version: int) -> socket.socket:
         (AddressRule(ip_network("10.0.0.0/8"), (ip_network("10.88.0.0/16"), ip_network("10.88.0.0/24"))), False),
         (AddressRule(ip_network("10.0.0.0/8"), (ip_network("10.99.0.0/16"),)), True),
         (AddressRule(ip_network("fd88::/16")), False),
+        (AddressRule.of(None, Protocol.TCP, ((80, 80), (8080, 8085))), True),
+        (AddressRule.of(None, Protocol.TCP, ((80, 8079), (8081, 9000))), False),
+        (AddressRule.of(addresses("10.88.0.0/16", "192.0.2.0/24"), Protocol.TCP, ((80, 80), (8080, 8080))), True),
+        (AddressRule.of(addresses("10.87.0.0/16", "192.0.2.0/24"), Protocol.TCP, ((80, 80), (8080, 8080))), False),
     ],
 )
 def test_address_rules(lab: Lab, rule: AddressRule, is_allowed: bool) -> None:
