@@ -39,10 +39,19 @@ from enforcer_daemon.model import IPAddress
 from enforcer_daemon.reasons import Reason
 
 TABLE = f"inet {NAME}"
-CHAINS = ("fresh_sent", "fresh_reached", "segment_sent", "datagram_sent", "datagram_arrived", "doubted_sent")
+CHAINS = (
+    "fresh_seen",
+    "fresh_sent",
+    "fresh_reached",
+    "segment_sent",
+    "datagram_sent",
+    "datagram_arrived",
+    "doubted_sent",
+)
 STRAY = "stray"
 """Prefix of the log for a datagram that passes, and shows that a release outlived the node's entry."""
-_SENT_HOOK = "type filter hook prerouting priority -148; policy accept;"  # right behind the egress policy
+_SEEN_HOOK = "type filter hook prerouting priority -148; policy accept;"  # before any translation
+_SENT_HOOK = "type filter hook postrouting priority 98; policy accept;"  # behind all but source NAT, which is at 100
 _ARRIVED_HOOK = "type filter hook forward priority -2; policy accept;"
 _FAMILIES = ((4, "ipv4_addr", "ip"), (6, "ipv6_addr", "ip6"))
 _SETS: Mapping[str, float] = {"fresh_tcp": TCP_LAPSE_S, "fresh_udp": UDP_LAPSE_S}
@@ -51,8 +60,6 @@ _MAX_FLOWS = 65_536
 _ANSWER = f"{LONE_MESSAGE} @th,168,8 {TYPE_ANSWER}"
 """The type stands behind magic and version."""
 _NO_SYN = "tcp flags & (syn | rst) == 0"
-_LOCAL_UNTRACKED = "ct state untracked fib daddr type local accept"
-"""A cache on the node whose flows are kept out of conntrack (NodeLocal DNS); no pod is behind it."""
 
 
 def skeleton() -> list[str]:
@@ -68,24 +75,33 @@ def skeleton() -> list[str]:
     lines += refill(TABLE, "doubted_sent", (f"ip id set {MARKER_ID:#x}", f"ip6 flowlabel set {MARKER_ID:#x}", "accept"))
     lines += refill(TABLE, "datagram_arrived", tuple(_arrival_rules()))
     lines += refill(TABLE, "datagram_sent", tuple(_datagram_rules()))
-    lines += [*logged(TABLE, "datagram_sent", STRAY), f"add rule {TABLE} datagram_sent accept"]
+    lines += [f"add chain {TABLE} stray", *logged(TABLE, "stray", STRAY)]
+    lines.append(f"add chain {TABLE} fresh_seen {{ {_SEEN_HOOK} }}")
+    lines += [f"add rule {TABLE} fresh_seen {rule}" for rule in _seen_rules()]
     lines.append(f"add chain {TABLE} fresh_sent {{ {_SENT_HOOK} }}")
     lines += [f"add rule {TABLE} fresh_sent {rule}" for rule in _dispatch_rules()]
     lines.append(f"add chain {TABLE} fresh_reached {{ {_ARRIVED_HOOK} }}")
     return lines + [f"add rule {TABLE} fresh_reached {rule}" for rule in _refusal_rules()]
 
 
+def _seen_rules() -> Iterable[str]:
+    """Watch UDP where packets show what the pod dialed, by which its kernel knows the flow."""
+    yield "meta l4proto != udp accept"
+    for version, _, family in _FAMILIES:
+        yield f"{family} saddr @enforced{version} {family} daddr @own{version} jump datagram_arrived"
+    yield f"{LONE_MESSAGE} accept"
+    yield from (f"{marker} accept" for marker in MARKERS)
+    yield "ct state established accept"
+    yield from (f"{family} saddr @own{v} {family} daddr @virtual{v} goto stray" for v, _, family in _FAMILIES)
+
+
 def _dispatch_rules() -> Iterable[str]:
-    """Only what goes into the enforced networks, or comes out of them, can meet a release of ours."""
+    """Only what goes to pods, behind any translation, can meet a release of ours."""
     yield "meta l4proto != { tcp, udp } accept"
     yield "meta l4proto tcp ct status assured accept"
     for version, _, family in _FAMILIES:
-        match = f"{family} saddr @enforced{version} {family} daddr @own{version} meta l4proto udp"
-        yield f"{match} jump datagram_arrived"
-    yield _LOCAL_UNTRACKED
-    for version, _, family in _FAMILIES:
-        into = f"{family} daddr @virtual{version}"  # what the pod dialed, before any translation
-        yield f"{family} saddr @own{version} {into} meta l4proto udp goto datagram_sent"
+        into = f"{family} daddr @enforced{version}"
+        yield f"{family} saddr @fresh_udp{version} {into} meta l4proto udp goto datagram_sent"
         yield f"{family} saddr @fresh_tcp{version} {into} {_NO_SYN} goto segment_sent"
 
 
@@ -98,11 +114,10 @@ def _datagram_rules() -> Iterable[str]:
     yield f"{LONE_MESSAGE} accept"
     yield from (f"{marker} accept" for marker in MARKERS)
     for version, _, family in _FAMILIES:
-        known = f"meta l4proto udp ct state established {family} saddr @fresh_udp{version} {_original(family)}"
+        known = f"meta nfproto ipv{version} meta l4proto udp ct state established {_original(family)}"
         yield f"{known} @doubted{version} goto doubted_sent"
     yield "ct state established accept"
-    for version, _, family in _FAMILIES:
-        yield f"{family} saddr @fresh_udp{version} {drop(Reason.UNKNOWN_FLOW)}"
+    yield drop(Reason.UNKNOWN_FLOW)
 
 
 def _arrival_rules() -> Iterable[str]:

@@ -146,7 +146,7 @@ def test_a_kernel_that_does_not_log_gets_all_other_rules() -> None:
     assert {line.split()[4] for line in lines if line not in left} == {
         "drop_egress_denied",
         "drop_unknown_flow",
-        "datagram_sent",
+        "stray",
     }
     assert [line for line in left if " log " in line] == []
 
