@@ -86,7 +86,7 @@ def render_replace(
     lines += [line for table in _virtual_tables(on_links) for line in guard_virtual.skeleton(table, virtual)]
     lines += guard_forged.skeleton(node) + guard_arrivals.skeleton()
     lines += guard_masquerade.skeleton() + guard_egress.skeleton(known, pods) + guard_fresh.skeleton()
-    lines += guard_spoofing.skeleton(known, syns_per_s, node) if on_links else []
+    lines += guard_spoofing.skeleton(known, syns_per_s, node, pods) if on_links else []
     lines += guard_bridge.skeleton(node, on_links=on_links) if on_bridges else []
     listed = tuple(endpoints)
     lines += new_sets(_virtual_tables(on_links), {}, endpoint_sets(listed))

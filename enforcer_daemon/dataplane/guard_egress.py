@@ -125,8 +125,10 @@ def _rules(endpoint: GuardedEndpoint) -> list[str]:
         guard_vouched.vouched(by_identity=endpoint.by_identity),
         # What the pod sent to a Service, and comes back to it.
         *(f"{_TRANSLATED[address.version == 6]} {address} accept" for address in endpoint.addresses),
+        # The pod's enforcer evaluates by what was dialed, or by where the packet goes if a pod with an identity is
+        # there. Here either will do, but for the bare SYN-ACK, which shows that there is none.
         *(address_rule(rule, *_DIALLED) for rule in endpoint.egress),
-        f"ct state != {{ invalid, untracked }} {denial}",
+        f"ct direction reply {denial}",
         *address_rules(endpoint),
         denial,
     ]

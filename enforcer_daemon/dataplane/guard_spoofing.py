@@ -31,7 +31,7 @@ from enforcer_daemon.dataplane.guard_rules import (
     node_sets,
     refill,
 )
-from enforcer_daemon.dataplane.guard_vouched import framed_chain, framed_syns
+from enforcer_daemon.dataplane.guard_vouched import framed_chain, framed_syns, virtual_sets
 from enforcer_daemon.model import IPAddress, IPNetwork
 from enforcer_daemon.reasons import Reason
 
@@ -64,8 +64,14 @@ _MAY_HIDE_TCP = "{ 6, 0, 43, 44, 51, 60 }"
 (RFC 8200), behind which TCP may follow in another piece."""
 
 
-def skeleton(networks: Iterable[IPNetwork], syns_per_s: int, node_addresses: Iterable[IPAddress] = ()) -> list[str]:
+def skeleton(
+    networks: Iterable[IPNetwork],
+    syns_per_s: int,
+    node_addresses: Iterable[IPAddress] = (),
+    pod_networks: Container[IPNetwork] = (),
+) -> list[str]:
     """Give what the endpoints hang on; `networks` are those that frames are sent to, before any translation."""
+    known = tuple(networks)
     forgotten = f"flags dynamic,timeout; timeout {_OPENINGS_FORGOTTEN_AFTER_S}s;"
     lines = [f"add set {TABLE} {name} {{ {kind}; }}" for name, kind in _SETS.items()]
     lines += [f"add map {TABLE} {name} {{ {kind}; }}" for name, kind in _MAPS.items()]
@@ -73,7 +79,8 @@ def skeleton(networks: Iterable[IPNetwork], syns_per_s: int, node_addresses: Ite
         f"add set {TABLE} {OFFENDERS} {{ type ifname; size {_MAX_OFFENDERS}; flags dynamic; }}",
         f"add set {TABLE} {OPENINGS} {{ type ifname; size {_MAX_OFFENDERS}; {forgotten} }}",
         *counted_drops(TABLE, _REASONS, f"update @{OFFENDERS} {{ iifname counter }}"),
-        *framed_chain(TABLE, networks),
+        *framed_chain(TABLE, known),
+        *virtual_sets(TABLE, known, pod_networks),
         *node_sets(TABLE),
     ]
     for chain, rules in (
@@ -143,7 +150,7 @@ def apply_lines(before: GuardedEndpoint | None, after: GuardedEndpoint, absent: 
     known = () if before is None else before.links.names
     lines = refill(TABLE, stated, _stated_rules(after))
     if after.egress != ALLOWS_ALL:
-        framed = framed_syns() if after.by_identity else []
+        framed = framed_syns(by_identity=after.by_identity) if after.egress or after.by_identity else []
         lines += refill(TABLE, syn, [*framed, *address_rules(after), drop(Reason.EGRESS_DENIED)])
     lines += difference(TABLE, _elements(before), _elements(after))
     if before is not None and before.egress != ALLOWS_ALL and after.egress == ALLOWS_ALL:

@@ -10,7 +10,7 @@ enforcer's own hook can set would replace it here.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Container, Iterable
 from itertools import cycle
 
 from enforcer_daemon.dataplane.guard_rules import FIRST_SYN, INTO_ENFORCED, LONE_MESSAGE, network_sets
@@ -26,6 +26,7 @@ that the settings name. Another node translates its node ports itself; below and
 _INTO_CONFIGURED_NODE_PORTS = tuple(
     f"{family} daddr @virtual{version} th dport {NODE_PORTS}" for family, version in (("ip", 4), ("ip6", 6))
 )
+_INTO_CONFIGURED_VIRTUAL = ("ip daddr @virtual4", "ip6 daddr @virtual6")
 _LONE, _VOUCHED = "lone", "vouched"
 # A broadcast would reach those that have no enforcer. Enforcers send no message behind extension headers, and the rules
 # of a pod do not look for one there.
@@ -78,6 +79,15 @@ def framed_chain(table: str, networks: Iterable[IPNetwork]) -> list[str]:
     return lines
 
 
-def framed_syns() -> list[str]:
-    """Write the rules that let SYNs with a frame pass, into the networks of `framed_chain` and virtual addresses."""
-    return [f"{match} {FIRST_SYN} jump framed" for match in (*INTO_ENFORCED, *INTO_VIRTUAL)]
+def framed_syns(*, by_identity: bool) -> list[str]:
+    """Write the rules that let SYNs with a frame pass before translation, in a table that has `virtual_sets`.
+
+    A pod whose rules name addresses alone sends frames to virtual addresses: the pods behind may have an allowed one.
+    """
+    places = (*INTO_ENFORCED, *INTO_VIRTUAL) if by_identity else (*_INTO_CONFIGURED_VIRTUAL, *INTO_VIRTUAL)
+    return [f"{match} {FIRST_SYN} jump framed" for match in places]
+
+
+def virtual_sets(table: str, networks: Iterable[IPNetwork], pod_networks: Container[IPNetwork]) -> list[str]:
+    """Make the sets of those of the networks that no pods are in."""
+    return network_sets(table, "virtual", (network for network in networks if network not in pod_networks))

@@ -184,7 +184,16 @@ def prepare(lab: Lab) -> AttackWorld:
     world.macs["node:a"] = mac_of(world, "node:a", POD_BRIDGE)
     for pod_name in (CAGED, PARTLY, LABELLED):
         _learn_blocks(world, pod_name)
+    _grow_old(lab)
     return world
+
+
+def _grow_old(lab: Lab) -> None:
+    """Let no address be fresh any longer: the guard would drop what is asserted to be dropped for other reasons."""
+    sets = (f"{name}{version}" for name in ("fresh_tcp", "fresh_udp") for version in (4, 6))
+    command = "; ".join(f"flush set inet trireme_guard {name}" for name in sets)
+    for node in ("node:a", "node:b"):
+        lab.run(node, "nft", command)
 
 
 def _learn_blocks(world: AttackWorld, pod: str) -> None:

@@ -51,14 +51,14 @@ def test_who_comes_masqueraded_ends_at_a_counted_drop() -> None:
     ]
 
 
-def test_what_an_isolated_pod_sends_needs_a_rule_by_address_for_what_it_dialed() -> None:
-    """Only what has no connection is compared as it is now, after translation."""
+def test_what_an_isolated_pod_sends_needs_a_rule_by_address_for_what_it_dialed_or_where_it_goes() -> None:
+    """A bare answer is no packet that goes there."""
     assert contents(guard_egress.apply_lines(None, CAGED)) == [
         "oif != 0 jump vouched",
         "ct reply ip saddr 10.0.0.5 accept",
         "ct reply ip6 saddr fd00::5 accept",
         "ct original ip daddr 10.9.0.0/16 meta l4proto 6 ct original proto-dst 443-443 accept",
-        "ct state != { invalid, untracked } counter goto drop_egress_denied",
+        "ct direction reply counter goto drop_egress_denied",
         "ip daddr 10.0.0.5 accept",
         "ip6 daddr fd00::5 accept",
         "ip daddr 10.9.0.0/16 meta l4proto 6 th dport 443-443 accept",
@@ -69,9 +69,12 @@ def test_what_an_isolated_pod_sends_needs_a_rule_by_address_for_what_it_dialed()
 def test_no_frame_of_a_pod_is_believed_whose_rules_name_no_pods() -> None:
     by_address = replace(LINKED, by_identity=False)
     assert contents(guard_egress.apply_lines(None, by_address))[0] == "oif != 0 jump lone"
-    framed = [line for line in guard_spoofing.apply_lines(None, LINKED) if "jump framed" in line]
-    assert len(framed) == len(guard_vouched.framed_syns())
-    assert [line for line in guard_spoofing.apply_lines(None, by_address) if "framed" in line] == []
+    for endpoint in (LINKED, by_address):
+        framed = [line for line in guard_spoofing.apply_lines(None, endpoint) if "jump framed" in line]
+        assert len(framed) == len(guard_vouched.framed_syns(by_identity=endpoint.by_identity))
+        assert any("@enforced4" in line for line in framed) is endpoint.by_identity
+    caged = replace(by_address, egress=())
+    assert [line for line in guard_spoofing.apply_lines(None, caged) if "framed" in line] == []
 
 
 def test_what_no_policy_isolates_is_not_looked_up() -> None:
