@@ -19,6 +19,7 @@ from enforcer_daemon.handshake.leases import Leases, Outgoing
 from enforcer_daemon.handshake.local import LocalToken
 from enforcer_daemon.handshake.peers import Peer, PeerVerifier
 from enforcer_daemon.handshake.placement import Placement
+from enforcer_daemon.marks import NODE
 from enforcer_daemon.model import Decision, Direction, Identity, PodRef, RuleRef
 from enforcer_daemon.packet.tcp import ACK, RST, SYN, Segment, build, with_payload
 from enforcer_daemon.packet.udp import UDP_HEADER, build_udp, encode_option
@@ -179,6 +180,26 @@ class EndpointContext:
             settings.max_held_packets_per_pod, settings.max_held_packets_per_source
         )
         self._own = OwnPackets(settings.max_own_packets, node.bound_hits)
+
+    def is_own_address(self, address: bytes) -> bool:
+        """Tell whether a packed address is the pod's own."""
+        return any(own.packed == address for own in self.local.identity.ips)
+
+    def refuse_reflection(self, source: bytes, destination: bytes) -> None:
+        """Raise PeerError for a packet that the pod sent to a group or to all, and a bridge brought back to it.
+
+        To release its flow would release what the pod sends there next, whatever its egress policy says.
+        """
+        if self.is_own_address(source) and not self.is_own_address(destination):
+            raise PeerError(Reason.SPOOFED_SOURCE, "the pod's own packet to others, reflected")
+
+    def let_in(self, destination: bytes, release: Verdict) -> Verdict:
+        """Return how an allowed packet comes in: one to a group, or to all, releases no flow.
+
+        Its sender may be the pod itself, under a link-local address that a bridge reflects.
+        """
+        is_one = release.mark & NODE or self.is_own_address(destination)
+        return release if is_one else ACCEPT
 
     def report(
         self,

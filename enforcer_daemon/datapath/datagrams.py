@@ -72,7 +72,7 @@ class Datagrams:
         self, datagram: UDPDatagram, found: tuple[bytes, bool], key: bytes, mark: int, now: float
     ) -> Verdict:
         content, is_lone = found
-        if not self.responder.is_own_address(datagram.dst):
+        if not self._context.is_own_address(datagram.dst):
             if is_lone:
                 return DROP
             # To a group or to all: nobody can answer for its address.

@@ -202,9 +202,11 @@ class EndpointDatapath:
             remote, is_node = datagram.dst, False
             decision, release = context.judge.egress(None, remote, datagram.dport, datagram.protocol)
         else:
+            context.refuse_reflection(datagram.src, datagram.dst)
             source, destination = (datagram.src, datagram.sport or 0), (datagram.dst, datagram.dport or 0)
             remote, is_node = context.node.trace(datagram.protocol, source, destination)
             decision, release = context.judge.ingress(None, remote, datagram.dport, datagram.protocol)
+            release = context.let_in(datagram.dst, release)
         if is_node:
             decision, release = Decision(True, Reason.NODE, Direction.INGRESS), _RELEASE_NODE
         context.report(direction, remote, datagram.dport, decision, protocol=datagram.protocol)

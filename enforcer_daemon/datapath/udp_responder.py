@@ -278,6 +278,7 @@ class DatagramResponder:
     def plain_in(self, datagram: UDPDatagram, key: bytes, now: float) -> Verdict:
         """Judge a datagram without an identity by its address; one from the enforced networks may have lost its own."""
         context = self._context
+        context.refuse_reflection(datagram.src, datagram.dst)
         source, destination = (datagram.src, datagram.sport), (datagram.dst, datagram.dport)
         address, is_node = context.node.trace(Protocol.UDP, source, destination)
         if is_node:
@@ -289,7 +290,7 @@ class DatagramResponder:
         if not decision.is_allowed and self._may_ask(datagram, now):
             return self._ask_again(datagram, key, decision, now)
         context.report(Direction.INGRESS, address, datagram.dport, decision, protocol=Protocol.UDP)
-        return release if decision.is_allowed else DROP
+        return context.let_in(datagram.dst, release) if decision.is_allowed else DROP
 
     def doubted_in(self, datagram: UDPDatagram, key: bytes, mark: int, now: float) -> Verdict:
         """Let a marked datagram without a message that holds into a released flow only after another handshake.
@@ -309,13 +310,9 @@ class DatagramResponder:
             raise PeerError(Reason.UNKNOWN_FLOW, "a marked datagram, and no handshake can tell whose it is")
         return self._ask_again(datagram, key, Decision(False, Reason.UNKNOWN_FLOW, Direction.INGRESS), now)
 
-    def is_own_address(self, address: bytes) -> bool:
-        """Tell whether the pod's enforcer can answer for an address: not for one of a group."""
-        return any(own.packed == address for own in self._context.local.identity.ips)
-
     def _may_ask(self, datagram: UDPDatagram, now: float) -> bool:
         """Only of a pod that has shown an identity before: another's application would get an empty datagram."""
-        is_known = self._context.judge.has_met(datagram.src) and self.is_own_address(datagram.dst)
+        is_known = self._context.judge.has_met(datagram.src) and self._context.is_own_address(datagram.dst)
         if is_known and len(self._asked) >= self._max_asked:
             self._context.node.bound_hits[Bound.HANDSHAKES_AGAIN] += 1
             return False

@@ -164,6 +164,18 @@ def test_what_carries_no_identity_is_judged_by_address(direction: Direction, tra
         assert report.reason.value == ("not-isolated" if is_allowed else "protocol-not-authenticated")
 
 
+@pytest.mark.parametrize("transport", [SCTP(sport=5, dport=53), UDP(sport=5, dport=53)], ids=["sctp", "udp"])
+@pytest.mark.parametrize("target", ["224.0.0.1", "10.2.0.255"])
+def test_what_a_bridge_reflects_to_its_sender_releases_nothing(transport: SCTP | UDP, target: str) -> None:
+    """It would release the flow from the pod to the group, and what the pod sends there next would meet no policy."""
+    _, server = make_pair()
+    assert server.verdict(bytes(IP(src="10.2.0.2", dst=target) / transport), Direction.INGRESS).action is Action.DROP
+    assert server.reasons() == ["spoofed-source"]
+    # What the pod sends to itself through a Service is none. What another sends to the group comes in packet by packet.
+    for source, to, action in (("10.2.0.2", "10.2.0.2", Action.RELEASE), ("10.2.0.9", target, Action.ACCEPT)):
+        assert server.verdict(bytes(IP(src=source, dst=to) / transport), Direction.INGRESS).action is action
+
+
 def test_the_nodes_own_datagram_is_let_in_and_one_that_it_masquerades_is_judged() -> None:
     _, server = make_pair(server_policy=NOBODY)
     node = server.context.node
