@@ -188,16 +188,6 @@ FROM_LABELLED: tuple[NotClaimed, ...] = (
     *FROM_CAGED,
 )
 """From a pod whose rules name pods."""
-BY_OWN_KERNEL: tuple[NotClaimed, ...] = (
-    NotClaimed(
-        "a bridge that netfilter does not see brings a pod's own multicast back to it, which opens the flow there",
-        ["*"],
-        ["all-nodes", "multicast*"],
-        [places.NEAR, places.ISOLATED, places.NEIGHBOR],
-        is_for=_is_switched_unseen,
-    ),
-)
-"""From the same pod by its own kernel."""
 
 
 def is_to_allowed_port(packet: bytes) -> bool:
