@@ -297,6 +297,14 @@ def nft_rule_counts(rules: EndpointRules) -> dict[str, int]:
     return counts
 
 
+_NFT_MESSAGES = (
+    f"udp length 8 @th,128,32 == 0x{MAGIC.hex()}",
+    # nft cannot compute where the surplus area begins, so a piggybacked message is told by its packet's marker.
+    f"meta l4proto udp ip id {MARKER_ID:#x}",
+    f"meta l4proto udp ip6 flowlabel {MARKER_ID:#x}",
+)
+
+
 def _nft_chains(rules: EndpointRules) -> dict[str, tuple[str, ...]]:
     queue = f"queue num {rules.queue_number}"
     limits = {
@@ -319,10 +327,7 @@ def _nft_chains(rules: EndpointRules) -> dict[str, tuple[str, ...]]:
         "main_in": (
             *main,
             "tcp flags & syn == syn goto syn_in",
-            f"udp length 8 @th,128,32 == 0x{MAGIC.hex()} goto message",
-            # nft cannot compute where the surplus area begins, so a piggybacked message is told by its packet's marker.
-            f"meta l4proto udp ip id {MARKER_ID:#x} goto message",
-            f"meta l4proto udp ip6 flowlabel {MARKER_ID:#x} goto message",
+            *(f"{match} goto message" for match in _NFT_MESSAGES),
             *rest,
             "meta l4proto != tcp ct state new ip saddr @node4 goto node",
             "meta l4proto != tcp ct state new ip6 saddr @node6 goto node",

@@ -91,16 +91,6 @@ class Metrics:
         self.ended_flows = Counter(
             "enforcer_ended_flows", "Established flows that a change no longer allowed.", registry=self.registry
         )
-        self.lapsed_flows = Counter(
-            "trireme_lapsed_flows",
-            "Established flows that ended because their peer fell silent.",
-            registry=self.registry,
-        )
-        self.unanswered_leases = Gauge(
-            "trireme_unanswered_leases",
-            "Pairs of pods with flows whose lease messages never came through; silence does not end their flows.",
-            registry=self.registry,
-        )
         self.half_open_flows = Gauge(
             "enforcer_half_open_flows", "Unfinished handshakes of all pods.", registry=self.registry
         )
@@ -139,7 +129,21 @@ class Metrics:
             "enforcer_registration_seconds", "Time to enforce a new endpoint.", buckets=_LATENCY_BUCKETS,
             registry=self.registry,
         )  # fmt: skip
+        self._open_of_leases()
         self._open_of_cluster()
+
+    def _open_of_leases(self) -> None:
+        """Expose what became of the leases of pairs of pods."""
+        self.lapsed_flows = Counter(
+            "trireme_lapsed_flows",
+            "Established flows that ended because their peer fell silent.",
+            registry=self.registry,
+        )
+        self.unanswered_leases = Gauge(
+            "trireme_unanswered_leases",
+            "Pairs of pods with flows whose lease messages never came through; silence does not end their flows.",
+            registry=self.registry,
+        )
 
     def _open_of_cluster(self) -> None:
         """Expose what only a node of a cluster has."""
