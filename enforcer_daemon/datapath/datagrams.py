@@ -9,11 +9,11 @@ from enforcer_daemon.datapath.context import EndpointContext
 from enforcer_daemon.datapath.udp_initiator import DatagramInitiator
 from enforcer_daemon.datapath.udp_responder import DatagramResponder
 from enforcer_daemon.errors import FrameError, PeerError
-from enforcer_daemon.handshake.datagrams import bare, find_message
+from enforcer_daemon.handshake.datagrams import bare, find_message, has_marker
 from enforcer_daemon.handshake.frames import (
-    MARKER_ID,
     TYPE_AGAIN,
     TYPE_ANSWER,
+    TYPE_CHALLENGE,
     TYPE_LEASE,
     TYPE_OFFER,
     TYPE_PROOF,
@@ -23,7 +23,7 @@ from enforcer_daemon.handshake.leaseframes import LEASE_PORT
 from enforcer_daemon.handshake.machine import State
 from enforcer_daemon.marks import CUT, INDEX_MASK, INDEX_SHIFT, NODE, RELEASED, REPLY, UNSUMMED
 from enforcer_daemon.model import Direction
-from enforcer_daemon.packet.udp import UDPDatagram, decode_udp, is_marked
+from enforcer_daemon.packet.udp import UDPDatagram, decode_udp
 from enforcer_daemon.reasons import Reason
 from enforcer_daemon.verdict import ACCEPT, DROP, TAKEN, Inject, Settle, Verdict
 
@@ -82,7 +82,7 @@ class Datagrams:
                 return self.responder.offer_in(datagram, found, key, mark, now)
             case kind if kind == TYPE_PROOF:
                 return self.responder.proof_in(datagram, found, key, mark, now)
-            case kind if kind == TYPE_ANSWER and is_lone:
+            case kind if kind in (TYPE_ANSWER, TYPE_CHALLENGE) and is_lone:
                 return self.initiator.answer_in(datagram, content, key, mark, now)
             case kind if kind == TYPE_AGAIN and is_lone:
                 return self.initiator.again_in(content, key, mark, now)
@@ -103,7 +103,7 @@ class Datagrams:
 
     def _in(self, datagram: UDPDatagram, key: bytes, mark: int, now: float) -> Verdict:
         if mark & (RELEASED | NODE):
-            if is_marked(datagram.packet, MARKER_ID):
+            if has_marker(datagram.packet):
                 side = self.initiator if mark & REPLY else self.responder
                 return side.doubted_in(datagram, key, mark, now)
             raise FrameError(Reason.MALFORMED_FRAME, "looks like a message to the kernel's rules, and is none")

@@ -17,7 +17,7 @@ from enforcer_daemon.handshake.allowance import TokenBucket
 from enforcer_daemon.handshake.bounds import Bound
 from enforcer_daemon.handshake.datagrams import DatagramInitiatorFlow, bare, beside, marked
 from enforcer_daemon.handshake.flows import FlowTable
-from enforcer_daemon.handshake.frames import TYPE_ANSWER, decode_again, decode_syn_ack
+from enforcer_daemon.handshake.frames import decode_again, decode_syn_ack, frame_type
 from enforcer_daemon.handshake.lapse import UDP_LAPSE_S
 from enforcer_daemon.handshake.machine import Event, State
 from enforcer_daemon.marks import NODE, RELEASED, REPLY
@@ -163,7 +163,7 @@ class DatagramInitiator:
         if flow is None:
             raise PeerError(Reason.UNKNOWN_FLOW, "an answer to no offer")
         context = self._context
-        answer = decode_syn_ack(message, TYPE_ANSWER)
+        answer = decode_syn_ack(message, frame_type(message))
         peer = context.node.verify(answer.block, datagram.src, now)
         require_dialled(context, answer, peer, (datagram.src, datagram.sport), Protocol.UDP)
         flow.verify(message, answer, peer)

@@ -106,7 +106,8 @@ class DatagramResponder:
         context.node.use_nonce(offer.nonce, key, address)
         self._report(datagram, decision, peer)
         flow, is_rival = self._begin(key, is_released, now)
-        flow.accept(message, offer.nonce, peer, destination, context.node.random(16))
+        is_denied = not decision.is_allowed
+        flow.accept(message, offer.nonce, peer, destination, context.node.random(16), is_denied=is_denied)
         flow.release, flow.source = release if decision.is_allowed else DROP, address
         effects = self._add(flow, is_rival)
         if context.leases.suspect(peer, address, now):

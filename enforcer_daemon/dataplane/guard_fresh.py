@@ -9,10 +9,11 @@ or from a plain socket past an enforcer that has not answered, sends what the no
   answers a SYN with an ACK that shows its numbers, so a reply alone does not count.
 - UDP in a flow without a reply passes only with a message, which the peer's enforcer evaluates.
 - A stale peer's own segments are refused with RST, which ends its socket; else they would show the numbers.
-- A stale peer's own datagrams look like those of a peer without an enforcer, and replies to them would pass. So a flow
-  is doubted if the peer opens it without a message, or answers without its enforcer's answer before: the guard puts the
-  marker into what the pod sends in it. Then a peer's enforcer sees that, which the release would keep from it; a peer
-  without an enforcer takes no notice. Other messages than an answer do not count, since an unproven request gets them.
+- UDP in other flows passes with the marker, which the guard puts in: a stale peer's own datagrams look like those of a
+  peer without an enforcer, and a message gets a reply. With the marker the peer's enforcer sees what the release would
+  keep from it; a peer without an enforcer takes no notice. The pod's datagrams stay as they are only if the peer's
+  enforcer has answered what its policy allows, or has proven itself: a label of the conntrack entry then says so. Other
+  messages do not count, since an unproven request gets them. No flow needs a place in a table that others can fill.
 
 Of every registered pod, the daemon hears of datagrams that open a flow into the enforced networks without a message:
 the pod's kernel holds a release that the node's conntrack has lost, and whoever gets them may be another by now.
@@ -33,7 +34,7 @@ from enforcer_daemon.dataplane.guard_rules import (
     logged,
     refill,
 )
-from enforcer_daemon.handshake.frames import MARKER_ID, TYPE_ANSWER
+from enforcer_daemon.handshake.frames import MARKER_ID, PROOF_MARKER_ID, TYPE_ANSWER, TYPE_PROOF
 from enforcer_daemon.handshake.lapse import TCP_LAPSE_S, UDP_LAPSE_S
 from enforcer_daemon.model import IPAddress
 from enforcer_daemon.reasons import Reason
@@ -55,10 +56,12 @@ _SENT_HOOK = "type filter hook postrouting priority 98; policy accept;"  # behin
 _ARRIVED_HOOK = "type filter hook forward priority -2; policy accept;"
 _FAMILIES = ((4, "ipv4_addr", "ip"), (6, "ipv6_addr", "ip6"))
 _SETS: Mapping[str, float] = {"fresh_tcp": TCP_LAPSE_S, "fresh_udp": UDP_LAPSE_S}
-_MAX_FLOWS = 65_536
-"""UDP flows of the node that are known as answered, or doubted."""
-_ANSWER = f"{LONE_MESSAGE} @th,168,8 {TYPE_ANSWER}"
+_TOLD = 126
+"""Label of a conntrack entry: the peer's enforcer accepts the flow. Open vSwitch, which uses labels too, keeps them in
+zones of its own."""
+_ACCEPTING = f"{{ {TYPE_ANSWER}, {TYPE_PROOF} }}"
 """The type stands behind magic and version."""
+_PROOFS = (f"ip id {PROOF_MARKER_ID:#x}", f"ip6 flowlabel {PROOF_MARKER_ID:#x}")
 _NO_SYN = "tcp flags & (syn | rst) == 0"
 
 
@@ -68,9 +71,6 @@ def skeleton() -> list[str]:
     for version, kind, _ in _FAMILIES:
         lines.append(f"add set {TABLE} own{version} {{ type {kind}; }}")
         lines += [f"add set {TABLE} {name}{version} {{ type {kind}; flags timeout; }}" for name in _SETS]
-        key = f"type {kind} . inet_service . {kind} . inet_service; size {_MAX_FLOWS}"
-        flags = f"flags dynamic,timeout; timeout {UDP_LAPSE_S:.0f}s;"
-        lines += [f"add set {TABLE} {name}{version} {{ {key}; {flags} }}" for name in ("told", "doubted")]
     lines += refill(TABLE, "segment_sent", tuple(_segment_rules()))
     lines += refill(TABLE, "doubted_sent", (f"ip id set {MARKER_ID:#x}", f"ip6 flowlabel set {MARKER_ID:#x}", "accept"))
     lines += refill(TABLE, "datagram_arrived", tuple(_arrival_rules()))
@@ -113,38 +113,15 @@ def _segment_rules() -> Iterable[str]:
 def _datagram_rules() -> Iterable[str]:
     yield f"{LONE_MESSAGE} accept"
     yield from (f"{marker} accept" for marker in MARKERS)
-    for version, _, family in _FAMILIES:
-        known = f"meta nfproto ipv{version} meta l4proto udp ct state established {_original(family)}"
-        yield f"{known} @doubted{version} goto doubted_sent"
-    yield "ct state established accept"
+    yield f"ct state established ct label {_TOLD} accept"
+    yield "ct state established goto doubted_sent"
     yield drop(Reason.UNKNOWN_FLOW)
 
 
 def _arrival_rules() -> Iterable[str]:
-    """Doubt flows; where there is no room to remember that, the datagram is dropped.
-
-    A flow with replies that is older than two seconds counts as assured: its beginning was seen here.
-    """
-    for version, _, family in _FAMILIES:
-        nfproto = f"meta nfproto ipv{version} meta l4proto udp"
-        yield f"{nfproto} {_ANSWER} ct direction reply update @told{version} {{ {_original(family)} }} return"
-    yield f"{LONE_MESSAGE} return"
-    yield from (f"{marker} return" for marker in MARKERS)
-    yield from (f"{family} daddr != @fresh_udp{version} return" for version, _, family in _FAMILIES)
-    yield "ct state { invalid, untracked } return"  # No reply to it counts as established.
-    yield "ct status assured return"
-    yield "ct direction original ct state != new return"
-    for version, _, family in _FAMILIES:
-        nfproto = f"meta nfproto ipv{version} meta l4proto udp"
-        yield f"{nfproto} {_original(family)} @told{version} return"
-        yield f"{nfproto} update @doubted{version} {{ {_original(family)} }} return"
-    yield drop(Reason.UNKNOWN_FLOW)
-
-
-def _original(family: str) -> str:
-    """Name a flow in both directions and whatever NAT does to it, also before conntrack has given it a number."""
-    places = (f"ct original {family} saddr", "ct original proto-src", f"ct original {family} daddr")
-    return " . ".join((*places, "ct original proto-dst"))
+    """Label the flows that the peer's enforcer accepts, also of pods that are fresh only later."""
+    yield f"{LONE_MESSAGE} @th,168,8 {_ACCEPTING} ct label set {_TOLD}"
+    yield from (f"{proof} ct label set {_TOLD}" for proof in _PROOFS)
 
 
 def _refusal_rules() -> Iterable[str]:

@@ -17,7 +17,7 @@ from ipaddress import (
 )
 
 from enforcer_daemon.dataplane.guard_sets import address_match, port_match
-from enforcer_daemon.handshake.frames import MAGIC, MARKER_ID
+from enforcer_daemon.handshake.frames import MAGIC, MARKER_ID, PROOF_MARKER_ID
 from enforcer_daemon.model import AttachmentId, IPAddress, IPNetwork
 from enforcer_daemon.policy.address_rules import AddressRule
 from enforcer_daemon.reasons import Reason
@@ -28,7 +28,7 @@ ALLOWS_ALL = (AddressRule(),)
 INTO_ENFORCED = ("ip daddr @enforced4", "ip6 daddr @enforced6")
 LONE_MESSAGE = f"udp length 8 @th,128,32 0x{MAGIC.hex()}"
 """A handshake's message in a datagram without data; it stands 16 bytes behind the beginning of the UDP header."""
-MARKERS = (f"ip id {MARKER_ID:#x}", f"ip6 flowlabel {MARKER_ID:#x}")
+MARKERS = tuple(f"{place} {MARKER_ID:#x}-{PROOF_MARKER_ID:#x}" for place in ("ip id", "ip6 flowlabel"))
 """Of a datagram that carries a message beside its data."""
 FIRST_SYN = "tcp flags & (fin | syn | rst | ack) == syn"
 LOG_GROUP = 21_586

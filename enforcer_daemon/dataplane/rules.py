@@ -31,7 +31,7 @@ from dataclasses import dataclass
 from typing import Literal, get_args
 
 from enforcer_daemon.dataplane.ratelimits import QueueLimits, iptables_limits, nft_limits, nft_sets
-from enforcer_daemon.handshake.frames import MAGIC, MARKER_ID
+from enforcer_daemon.handshake.frames import MAGIC, MARKER_ID, PROOF_MARKER_ID
 from enforcer_daemon.marks import CONSUME, FORGET, INDEX_MASK, NODE, OWN_MASK, RELEASED, REPLY, UNTRACKED
 from enforcer_daemon.model import IPAddress
 
@@ -99,7 +99,10 @@ _TO_SURPLUS: dict[Family, str] = {4: "0x0>>0x16&0x3c@0x4>>0x10@", 6: "0x0>>0x1c&
 _SURPLUS_AT: dict[Family, int] = {4: 0, 6: 8}
 _MAGIC_AT = (8, 9)
 """Where a message begins in the surplus area, for even and odd UDP lengths (enforcer_daemon/packet/udp.py)."""
-_MARKER: dict[Family, str] = {4: f"0x2&0xffff={MARKER_ID:#x}", 6: f"0x0&0xfffff={MARKER_ID:#x}"}
+_MARKER: dict[Family, str] = {
+    4: f"0x2&0xffff={MARKER_ID:#x}:{PROOF_MARKER_ID:#x}",
+    6: f"0x0&0xfffff={MARKER_ID:#x}:{PROOF_MARKER_ID:#x}",
+}
 """The identification of IPv4, the flow label of IPv6."""
 _TELL_REPLY = f"-m conntrack --ctdir REPLY -j MARK --set-xmark {REPLY:#x}/{REPLY:#x}"
 _IS_REPLY = f"-p udp {_TELL_REPLY}"
@@ -300,8 +303,8 @@ def nft_rule_counts(rules: EndpointRules) -> dict[str, int]:
 _NFT_MESSAGES = (
     f"udp length 8 @th,128,32 == 0x{MAGIC.hex()}",
     # nft cannot compute where the surplus area begins, so a piggybacked message is told by its packet's marker.
-    f"meta l4proto udp ip id {MARKER_ID:#x}",
-    f"meta l4proto udp ip6 flowlabel {MARKER_ID:#x}",
+    f"meta l4proto udp ip id {MARKER_ID:#x}-{PROOF_MARKER_ID:#x}",
+    f"meta l4proto udp ip6 flowlabel {MARKER_ID:#x}-{PROOF_MARKER_ID:#x}",
 )
 
 

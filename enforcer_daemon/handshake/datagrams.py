@@ -18,13 +18,17 @@ from enforcer_daemon.handshake.frames import (
     MAGIC,
     MARKER_ID,
     PROOF_BYTES,
+    PROOF_MARKER_ID,
     TYPE_ANSWER,
+    TYPE_CHALLENGE,
     TYPE_OFFER,
+    TYPE_PROOF,
     SynAckFrame,
     SynFrame,
     encode_proof,
     encode_syn,
     encode_syn_ack,
+    frame_type,
     without_proof,
 )
 from enforcer_daemon.handshake.local import LocalToken
@@ -65,7 +69,8 @@ def beside(datagram: UDPDatagram, message: bytes) -> bytes:
 
     Raise PacketError if only the beginning of the packet is at hand, or it will be cut.
     """
-    return with_option(datagram, RIDING_EXID, message, MARKER_ID)
+    marker = PROOF_MARKER_ID if frame_type(message) == TYPE_PROOF else MARKER_ID
+    return with_option(datagram, RIDING_EXID, message, marker)
 
 
 def marked(datagram: UDPDatagram) -> bytes | None:
@@ -74,12 +79,17 @@ def marked(datagram: UDPDatagram) -> bytes | None:
     return with_marker(datagram, MARKER_ID) if is_whole and not datagram.is_cut else None
 
 
+def has_marker(packet: bytes) -> bool:
+    """Tell whether a packet bears a marker."""
+    return is_marked(packet, MARKER_ID) or is_marked(packet, PROOF_MARKER_ID)
+
+
 def bare(datagram: UDPDatagram) -> bytes:
     """Write a datagram again without the message beside it and without its marker.
 
     What stood in the marker's place is not known: 0, which is all that an atomic datagram needs (RFC 6864).
     """
-    if is_marked(datagram.packet, MARKER_ID):
+    if has_marker(datagram.packet):
         datagram = datagram._replace(packet=with_marker(datagram, 0))
     return without_surplus(datagram)
 
@@ -204,13 +214,23 @@ class DatagramResponderFlow(DatagramFlow):
         """Datagrams that wait, by hold id; some may have been dropped meanwhile."""
         self.expected = b""
 
-    def accept(self, offer: bytes, nonce_i: bytes, peer: Peer, end: tuple[bytes, int], nonce_r: bytes) -> None:
+    def accept(
+        self,
+        offer: bytes,
+        nonce_i: bytes,
+        peer: Peer,
+        end: tuple[bytes, int],
+        nonce_r: bytes,
+        *,
+        is_denied: bool = False,
+    ) -> None:
         """Make the answer to a verified offer; `end` is the pod's own address and port."""
+        kind = TYPE_CHALLENGE if is_denied else TYPE_ANSWER
         key = self.local.pair_key(peer, is_initiator=False)
         nonces = nonce_i + nonce_r
         blank = SynAckFrame(nonce_r, *end, bytes(PROOF_BYTES), self.local.block)
-        proof = responder_proof(key, nonces, frame_hash(offer), encode_syn_ack(blank, TYPE_ANSWER))
-        self.answer = encode_syn_ack(blank._replace(proof=proof), TYPE_ANSWER)
+        proof = responder_proof(key, nonces, frame_hash(offer), encode_syn_ack(blank, kind))
+        self.answer = encode_syn_ack(blank._replace(proof=proof), kind)
         self.expected = initiator_proof(key, nonces, proof)
         self.nonce_i, self.answered_again = nonce_i, 0
         self.peer = peer

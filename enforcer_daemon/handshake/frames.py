@@ -6,7 +6,7 @@ SYN-ACK  magic 4 | version 1 | type 2 | length 2 | nonce 16 | address 16 | port 
 identity block   credential length 2 | token length 2 | credential | token
 option   kind 253 | length 20 | ExID 2 | proof 16
 datagrams: types 3 (as SYN) and 4 (as SYN-ACK); 5: head | proof 16; 6: head alone, "shake hands again";
-           7: see leaseframes.py
+           7: see leaseframes.py; 8 (as 4): an answer that denies unless the proof shows otherwise
 """
 
 from __future__ import annotations
@@ -27,11 +27,16 @@ TYPE_ANSWER = 4
 TYPE_PROOF = 5
 TYPE_AGAIN = 6
 TYPE_LEASE = 7
+TYPE_CHALLENGE = 8
+"""An answer to an offer that policy denies, on a flow that is released for another: only its proof ends that release.
+It is told from an answer so that a guard on the way does not take the flow for one between two enforcers."""
 NONCE_BYTES = 16
 PROOF_BYTES = 16
 MARKER_ID = 0x5452
 """IPv4 identification (with DONT_FRAGMENT, so it has no other use: RFC 6864) or IPv6 flow label of a datagram that
 carries a piggybacked message: nft cannot compute where the surplus area begins."""
+PROOF_MARKER_ID = 0x5453
+"""In its place if the message is a proof, which an enforcer makes only for an answer that it verified."""
 
 _HEAD = Struct("!4sBBH16s")
 _ANSWER = Struct("!16sH16s")
@@ -40,10 +45,6 @@ SYN_OVERHEAD = _HEAD.size
 SYN_ACK_OVERHEAD = _HEAD.size + _ANSWER.size
 MAX_FRAME_BYTES = 9_000
 """A jumbo packet; no frame can be larger than one packet."""
-
-MARKER_ID = 0x5452
-"""What marks a datagram with a message beside it at a fixed offset, for rules that cannot compute where its surplus
-area begins: IPv4 identification, with DONT_FRAGMENT set, or IPv6 flow label."""
 
 PROOF_OPTION_BYTES = 20
 PROOF_EXID = b"\x54\x52"

@@ -16,6 +16,7 @@ from enforcer_daemon.handshake.datagrams import LONE_EXID, find_message
 from enforcer_daemon.handshake.frames import (
     PROOF_OPTION_BYTES,
     TYPE_ANSWER,
+    TYPE_CHALLENGE,
     TYPE_OFFER,
     SynAckFrame,
     SynFrame,
@@ -135,7 +136,7 @@ def frame(content: bytes) -> None:
         with_mac = encode_lease(lease, b"key")
         assert decode_lease(with_mac)._replace(mac=lease.mac) == lease
         require_mac(with_mac, b"key")
-    for kind in (TYPE_OFFER, TYPE_ANSWER):
+    for kind in (TYPE_OFFER, TYPE_ANSWER, TYPE_CHALLENGE):
         with suppress(FrameError):
             assert frame_type(content) != kind or decode_syn(content, kind).block == content[24:]
     with suppress(FrameError):

@@ -21,7 +21,17 @@ from enforcer_daemon.dataplane.nodeflows import SentTuple, remove_flows, remove_
 from enforcer_daemon.dataplane.tools import run_in
 from enforcer_daemon.errors import DataplaneError
 from enforcer_daemon.handshake.datagrams import LONE_EXID
-from enforcer_daemon.handshake.frames import MARKER_ID, TYPE_ANSWER, TYPE_OFFER, SynFrame, encode_syn
+from enforcer_daemon.handshake.frames import (
+    MARKER_ID,
+    PROOF_MARKER_ID,
+    TYPE_AGAIN,
+    TYPE_ANSWER,
+    TYPE_CHALLENGE,
+    TYPE_OFFER,
+    TYPE_PROOF,
+    SynFrame,
+    encode_syn,
+)
 from enforcer_daemon.model import AttachmentId
 from enforcer_daemon.packet.tcp import ACK, PSH, build
 from enforcer_daemon.packet.udp import UDP_HEADER, build_udp, decode_udp, encode_option, is_marked, with_marker
@@ -183,7 +193,7 @@ def test_what_answers_a_peer_that_showed_no_message_is_marked(lab: Lab, guard: G
     assert decode_udp(answer).payload == b"answer-1"
 
 
-@pytest.mark.parametrize("kind", [TYPE_ANSWER, TYPE_OFFER])
+@pytest.mark.parametrize("kind", [TYPE_ANSWER, TYPE_PROOF, TYPE_OFFER, TYPE_AGAIN, TYPE_CHALLENGE])
 def test_what_follows_an_answer_of_the_peers_enforcer_is_not_marked(
     lab: Lab, guard: Guard, pod: Wire, remote: Wire, kind: int
 ) -> None:
@@ -197,7 +207,20 @@ def test_what_follows_an_answer_of_the_peers_enforcer_is_not_marked(
     pod.send(pod.datagram(b"next"))
     found = remote.find(b"next", 3)
     assert found is not None
-    assert is_marked(found, MARKER_ID) is (kind != TYPE_ANSWER)
+    assert is_marked(found, MARKER_ID) is (kind not in (TYPE_ANSWER, TYPE_PROOF))
+
+
+@pytest.mark.parametrize("marker", [PROOF_MARKER_ID, MARKER_ID])
+def test_a_proof_beside_the_peers_datagram_is_told_by_its_marker(
+    lab: Lab, guard: Guard, pod: Wire, remote: Wire, marker: int
+) -> None:
+    """An offer that an unproven request gets has another one."""
+    remote.send(with_marker(decode_udp(remote.datagram(b"opened", ports=PORTS[::-1])), marker))
+    assert pod.find(b"opened", 3) is not None
+    pod.send(pod.datagram(b"reply"))
+    found = remote.find(b"reply", 3)
+    assert found is not None
+    assert is_marked(found, MARKER_ID) is (marker != PROOF_MARKER_ID)
 
 
 def test_a_connection_needs_a_handshake(lab: Lab, guard: Guard, pod: Wire, remote: Wire, version: int) -> None:
