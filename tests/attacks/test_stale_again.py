@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """A new pod with a dead pod's address gets its peer's enforcer to reply, and then sends plain datagrams.
 
-A marked datagram passes the guard, and the peer's enforcer asks for a handshake: a message on the flow's own ports, which
-the node's conntrack takes for a reply. The flow counts as established then, and the peer's kernel still has the release.
+A marked datagram passes the guard, and the peer's enforcer asks for a handshake: a message on the flow's own ports,
+which the node's conntrack takes for a reply. The flow counts as established then, and the peer's kernel still has the
+release.
 """
 
 from __future__ import annotations
