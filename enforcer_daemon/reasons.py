@@ -113,7 +113,9 @@ _TEXTS: dict[Reason, str] = {
     Reason.REPLAYED_NONCE: "The handshake was seen before on another connection: a replay.",
     Reason.PROOF_MISSING: "The connection went on without the proof that its peer holds the keys of its token.",
     Reason.PROOF_INVALID: "The proof was made under other keys, or for another handshake.",
-    Reason.UNKNOWN_FLOW: "The packet belongs to no connection that was allowed: conntrack was flushed, or its pod is new or was relabeled.",
+    Reason.UNKNOWN_FLOW: (
+        "The packet belongs to no connection that was allowed: conntrack was flushed, or its pod is new or was relabeled."
+    ),
     Reason.FLOW_TABLE_FULL: "Too many handshakes of this pod are unfinished, in all or with this peer: its oldest one "
     "was given up.",
     Reason.HOLD_QUEUE_FULL: "Too many packets wait for proofs, of one connection, of one peer, or of the whole pod.",
