@@ -114,7 +114,7 @@ _TEXTS: dict[Reason, str] = {
     Reason.PROOF_MISSING: "The connection went on without the proof that its peer holds the keys of its token.",
     Reason.PROOF_INVALID: "The proof was made under other keys, or for another handshake.",
     Reason.UNKNOWN_FLOW: (
-        "The packet belongs to no connection that was allowed: conntrack was flushed, or its pod is new or was relabeled."
+        "The packet belongs to no connection that was allowed: conntrack was flushed, or the pod is new or relabeled."
     ),
     Reason.FLOW_TABLE_FULL: "Too many handshakes of this pod are unfinished, in all or with this peer: its oldest one "
     "was given up.",

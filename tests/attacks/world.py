@@ -20,7 +20,7 @@ from enforcer_daemon.model import IPAddress, PodRef, Protocol
 from enforcer_daemon.packet.tcp import SYN, SYN_ACK
 from tests.attacks.kube_proxy import Front, iptables_text, nft_text, removal
 from tests.attacks.witness import Witness, is_any, is_link_level, listening
-from tests.e2e.attackers import Listener, Wire
+from tests.e2e.attackers import Listener, Wire, grow_old
 from tests.e2e.operation_world import FAMILIES, NODES, app, block, pod, policy
 from triremectl.lab import HostSpec, Lab, ServicePort, ServiceSpec, WorldSpec
 from triremectl.lab.netns import exec_prefix, netns_path, run, write_sysctls
@@ -184,16 +184,8 @@ def prepare(lab: Lab) -> AttackWorld:
     world.macs["node:a"] = mac_of(world, "node:a", POD_BRIDGE)
     for pod_name in (CAGED, PARTLY, LABELLED):
         _learn_blocks(world, pod_name)
-    _grow_old(lab)
+    grow_old(lab)
     return world
-
-
-def _grow_old(lab: Lab) -> None:
-    """Let no address be fresh any longer: the guard would drop what is asserted to be dropped for other reasons."""
-    sets = (f"{name}{version}" for name in ("fresh_tcp", "fresh_udp") for version in (4, 6))
-    command = "; ".join(f"flush set inet trireme_guard {name}" for name in sets)
-    for node in ("node:a", "node:b"):
-        lab.run(node, "nft", command)
 
 
 def _learn_blocks(world: AttackWorld, pod: str) -> None:

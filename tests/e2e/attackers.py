@@ -184,6 +184,15 @@ def stripped(lab: Lab, pod: str) -> Iterator[None]:
         lab.check_pod(pod)
 
 
+def grow_old(lab: Lab) -> None:
+    """Let no pod's address be fresh any longer: the pods' enforcers then see what the guard would drop before them."""
+    sets = (f"{name}{version}" for name in ("fresh_tcp", "fresh_udp") for version in (4, 6))
+    command = "; ".join(f"flush set inet trireme_guard {name}" for name in sets)
+    for name, node in lab.nodes.items():
+        if node.has_enforcer:
+            lab.run(f"node:{name}", "nft", command)
+
+
 @contextmanager
 def silenced(lab: Lab, place: str, version: int) -> Iterator[None]:
     """Let a place's kernel hear nothing for a while, so that it does not speak up where its address is used."""

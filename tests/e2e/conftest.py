@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from tests.e2e.attack import ATTACKING_HOSTS, WORLD
-from tests.e2e.attackers import ignore_raw_ports
+from tests.e2e.attackers import grow_old, ignore_raw_ports
 from triremectl.lab import Lab, Tools
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -32,6 +32,7 @@ def world(plugin: Path) -> Iterator[Lab]:
     with Lab(WORLD, Tools(plugin=plugin)) as lab:
         for host in ATTACKING_HOSTS:
             ignore_raw_ports(lab, host)
+        grow_old(lab)
         yield lab
 
 

@@ -92,23 +92,22 @@ def test_frames_captured_and_sent_under_another_address(world: Lab, port: int, h
         attack.refused_for(Reason.SOURCE_MISMATCH)
 
 
-@attacking
 @versions
-def test_frames_captured_and_sent_under_the_same_address(world: Lab, port: int, host: str, version: int) -> None:
-    with attack_from(world, host, port, version) as attack:
-        syn = captured_syn(world, "shop/web", attack.listener, version)
+def test_frames_captured_and_sent_under_the_same_address(world: Lab, port: int, version: int) -> None:
+    """Of a pod of another node: under the address of one of its own, the node lets nothing in from elsewhere."""
+    with attack_from(world, "host:near", port, version) as attack:
+        syn = captured_syn(world, "shop/far-web", attack.listener, version)
         victim = ip_address(syn.src)
         RawClient(attack.wire, *attack.target, source=victim).send_syn(syn.payload)
         attack.refused_for(Reason.REPLAYED_NONCE, victim)
 
 
-@attacking
 @versions
-def test_a_captured_syn_repeated_byte_for_byte(world: Lab, port: int, host: str, version: int) -> None:
+def test_a_captured_syn_repeated_byte_for_byte(world: Lab, port: int, version: int) -> None:
     """The pod is gone that sent it, and the attacker has its address and sees the answers; he lacks the keys alone."""
-    with attack_from(world, host, port, version) as attack:
-        syn = captured_syn(world, "shop/web", attack.listener, version)
-        with silenced(world, "shop/web", version), Wire(world, DB, version) as tap:
+    with attack_from(world, "host:near", port, version) as attack:
+        syn = captured_syn(world, "shop/far-web", attack.listener, version)
+        with silenced(world, "shop/far-web", version), Wire(world, DB, version) as tap:
             victim = ip_address(syn.src)
             client = RawClient(tap, *attack.target, source=victim)
             client.ports, client.isn = (syn.sport, syn.dport), syn.seq

@@ -210,9 +210,9 @@ def test_fast_open_between_pods_waits_for_the_proof(world: Lab, port: int, pod: 
 def test_a_captured_syn_after_a_restart_still_lacks_the_proof(world: Lab, port: int) -> None:
     """Which frames it has seen, a new daemon does not know; the answer to one is of use to its sender alone."""
     with attack_from(world, "host:near", port) as attack:
-        syn = captured_syn(world, "shop/web", attack.listener)
+        syn = captured_syn(world, "shop/far-web", attack.listener)
         world.node("a").restart()
-        with silenced(world, "shop/web", 4), Wire(world, DB) as tap:
+        with silenced(world, "shop/far-web", 4), Wire(world, DB) as tap:
             victim = ip_address(syn.src)
             client = RawClient(tap, *attack.target, source=victim)
             client.ports, client.isn = (syn.sport, syn.dport), syn.seq

@@ -28,6 +28,8 @@ from triremectl.lab import Lab, Tools, WorldSpec
 pytestmark = pytest.mark.kernel
 
 PODS = ("x/client", "x/server")
+MAX_LEASE_MESSAGES = 8
+"""Of both directions, while a transfer of some thousand segments lasts."""
 
 
 @pytest.fixture(scope="module")
@@ -90,14 +92,16 @@ def test_a_repeated_connection_shows_other_nonces_and_other_proofs(lab: Lab, ver
 
 @pytest.mark.parametrize("version", [4, 6])
 def test_a_released_flow_is_not_queued_any_more(lab: Lab, version: int) -> None:
+    """Nothing of it is; the lease of the pair sends a few messages of its own, however much the flow carries."""
     with connection(lab, "x/client", "x/server", version) as (client, server):
         transfer(client, server, 1)
         queued = {name: queued_packets(lab, name) for name in PODS}
         hits = {name: queue_rule_hits(lab, name) for name in PODS}
         transfer(client, server, 100)
         transfer(server, client, 1)
-        assert {name: queued_packets(lab, name) for name in PODS} == queued
-        assert {name: queue_rule_hits(lab, name) for name in PODS} == hits
+        for name in PODS:
+            assert queued_packets(lab, name) - queued[name] <= MAX_LEASE_MESSAGES
+            assert queue_rule_hits(lab, name) - hits[name] <= MAX_LEASE_MESSAGES
 
 
 def test_a_connection_takes_six_queued_packets(lab: Lab) -> None:

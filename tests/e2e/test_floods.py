@@ -18,7 +18,7 @@ from enforcer_daemon.handshake.bounds import Bound
 from enforcer_daemon.model import PodRef
 from enforcer_daemon.reasons import Reason
 from enforcer_daemon.settings import DataplaneSettings
-from tests.e2e.attackers import counters_of, endpoint_of
+from tests.e2e.attackers import counters_of, endpoint_of, grow_old
 from tests.e2e.operation_world import endpoint, queue_fields
 from triremectl.lab import Lab, PodSpec, Tools, WorldSpec
 
@@ -60,6 +60,7 @@ def lab(plugin: Path) -> Iterator[Lab]:
         stack.enter_context(lab)
         start_servers(lab)
         connect(lab, 200)
+        grow_old(lab)  # The guard lets no new pod send datagrams of no flow: they would meet no enforcer.
         yield lab
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.e2e.attackers import grow_old
 from tests.e2e.odd_world import (
     RESET_ON_CLOSE,
     VERSIONS,
@@ -32,7 +33,9 @@ DAY_S = 86_400
 
 @pytest.fixture(scope="module")
 def lab(plugin: Path) -> Iterator[Lab]:
+    """Of pods that are no longer new: the node of a new one must have seen its connections begin."""
     with odd_world(plugin) as lab:
+        grow_old(lab)
         yield lab
 
 
