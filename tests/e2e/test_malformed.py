@@ -17,7 +17,7 @@ import pytest
 
 from cni_plugin import messages
 from enforcer_daemon.model import PodRef
-from tests.e2e.attack import DB, SERVED_PORT
+from tests.e2e.attack import DB, SERVED_PORT, SETTLE_S
 from triremectl.lab import Lab, Outcome, PodSpec, PortSpec
 from triremectl.lab.netns import netns_path
 from triremectl.lab.node import Node
@@ -295,6 +295,8 @@ def permitted(path: Path) -> Iterator[None]:
 def test_slow_callers_cannot_keep_others_out(world: Lab) -> None:
     """All places of both sockets are taken by callers that never finish; a pod starts all the same."""
     node = world.node("a")
+    assert world.probe("shop/web", DB, SERVED_PORT).outcome is Outcome.CONNECTED
+    time.sleep(SETTLE_S)  # The server's first lease message opens the socket that it keeps for messages of its own.
     before = open_descriptors(node)
     with ExitStack() as stack:
         slow = {
