@@ -60,7 +60,10 @@ _NO_MODULE = "No such file"
 """What it says where nfnetlink_log is missing (nf_logger_find_get)."""
 _PROBE = "add table netdev {0}\nadd chain netdev {0} probe {{ type filter hook ingress device lo priority 0; }}\n"
 _BRIDGE_PROBE = "add table bridge {0}\nadd chain bridge {0} probe {{ type filter hook prerouting priority 0; }}\n"
-_LOG_PROBE = f"add table inet {{0}}\nadd chain inet {{0}} probe\nadd rule inet {{0}} probe log group {LOG_GROUP}\n"
+_LOG_PROBE = "".join(
+    f"add table {kind} {{0}}\nadd chain {kind} {{0}} probe\nadd rule {kind} {{0}} probe log group {LOG_GROUP}\n"
+    for kind in ("inet", "netdev")
+)
 _PROBE_TABLE = "trireme_probe"
 
 

@@ -133,7 +133,7 @@ def _collapsed(networks: Iterable[IPNetwork]) -> list[IPNetwork]:
 def counted_drops(table: str, reasons: Iterable[Reason], also: str = "", *, is_logged: bool = False) -> list[str]:
     """Make, for each reason, a counter that outlives the rules of an endpoint, and a chain that counts and drops.
 
-    With `is_logged` the daemon hears of what a pod lost (inet tables only).
+    With `is_logged` the daemon hears of what a pod lost.
     """
     lines = []
     for reason in reasons:

@@ -47,9 +47,9 @@ _REASONS = (
     Reason.SPOOFED_SOURCE,
     Reason.SPOOFED_NEIGHBOUR,
     Reason.NOT_IP,
-    Reason.EGRESS_DENIED,
     Reason.PACKET_RATE,
 )
+_OFFENDER = f"update @{OFFENDERS} {{ iifname counter }}"
 _SETS = {
     "senders4": "type ifname . ipv4_addr",
     "senders6": "type ifname . ipv6_addr",
@@ -78,7 +78,9 @@ def skeleton(
     lines += [
         f"add set {TABLE} {OFFENDERS} {{ type ifname; size {_MAX_OFFENDERS}; flags dynamic; }}",
         f"add set {TABLE} {OPENINGS} {{ type ifname; size {_MAX_OFFENDERS}; {forgotten} }}",
-        *counted_drops(TABLE, _REASONS, f"update @{OFFENDERS} {{ iifname counter }}"),
+        *counted_drops(TABLE, _REASONS, _OFFENDER),
+        # Only here the sender is known: the daemon tells the pod's denials by it.
+        *counted_drops(TABLE, (Reason.EGRESS_DENIED,), _OFFENDER, is_logged=True),
         *framed_chain(TABLE, known),
         *virtual_sets(TABLE, known, pod_networks),
         *node_sets(TABLE),

@@ -16,6 +16,7 @@ from typing import TypeVar
 import pytest
 
 from enforcer_daemon.dataplane.addresses import interface
+from enforcer_daemon.dataplane.droplog import DropLog
 from enforcer_daemon.dataplane.guard import Guard
 from enforcer_daemon.dataplane.guard_links import find_links, passed_by_tc
 from enforcer_daemon.dataplane.guard_rules import ALLOWS_ALL, GuardedEndpoint, Links
@@ -107,6 +108,22 @@ def test_a_flood_of_syns_ends_at_the_pods_interface(lab: Lab) -> None:
     assert dropped(6, SYN, _SYNS_PER_S) == 0
     act(lab, lambda: guard.remove(endpoint.attachment))
     assert dropped(4, SYN, 10 * _SYNS_PER_S) == 0
+
+
+@pytest.mark.parametrize("version", [4, 6])
+def test_the_daemon_hears_of_a_syn_that_policy_forbids(lab: Lab, version: int) -> None:
+    guard, endpoint = Guard(), replace(guarded(lab), egress=())
+    act(lab, lambda: guard.replace([endpoint]))
+    packet = tcp_packet((POD[version], 4_444), (REMOTE[version], 6_000), SYN)
+    target = ("eth0", ETHERTYPES[version], 0, 0, interface(lab.node, "pod0").mac)
+    with act(lab, DropLog) as log:
+        with open_in(lab.pod, lambda: socket.socket(socket.AF_PACKET, socket.SOCK_DGRAM)) as sock:
+            sock.sendto(packet, target)
+        deadline = time.monotonic() + 3
+        while not (told := log.read(8)):
+            assert time.monotonic() < deadline, "nothing is told"
+            time.sleep(0.01)
+    assert [(notice.prefix, notice.packet) for notice in told] == [("egress-denied", packet)]
 
 
 def test_the_nodes_own_connections_have_no_rate(lab: Lab) -> None:
