@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Iterable
+from functools import partial
 
 from enforcer_daemon.daemon.endpoint import Endpoint
 from enforcer_daemon.daemon.sandbox import Sandbox
@@ -63,10 +64,13 @@ class Kernel:
         async with self._guarding:
             await asyncio.to_thread(self._guard.remove, name)
 
-    async def freshen(self, addresses: Iterable[IPAddress]) -> None:
-        """Have the guard doubt what these addresses send in flows that it does not know; raise DataplaneError."""
+    async def freshen(self, addresses: Iterable[IPAddress], *, is_clean: bool = True) -> None:
+        """Have the guard doubt what these addresses send in flows that it does not know; raise DataplaneError.
+
+        Where they are not clean, entries of before their pod are left, and the guard doubts these flows, too.
+        """
         async with self._guarding:
-            await asyncio.to_thread(self._guard.freshen, tuple(addresses))
+            await asyncio.to_thread(partial(self._guard.freshen, tuple(addresses), is_clean=is_clean))
 
     async def guard_node(self, addresses: Iterable[IPAddress]) -> None:
         """Let nobody pass for the node under these addresses; raise DataplaneError."""

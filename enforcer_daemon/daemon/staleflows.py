@@ -26,6 +26,8 @@ MAX_PENDING = 65_536
 """Of each kind that wait to be ended, while the kernel refuses: about a day of pods that come and go."""
 _MAX_TURNS = 64
 """Turns in which the entries of addresses are removed: a million."""
+MAX_UNANSWERED = 4_096
+"""Entries of flows without a reply that ADD removes, about a quarter of a second. Anybody can make any number of them."""
 _RETRY_S = 1.0
 K = TypeVar("K")
 
@@ -62,7 +64,9 @@ class StaleFlows:
     async def start_clean(self, netns: NetnsId) -> None:
         """Leave nothing of an earlier pod under a newcomer's addresses; raise DataplaneError or NetnsError.
 
-        It takes no turn with the others, whose work may be more. Once it succeeded it does nothing.
+        It takes no turn with the others, whose work may be more. Once it succeeded it does nothing. Flows without a
+        reply are removed up to a number that costs little; if there are more, the guard lets the newcomer send and get
+        nothing in what is left.
         """
         newcomer = self._newcomers.get(netns)
         if newcomer is None:
@@ -70,7 +74,11 @@ class StaleFlows:
         for endpoint in self._endpoints():
             if endpoint.is_open and endpoint.identity.pod != newcomer.pod:
                 self._report(endpoint, await endpoint.end_strangers(newcomer))
-        await self._remove_of(newcomer.ips)
+        await self._remove_of(newcomer.ips, is_answered=True)
+        if await self._remove_once(newcomer.ips, MAX_UNANSWERED) == MAX_UNANSWERED:
+            self._log.warning("flows without a reply are left at a new pod's address", pod=str(newcomer.pod))
+            await self._kernel.freshen(newcomer.ips, is_clean=False)
+        _take(self._addresses, newcomer.ips)  # What is in the table now may be the newcomer's.
         self._newcomers.pop(netns, None)
 
     def note_stop(self, netns: NetnsId) -> None:
@@ -150,12 +158,15 @@ class StaleFlows:
             await self._remove_of(addresses)
             _take(self._addresses, addresses)
 
-    async def _remove_of(self, addresses: Iterable[IPAddress]) -> None:
+    async def _remove_of(self, addresses: Iterable[IPAddress], *, is_answered: bool = False) -> None:
         for _ in range(_MAX_TURNS):
-            removed = await asyncio.to_thread(nodeflows.remove_of, tuple(addresses))
+            removed = await self._remove_once(addresses, nodeflows.MAX_REMOVED_AT_ONCE, is_answered=is_answered)
             if removed < nodeflows.MAX_REMOVED_AT_ONCE:
                 return
         raise DataplaneError(f"conntrack: entries appear as fast as they are removed: {_MAX_TURNS * removed} so far")
+
+    async def _remove_once(self, addresses: Iterable[IPAddress], limit: int, *, is_answered: bool = False) -> int:
+        return await asyncio.to_thread(nodeflows.remove_of, tuple(addresses), limit, is_answered)
 
 
 def _take(pending: dict[K, None], done: Iterable[K]) -> None:

@@ -286,10 +286,10 @@ class Guard:
             problems.append(f"the kernel does not log to user space: drops of the guard are not told ({log_problem})")
         self.problem = "; ".join(problems)
 
-    def freshen(self, addresses: Iterable[IPAddress]) -> None:
-        """Let the time of guarded addresses begin, as when their pod's identity has changed."""
+    def freshen(self, addresses: Iterable[IPAddress], *, is_clean: bool = True) -> None:
+        """Let the time of guarded addresses begin; `is_clean` is false where entries of before their pod are left."""
         guarded = {address for endpoint in self._applied.values() for address in endpoint.addresses}
-        lines = guard_fresh.freshen_lines(address for address in addresses if address in guarded)
+        lines = guard_fresh.freshen_lines((each for each in addresses if each in guarded), is_clean=is_clean)
         if lines and self._has_nft:
             self._bring(_text(lines), dict(self._applied))
 

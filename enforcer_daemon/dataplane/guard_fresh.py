@@ -48,6 +48,9 @@ CHAINS = (
     "datagram_sent",
     "datagram_arrived",
     "doubted_sent",
+    "unclean_sent",
+    "unclean_datagram",
+    "unclean_reached",
 )
 STRAY = "stray"
 """Prefix of the log for a datagram that passes, and shows that a release outlived the node's entry."""
@@ -55,7 +58,10 @@ _SEEN_HOOK = "type filter hook prerouting priority -148; policy accept;"  # befo
 _SENT_HOOK = "type filter hook postrouting priority 98; policy accept;"  # behind all but source NAT, which is at 100
 _ARRIVED_HOOK = "type filter hook forward priority -2; policy accept;"
 _FAMILIES = ((4, "ipv4_addr", "ip"), (6, "ipv6_addr", "ip6"))
-_SETS: Mapping[str, float] = {"fresh_tcp": TCP_LAPSE_S, "fresh_udp": UDP_LAPSE_S}
+_SETS: Mapping[str, float] = {"fresh_tcp": TCP_LAPSE_S, "fresh_udp": UDP_LAPSE_S, "unclean": TCP_LAPSE_S}
+_FRESH = "fresh_tcp", "fresh_udp"
+_BEGUN = 125
+"""Label of a conntrack entry: made while its address was unclean already, so not of before its pod."""
 _TOLD = 126
 """Label of a conntrack entry: the peer's enforcer accepts the flow. Open vSwitch, which uses labels too, keeps them in
 zones of its own."""
@@ -63,6 +69,8 @@ _ACCEPTING = f"{{ {TYPE_ANSWER}, {TYPE_PROOF} }}"
 """The type stands behind magic and version."""
 _PROOFS = (f"ip id {PROOF_MARKER_ID:#x}", f"ip6 flowlabel {PROOF_MARKER_ID:#x}")
 _NO_SYN = "tcp flags & (syn | rst) == 0"
+_NO_ENTRY = "ct status & confirmed == 0"
+_REFUSE = "counter name unknown_flow reject with tcp reset"
 
 
 def skeleton() -> list[str]:
@@ -72,7 +80,10 @@ def skeleton() -> list[str]:
         lines.append(f"add set {TABLE} own{version} {{ type {kind}; }}")
         lines += [f"add set {TABLE} {name}{version} {{ type {kind}; flags timeout; }}" for name in _SETS]
     lines += refill(TABLE, "segment_sent", tuple(_segment_rules()))
+    lines += refill(TABLE, "unclean_sent", (f"ct label {_BEGUN} return", drop(Reason.UNKNOWN_FLOW)))
+    lines += refill(TABLE, "unclean_reached", (f"ct label {_BEGUN} return", _REFUSE))
     lines += refill(TABLE, "doubted_sent", (f"ip id set {MARKER_ID:#x}", f"ip6 flowlabel set {MARKER_ID:#x}", "accept"))
+    lines += refill(TABLE, "unclean_datagram", (f"ct label {_BEGUN} return", "goto doubted_sent"))
     lines += refill(TABLE, "datagram_arrived", tuple(_arrival_rules()))
     lines += refill(TABLE, "datagram_sent", tuple(_datagram_rules()))
     lines += [f"add chain {TABLE} stray", *logged(TABLE, "stray", STRAY)]
@@ -98,6 +109,9 @@ def _seen_rules() -> Iterable[str]:
 def _dispatch_rules() -> Iterable[str]:
     """Only what goes to pods, behind any translation, can meet a release of ours."""
     yield "meta l4proto != { tcp, udp } accept"
+    for version, _, family in _FAMILIES:
+        yield from (f"{family} {end} @unclean{version} {_NO_ENTRY} ct label set {_BEGUN}" for end in ("saddr", "daddr"))
+        yield f"{family} saddr @unclean{version} {family} daddr @enforced{version} {_NO_SYN} jump unclean_sent"
     yield "meta l4proto tcp ct status assured accept"
     for version, _, family in _FAMILIES:
         into = f"{family} daddr @enforced{version}"
@@ -113,6 +127,8 @@ def _segment_rules() -> Iterable[str]:
 def _datagram_rules() -> Iterable[str]:
     yield f"{LONE_MESSAGE} accept"
     yield from (f"{marker} accept" for marker in MARKERS)
+    for version, _, family in _FAMILIES:
+        yield f"{family} saddr @unclean{version} ct state established jump unclean_datagram"
     yield f"ct state established ct label {_TOLD} accept"
     yield "ct state established goto doubted_sent"
     yield drop(Reason.UNKNOWN_FLOW)
@@ -126,8 +142,9 @@ def _arrival_rules() -> Iterable[str]:
 
 def _refusal_rules() -> Iterable[str]:
     for version, _, family in _FAMILIES:
-        match = f"{family} saddr @enforced{version} {family} daddr @fresh_tcp{version} {_NO_SYN} ct state new"
-        yield f"{match} counter name unknown_flow reject with tcp reset"
+        match = f"{family} saddr @enforced{version} {family} daddr"
+        yield f"{match} @fresh_tcp{version} {_NO_SYN} ct state new {_REFUSE}"
+        yield f"{match} @unclean{version} {_NO_SYN} jump unclean_reached"
 
 
 def apply_lines(before: GuardedEndpoint | None, after: GuardedEndpoint) -> list[str]:
@@ -147,23 +164,22 @@ def _elements(addresses: Iterable[IPAddress]) -> dict[str, str]:
     return {f"own{address.version} {address}": "" for address in addresses}
 
 
-def freshen_lines(addresses: Iterable[IPAddress]) -> list[str]:
-    """Let the time of addresses begin, also where it runs already."""
-    return [line for address in addresses for line in (*_gone(address), *_begun(address))]
+def freshen_lines(addresses: Iterable[IPAddress], *, is_clean: bool = True) -> list[str]:
+    """Let the time of addresses begin, also where it runs already; an unclean one stays so for its time."""
+    names = _FRESH if is_clean else tuple(_SETS)
+    return [line for address in addresses for line in (*_gone(address, names), *_begun(address, names))]
 
 
 def forget_lines(addresses: Iterable[IPAddress]) -> list[str]:
     """Let addresses be fresh no longer."""
-    return [line for address in addresses for line in _gone(address)]
+    return [line for address in addresses for line in _gone(address, _SETS)]
 
 
-def _begun(address: IPAddress) -> list[str]:
-    return [
-        f"add element {TABLE} {name}{address.version} {{ {address} timeout {s:.0f}s }}" for name, s in _SETS.items()
-    ]
+def _begun(address: IPAddress, names: Iterable[str]) -> list[str]:
+    return [f"add element {TABLE} {name}{address.version} {{ {address} timeout {_SETS[name]:.0f}s }}" for name in names]
 
 
-def _gone(address: IPAddress) -> list[str]:
+def _gone(address: IPAddress, names: Iterable[str]) -> list[str]:
     """An element that is not there, as after its time, is no error only where it was added before."""
-    taken = [f"delete element {TABLE} {name}{address.version} {{ {address} }}" for name in _SETS]
-    return [line for pair in zip(_begun(address), taken, strict=True) for line in pair]
+    taken = [f"delete element {TABLE} {name}{address.version} {{ {address} }}" for name in names]
+    return [line for pair in zip(_begun(address, names), taken, strict=True) for line in pair]

@@ -11,6 +11,7 @@ import errno
 import os
 import socket
 import struct
+import sys
 from collections.abc import Container, Iterator
 from dataclasses import dataclass
 
@@ -111,21 +112,21 @@ def acknowledged(sock: socket.socket, kind: int, body: bytes, tolerated: Contain
             raise DataplaneError(f"netlink: request {kind:#x}: {os.strerror(code)}")
 
 
-def dump(family: int, kind: int, body: bytes, containing: bytes = b"") -> list[bytes]:
+def dump(family: int, kind: int, body: bytes, containing: bytes = b"", limit: int = sys.maxsize) -> list[bytes]:
     """Return the bodies of all objects of a kind, from a socket of its own in the current network namespace.
 
-    With `containing` only of those in which these bytes are; the others cost hardly anything.
+    With `containing` only of those in which these bytes are; the others cost hardly anything. Reading ends at `limit`.
     """
     for _ in range(_MAX_DUMP_ATTEMPTS):
         with open_netlink(family) as sock:
             sock.send(_HEADER.pack(16 + len(body), kind, NLM_F_REQUEST | NLM_F_DUMP, 0, 0) + body)
-            bodies = _receive_dump(sock, kind, containing)
+            bodies = _receive_dump(sock, kind, containing, limit)
         if bodies is not None:
             return bodies
     raise DataplaneError(f"netlink: dump {kind:#x} was interrupted {_MAX_DUMP_ATTEMPTS} times")
 
 
-def _receive_dump(sock: socket.socket, kind: int, containing: bytes) -> list[bytes] | None:
+def _receive_dump(sock: socket.socket, kind: int, containing: bytes, limit: int) -> list[bytes] | None:
     """Return the dump, or None where it changed while it was read and may have holes."""
     bodies: list[bytes] = []
     is_interrupted = False
@@ -141,6 +142,8 @@ def _receive_dump(sock: socket.socket, kind: int, containing: bytes) -> list[byt
                 raise DataplaneError(f"netlink: dump {kind:#x}: {os.strerror(_error(message.body))}")
             if containing in message.body:
                 bodies.append(message.body)
+                if len(bodies) >= limit:
+                    return bodies
 
 
 def _has_news(data: bytes) -> bool:

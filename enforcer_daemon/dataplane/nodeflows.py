@@ -13,6 +13,7 @@ from __future__ import annotations
 import errno
 import socket
 import struct
+import sys
 from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
@@ -32,7 +33,8 @@ MAX_REMOVED_AT_ONCE = 16_384
 """Entries that one call removes: about half a second. A pod can have a hundred thousand."""
 
 _CT_GET, _CT_DELETE = 0x0101, 0x0102  # NFNL_SUBSYS_CTNETLINK << 8 | IPCTNL_MSG_CT_GET, _DELETE
-_CTA_TUPLE_ORIG, _CTA_TUPLE_REPLY, _CTA_ID, _CTA_ZONE, _CTA_FILTER = 1, 2, 12, 18, 25
+_CTA_TUPLE_ORIG, _CTA_TUPLE_REPLY, _CTA_STATUS, _CTA_ID, _CTA_ZONE, _CTA_FILTER = 1, 2, 3, 12, 18, 25
+_SEEN_REPLY = struct.pack("!I", 1 << 1)  # IPS_SEEN_REPLY
 _CTA_FILTER_FLAGS = {_CTA_TUPLE_ORIG: 1, _CTA_TUPLE_REPLY: 2}  # CTA_FILTER_ORIG_FLAGS, CTA_FILTER_REPLY_FLAGS
 _CTA_FILTER_SOURCE = 1 << 0  # CTA_FILTER_FLAG(CTA_IP_SRC)
 _CTA_TUPLE_IP, _CTA_TUPLE_PROTO = 1, 2
@@ -52,17 +54,18 @@ class SentTuple(NamedTuple):
     destination_port: int
 
 
-def remove_of(addresses: Iterable[IPAddress], limit: int = MAX_REMOVED_AT_ONCE) -> int:
+def remove_of(addresses: Iterable[IPAddress], limit: int = MAX_REMOVED_AT_ONCE, is_answered: bool = False) -> int:
     """Remove the entries of the flows that one of the addresses opened or answers; return their number.
 
-    Call it again while it returns `limit`. Works on the current network namespace and blocks for some milliseconds.
+    With `is_answered` only of flows that had a reply: nobody makes these towards an address that he does not have. Call
+    it again while it returns `limit`. Works on the current network namespace and blocks for some milliseconds.
     Raises DataplaneError.
     """
     removed = 0
     try:
         with open_netlink(NETLINK_NETFILTER) as sock:
             for address in addresses:
-                for entry in _entries_of(address):
+                for entry in _entries_of(address, limit, is_answered):
                     if removed == limit:
                         return removed
                     acknowledged(sock, _CT_DELETE, entry, (errno.ENOENT,))
@@ -97,17 +100,21 @@ def _nested(kind: int, content: bytes) -> bytes:
     return encode_attribute(kind | NLA_F_NESTED, content)
 
 
-def _entries_of(address: IPAddress) -> Iterator[bytes]:
-    """Yield the deletion request of each entry with the address.
+def _entries_of(address: IPAddress, limit: int, is_answered: bool) -> Iterator[bytes]:
+    """Yield the deletion request of each entry with the address, up to `limit` for each direction.
 
     Whatever NAT does, the address that opened a flow is the source of the original tuple, and the one that answers it
     the source of the reply tuple. Each dump walks the whole table, so there is none for the other two places.
     """
     sides = tuple(_CTA_FILTER_FLAGS) if address.version == 4 else (_CTA_TUPLE_ORIG,)
     for side in sides:
-        for body in dump(NETLINK_NETFILTER, _CT_GET, encode_filter(address, side), address.packed):
-            if request := decode_entry(body, address):
-                yield request
+        request = encode_filter(address, side)
+        if is_answered:  # Linux 5.13; an older one returns the others, too, which may be many more than `limit`.
+            request += encode_attribute(_CTA_STATUS, _SEEN_REPLY)
+        most = sys.maxsize if is_answered else limit
+        for body in dump(NETLINK_NETFILTER, _CT_GET, request, address.packed, most):
+            if (deletion := decode_entry(body, address)) and (not is_answered or _had_reply(body)):
+                yield deletion
 
 
 def encode_filter(address: IPAddress, side: int) -> bytes:
@@ -138,6 +145,11 @@ def decode_entry(body: bytes, address: IPAddress) -> bytes | None:
         if kind in entry:
             request += encode_attribute(kind, entry[kind])
     return request
+
+
+def _had_reply(body: bytes) -> bool:
+    status = decode_attributes(body[_NFGENMSG_BYTES:]).get(_CTA_STATUS, b"")
+    return bool(int.from_bytes(status, "big") & int.from_bytes(_SEEN_REPLY, "big"))
 
 
 def _has(data: bytes, address: IPAddress) -> bool:

@@ -249,6 +249,79 @@ def test_a_stale_segment_is_refused(lab: Lab, guard: Guard, pod: Wire, remote: W
     assert pod.find((80).to_bytes(2, "big") + (4444).to_bytes(2, "big"), 0.2) is None
 
 
+@pytest.mark.parametrize("is_clean", [False, True], ids=["unclean", "clean"])
+def test_what_an_unclean_address_sends_in_a_flow_of_before_its_pod(
+    lab: Lab, guard: Guard, pod: Wire, remote: Wire, version: int, is_clean: bool
+) -> None:
+    """A stale peer's segment leaves an entry that a segment of the newcomer would make an established one.
+
+    The guard knows nothing against it where the address passes for clean, which shows that these packets are right.
+    """
+    grow_old(lab)
+    for place in (lab.pod, lab.remote):  # Their kernels know nothing of the connection, and would end it.
+        tool = "iptables" if version == 4 else "ip6tables"
+        run_in(place, (tool, "-I", "OUTPUT", "-p", "tcp", "--tcp-flags", "RST", "RST", "-j", "DROP"))
+    remote.send(build(*remote.ends, (80, 4444), (1_000, 2_000), ACK, 500, b"stale-1"))
+    assert pod.find(b"stale-1", 3) is not None
+    remote.send(with_marker(decode_udp(remote.datagram(b"stale-2", ports=PORTS[::-1])), PROOF_MARKER_ID))
+    assert pod.find(b"stale-2", 3) is not None
+    addresses = [ip_address(POD[version])]
+    on_node(lab, lambda: guard.freshen(addresses, is_clean=is_clean))
+    on_node(lab, lambda: guard.freshen(addresses))  # What its pod does later does not make it clean.
+    for n in range(3):
+        pod.send(build(*pod.ends, (4444, 80), (2_000 + 8 * n, 1_007), ACK | PSH, 500, b"injected"))
+        assert (remote.find(b"injected", 0.3) is not None) is is_clean
+    pod.send(pod.datagram(b"plain"))
+    plain = remote.find(b"plain", 3)
+    assert plain is not None
+    assert is_marked(plain, MARKER_ID) is not is_clean
+    if not is_clean:
+        remote.send(build(*remote.ends, (80, 4444), (1_007, 2_000), ACK, 500, b"stale-3"))
+        assert pod.find(b"stale-3", 0.3) is None
+
+
+@pytest.mark.parametrize("opener", ["pod", "remote"])
+def test_an_unclean_address_has_flows_of_its_own(
+    lab: Lab, guard: Guard, pod: Wire, remote: Wire, version: int, opener: str
+) -> None:
+    on_node(lab, lambda: guard.freshen([ip_address(POD[version])], is_clean=False))
+    here, there, address = (lab.pod, lab.remote, REMOTE) if opener == "pod" else (lab.remote, lab.pod, POD)
+    with lab.listen(there, version, 80) as listener, lab.socket(here, version) as client:
+        client.settimeout(3)
+        client.connect((address[version], 80))
+        server, _ = listener.accept()
+        with server:
+            server.settimeout(3)
+            client.sendall(b"by right")
+            assert server.recv(8) == b"by right"
+            server.sendall(b"answer")
+            assert client.recv(6) == b"answer"
+    pod.send(pod.message(TYPE_OFFER))
+    assert remote.find(b"\xd3TRI", 3) is not None
+    remote.send(remote.message(TYPE_ANSWER, PORTS[::-1]))
+    assert pod.find(b"\xd3TRI", 3) is not None
+    pod.send(pod.datagram(b"next"))
+    found = remote.find(b"next", 3)
+    assert found is not None
+    assert not is_marked(found, MARKER_ID)
+
+
+def test_entries_of_flows_with_a_reply_alone_are_removed(
+    lab: Lab, guard: Guard, pod: Wire, remote: Wire, version: int
+) -> None:
+    grow_old(lab)
+    for port in range(4444, 4450):
+        remote.send(remote.datagram(b"one", ports=(5353, port)))
+    _await(lambda: _count(lab) == 6)
+    pod.send(pod.datagram(b"reply", ports=(4449, 5353)))
+    assert remote.find(b"reply", 3) is not None
+    addresses = [ip_address(POD[version])]
+    assert on_node(lab, lambda: remove_of(addresses, is_answered=True)) in (1, 2)  # IPv4 is asked for by each end.
+    assert _count(lab) == 5
+    assert on_node(lab, lambda: remove_of(addresses, limit=3)) == 3
+    assert _count(lab) == 2
+
+
 def _count(lab: Lab) -> int:
     listings = [run_in(lab.node, ("conntrack", "-L", "-f", family, "-p", "udp")) for family in ("ipv4", "ipv6")]
     return sum("dport=5353" in line for listing in listings for line in str(listing).splitlines())

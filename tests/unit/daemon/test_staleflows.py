@@ -54,25 +54,31 @@ class World:
     done: list[Any] = field(default_factory=list)
     refused: int = 0
     """How often the kernel refuses."""
+    unanswered: int = 0
+    """Entries without a reply in its table."""
 
     def __post_init__(self) -> None:
         self.endpoints = [FakeEndpoint(identity("one", 1), self.done), FakeEndpoint(identity("two", 2), self.done)]
-        log = SimpleNamespace(info=lambda *_, **__: None, error=lambda *_, **__: self.done.append("error"))
+        log = SimpleNamespace(
+            info=lambda *_, **__: None, warning=lambda *_, **__: None, error=lambda *_, **__: self.done.append("error")
+        )
         metrics = SimpleNamespace(ended_flows=SimpleNamespace(inc=lambda _: None))
         self.stale = StaleFlows(self, lambda: self.endpoints, log, metrics)  # type: ignore[arg-type]
 
-    async def freshen(self, addresses: Iterable[object]) -> None:
+    async def freshen(self, addresses: Iterable[object], *, is_clean: bool = True) -> None:
         if self.refused:
             self.refused -= 1
             raise DataplaneError("no")
-        self.done.append(("fresh", sorted(map(str, addresses))))
+        self.done.append(("fresh" if is_clean else "unclean", sorted(map(str, addresses))))
 
     def remove_flows(self, flows: Iterable[SentTuple]) -> None:
         self.done.append(("flows", [(str(flow.source), str(flow.destination)) for flow in flows]))
 
-    def remove_of(self, addresses: Iterable[object]) -> int:
-        self.done.append(("entries", sorted(map(str, addresses))))
-        return 0
+    def remove_of(self, addresses: Iterable[object], limit: int, is_answered: bool) -> int:
+        self.done.append(("answered" if is_answered else "entries", sorted(map(str, addresses))))
+        removed = 0 if is_answered else min(limit, self.unanswered)
+        self.unanswered -= removed
+        return removed
 
 
 @pytest.fixture
@@ -122,7 +128,7 @@ def test_what_the_kernel_refuses_is_kept_and_tried_again(world: World) -> None:
 def test_a_newcomer_starts_clean_or_not_at_all(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
     newcomer = identity("two", 2)
 
-    def refuse(_: object) -> int:
+    def refuse(*_: object) -> int:
         raise DataplaneError("no")
 
     world.stale.note_start(NETNS, newcomer)
@@ -132,13 +138,28 @@ def test_a_newcomer_starts_clean_or_not_at_all(world: World, monkeypatch: pytest
     monkeypatch.setattr(nodeflows, "remove_of", world.remove_of)
     world.done.clear()
     asyncio.run(world.stale.start_clean(NETNS))
-    assert world.done == [("x/one", "strangers", "two"), ("entries", ["10.0.0.2"])]
+    own = ["10.0.0.2"]
+    assert world.done == [("x/one", "strangers", "two"), ("answered", own), ("entries", own)]
     asyncio.run(world.stale.start_clean(NETNS))
-    assert len(world.done) == 2
+    assert len(world.done) == 3
+
+
+def test_a_newcomer_does_not_wait_for_flows_without_a_reply(world: World) -> None:
+    """Anybody can make them: what is left is the guard's, and nothing is removed later."""
+    world.unanswered = 10 * staleflows.MAX_UNANSWERED
+    world.endpoints.clear()
+    world.stale.note_gone(identity("old", 2))
+    world.stale.note_start(NETNS, identity("two", 2))
+    asyncio.run(world.stale.start_clean(NETNS))
+    own = ["10.0.0.2"]
+    assert world.done == [("answered", own), ("entries", own), ("unclean", own)]
+    assert world.unanswered == 9 * staleflows.MAX_UNANSWERED
+    asyncio.run(world.stale.settle())
+    assert len(world.done) == 3
 
 
 def test_entries_that_appear_without_end_are_an_error(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(nodeflows, "remove_of", lambda _: nodeflows.MAX_REMOVED_AT_ONCE)
+    monkeypatch.setattr(nodeflows, "remove_of", lambda *_: nodeflows.MAX_REMOVED_AT_ONCE)
     world.stale.note_start(NETNS, identity("two", 2))
     with pytest.raises(DataplaneError, match="as fast as they are removed"):
         asyncio.run(world.stale.start_clean(NETNS))

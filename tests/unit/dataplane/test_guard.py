@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
 from ipaddress import IPv6Address, ip_address, ip_network
 
@@ -115,7 +116,7 @@ def test_an_endpoint_that_is_no_longer_isolated_keeps_nothing_of_it() -> None:
 def test_only_addresses_that_changed_are_touched() -> None:
     moved = replace(WEB, addresses=(ip_address("fd00::5"), ip_address("10.0.0.6")))
     lines = render_apply(WEB, moved, on_links=False).splitlines()
-    elements = [line for line in lines if "element" in line and "fresh_" not in line]
+    elements = [line for line in lines if "element" in line and not re.search("fresh_|unclean", line)]
     assert elements[0] == "delete element inet trireme_guard endpoints4 { 10.0.0.5 }"
     assert elements[1].startswith("add element inet trireme_guard endpoints4 { 10.0.0.6 : goto endpoint_")
     assert elements[2:] == [
@@ -137,6 +138,11 @@ def test_an_address_is_fresh_for_as_long_as_its_releases_elsewhere_may_last() ->
         "add fresh_tcp4 { 10.0.0.5 timeout 600s }",
         "add fresh_udp4 { 10.0.0.5 timeout 120s }",
     ]
+
+
+def test_an_unclean_address_is_so_for_as_long_as_it_is_fresh() -> None:
+    lines = guard_fresh.freshen_lines([ip_address("10.0.0.5")], is_clean=False)
+    assert lines[-1] == "add element inet trireme_guard unclean4 { 10.0.0.5 timeout 600s }"
 
 
 def test_an_endpoint_that_stays_as_it_was_is_not_fresh_again() -> None:
