@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The guard on fresh addresses: what a pod sends opens a flow or belongs to one that the node knows.
+"""The guard on fresh addresses: what a pod sends opens a flow, belongs to one that the node knows, or shows its doubt.
 
 An address is fresh after its pod started, changed its identity, or lost a flow: for as long as a peer may still hold a
 release that the address no longer deserves (handshake/lapse.py). Whoever sends into such a release by packet socket,
@@ -7,13 +7,13 @@ or from a plain socket past an enforcer that has not answered, sends what the no
 
 - TCP that is neither SYN nor RST passes only in a connection with a whole handshake behind it. A stale peer's socket
   answers a SYN with an ACK that shows its numbers, so a reply alone does not count.
-- UDP in a flow without a reply passes only with a message, which the peer's enforcer evaluates.
 - A stale peer's own segments are refused with RST, which ends its socket; else they would show the numbers.
-- UDP in other flows passes with the marker, which the guard puts in: a stale peer's own datagrams look like those of a
-  peer without an enforcer, and a message gets a reply. With the marker the peer's enforcer sees what the release would
-  keep from it; a peer without an enforcer takes no notice. The pod's datagrams stay as they are only if the peer's
-  enforcer has answered what its policy allows, or has proven itself: a label of the conntrack entry then says so. Other
-  messages do not count, since an unproven request gets them. No flow needs a place in a table that others can fill.
+- UDP without a message passes with the marker, which the guard puts in, also where it opens a flow: not every datagram
+  has room for a message, and a stale peer's own datagrams look like those of a peer without an enforcer. With the marker
+  the peer's enforcer sees what the release would keep from it; a peer without an enforcer takes no notice. The pod's
+  datagrams stay as they are only if the peer's enforcer has answered what its policy allows, or has proven itself: a
+  label of the conntrack entry then says so. Other messages do not count, since an unproven request gets them. No flow
+  needs a place in a table that others can fill.
 
 Of every registered pod, the daemon hears of datagrams that open a flow into the enforced networks without a message:
 the pod's kernel holds a release that the node's conntrack has lost, and whoever gets them may be another by now.
@@ -130,8 +130,7 @@ def _datagram_rules() -> Iterable[str]:
     for version, _, family in _FAMILIES:
         yield f"{family} saddr @unclean{version} ct state established jump unclean_datagram"
     yield f"ct state established ct label {_TOLD} accept"
-    yield "ct state established goto doubted_sent"
-    yield drop(Reason.UNKNOWN_FLOW)
+    yield "goto doubted_sent"
 
 
 def _arrival_rules() -> Iterable[str]:

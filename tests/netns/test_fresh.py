@@ -140,31 +140,41 @@ def notices(log: DropLog) -> list[Notice]:
     return found
 
 
-def test_a_datagram_that_opens_a_flow_needs_a_message(lab: Lab, guard: Guard, pod: Wire, remote: Wire) -> None:
+@pytest.mark.parametrize("size", [8, 1_200])
+def test_a_datagram_without_a_message_is_marked(lab: Lab, guard: Guard, pod: Wire, remote: Wire, size: int) -> None:
+    """Whatever it opens: a large one has no room for a message, and its peer may be one without an enforcer."""
+    port = iter(range(4444, 4600))
+
+    def passed(text: bytes) -> bytes:
+        pod.send(pod.datagram(text.ljust(size), ports=(next(port), 5353)))
+        found = remote.find(text, 3)
+        assert found is not None
+        assert decode_udp(found).payload == text.ljust(size)
+        return found
+
     with on_node(lab, DropLog) as log:
-        plain = pod.datagram(b"plain-1")
-        pod.send(plain)
-        assert remote.find(b"plain-1", 0.3) is None
-        told = notices(log)
-        assert [(each.prefix, decode_udp(each.packet).payload) for each in told] == [
-            (STRAY, b"plain-1"),
-            ("unknown-flow", b"plain-1"),
-        ]
-        pod.send(with_marker(decode_udp(pod.datagram(b"marked")), MARKER_ID))
-        assert remote.find(b"marked", 3) is not None
-        pod.send(pod.message(TYPE_OFFER, (4445, 5353)))
-        assert remote.find(b"\xd3TRI", 3) is not None
-        assert log.read(64) == []
-        assert on_node(lab, guard.drops)["unknown-flow"] == 1
+        assert is_marked(passed(b"plain-1"), MARKER_ID)
+        assert [each.prefix for each in notices(log)] == [STRAY]
+        assert on_node(lab, guard.drops).get("unknown-flow", 0) == 0
 
         grow_old(lab)
-        pod.send(pod.datagram(b"plain-2", ports=(4446, 5353)))
-        assert remote.find(b"plain-2", 3) is not None
-        assert [told.prefix for told in notices(log)] == [STRAY]
-
+        assert not is_marked(passed(b"plain-2"), MARKER_ID)
         on_node(lab, lambda: guard.freshen([ip_address(POD[pod.version]), ip_address("10.9.9.9")]))
-        pod.send(pod.datagram(b"plain-3", ports=(4447, 5353)))
-        assert remote.find(b"plain-3", 0.3) is None
+        assert is_marked(passed(b"plain-3"), MARKER_ID)
+
+
+def test_a_message_passes_as_it_is(lab: Lab, guard: Guard, pod: Wire, remote: Wire) -> None:
+    with on_node(lab, DropLog) as log:
+        for marker in (MARKER_ID, PROOF_MARKER_ID):
+            pod.send(with_marker(decode_udp(pod.datagram(b"marked")), marker))
+            found = remote.find(b"marked", 3)
+            assert found is not None
+            assert is_marked(found, marker)
+        pod.send(pod.message(TYPE_OFFER, (4445, 5353)))
+        lone = remote.find(b"\xd3TRI", 3)
+        assert lone is not None
+        assert not is_marked(lone, MARKER_ID)
+        assert log.read(64) == []
 
 
 def test_the_daemon_hears_of_a_flood_no_more_often_than_it_may(lab: Lab, guard: Guard, pod: Wire) -> None:
