@@ -76,6 +76,20 @@ class Identity:
     """The cluster's name for this very pod; empty where nobody compares it."""
 
 
+@dataclass(frozen=True, slots=True)
+class JudgedFlow:
+    """What flows with one peer were evaluated by: those that are released under one index have it in common."""
+
+    direction: Direction
+    """EGRESS where the pod opened the flow."""
+    peer: Identity
+    address: IPAddress
+    """Of the peer, as it was evaluated: behind a Service conntrack has another."""
+    port: int
+    """The responder's own; 0 stands for all ports beyond those that one peer may have entries for."""
+    protocol: Protocol
+
+
 @dataclass(frozen=True, slots=True, order=True)
 class RuleRef:
     """One rule of one NetworkPolicy: the policy and the rule's index in its direction."""

@@ -7,7 +7,8 @@ import asyncio
 import math
 import os
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
+from dataclasses import replace
 from typing import NamedTuple, TypeVar
 
 from enforcer_daemon.daemon.flowstore import FlowStore
@@ -17,10 +18,11 @@ from enforcer_daemon.daemon.reconsider import MasqueradedFlows, Reconsideration
 from enforcer_daemon.daemon.room import require_room
 from enforcer_daemon.daemon.sandbox import Sandbox
 from enforcer_daemon.daemon.service import QueueService
+from enforcer_daemon.daemon.slices import batches, in_slices
 from enforcer_daemon.daemon.world import CompiledWorld
 from enforcer_daemon.datapath.context import EndpointContext
 from enforcer_daemon.datapath.endpoint import EndpointDatapath
-from enforcer_daemon.datapath.flowindex import JudgedFlow
+from enforcer_daemon.datapath.flowindex import JudgedBy, is_of
 from enforcer_daemon.datapath.judging import Judge
 from enforcer_daemon.dataplane.addresses import interface
 from enforcer_daemon.dataplane.backends import RulesBackend
@@ -44,7 +46,7 @@ from enforcer_daemon.dataplane.tampering import RulesWatch
 from enforcer_daemon.errors import IdentityTooLargeError
 from enforcer_daemon.handshake.leasepairs import Lapse
 from enforcer_daemon.handshake.leases import Leases
-from enforcer_daemon.model import Direction, Identity
+from enforcer_daemon.model import Direction, Identity, JudgedFlow
 from enforcer_daemon.policy.compile import PolicySnapshot
 from enforcer_daemon.policy.evaluate import PodPolicy
 from enforcer_daemon.settings import DataplaneSettings
@@ -78,6 +80,11 @@ class Change(NamedTuple):
 def _is_lapsed(flow: JudgedFlow, lapse: Lapse) -> bool:
     is_peer = (flow.peer.pod, flow.peer.trust_domain) == (lapse.peer.pod, lapse.peer.trust_domain)
     return is_peer and flow.address.packed == lapse.address and flow.protocol in lapse.protocols
+
+
+def _is_stranger(flow: JudgedFlow, newcomer: Identity) -> bool:
+    """Tell whether a flow is with another pod that had one of a newcomer's addresses before."""
+    return not is_of(flow.peer, newcomer) and any(ip in newcomer.ips for ip in flow.peer.ips)
 
 
 class Endpoint:
@@ -114,6 +121,10 @@ class Endpoint:
         self.datapath = EndpointDatapath(self._context)
         self.token_signed_at = time.time()
         self._has_looked = False
+        self._index_turn = asyncio.Lock()
+        """Held by whoever works on the flow index in slices."""
+        self._in_threads = 0
+        """Threads at work in the namespace, which may know flows by their index."""
         self._repeat_at = math.inf
         self._repeating: asyncio.TimerHandle | None = None
 
@@ -222,29 +233,68 @@ class Endpoint:
         return await self.reevaluate_peers([(old, new)])
 
     async def reevaluate_peers(self, changes: Sequence[PeerChange]) -> list[ReleasedFlow]:
-        """Do so for several peers; raise DataplaneError or NetnsError (the index knows the new identities at once)."""
-        denied: set[int] = set()
-        gone: set[int] = set()
-        for old, new in changes:
-            flows = self.flows.of_pod(old)
-            if new is None:
-                gone.update(flows)
-            elif flows:
-                denied.update(index for index, flow in flows.items() if not self._may_reach(flow, new))
-                self.store.replace(self.flows.replace_peer(flows, new), self.flows)
-        return await self._end_indexes(frozenset(denied | gone), gone)
+        """Do so for several peers; raise DataplaneError or NetnsError (the index then knows the new identities)."""
+        was_open = self.is_open
+        async with self._index_turn:
+            denied: set[int] = set()
+            gone: set[int] = set()
+            for old, new in changes:
+                self._reevaluate_unfinished(old, new)
+                flows = self.flows.of_pod(old)
+                if new is None:
+                    gone.update(flows)
+                else:
+                    await in_slices(self._reevaluating(flows, new, denied))
+            if was_open and not self.is_open:
+                return []
+            await self.store.compact(self.flows)
+            return await self._end_indexes(frozenset(denied | gone), gone)
+
+    def _reevaluate_unfinished(self, old: Identity, new: Identity | None) -> None:
+        """Re-evaluate the handshakes under way with a peer pod, whose flows have no index yet."""
+
+        def is_denied(judged: JudgedBy) -> bool:
+            if not isinstance(judged, JudgedFlow) or not is_of(judged.peer, old):
+                return False
+            return new is None or not self._may_reach(judged, new)
+
+        def replaced(judged: JudgedFlow) -> JudgedFlow:
+            return replace(judged, peer=new) if new is not None and is_of(judged.peer, old) else judged
+
+        if any(map(is_denied, self.datapath.judged_by())):
+            self._forget(is_denied)
+        self.datapath.replace_peers(replaced)
+
+    def _reevaluating(self, flows: Mapping[int, JudgedFlow], new: Identity, denied: set[int]) -> Iterator[None]:
+        for batch in batches(flows.items()):
+            left = [number for number, flow in batch if self.flows.get(number) is flow]
+            denied.update(number for number in left if not self._may_reach(flows[number], new))
+            self.store.append(self.flows.replace_peer(left, new))
+            yield
+
+    def _forget(self, is_denied: Callable[[JudgedBy], bool]) -> None:
+        effects = self.datapath.forget_unfinished(is_denied)
+        if effects and self._queue is not None:
+            self._queue.carry_out(effects)
 
     async def end_strangers(self, newcomer: Identity) -> list[ReleasedFlow]:
         """End all flows with pods that had an address before which is a newcomer's now; raises as the others do."""
         strangers = self.flows.of_strangers(newcomer)
-        return await self._end_indexes(frozenset(strangers), strangers)
+        return await self._end_indexes(frozenset(strangers), strangers, lambda flow: _is_stranger(flow, newcomer))
 
-    async def _end_indexes(self, indexes: frozenset[int], gone: Iterable[int]) -> list[ReleasedFlow]:
+    async def _end_indexes(
+        self,
+        indexes: frozenset[int],
+        gone: Iterable[int],
+        is_unfinished_denied: Callable[[JudgedFlow], bool] = lambda _: False,
+    ) -> list[ReleasedFlow]:
+        def is_denied(judged: JudgedBy) -> bool:
+            return is_unfinished_denied(judged) if isinstance(judged, JudgedFlow) else judged in indexes
+
+        if any(map(is_denied, self.datapath.judged_by())):
+            self._forget(is_denied)
         if not indexes:
             return []
-        effects = self.datapath.forget_unfinished(indexes.__contains__)
-        if effects and self._queue is not None:
-            self._queue.carry_out(effects)
         ended = await self._in_netns(lambda netns_fd: end_flows(netns_fd, EndedIndexes(indexes)))
         self.flows.note_ended(gone)
         self.on_ended(self, ended)
@@ -277,16 +327,18 @@ class Endpoint:
             finally:
                 os.close(netns_fd)
 
-        return await asyncio.to_thread(run)
+        self._in_threads += 1
+        try:
+            return await asyncio.to_thread(run)
+        finally:
+            self._in_threads -= 1
 
     def forget_unfinished(self, world: CompiledWorld, change: Change) -> None:
         """Give up the handshakes that are no longer allowed; call it before `reconsider`, on the loop."""
         question = self._reconsideration(world, change)
         if change.is_identity_new:
             self.datapath.forget_opening()
-        effects = self.datapath.forget_unfinished(question.is_index_denied)
-        if effects and self._queue is not None:
-            self._queue.carry_out(effects)
+        self._forget(question.is_index_denied)
 
     @property
     def leases(self) -> Leases:
@@ -301,6 +353,7 @@ class Endpoint:
     async def look_for_flows(self) -> None:
         """Tell the leases which flows the kernel has; raise DataplaneError or NetnsError."""
         looked_at = time.monotonic()
+        self.flows.begin_look()
         indexes = await self._in_netns(indexes_in_use)
         self._has_looked = True
         found = (flow for index in indexes if (flow := self.flows.get(index)) is not None)
@@ -313,11 +366,28 @@ class Endpoint:
         self.leases.use(flows, looked_at, time.monotonic())
         if self.is_open:  # It may have ended meanwhile, and its files with it.
             self._leases.save(self.leases.worked())
+            await self._free(indexes)
+
+    async def _free(self, in_kernel: Set[int]) -> None:
+        """Free the entries of the index that no flow bears any longer."""
+        async with self._index_turn:
+            borne = in_kernel | {judged for judged in self.datapath.judged_by() if isinstance(judged, int)}
+            await in_slices(map(self._free_batch, batches(self.flows.unused(borne))))
+            if self.is_open:
+                await self.store.compact(self.flows)
+
+    def _free_batch(self, numbers: Iterable[int]) -> None:
+        if not self._in_threads:  # It would take the next flow of a number for this one.
+            self.flows.free(numbers)
 
     async def end_lapsed(self, lapses: Sequence[Lapse]) -> list[ReleasedFlow]:
         """End the flows that nobody stands for any longer; raise DataplaneError or NetnsError."""
-        lapsed = (index for index, flow in self.flows if any(_is_lapsed(flow, lapse) for lapse in lapses))
-        return await self._end_indexes(frozenset(lapsed), ())
+
+        def is_lapsed(flow: JudgedFlow) -> bool:
+            return any(_is_lapsed(flow, lapse) for lapse in lapses)
+
+        lapsed = frozenset(index for index, flow in self.flows if is_lapsed(flow))
+        return await self._end_indexes(lapsed, (), is_lapsed)
 
     def _reconsideration(self, world: CompiledWorld, change: Change) -> Reconsideration:
         is_denied = self._node.is_peer_denied

@@ -9,13 +9,14 @@ from __future__ import annotations
 
 import ipaddress
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from enforcer_daemon.datapath.flowindex import FIRST, FlowIndex, JudgedFlow
+from enforcer_daemon.daemon.slices import batches, in_slices
+from enforcer_daemon.datapath.flowindex import FIRST, FlowIndex
 from enforcer_daemon.marks import MAX_INDEX
-from enforcer_daemon.model import Direction, Identity, NamedPort, NetnsId, PodRef, Protocol
+from enforcer_daemon.model import Direction, Identity, JudgedFlow, NamedPort, NetnsId, PodRef, Protocol
 from enforcer_daemon.telemetry.logs import Logger
 
 MAX_SPARE_LINES = 4_096
@@ -31,6 +32,9 @@ class FlowStore:
         self._is_torn = False
         """Whether the file ends in the middle of a line, which the next entry must not be joined to."""
         self._lines_written = 0
+        self._since: list[str] | None = None
+        """Lines that were added while the file is written anew."""
+        self._is_removed = False
 
     @classmethod
     def of(cls, run_dir: Path, netns: NetnsId, log: Logger) -> FlowStore:
@@ -77,8 +81,12 @@ class FlowStore:
 
     def append(self, entries: Iterable[tuple[int, JudgedFlow]]) -> None:
         """Add entries; where that fails the running daemon still knows them."""
+        if self._is_removed:
+            return  # The namespace is gone, and its number may be another's.
         lines = _encode_lines(entries)
         self._lines_written += len(lines)
+        if self._since is not None:
+            self._since += lines
         text = "".join(["\n" if self._is_torn else "", *lines])
         try:
             self._path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -93,23 +101,45 @@ class FlowStore:
     def replace(self, entries: Iterable[tuple[int, JudgedFlow]], index: FlowIndex) -> None:
         """Replace entries, which `index` has already, by later lines; write the file anew if too many are spare."""
         self.append(entries)
-        if self._lines_written > len(index) + MAX_SPARE_LINES:
-            self._rewrite(index)
+        for _ in self._compacting(index):
+            pass
 
-    def _rewrite(self, index: FlowIndex) -> None:
-        lines = _encode_lines(index)
+    async def compact(self, index: FlowIndex) -> None:
+        """Write the file anew if too many lines are spare; packets are judged and entries added meanwhile."""
+        await in_slices(self._compacting(index))
+
+    def _compacting(self, index: FlowIndex) -> Iterator[None]:
+        is_spare = self._lines_written > len(index) + MAX_SPARE_LINES
+        if is_spare and self._since is None and not self._is_removed:
+            self._since = []
+            try:
+                yield from self._rewrite(index)
+            finally:
+                self._since = None
+
+    def _rewrite(self, index: FlowIndex) -> Iterator[None]:
         beside = self._path.with_suffix(".new")
+        entries = list(index)
         try:
             beside.touch(mode=0o600)
-            beside.write_text("".join(lines), encoding="utf-8")
+            with beside.open("w", encoding="utf-8") as file:
+                for batch in batches(entries):
+                    file.write("".join(_encode_lines(batch)))
+                    yield
+                since = self._since or []
+                file.write("".join(since))
+            if self._is_removed:
+                beside.unlink()
+                return
             beside.replace(self._path)
         except OSError as err:
             self._log.error("flow index not written", path=str(beside), error=str(err))
         else:
-            self._is_torn, self._lines_written = False, len(lines)
+            self._is_torn, self._lines_written = False, len(entries) + len(since)
 
     def remove(self) -> None:
         """Forget the endpoint."""
+        self._is_removed = True
         self._path.unlink(missing_ok=True)
         self.lease_path.unlink(missing_ok=True)
 

@@ -11,9 +11,9 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
 
 from enforcer_daemon.daemon.world import CompiledWorld
-from enforcer_daemon.datapath.flowindex import BY_ADDRESS, FlowIndex, JudgedFlow
+from enforcer_daemon.datapath.flowindex import BY_ADDRESS, FlowIndex, JudgedBy
 from enforcer_daemon.dataplane.established import ReleasedFlow
-from enforcer_daemon.model import Direction, Identity, IPAddress, Protocol
+from enforcer_daemon.model import Direction, Identity, IPAddress, JudgedFlow, Protocol
 from enforcer_daemon.policy.evaluate import DirectionPolicy, PodPolicy
 
 _PROTOCOLS = frozenset(Protocol)
@@ -79,11 +79,13 @@ class Reconsideration:
             return self._side(flow)[0].is_isolated
         return not self.is_index_allowed(flow.index)
 
-    def is_index_denied(self, index: int) -> bool:
-        """Tell whether handshakes that were judged under an index, all with one peer, are no longer allowed.
+    def is_index_denied(self, index: JudgedBy) -> bool:
+        """Tell whether handshakes that were judged under an index, or will have one, are no longer allowed.
 
         Their peers have identities; where the table had no room for one, either direction's isolation counts.
         """
+        if isinstance(index, JudgedFlow):
+            return self.is_denied(index)
         if self.flows.get(index) is None:
             return self.policy.ingress.is_isolated or self.policy.egress.is_isolated
         return not self.is_index_allowed(index)

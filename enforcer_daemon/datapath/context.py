@@ -251,8 +251,17 @@ class EndpointContext:
         ports = _PORTS.pack(LEASE_PORT, LEASE_PORT)
         return tuple(self.send_message(remote + own + ports, content) for own, remote, content in messages)
 
+    def give_index(self, flow: Flow) -> None:
+        """Let a flow that has been proven be released under the index of what it was allowed by.
+
+        Not earlier: an offer or a SYN proves nothing, and whoever sends many must not fill the index.
+        """
+        if flow.judged is not None:
+            flow.release, flow.judged = self.judge.release(flow.judged), None
+
     def note_release(self, flow: Flow, peer: Peer, address: bytes, now: float) -> None:
-        """Take note for the leases that a flow with a peer at its own address has been proven."""
+        """Take note that a flow with a peer at its own address has been proven: give it an index, and a lease."""
+        self.give_index(flow)
         if not self.judge.is_own(peer):
             ends = address, flow.key[(len(flow.key) - 4) // 2 : -4]
             self.leases.note(peer, ends, flow.protocol, flow.local, now)

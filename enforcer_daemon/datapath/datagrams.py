@@ -3,13 +3,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 from enforcer_daemon.datapath.context import EndpointContext
+from enforcer_daemon.datapath.flowindex import JudgedBy, judged_by
 from enforcer_daemon.datapath.udp_initiator import DatagramInitiator
 from enforcer_daemon.datapath.udp_responder import DatagramResponder
 from enforcer_daemon.errors import FrameError, PeerError
 from enforcer_daemon.handshake.datagrams import bare, find_message, has_marker
+from enforcer_daemon.handshake.flows import Flow
 from enforcer_daemon.handshake.frames import (
     TYPE_AGAIN,
     TYPE_ANSWER,
@@ -21,7 +23,7 @@ from enforcer_daemon.handshake.frames import (
 )
 from enforcer_daemon.handshake.leaseframes import LEASE_PORT
 from enforcer_daemon.handshake.machine import State
-from enforcer_daemon.marks import CUT, INDEX_MASK, INDEX_SHIFT, NODE, RELEASED, REPLY, UNSUMMED
+from enforcer_daemon.marks import CUT, NODE, RELEASED, REPLY, UNSUMMED
 from enforcer_daemon.model import Direction
 from enforcer_daemon.packet.udp import UDPDatagram, decode_udp
 from enforcer_daemon.reasons import Reason
@@ -121,12 +123,17 @@ class Datagrams:
         """Repeat what may have been lost, and give up what took too long; call it a few times a second."""
         return self.initiator.expire(now) + self.responder.expire(now)
 
-    def forget_unfinished(self, is_denied: Callable[[int], bool]) -> tuple[Settle | Inject, ...]:
-        """Give up the flows that were judged by a policy which no longer allows them, by their flows' index."""
+    def known(self) -> Iterator[Flow]:
+        """Return all flows that are remembered, unfinished or not."""
+        yield from self.initiator.flows.known()
+        yield from self.responder.known()
+
+    def forget_unfinished(self, is_denied: Callable[[JudgedBy], bool]) -> tuple[Settle | Inject, ...]:
+        """Give up the flows that were judged by a policy which no longer allows them, by what they were judged by."""
         effects: list[Settle | Inject] = []
         for side in (self.initiator, self.responder):
             for flow in side.flows.known():
-                if flow.release.mark and is_denied((flow.release.mark & INDEX_MASK) >> INDEX_SHIFT):
+                if (judged := judged_by(flow)) is not None and is_denied(judged):
                     effects += side.abort(flow)  # type: ignore[arg-type]
         return (*effects, *self.responder.forget_rivals())
 

@@ -3,18 +3,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 from enforcer_daemon.datapath.context import EndpointContext, FlowReport, reset_local
 from enforcer_daemon.datapath.datagrams import Datagrams
+from enforcer_daemon.datapath.flowindex import JudgedBy, judged_by
 from enforcer_daemon.datapath.initiator import Initiator
 from enforcer_daemon.datapath.responder import Responder
 from enforcer_daemon.datapath.rivals import Rival
 from enforcer_daemon.errors import PacketError, PeerError
 from enforcer_daemon.handshake.flows import Flow
 from enforcer_daemon.handshake.machine import Event, State
-from enforcer_daemon.marks import INDEX_MASK, INDEX_SHIFT, NODE, RELEASED, REPLY
-from enforcer_daemon.model import Decision, Direction
+from enforcer_daemon.marks import NODE, RELEASED, REPLY
+from enforcer_daemon.model import Decision, Direction, JudgedFlow
 from enforcer_daemon.packet.ip import IPHeader, decode_ip
 from enforcer_daemon.packet.tcp import ACK, FIN, RST, SYN, SYN_ACK, TCP, Segment, build, decode_segment
 from enforcer_daemon.packet.transport import decode_datagram
@@ -94,15 +95,15 @@ class EndpointDatapath:
         """Repeat the SYN-ACKs whose proof should have come by now."""
         return self._responder.repeat_answers(now)
 
-    def forget_unfinished(self, is_denied: Callable[[int], bool]) -> tuple[Settle | Inject, ...]:
-        """Give up the flows that were judged by a policy which no longer allows them, by their flows' index.
+    def forget_unfinished(self, is_denied: Callable[[JudgedBy], bool]) -> tuple[Settle | Inject, ...]:
+        """Give up the flows that were judged by a policy which no longer allows them, by what it judged.
 
         Both ends of an unfinished one are reset: connect() may have returned, and must not wait for ever. The released
         ones that are remembered are forgotten too: their next packet must not be released again.
         """
 
         def denied(flow: Flow | Rival) -> bool:
-            return bool(flow.release.mark) and is_denied((flow.release.mark & INDEX_MASK) >> INDEX_SHIFT)
+            return (judged := judged_by(flow)) is not None and is_denied(judged)
 
         effects: list[Settle | Inject] = []
         self._responder.rivals.refuse(denied)
@@ -111,6 +112,22 @@ class EndpointDatapath:
                 if denied(flow):
                     effects += side.abort(flow)  # type: ignore[arg-type]
         return (*effects, *self._datagrams.forget_unfinished(is_denied))
+
+    def replace_peers(self, replaced: Callable[[JudgedFlow], JudgedFlow]) -> None:
+        """Let unfinished handshakes be those of another identity of the same peer pod."""
+        for flow in self._known():
+            if flow.judged is not None:
+                flow.judged = replaced(flow.judged)
+
+    def judged_by(self) -> set[JudgedBy]:
+        """Return what all flows that are remembered were allowed by: an index where they are released."""
+        return {judged for flow in self._known() if (judged := judged_by(flow)) is not None}
+
+    def _known(self) -> Iterator[Flow]:
+        for side in (self._initiator, self._responder):
+            yield from side.flows.known()
+        yield from (rival for rival in self._responder.rivals.known() if isinstance(rival, Flow))
+        yield from self._datagrams.known()
 
     def forget_opening(self) -> None:
         """Give up the connections whose SYN shows an identity that the pod no longer has.
@@ -200,12 +217,12 @@ class EndpointDatapath:
         context = self._context
         if direction is Direction.EGRESS:
             remote, is_node = datagram.dst, False
-            decision, release = context.judge.egress(None, remote, datagram.dport, datagram.protocol)
+            decision, release, _ = context.judge.egress(None, remote, datagram.dport, datagram.protocol)
         else:
             context.refuse_reflection(datagram.src, datagram.dst)
             source, destination = (datagram.src, datagram.sport or 0), (datagram.dst, datagram.dport or 0)
             remote, is_node = context.node.trace(datagram.protocol, source, destination)
-            decision, release = context.judge.ingress(None, remote, datagram.dport, datagram.protocol)
+            decision, release, _ = context.judge.ingress(None, remote, datagram.dport, datagram.protocol)
             release = context.let_in(datagram.dst, release)
         if is_node:
             decision, release = Decision(True, Reason.NODE, Direction.INGRESS), _RELEASE_NODE

@@ -7,12 +7,14 @@ is with. A flow that was judged by address alone needs no entry: its address and
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Iterator, Set
+from dataclasses import replace
+from typing import Protocol as Interface
 
 from enforcer_daemon.handshake.peers import Peer
 from enforcer_daemon.marks import INDEX_MASK, INDEX_SHIFT, MAX_INDEX, NODE
-from enforcer_daemon.model import Direction, Identity, IPAddress, Protocol
+from enforcer_daemon.model import Direction, Identity, IPAddress, JudgedFlow, PodRef, Protocol
+from enforcer_daemon.verdict import Verdict
 
 UNKNOWN = 0
 """Index of flows for which the table had no room: every change ends them."""
@@ -22,18 +24,29 @@ FIRST = 2
 """The lowest index that stands for a peer."""
 
 
-@dataclass(frozen=True, slots=True)
-class JudgedFlow:
-    """What the flows of one index have in common."""
+MAX_OF_ONE_PEER = 4_096
+"""Entries of one peer pod. Beyond them its flows share one for each direction, address and protocol, of port 0: policy
+allows those only where it allows all ports, so a change of policy ends them elsewhere."""
+_MAX_SHARED = 64
+"""Entries of port 0 of one peer pod, which has few at a time: each change of its labels may add some."""
 
-    direction: Direction
-    """EGRESS where the pod opened the flow."""
-    peer: Identity
-    address: IPAddress
-    """Of the peer, as it was judged: behind a Service conntrack has another."""
-    port: int
-    """The responder's own."""
-    protocol: Protocol
+JudgedBy = int | JudgedFlow
+"""What a flow was allowed by: an index where it is released, else what will have one."""
+
+
+class _Judged(Interface):
+    @property
+    def release(self) -> Verdict: ...
+
+    @property
+    def judged(self) -> JudgedFlow | None: ...
+
+
+def judged_by(flow: _Judged) -> JudgedBy | None:
+    """Return what policy allowed a flow by; None where it has allowed nothing yet."""
+    if flow.judged is not None:
+        return flow.judged
+    return (flow.release.mark & INDEX_MASK) >> INDEX_SHIFT if flow.release.mark else None
 
 
 def is_by_address(mark: int) -> bool:
@@ -42,7 +55,7 @@ def is_by_address(mark: int) -> bool:
 
 
 class FlowIndex:
-    """The table of one endpoint. It only grows, up to the bound of the mark; a restart of the pod empties it."""
+    """The table of one endpoint, up to the bound of the mark. An entry that no flow bears any longer makes room."""
 
     def __init__(self, known: Iterable[tuple[int, JudgedFlow]] = (), highest_in_use: int = 0) -> None:
         """Take over what an earlier daemon knew.
@@ -57,10 +70,21 @@ class FlowIndex:
         """Whether all flows judged by an identity have an entry: not after a loss, nor when the table was full."""
         self._fresh: list[tuple[int, JudgedFlow]] = []
         self._ended: set[int] = set()
+        self._free: list[int] = []
+        self._gaps = set(range(FIRST, self._next)) - self._flows.keys()
+        """Numbers without an entry that flows in the kernel may bear."""
+        self._round = 0
+        self._given: dict[int, int] = {}
+        """The rounds in which numbers were given last, of this one and the one before."""
+        self._has_lost = False
+        """Whether a flow was released without an entry since the last look at the kernel's began."""
+        self._of_peer: dict[tuple[str, PodRef], int] = {}
+        """How many entries each peer pod has."""
         self._by_address: dict[bytes, set[int]] = {}
         """Indexes of the flows with peers that have a packed address."""
         for number, flow in self._flows.items():
             self._note_addresses(number, flow.peer)
+            self._count(flow.peer, 1)
 
     def knows(self, address: bytes) -> bool:
         """Tell whether any peer with this packed address has been judged by its identity."""
@@ -69,6 +93,13 @@ class FlowIndex:
     def _note_addresses(self, number: int, peer: Identity) -> None:
         for ip in peer.ips:
             self._by_address.setdefault(ip.packed, set()).add(number)
+
+    def _forget_addresses(self, number: int, peer: Identity) -> None:
+        for ip in peer.ips:
+            there = self._by_address.get(ip.packed, set())
+            there.discard(number)
+            if not there:
+                self._by_address.pop(ip.packed, None)
 
     def __len__(self) -> int:
         return len(self._flows)
@@ -82,29 +113,90 @@ class FlowIndex:
 
     def number(self, direction: Direction, peer: Peer, address: IPAddress, port: int, protocol: Protocol) -> int:
         """Give the index of a flow with a peer; UNKNOWN where the table is full."""
-        flow = JudgedFlow(direction, peer.identity, address, port, protocol)
+        return self.add(JudgedFlow(direction, peer.identity, address, port, protocol))
+
+    def add(self, flow: JudgedFlow) -> int:
+        """Give the index of flows that are released; UNKNOWN where the table is full."""
+        number = self._add(flow)
+        if number == UNKNOWN:
+            self.is_complete, self._has_lost = False, True
+        else:
+            self._given[number] = self._round
+        return number
+
+    def _add(self, flow: JudgedFlow) -> int:
         content = _content(flow)
         number = self._numbers.get(content)
         if number is not None:
             self._ended.discard(number)
         else:
-            if self._next > MAX_INDEX:
-                self.is_complete = False
+            has = self._of_peer.get(_pod_of(flow.peer), 0)
+            if flow.port and has >= MAX_OF_ONE_PEER:
+                return self._add(replace(flow, port=0))
+            if has >= MAX_OF_ONE_PEER + _MAX_SHARED or (not self._free and self._next > MAX_INDEX):
                 return UNKNOWN
-            number, self._next = self._next, self._next + 1
+            if self._free:
+                number = self._free.pop()
+            else:
+                number, self._next = self._next, self._next + 1
             self._numbers[content] = number
             self._flows[number] = flow
             self._fresh.append((number, flow))
-            self._note_addresses(number, peer.identity)
+            self._note_addresses(number, flow.peer)
+            self._count(flow.peer, 1)
         return number
+
+    def _count(self, peer: Identity, more: int) -> None:
+        pod = _pod_of(peer)
+        self._of_peer[pod] = self._of_peer.get(pod, 0) + more
+        if not self._of_peer[pod]:
+            del self._of_peer[pod]
+
+    def begin_look(self) -> None:
+        """Take note that the kernel's flows are about to be read, for `unused`."""
+        self._round += 1
+        self._given = {number: given for number, given in self._given.items() if given >= self._round - 1}
+        self._has_lost = False
+
+    def unused(self, in_use: Set[int]) -> list[int]:
+        """Return the indexes that no flow bears, after a look at the kernel's; `in_use` are those that some flow does.
+
+        One that was given since the look before this one began counts as borne: its flow may not be there yet.
+        """
+        known = self._flows.keys()
+        self._free += self._gaps - in_use
+        self._gaps &= in_use
+        if not self._has_lost and UNKNOWN not in in_use and not self._gaps:
+            self.is_complete = True
+        return [number for number in known - in_use if number not in self._given]
+
+    def free(self, numbers: Iterable[int]) -> None:
+        """Remove unused entries; while there is room, the last one with each peer's address stays, for `knows`."""
+        for number in numbers:
+            flow = self._flows.get(number)
+            if flow is None or number in self._given or (self._has_room() and self._is_last(number, flow.peer)):
+                continue
+            del self._flows[number]
+            if self._numbers.get(_content(flow)) == number:
+                del self._numbers[_content(flow)]
+            self._ended.discard(number)
+            self._count(flow.peer, -1)
+            self._forget_addresses(number, flow.peer)
+            self._free.append(number)
+
+    def _has_room(self) -> bool:
+        return len(self._flows) < MAX_INDEX // 2
+
+    def _is_last(self, number: int, peer: Identity) -> bool:
+        return any(self._by_address.get(ip.packed) == {number} for ip in peer.ips)
 
     def of_pod(self, identity: Identity) -> dict[int, JudgedFlow]:
         """Return the flows with one pod, under whatever identity it was known, by their index."""
-        return {number: flow for number, flow in self._at(identity) if _is_of(flow.peer, identity)}
+        return {number: flow for number, flow in self._at(identity) if is_of(flow.peer, identity)}
 
     def of_strangers(self, identity: Identity) -> dict[int, JudgedFlow]:
         """Return the flows with other pods that had one of this pod's addresses before, by their index."""
-        return {number: flow for number, flow in self._at(identity) if not _is_of(flow.peer, identity)}
+        return {number: flow for number, flow in self._at(identity) if not is_of(flow.peer, identity)}
 
     def _at(self, identity: Identity) -> Iterator[tuple[int, JudgedFlow]]:
         found = set[int]().union(*(self._by_address.get(ip.packed, ()) for ip in identity.ips))
@@ -119,7 +211,12 @@ class FlowIndex:
         """Let flows be those of another identity of the same pod; return the entries, to be kept likewise."""
         changed = [(number, replace(self._flows[number], peer=identity)) for number in numbers]
         for number, flow in changed:
-            self._numbers.pop(_content(self._flows[number]), None)
+            before = self._flows[number]
+            self._forget_addresses(number, before.peer)
+            if self._numbers.get(_content(before)) == number:
+                del self._numbers[_content(before)]
+            self._count(before.peer, -1)
+            self._count(identity, 1)
             self._flows[number] = flow
             self._note_addresses(number, identity)
         for number, flow in changed:
@@ -137,7 +234,11 @@ class FlowIndex:
         return fresh
 
 
-def _is_of(peer: Identity, identity: Identity) -> bool:
+def _pod_of(peer: Identity) -> tuple[str, PodRef]:
+    return peer.trust_domain, peer.pod
+
+
+def is_of(peer: Identity, identity: Identity) -> bool:
     """Tell whether a peer at a pod's address is that pod: by name, and by UID if both state one."""
     is_same_name = (peer.pod, peer.trust_domain) == (identity.pod, identity.trust_domain)
     return is_same_name and (peer.uid == identity.uid or not peer.uid or not identity.uid)

@@ -130,7 +130,7 @@ class Initiator:
         peer = context.node.verify(frame.block, segment.src, now)
         require_dialled(context, frame, peer, (segment.src, segment.sport))
         flow.verify(payload, frame, segment.seq, peer)
-        decision, flow.release = context.judge.egress(peer, frame.address, frame.port)
+        decision, flow.release, flow.judged = context.judge.egress(peer, frame.address, frame.port)
         if flow.state is State.OPENING or not decision.is_allowed:
             context.report(Direction.EGRESS, frame.address, frame.port, decision, peer=peer.identity)
         if not decision.is_allowed:
@@ -160,7 +160,7 @@ class Initiator:
             return ACCEPT  # The peer's enforcer has our proof, its kernel not our ACK.
         if flow.state is not State.OPENING:
             raise PeerError(Reason.UNKNOWN_FLOW, "SYN-ACK without identity after one with it")
-        decision, release = self._context.judge.egress(None, segment.src, segment.sport)
+        decision, release, _ = self._context.judge.egress(None, segment.src, segment.sport)
         self._context.report(Direction.EGRESS, segment.src, segment.sport, decision)
         if not decision.is_allowed:
             return self._refuse(segment, flow, key)

@@ -8,10 +8,10 @@ from ipaddress import ip_address
 from typing import NamedTuple
 from typing import Protocol as Interface
 
-from enforcer_daemon.datapath.flowindex import BY_ADDRESS, FlowIndex
+from enforcer_daemon.datapath.flowindex import BY_ADDRESS, UNKNOWN, FlowIndex
 from enforcer_daemon.handshake.peers import Peer
 from enforcer_daemon.marks import released_mark
-from enforcer_daemon.model import Decision, Direction, Identity, IPAddress, PodRef, Protocol
+from enforcer_daemon.model import Decision, Direction, Identity, IPAddress, JudgedFlow, PodRef, Protocol
 from enforcer_daemon.prefixes import PrefixSet
 from enforcer_daemon.reasons import Reason
 from enforcer_daemon.settings import NetworkSettings
@@ -131,11 +131,17 @@ _Question = tuple[Peer | None, bytes, int | None, int]
 """Peer (None: nobody showed an identity), address, port and protocol of a flow."""
 
 
+_BY_ADDRESS = Verdict(Action.RELEASE, mark=released_mark(BY_ADDRESS))
+_UNINDEXED = Verdict(Action.RELEASE, mark=released_mark(UNKNOWN))
+
+
 class Ruling(NamedTuple):
     """A decision, and how a flow that it allows is released."""
 
     decision: Decision
     release: Verdict
+    """Under no index yet where `judged` says what the flow was allowed by: `Judge.release` gives one."""
+    judged: JudgedFlow | None = None
 
 
 class Judge:
@@ -200,14 +206,17 @@ class Judge:
             self._could[destination, address, port, protocol] = known
         return known
 
+    def release(self, judged: JudgedFlow) -> Verdict:
+        """Return how a flow that has been proven is released, under the index of what it was allowed by."""
+        return Verdict(Action.RELEASE, mark=released_mark(self._flows.add(judged)))
+
     def _ask(self, rules: DirectionRules, direction: Direction, question: _Question) -> Ruling:
         peer, packed, port, number = question
         address = ip_address(packed)
         decision = self._decide(rules, direction, question, address)
-        index = BY_ADDRESS
         if peer is not None and decision.is_allowed and port is not None:
-            index = self._flows.number(direction, peer, address, port, Protocol(number))
-        return Ruling(decision, Verdict(Action.RELEASE, mark=released_mark(index)))
+            return Ruling(decision, _UNINDEXED, JudgedFlow(direction, peer.identity, address, port, Protocol(number)))
+        return Ruling(decision, _BY_ADDRESS)
 
     def _decide(self, rules: DirectionRules, direction: Direction, question: _Question, address: IPAddress) -> Decision:
         peer, _, port, number = question

@@ -86,7 +86,7 @@ class Responder:
         peer = context.node.verify(frame.block, segment.src, now)
         source, destination = (segment.src, segment.sport), (segment.dst, segment.dport)
         address = require_source(context, TCP, source, destination, peer)
-        decision, release = self._judge_syn(peer, address, segment, is_answer=is_answer)
+        decision, release, judged = self._judge_syn(peer, address, segment, is_answer=is_answer)
         if not decision.is_allowed:
             self._report_syn(segment.src, segment, decision, peer)
             return self._deny_syn(segment, key)
@@ -100,7 +100,7 @@ class Responder:
         context.report(Direction.INGRESS, segment.src, segment.dport, decision, peer=peer.identity)
         offer = Offer(frame.nonce, segment.seq, syn_hash, segment.dst, segment.dport)
         fresh = ResponderFlow(key, context.local, peer, offer, now + context.node.settings.timeout_s)
-        fresh.release = release
+        fresh.release, fresh.judged = release, judged
         fresh.offered_at = now
         fresh.source = address  # Behind a masquerade several pods share the packet's.
         if mark & RELEASED or (flow is not None and not is_same_attempt(flow, segment)):
@@ -149,7 +149,7 @@ class Responder:
         elif context.node.networks.must_show_identity(address):
             decision, release = Decision(False, Reason.IDENTITY_REQUIRED, Direction.INGRESS), DROP
         else:
-            decision, release = self._judge_syn(None, address, segment, is_answer=is_answer)
+            decision, release, _ = self._judge_syn(None, address, segment, is_answer=is_answer)
         self._report_syn(address, segment, decision)
         if not decision.is_allowed:
             return self._deny_syn(segment, key)  # A stranger's SYN ends nobody's handshake.
@@ -325,6 +325,7 @@ class Responder:
         if flow.state is State.RELEASED:
             return TAKEN
         flow.advance(Event.LONE_PROOF_VERIFIED)
+        self._context.give_index(flow)
         effects = self._context.settle_held(flow, flow.release)
         if effects:
             flow.advance(Event.SEGMENT_FOLLOWED)

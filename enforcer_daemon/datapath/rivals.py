@@ -32,6 +32,7 @@ class PlainRival(NamedTuple):
 
     key: bytes
     release: Verdict
+    judged: None = None
 
 
 Rival = ResponderFlow | PlainRival
@@ -78,6 +79,10 @@ class Rivals:
         """Take out the SYN that the pod's SYN-ACK answers."""
         kept = self._table.pop(_name(key, segment.ack - 1))
         return None if kept is None else kept.rival
+
+    def known(self) -> list[Rival]:
+        """Return all that wait for the kernel's choice."""
+        return [kept.rival for kept in self._table]
 
     def refuse(self, is_denied: Callable[[Rival], bool]) -> None:
         """Let the pod's answer to a SYN that policy no longer allows not leave."""

@@ -74,7 +74,7 @@ class DatagramInitiator:
             return self._go_on(datagram, flow, now) if now < flow.doubted_until else flow.let_go(now)
         judge, dst, dport = self._context.judge, datagram.dst, datagram.dport
         destination = self._context.node.networks.destination(dst, dport, Protocol.UDP)
-        decision, release = judge.egress(None, dst, dport, Protocol.UDP)
+        decision, release, _ = judge.egress(None, dst, dport, Protocol.UDP)
         if destination is Destination.EXTERNAL:
             self._context.report(Direction.EGRESS, dst, dport, decision, protocol=Protocol.UDP)
             return release if decision.is_allowed else DROP
@@ -167,7 +167,7 @@ class DatagramInitiator:
         peer = context.node.verify(answer.block, datagram.src, now)
         require_dialled(context, answer, peer, (datagram.src, datagram.sport), Protocol.UDP)
         flow.verify(message, answer, peer)
-        decision, release = context.judge.egress(peer, answer.address, answer.port, Protocol.UDP)
+        decision, release, judged = context.judge.egress(peer, answer.address, answer.port, Protocol.UDP)
         if flow.state is State.OPENING or not decision.is_allowed:
             context.report(
                 Direction.EGRESS, answer.address, answer.port, decision, protocol=Protocol.UDP, peer=peer.identity
@@ -175,7 +175,7 @@ class DatagramInitiator:
         if not decision.is_allowed:
             self._forget(flow)
             return Verdict(Action.CONSUME, effects=context.settle_held(flow, DROP))
-        flow.release = release
+        flow.release, flow.judged = release, judged
         flow.doubted_until = 0.0
         if flow.state is State.OPENING:
             self._settle(flow, Event.ANSWER_VERIFIED, now)
@@ -184,7 +184,7 @@ class DatagramInitiator:
             return TAKEN._replace(effects=self._let_go(flow, flow.proof, flow.let_go(now), now))
         effects = (context.send_message(flow.key, flow.proof),)
         when_drained = not mark & RELEASED and now < flow.drained_at
-        return Verdict(Action.CONSUME, mark=release.mark, effects=effects, when_drained=when_drained)
+        return Verdict(Action.CONSUME, mark=flow.release.mark, effects=effects, when_drained=when_drained)
 
     def _settle(self, flow: DatagramInitiatorFlow, event: Event, now: float) -> None:
         flow.advance(event)
@@ -233,7 +233,7 @@ class DatagramInitiator:
             return Verdict(Action.ACCEPT, mark=flow.release.mark)
         if flow.state is State.RELEASED:
             return flow.let_go(now)
-        decision, release = self._context.judge.egress(None, datagram.src, datagram.sport, Protocol.UDP)
+        decision, release, _ = self._context.judge.egress(None, datagram.src, datagram.sport, Protocol.UDP)
         if not decision.is_allowed:
             return self._context.hold(flow, now)
         is_first, flow.release = flow.release is DROP, release
@@ -250,7 +250,7 @@ class DatagramInitiator:
     def _take_as_address(self, flow: DatagramInitiatorFlow, now: float) -> tuple[Settle | Inject, ...]:
         """Nobody showed an identity: the peer is its address, which policy allows."""
         remote, port = flow.source, int.from_bytes(flow.key[-4:-2], "big")
-        decision, flow.release = self._context.judge.egress(None, remote, port, Protocol.UDP)
+        decision, flow.release, _ = self._context.judge.egress(None, remote, port, Protocol.UDP)
         self._context.report(Direction.EGRESS, remote, port, decision, protocol=Protocol.UDP)
         if not decision.is_allowed:
             self._forget(flow)
@@ -292,7 +292,7 @@ class DatagramInitiator:
         flow = self.find(key, now)
         if flow is not None and flow.state is not State.RELEASED:
             # Not as an answer of an address without an enforcer: that would release the flow by its address.
-            decision, _ = self._context.judge.egress(None, datagram.src, datagram.sport, Protocol.UDP)
+            decision = self._context.judge.egress(None, datagram.src, datagram.sport, Protocol.UDP).decision
             return accepted_bare(datagram) if decision.is_allowed else self._context.hold(flow, now)
         if self._is_under_way(key, now):
             return accepted_bare(datagram)

@@ -94,7 +94,7 @@ class DatagramResponder:
         peer = context.node.verify(offer.block, datagram.src, now)
         source, destination = (datagram.src, datagram.sport), (datagram.dst, datagram.dport)
         address = require_source(context, Protocol.UDP, source, destination, peer)
-        decision, release = context.judge.ingress(peer, address, datagram.dport, Protocol.UDP)
+        decision, release, judged = context.judge.ingress(peer, address, datagram.dport, Protocol.UDP)
         is_released = bool(mark & RELEASED)
         if not decision.is_allowed and not is_released:
             self._report(datagram, decision, peer)
@@ -109,6 +109,7 @@ class DatagramResponder:
         is_denied = not decision.is_allowed
         flow.accept(message, offer.nonce, peer, destination, context.node.random(16), is_denied=is_denied)
         flow.release, flow.source = release if decision.is_allowed else DROP, address
+        flow.judged = judged
         effects = self._add(flow, is_rival)
         if context.leases.suspect(peer, address, now):
             self._delayed[flow] = None
@@ -287,7 +288,7 @@ class DatagramResponder:
         elif context.node.networks.must_show_identity(address):
             decision, release = Decision(False, Reason.IDENTITY_REQUIRED, Direction.INGRESS), DROP
         else:
-            decision, release = context.judge.ingress(None, address, datagram.dport, Protocol.UDP)
+            decision, release, _ = context.judge.ingress(None, address, datagram.dport, Protocol.UDP)
         if not decision.is_allowed and self._may_ask(datagram, now):
             return self._ask_again(datagram, key, decision, now)
         context.report(Direction.INGRESS, address, datagram.dport, decision, protocol=Protocol.UDP)
@@ -359,6 +360,10 @@ class DatagramResponder:
         """Give a flow up because a change of policy no longer allows it."""
         self._forget(flow)
         return self._context.settle_held(flow, DROP)
+
+    def known(self) -> list[DatagramResponderFlow]:
+        """Return all flows, rivals among them, but for those of which another handshake was asked."""
+        return [*self.flows.known(), *self._rivals]
 
     def forget_rivals(self) -> tuple[Settle | Inject, ...]:
         """Give up the handshakes of which policy allowed or denied each; an offer that is repeated begins another."""

@@ -12,7 +12,7 @@ from enforcer_daemon.handshake.local import LocalToken
 from enforcer_daemon.handshake.machine import Event, State, next_state
 from enforcer_daemon.handshake.peers import Peer
 from enforcer_daemon.handshake.proofs import Transcript, frame_hash, initiator_proof, require_equal, responder_proof
-from enforcer_daemon.model import Direction, Protocol, RuleRef
+from enforcer_daemon.model import Direction, JudgedFlow, Protocol, RuleRef
 from enforcer_daemon.reasons import Reason
 from enforcer_daemon.settings import HandshakeSettings
 from enforcer_daemon.verdict import DROP, Inject
@@ -27,7 +27,7 @@ _PORTS_BYTES = 4
 class Flow:
     """What both kinds have in common: a state that moves by the table alone, and packets that wait for it."""
 
-    __slots__ = ("deadline", "held", "key", "local", "release", "source", "state")
+    __slots__ = ("deadline", "held", "judged", "key", "local", "release", "source", "state")
 
     protocol: ClassVar[Protocol] = Protocol.TCP
     direction: ClassVar[Direction] = Direction.INGRESS
@@ -42,6 +42,8 @@ class Flow:
         """Hold ids of queued packets, oldest first."""
         self.release = DROP
         """How the flow is released, once policy has allowed it."""
+        self.judged: JudgedFlow | None = None
+        """What policy allowed it by, until it is released; None where no identity counted."""
         self.source = key[: (len(key) - _PORTS_BYTES) // 2]
         """What the flow is accounted to among its kind: the peer's address."""
 

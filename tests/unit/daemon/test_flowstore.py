@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import stat
 from dataclasses import replace
@@ -14,11 +15,11 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from enforcer_daemon.daemon import flowstore
+from enforcer_daemon.daemon import flowstore, slices
 from enforcer_daemon.daemon.flowstore import FlowStore
-from enforcer_daemon.datapath.flowindex import FIRST, FlowIndex, JudgedFlow
+from enforcer_daemon.datapath.flowindex import FIRST, FlowIndex
 from enforcer_daemon.marks import MAX_INDEX
-from enforcer_daemon.model import Direction, Identity, NamedPort, PodRef, Protocol
+from enforcer_daemon.model import Direction, Identity, JudgedFlow, NamedPort, PodRef, Protocol
 from tests.unit.datapath.test_flowindex import number
 
 
@@ -173,3 +174,40 @@ def test_a_later_line_replaces_an_entry_and_spare_lines_are_bounded(tmp_path: Pa
         assert len(path.read_text().splitlines()) <= 2 + 3
     assert len(path.read_text().splitlines()) == 2
     assert stat.S_IMODE(path.stat().st_mode) == 0o600
+
+
+def test_entries_that_are_added_while_the_file_is_written_anew_are_kept(tmp_path: Path, monkeypatch: Any) -> None:
+    monkeypatch.setattr(flowstore, "MAX_SPARE_LINES", 3)
+    kept, path = store(tmp_path), tmp_path / "flows" / "one.jsonl"
+    kept.append([entry(FIRST + n, n) for n in range(200)])
+    index = load(tmp_path)
+    index.free(range(FIRST, FIRST + 150))
+
+    async def compact() -> None:
+        work = asyncio.ensure_future(kept.compact(index))
+        await asyncio.sleep(0)
+        kept.append([entry(FIRST + 300)])
+        await work
+
+    monkeypatch.setattr(slices, "SLICE_S", 0.0)
+    asyncio.run(compact())
+    assert len(path.read_text().splitlines()) == 51
+    assert {at for at, _ in load(tmp_path)} == {*range(FIRST + 150, FIRST + 200), FIRST + 300}
+
+
+def test_a_file_that_is_removed_while_it_is_written_anew_stays_removed(tmp_path: Path, monkeypatch: Any) -> None:
+    monkeypatch.setattr(flowstore, "MAX_SPARE_LINES", 3)
+    monkeypatch.setattr(slices, "SLICE_S", 0.0)
+    kept = store(tmp_path)
+    kept.append([entry(FIRST)] * 100)
+    index = load(tmp_path)
+
+    async def compact() -> None:
+        work = asyncio.ensure_future(kept.compact(index))
+        await asyncio.sleep(0)
+        kept.remove()
+        kept.append([entry(FIRST)])
+        await work
+
+    asyncio.run(compact())
+    assert list((tmp_path / "flows").iterdir()) == []

@@ -12,9 +12,9 @@ import pytest
 
 from enforcer_daemon.daemon.reconsider import MasqueradedFlows, Reconsideration
 from enforcer_daemon.daemon.world import CompiledWorld
-from enforcer_daemon.datapath.flowindex import BY_ADDRESS, UNKNOWN, FlowIndex, JudgedFlow
+from enforcer_daemon.datapath.flowindex import BY_ADDRESS, UNKNOWN, FlowIndex
 from enforcer_daemon.dataplane.established import ReleasedFlow
-from enforcer_daemon.model import Direction, Identity, NamedPort, PodRef, Protocol
+from enforcer_daemon.model import Direction, Identity, JudgedFlow, NamedPort, PodRef, Protocol
 from enforcer_daemon.policy import compile_snapshot, decode_network_policy
 from enforcer_daemon.sources.manifests import World
 
@@ -88,6 +88,7 @@ def test_a_flow_by_identity_is_judged_by_what_its_peer_stated(rules: list[object
     question = reconsideration(policy("db", ingress=rules), flows={2: judged()})
     assert is_ended(question, released(2)) is ended
     assert question.is_index_denied(2) is ended
+    assert question.is_index_denied(judged()) is ended, "likewise a handshake that has no index yet"
 
 
 def test_a_flow_of_a_pod_that_nothing_isolates_goes_on():

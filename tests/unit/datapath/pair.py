@@ -115,7 +115,8 @@ class Endpoint:
         self.node = node
         self.identity = identity
         self.address = identity.ips[0].packed
-        judge = Judge(identity.pod, identity.trust_domain, policy, FlowIndex())
+        self.index = FlowIndex()
+        judge = Judge(identity.pod, identity.trust_domain, policy, self.index)
         self.context = EndpointContext(identity.pod, node.context, judge, token, 1500)
         self.datapath = EndpointDatapath(self.context)
         self.held: dict[int, bytes] = {}

@@ -123,3 +123,77 @@ def test_flows_that_ended_with_their_pod_are_not_found_until_their_number_is_use
     assert (index.of_pod(WEB), index.of_strangers(replace(WEB, pod=PodRef("shop", "later")))) == ({}, {})
     assert number(index) == one
     assert set(index.of_pod(WEB)) == {one}
+
+
+def test_one_peer_has_its_share_and_then_an_entry_for_all_ports_it_has_beyond(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(flowindex, "MAX_OF_ONE_PEER", 2)
+    index = FlowIndex()
+    own = [number(index, port=port) for port in range(1, 10)]
+    assert own == [FIRST, FIRST + 1] + [FIRST + 2] * 7
+    shared = index.get(FIRST + 2)
+    assert shared is not None
+    assert (shared.port, shared.peer) == (0, WEB)
+    assert number(index, replace(WEB, pod=PodRef("shop", "other")), port=9) == FIRST + 3
+    assert index.is_complete
+
+
+def test_what_a_peers_changes_of_labels_add_is_bounded(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(flowindex, "MAX_OF_ONE_PEER", 2)
+    index = FlowIndex()
+    for n in range(200):
+        number(index, replace(WEB, labels={"n": str(n)}), port=80 + n)
+    assert len(index) == 2 + 64
+
+
+def test_an_entry_that_no_flow_bears_for_two_looks_is_free_but_the_address_stays_known():
+    index = FlowIndex()
+    numbers = [number(index, port=80 + n) for n in range(4)]
+    index.begin_look()
+    index.free(index.unused(set()))
+    assert len(index) == 4, "flows that were released just now may not be in the kernel yet"
+    assert number(index, port=81) == numbers[1]
+    index.begin_look()
+    index.free(index.unused({numbers[3]}))
+    assert {at for at, _ in index} == {numbers[1], numbers[3]}
+    index.begin_look()
+    index.begin_look()
+    index.free(index.unused(set()))
+    assert len(index) == 1
+    assert index.knows(ADDRESS.packed)
+    assert set(index.of_pod(WEB)) == {at for at, _ in index}
+    assert {number(index, port=180 + n) for n in range(3)} <= set(numbers), "free numbers are given again"
+
+
+def test_a_number_given_again_between_the_look_and_its_end_is_not_freed():
+    index = FlowIndex()
+    first, second = number(index), number(index, port=81)
+    index.begin_look()
+    index.begin_look()
+    unused = index.unused(set())
+    assert set(unused) == {first, second}
+    assert number(index) == first
+    index.free(unused)
+    assert index.get(first) is not None
+    assert index.get(second) is None
+
+
+def test_an_index_with_gaps_is_complete_once_no_flow_bears_them():
+    index = FlowIndex(highest_in_use=FIRST + 1)
+    index.begin_look()
+    index.unused({FIRST})
+    assert not index.is_complete
+    index.begin_look()
+    index.unused(set())
+    assert index.is_complete
+    assert number(index) in (FIRST, FIRST + 1)
+
+
+def test_a_flow_without_an_entry_keeps_the_index_incomplete_while_the_kernel_has_it(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(flowindex, "MAX_INDEX", FIRST)
+    index = FlowIndex()
+    number(index)
+    number(index, port=81)
+    for in_use, is_complete in (({FIRST, UNKNOWN}, False), ({FIRST}, True)):
+        index.begin_look()
+        index.unused(in_use)
+        assert index.is_complete is is_complete

@@ -20,9 +20,9 @@ LATER = 10.0
 """When a released flow is no longer remembered."""
 
 
-def flow() -> tuple[Endpoint, Endpoint]:
+def flow(**options: float) -> tuple[Endpoint, Endpoint]:
     """Give both ends of a flow that is released."""
-    client, server = make_pair(None, ADMITTING)
+    client, server = make_pair(None, ADMITTING, **options)
     (framed,) = client.send(build_udp(client.address, server.address, PORTS, b"query"))
     server.receive(framed)
     client.receive(server.flush_injected()[0])
@@ -99,9 +99,7 @@ def test_right_after_the_handshake_nothing_is_asked() -> None:
 
 
 def test_questions_are_bounded() -> None:
-    client, server = make_pair(None, ADMITTING, max_handshakes_again_per_s=1.0)
-    (framed,) = client.send(build_udp(client.address, server.address, PORTS, b"query"))
-    server.receive(framed)
+    client, server = flow(max_handshakes_again_per_s=1.0)
     actions = [
         server.verdict(marked(client, server, (port, 53)), Direction.INGRESS, LATER, MARK).action
         for port in range(50_000, 50_003)
