@@ -67,7 +67,25 @@ SERVICE = ServiceSpec(
 RECOVERY_S = 2.0
 versions = pytest.mark.parametrize("version", [4, 6], ids=["ipv4", "ipv6"])
 nodes = pytest.mark.parametrize("node", ["a", "b"], ids=["one-node", "two-nodes"])
-newcomers = pytest.mark.parametrize("newcomer", ["caged", "free"])
+# Of version, node, bridge-nf and newcomer each value meets each value of the others, and the rest is left out.
+placed = pytest.mark.parametrize(
+    ("version", "node", "bridge_filter"),
+    [(4, "a", True), (4, "b", False), (6, "a", False), (6, "b", True)],
+    indirect=["bridge_filter"],
+)
+newcomers = pytest.mark.parametrize(
+    ("version", "node", "newcomer", "bridge_filter"),
+    [
+        (4, "a", "free", True),
+        (4, "b", "free", True),
+        (4, "b", "caged", False),
+        (6, "a", "caged", False),
+        (6, "b", "free", False),
+        (6, "b", "caged", True),
+    ],
+    indirect=["bridge_filter"],
+)
+bridges = pytest.mark.parametrize("bridge_filter", [True, False], ids=["bridge-nf", "no-bridge-nf"], indirect=True)
 QUIET_S = 0.5
 PATIENCE_S = 10.0
 
@@ -78,7 +96,7 @@ def lab(plugin: Path) -> Iterator[Lab]:
         yield lab
 
 
-@pytest.fixture(params=[True, False], ids=["bridge-nf", "no-bridge-nf"])
+@pytest.fixture
 def bridge_filter(request: pytest.FixtureRequest, lab: Lab) -> Iterator[bool]:
     """Have the bridge of the server's node show netfilter what it switches, or not."""
     names = [f"net.bridge.bridge-nf-call-{tool}" for tool in ("iptables", "ip6tables")]
@@ -230,8 +248,6 @@ def _drain(sock: socket.socket) -> list[bytes]:
 
 
 @newcomers
-@nodes
-@versions
 def test_a_new_pod_with_the_address_of_a_dead_client(
     lab: Lab, version: int, node: str, newcomer: str, bridge_filter: bool, port: int
 ) -> None:
@@ -258,8 +274,6 @@ def test_the_marker_costs_the_rightful_owner_nothing(lab: Lab, version: int, por
 
 
 @newcomers
-@nodes
-@versions
 def test_a_new_pod_with_the_address_of_a_dead_server(
     lab: Lab, version: int, node: str, newcomer: str, bridge_filter: bool, port: int
 ) -> None:
@@ -275,8 +289,7 @@ def test_a_new_pod_with_the_address_of_a_dead_server(
                 assert not flow.arrives_raw(new, disguise=disguise), disguise
 
 
-@nodes
-@versions
+@placed
 def test_a_plain_socket_while_the_servers_enforcer_is_down(
     lab: Lab, version: int, node: str, bridge_filter: bool, port: int
 ) -> None:
@@ -340,8 +353,6 @@ def _left_connection(lab: Lab, old: str, version: int, port: int) -> Iterator[tu
 
 
 @newcomers
-@nodes
-@versions
 def test_data_in_the_connection_of_a_pod_that_died_without_a_word(
     lab: Lab, version: int, node: str, newcomer: str, bridge_filter: bool, port: int
 ) -> None:
@@ -386,8 +397,7 @@ def test_a_stale_servers_keepalive_ends_its_connection_and_shows_nothing(lab: La
 # A pod whose labels change.
 
 
-@nodes
-@versions
+@placed
 def test_a_relabelled_pod_sends_into_nothing(lab: Lab, version: int, node: str, bridge_filter: bool, port: int) -> None:
     with _pod(lab, "old", node, "old") as old, ExitStack() as stack:
         _, listener = stack.enter_context(_served(lab, old, "x/server", version, port))
@@ -397,6 +407,7 @@ def test_a_relabelled_pod_sends_into_nothing(lab: Lab, version: int, node: str, 
         assert not flow.arrives_raw(old)
 
 
+@bridges
 @versions
 def test_a_relabelled_server_is_heard_no_more(lab: Lab, version: int, bridge_filter: bool, port: int) -> None:
     with _pod(lab, "old", "a", "old") as old, ExitStack() as stack:
@@ -407,8 +418,7 @@ def test_a_relabelled_server_is_heard_no_more(lab: Lab, version: int, bridge_fil
         assert not flow.arrives_raw(old)
 
 
-@nodes
-@versions
+@placed
 def test_a_label_that_no_policy_asks_for_costs_no_flow(
     lab: Lab, version: int, node: str, bridge_filter: bool, port: int
 ) -> None:
@@ -427,6 +437,7 @@ def test_a_label_that_no_policy_asks_for_costs_no_flow(
         assert silent[1].recv(10) == b"still here"
 
 
+@bridges
 @versions
 def test_a_flow_that_a_policy_ends_is_not_picked_up_again_by_packet_socket(
     lab: Lab, version: int, bridge_filter: bool, port: int
