@@ -365,7 +365,7 @@ class Endpoint:
         ]
         self.leases.use(flows, looked_at, time.monotonic())
         if self.is_open:  # It may have ended meanwhile, and its files with it.
-            self._leases.save(self.leases.worked())
+            self._leases.save(self.leases.worked(time.monotonic()))
             await self._free(indexes)
 
     async def _free(self, in_kernel: Set[int]) -> None:
@@ -423,6 +423,8 @@ class Endpoint:
     def close(self) -> None:
         """Stop serving and let go of the namespace; its rules stay, so that nothing passes unjudged."""
         if self._queue is not None:
+            if self._has_looked:  # Else it is not known yet what there is.
+                self._leases.save(self.leases.worked(time.monotonic(), is_last=True))
             if self._service is not None:
                 self._service.close()
                 self._service = None

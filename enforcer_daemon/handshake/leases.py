@@ -82,8 +82,8 @@ class Leases:
         self.events: list[LeaseEvent] = []
         self._ending: set[bytes] = set()
         """Addresses of peers whose flows have lapsed and are being ended."""
-        self.answered: frozenset[PairKey] = frozenset()
-        """Pairs of which a message came through to an earlier daemon."""
+        self.answered: dict[PairKey, float] = {}
+        """Pairs of which a message came through to an earlier daemon, and how long they were silent then, seconds."""
 
     def __len__(self) -> int:
         """Return the number of pairs with released flows."""
@@ -93,9 +93,15 @@ class Leases:
         """Count the pairs with released flows of which no message has come through in several tries."""
         return sum(1 for pair in self._pairs if pair.protocols and not pair.worked and pair.tries >= _PROBES)
 
-    def worked(self) -> frozenset[PairKey]:
-        """Return the pairs with released flows of which a message has come through, for the next daemon."""
-        return frozenset(pair.key for pair in self._pairs if pair.protocols and pair.worked)
+    def worked(self, now: float, *, is_last: bool = False) -> dict[PairKey, float]:
+        """Return the pairs with released flows of which a message has come through, for the next daemon.
+
+        Of each, its silence in seconds; that of a live pair is 0, so that what is written seldom changes, but not if
+        it is written for the last time.
+        """
+        pairs = (pair for pair in self._pairs if pair.protocols and pair.worked)
+        silences = ((pair.key, now - pair.heard_at) for pair in pairs)
+        return {key: silence if is_last or silence >= self._times.silent_s else 0.0 for key, silence in silences}
 
     def take_events(self) -> list[LeaseEvent]:
         """Return what happened since the last call."""
@@ -183,7 +189,9 @@ class Leases:
     def _open(self, key: PairKey, identity: Identity, own: bytes, now: float) -> Pair | None:
         pair = self._pairs.open(key, identity, own, now)
         if pair is not None:
-            pair.worked = key in self.answered
+            silence = self.answered.get(key)
+            if silence is not None:
+                pair.worked, pair.heard_at, self.answered[key] = True, now - silence, 0.0
             self._schedule(pair, now)
         return pair
 
@@ -345,6 +353,8 @@ class Leases:
                 self._schedule(pair, now + self._times.lease_s)
         elif peer is not pair.peer:
             pair.candidate = peer
+        if sent_at is not None or self._is_ours(message.echo, pair.remote):
+            self.suspect(peer, pair.remote, now)  # It answers where another pod was.
         wants_answer = bool(message.flags & (LeaseFlag.PROBE | LeaseFlag.PRESENTS)) or sent_at is None
         if not wants_answer or now - pair.answered_at < ANSWER_S:
             return []
@@ -352,6 +362,10 @@ class Leases:
         # The peer knows its own token, so it knows this one if it named it.
         flags = LeaseFlag(0) if local is self._locals[0] else LeaseFlag.PRESENTS
         return [self._write(pair, peer, flags, message.nonce, self._nonce(pair.sent, now))]
+
+    def _is_ours(self, nonce: bytes, address: bytes) -> bool:
+        """Tell whether a nonce was sent lately to whatever pod has, or had, an address."""
+        return any(sent == nonce for pair in self._pairs.at(address) for sent, _ in (*pair.sent, *pair.offered))
 
     def _present(self, pair: Pair, peer: Peer, message: LeaseMessage, now: float) -> list[Outgoing]:
         """Answer a message that names no token of ours by a presentation: nothing in it is believed."""

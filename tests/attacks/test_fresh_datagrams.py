@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Datagrams of a fresh pod that have no room for a message, to who has no enforcer: they arrive.
 
-The guard holds a pod for fresh also where its own enforcer does not, as after a peer that changed its own labels ended a
-flow with it; what the guard does then is in tests/netns/test_fresh.py.
+The guard holds a pod for fresh also where its own enforcer does not, as after a peer that changed its own labels ended
+a flow with it; what the guard does then is in tests/netns/test_fresh.py.
 """
 
 from __future__ import annotations

@@ -23,7 +23,7 @@ from enforcer_daemon.model import Identity, NetnsId, PodRef, Protocol
 from enforcer_daemon.telemetry.metrics import Metrics
 from tests.unit.daemon.test_flowstore import PEER, Log
 
-KEYS = frozenset({("cluster.local", PodRef("x", "a"), bytes((10, 0, 0, 1))), ("other", PodRef("x", "b"), bytes(16))})
+KEYS = {("cluster.local", PodRef("x", "a"), bytes((10, 0, 0, 1))): 0.0, ("other", PodRef("x", "b"), bytes(16)): 61.5}
 LAPSE = Lapse(PEER, bytes((10, 0, 0, 9)), frozenset({Protocol.UDP}))
 REPLACED = Replaced(PEER, PEER)
 
@@ -141,7 +141,7 @@ def test_pairs_come_back_and_end_with_the_endpoint(tmp_path: Path) -> None:
     assert store(tmp_path, log).load() == KEYS
     FlowStore(tmp_path / "1-2.jsonl", log).remove()  # type: ignore[arg-type]
     assert list(tmp_path.iterdir()) == []
-    assert store(tmp_path, log).load() == frozenset()
+    assert store(tmp_path, log).load() == {}
     assert log.errors == []
 
 
@@ -151,15 +151,17 @@ def test_what_did_not_change_is_not_written(tmp_path: Path) -> None:
     next(tmp_path.iterdir()).unlink()
     leases.save(KEYS)
     assert list(tmp_path.iterdir()) == []
-    leases.save(frozenset())
+    leases.save({})
     assert len(list(tmp_path.iterdir())) == 1
 
 
-@pytest.mark.parametrize("content", ["{", "[1]", '[["a", "b", "c", "nowhere"]]', "7"])
+@pytest.mark.parametrize(
+    "content", ["{", "[1]", '[["a", "b", "c", "nowhere", 0]]', '[["a", "b", "c", "10.0.0.1", "long"]]', "7"]
+)
 def test_a_damaged_file_is_reported_and_empty(tmp_path: Path, content: str) -> None:
     log = Log()
     (tmp_path / "1-2.leases").write_text(content)
-    assert store(tmp_path, log).load() == frozenset()
+    assert store(tmp_path, log).load() == {}
     assert len(log.errors) == 1
 
 

@@ -141,7 +141,7 @@ def test_the_first_message_goes_right_after_the_first_release_and_is_answered(wo
     assert len(world.a.log) + len(world.b.log) <= 4
     assert all(not message.block for message in (*world.a.log, *world.b.log))  # The handshake showed the tokens.
     assert (world.a.leases.unanswered(), world.b.leases.unanswered()) == (0, 0)
-    assert world.a.leases.worked() == {("cluster.local", PodRef("default", "server"), world.b.address)}
+    assert set(world.a.leases.worked(world.now)) == {("cluster.local", PodRef("default", "server"), world.b.address)}
 
 
 def test_each_side_sends_one_message_in_a_leases_time(open_world: World) -> None:
@@ -266,7 +266,7 @@ def test_where_no_message_ever_came_through_silence_ends_nothing_and_is_counted(
 
 
 def test_what_an_earlier_daemon_knew_to_work_lapses_though_it_was_never_heard_again(open_world: World) -> None:
-    worked = open_world.a.leases.worked()
+    worked = open_world.a.leases.worked(open_world.now)
     silence(open_world)
     open_world.a.restart()
     open_world.a.leases.answered = worked
@@ -316,10 +316,10 @@ def presentation(of: Side, to_id: bytes = NO_ID, **changes: bytes) -> bytes:
 
 def test_a_copied_block_is_answered_and_changes_nothing(open_world: World) -> None:
     a, b = open_world.a, open_world.b
-    before = a.leases.worked(), len(a.leases)
+    before = a.leases.worked(open_world.now), len(a.leases)
     sent = [a.leases.receive(presentation(b), (b.address, a.address), b.verify, open_world.now) for _ in range(100)]
     assert 60 <= sum(map(len, sent)) <= 64
-    assert (a.leases.worked(), len(a.leases)) == before
+    assert (a.leases.worked(open_world.now), len(a.leases)) == before
     open_world.pass_time(100.0)
     assert a.leases.take_events() == b.leases.take_events() == []
 
@@ -464,13 +464,45 @@ def test_a_restart_costs_no_flow(open_world: World, which: str) -> None:
 
 
 def test_silence_while_the_own_enforcer_does_not_run_does_not_count(open_world: World) -> None:
-    worked = open_world.a.leases.worked()
+    worked = open_world.a.leases.worked(open_world.now)
     open_world.now += 10_000.0
     open_world.a.restart()
     open_world.a.leases.answered = worked
     open_world.in_use(Protocol.TCP)
     open_world.pass_time(100.0)
     assert open_world.a.leases.take_events() == []
+
+
+def test_silence_before_each_restart_counts(open_world: World) -> None:
+    """An enforcer that restarts each two minutes keeps a dead pair's flows no longer than their time."""
+    silence(open_world)
+    a, ran_s = open_world.a, 0.0
+    while not a.leases.take_events():
+        assert ran_s < TCP_LAPSE_S + 200.0, "the flows of a dead pair last"
+        worked = a.leases.worked(open_world.now)
+        open_world.now += 40.0  # While no enforcer runs.
+        a.restart()
+        a.leases.answered = worked
+        open_world.in_use(Protocol.TCP)
+        open_world.pass_time(120.0, only=a)
+        ran_s += 120.0
+    assert ran_s >= TCP_LAPSE_S
+
+
+def test_one_that_was_silent_before_a_restart_and_answers_after_it_loses_nothing(open_world: World) -> None:
+    a = open_world.a
+    silence(open_world)
+    open_world.pass_time(UDP_LAPSE_S - 15.0)
+    worked = a.leases.worked(open_world.now)
+    assert list(worked.values()) > [60.0]
+    open_world.is_lost = lambda _: False
+    a.restart()
+    a.leases.answered = worked
+    open_world.in_use(Protocol.TCP, Protocol.UDP)
+    open_world.pass_time(TCP_LAPSE_S, step=1.0)
+    assert a.leases.take_events() == []
+    assert list(a.leases.worked(open_world.now).values()) == [0.0]
+    assert list(a.leases.worked(open_world.now, is_last=True).values()) > [0.0]
 
 
 # Another pod at the address.
@@ -511,6 +543,25 @@ def test_a_proof_of_another_pod_at_the_address_starts_probes(open_world: World) 
     open_world.pass_time(5.0)
     a.leases.note(newcomer(b), (b.address, a.address), Protocol.UDP, a.local, open_world.now)
     assert a.leases.is_suspected(b.address)
+
+
+@pytest.mark.parametrize("restarts", [False, True])
+def test_an_answer_of_another_pod_at_the_address_starts_probes(open_world: World, restarts: bool) -> None:
+    """Whoever has the address now proves by its own token that it got what was sent to the pod before it."""
+    a, b = open_world.a, open_world.b
+    worked = a.leases.worked(open_world.now)
+    b.restart()
+    b.local = b.endpoint.node.token(newcomer(b).identity, WALL + 1.0)
+    b.leases.tick(b.local, open_world.now)
+    if restarts:
+        a.restart()
+        a.leases.answered = worked
+        own = [(b.endpoint.identity, b.address, a.address, Protocol.UDP)]
+        a.leases.use(own, open_world.now, open_world.now)
+    open_world.pass_time(35.0, step=0.1)
+    (lapse,) = a.leases.take_events()
+    assert isinstance(lapse, Lapse)
+    assert (lapse.peer.pod, lapse.address) == (b.endpoint.identity.pod, b.address)
 
 
 def test_one_that_answered_just_now_or_never_is_not_probed(world: World) -> None:
