@@ -2,8 +2,8 @@
 """Pairs whose lease messages have come through, on disk beside the flow index, for the next daemon.
 
 Without it, silence of a peer that died while no daemon ran would count as a path that never carried a lease message,
-and each restart would give a dead peer its whole time again. What is kept is how long a peer was silent, not when it was
-heard: the time while no daemon ran does not count.
+and each restart would give a dead peer its whole time again. What is kept is how long a peer was silent, not when it
+was heard: the time while no daemon ran does not count.
 """
 
 from __future__ import annotations

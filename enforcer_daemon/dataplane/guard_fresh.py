@@ -8,12 +8,12 @@ or from a plain socket past an enforcer that has not answered, sends what the no
 - TCP that is neither SYN nor RST passes only in a connection with a whole handshake behind it. A stale peer's socket
   answers a SYN with an ACK that shows its numbers, so a reply alone does not count.
 - A stale peer's own segments are refused with RST, which ends its socket; else they would show the numbers.
-- UDP without a message passes with the marker, which the guard puts in, also where it opens a flow: not every
-  datagram has room for a message, and a stale peer's own datagrams look like those of a peer without an enforcer. With the marker
-  the peer's enforcer sees what the release would keep from it; a peer without an enforcer takes no notice. The pod's
-  datagrams stay as they are only if the peer's enforcer has answered what its policy allows, or has proven itself: a
-  label of the conntrack entry then says so. Other messages do not count, since an unproven request gets them. No flow
-  needs a place in a table that others can fill.
+- UDP without a message passes with the marker, which the guard puts in, also where it opens a flow: not every datagram
+  has room for a message, and a stale peer's own datagrams look like those of a peer without an enforcer. With the
+  marker the peer's enforcer sees what the release would keep from it; a peer without an enforcer takes no notice. The
+  pod's datagrams stay as they are only if the peer's enforcer has answered what its policy allows, or has proven
+  itself: a label of the conntrack entry then says so. Other messages do not count, since an unproven request gets
+  them. No flow needs a place in a table that others can fill.
 
 Of every registered pod, the daemon hears of datagrams that open a flow into the enforced networks without a message:
 the pod's kernel holds a release that the node's conntrack has lost, and whoever gets them may be another by now.
