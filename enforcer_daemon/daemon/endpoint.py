@@ -291,7 +291,7 @@ class Endpoint:
         def is_denied(judged: JudgedBy) -> bool:
             return is_unfinished_denied(judged) if isinstance(judged, JudgedFlow) else judged in indexes
 
-        if any(map(is_denied, self.datapath.judged_by())):
+        if indexes or any(map(is_denied, self.datapath.judged_by())):
             self._forget(is_denied)
         if not indexes:
             return []
