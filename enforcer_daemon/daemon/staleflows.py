@@ -27,7 +27,7 @@ MAX_PENDING = 65_536
 _MAX_TURNS = 64
 """Turns in which the entries of addresses are removed: a million."""
 MAX_UNANSWERED = 4_096
-"""Entries of flows without a reply that ADD removes, about a quarter of a second. Anybody can make any number of them."""
+"""Entries of flows without a reply that ADD removes, about a quarter of a second; there may be any number of them."""
 _RETRY_S = 1.0
 K = TypeVar("K")
 
