@@ -66,7 +66,7 @@ def test_a_released_connection_and_a_udp_flow_have_one_lease() -> None:
         assert pair.protocols == {Protocol.TCP, Protocol.UDP}
     exchange(client, server, 1.5)
     assert client.context.leases.unanswered() == server.context.leases.unanswered() == 0
-    assert len(client.context.leases.worked()) == 1
+    assert len(client.context.leases.worked(1.5)) == 1
     assert client.reasons()[-1] != "malformed-frame"
 
 
