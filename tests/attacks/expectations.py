@@ -206,7 +206,14 @@ def is_to_allowed_port(packet: bytes) -> bool:
 
 
 FROM_PARTLY: tuple[NotClaimed, ...] = (
-    NotClaimed("policy allows it", ["*"], ["outside"], [places.OUTSIDE], is_to_allowed_port, has_plain_syns=True),
+    NotClaimed(
+        "policy allows it",
+        ["*"],
+        ["outside", "service-outside"],
+        [places.OUTSIDE],
+        is_to_allowed_port,
+        has_plain_syns=True,
+    ),
     *FROM_CAGED,
 )
 """From the pod that may send to the ports of one host."""
