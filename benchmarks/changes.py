@@ -17,11 +17,11 @@ from contextlib import ExitStack
 from dataclasses import dataclass, replace
 
 from enforcer_daemon.model import PodRef
-from triremectl.lab.lab import Lab
-from triremectl.lab.manifests import put_manifest
-from triremectl.lab.netns import open_socket
-from triremectl.lab.probe import Outcome, run_probe
-from triremectl.lab.world import Manifest, NodeSpec, PodSpec, PortSpec, WorldSpec
+from trireme_lab.lab import Lab
+from trireme_lab.manifests import put_manifest
+from trireme_lab.netns import open_socket
+from trireme_lab.probe import Outcome, run_probe
+from trireme_lab.world import Manifest, NodeSpec, PodSpec, PortSpec, WorldSpec
 
 ROUNDS = 21
 OTHERS = 1_000

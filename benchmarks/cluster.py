@@ -19,8 +19,8 @@ from typing import Any
 
 from enforcer_daemon.model import PodRef
 from tests.kube.lab import KubeLab
-from triremectl.lab import NodeSpec, Outcome, PodSpec, PortSpec, Tools, WorldSpec
-from triremectl.lab.probe import run_probe
+from trireme_lab import NodeSpec, Outcome, PodSpec, PortSpec, Tools, WorldSpec
+from trireme_lab.probe import run_probe
 
 POLICIES = 10_000
 NAMESPACES = 5_000

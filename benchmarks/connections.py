@@ -16,8 +16,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from enforcer_daemon.model import PodRef
-from triremectl.lab.lab import Lab
-from triremectl.lab.world import HostSpec, NodeSpec, PodSpec, WorldSpec
+from trireme_lab.lab import Lab
+from trireme_lab.world import HostSpec, NodeSpec, PodSpec, WorldSpec
 
 ROUNDS = 9
 CONNECTIONS = 1_500

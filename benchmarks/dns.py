@@ -12,7 +12,7 @@ import statistics
 import sys
 
 from benchmarks.connections import LOAD, WORLD, Row, print_rows
-from triremectl.lab.lab import Lab
+from trireme_lab.lab import Lab
 
 ROUNDS = 15
 QUERIES = 400

@@ -29,9 +29,9 @@ from benchmarks.shares import ENFORCER, Shares, WeighedLab, chart_request
 from enforcer_daemon.dataplane.addresses import interface
 from enforcer_daemon.identity.authority import Authority
 from enforcer_daemon.model import PodRef
-from triremectl.lab.lab import Lab
-from triremectl.lab.netns import netns_path
-from triremectl.lab.world import NodeSpec, PodSpec, WorldSpec
+from trireme_lab.lab import Lab
+from trireme_lab.netns import netns_path
+from trireme_lab.world import NodeSpec, PodSpec, WorldSpec
 
 PORT = 7000
 ROUNDS = 5

@@ -16,8 +16,8 @@ from types import TracebackType
 
 import yaml
 
-from triremectl.lab import Lab, Tools, WorldSpec
-from triremectl.lab.process import NetnsProcess
+from trireme_lab import Lab, Tools, WorldSpec
+from trireme_lab.process import NetnsProcess
 
 ENFORCER = "enforcer"
 _CHART = Path(__file__).parent.parent / "install/helm/trireme/values.yaml"

@@ -24,8 +24,8 @@ from typing import Any
 from benchmarks.cluster import _resident_mib
 from enforcer_daemon.model import PodRef
 from tests.kube.lab import KubeLab
-from triremectl.lab import NodeSpec, Outcome, PodSpec, PortSpec, Tools, WorldSpec
-from triremectl.lab.probe import run_probe
+from trireme_lab import NodeSpec, Outcome, PodSpec, PortSpec, Tools, WorldSpec
+from trireme_lab.probe import run_probe
 
 Manifest = dict[str, Any]
 OBJECTS = 100

@@ -9,7 +9,7 @@ import click
 
 _COMMANDS = {
     "endpoints": "triremectl.endpoints",
-    "lab": "triremectl.lab.command",
+    "lab": "trireme_lab.command",
     "metrics": "triremectl.metrics",
     "reasons": "triremectl.reasons",
     "release": "triremectl.release",

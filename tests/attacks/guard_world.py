@@ -17,9 +17,9 @@ from enforcer_daemon.model import IPAddress
 from enforcer_daemon.packet.checksum import complement, ones_sum
 from enforcer_daemon.packet.udp import build_udp
 from tests.netns.lab import ACK, SYN, tcp_packet, wait_until
-from triremectl.lab import Lab
-from triremectl.lab.netns import in_netns, netns_path
-from triremectl.lab.network import POD_BRIDGE
+from trireme_lab import Lab
+from trireme_lab.netns import in_netns, netns_path
+from trireme_lab.network import POD_BRIDGE
 
 BROADCAST_MAC = b"\xff" * 6
 TCP_FORMS = ("framed-syn", "syn", "syn-with-data", "segment")

@@ -10,7 +10,7 @@ from ipaddress import IPv4Address, ip_address
 from enforcer_daemon.model import IPAddress
 from tests.attacks import world as places
 from tests.attacks.world import AttackWorld, mac_of
-from triremectl.lab.network import POD_BRIDGE
+from trireme_lab.network import POD_BRIDGE
 
 BROADCAST_MAC = b"\xff" * 6
 

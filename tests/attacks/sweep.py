@@ -21,7 +21,7 @@ from tests.attacks.links import LINK_FORMS, LinkAim
 from tests.attacks.origins import Origin, Target
 from tests.attacks.witness import ETHERNET_BYTES, TAG_BYTES, UNNUMBERED, Witness
 from tests.attacks.world import AttackWorld
-from triremectl.lab.netns import in_netns, open_socket
+from trireme_lab.netns import in_netns, open_socket
 
 OPENING = ("tcp-syn-framed-own", "udp-offer-own", "udp-offer-marked", "udp-lone-offer-own")
 """Forms that another enforcer may answer."""

@@ -21,8 +21,8 @@ from enforcer_daemon.packet.tcp import ACK, build
 from enforcer_daemon.packet.udp import build_udp
 from tests.e2e.operation_world import NODES, connection, pod
 from tests.e2e.raw_pod import RawPod, mac
-from triremectl.lab import Lab, PodSpec, Tools, WorldSpec
-from triremectl.lab.network import POD_BRIDGE
+from trireme_lab import Lab, PodSpec, Tools, WorldSpec
+from trireme_lab.network import POD_BRIDGE
 
 pytestmark = pytest.mark.kernel
 FLOWS = 4 * MAX_UNANSWERED

@@ -22,8 +22,8 @@ from enforcer_daemon.model import AttachmentId, PodRef, Protocol
 from enforcer_daemon.policy.address_rules import AddressRule
 from enforcer_daemon.policy.tables import AddressSet
 from tests.kube.lab import KubeLab
-from triremectl.lab import NodeSpec, Outcome, PodSpec, PortSpec, Tools, WorldSpec
-from triremectl.lab.probe import run_probe
+from trireme_lab import NodeSpec, Outcome, PodSpec, PortSpec, Tools, WorldSpec
+from trireme_lab.probe import run_probe
 
 T = TypeVar("T")
 PODS = 30

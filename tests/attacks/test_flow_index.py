@@ -20,7 +20,7 @@ from enforcer_daemon.packet.udp import UDP_HEADER, build_udp, encode_option
 from tests.attacks.test_leases import _offers
 from tests.e2e.operation_world import NODES, pod
 from tests.e2e.raw_pod import RawPod, mac
-from triremectl.lab import Lab, Tools, WorldSpec
+from trireme_lab import Lab, Tools, WorldSpec
 
 pytestmark = pytest.mark.kernel
 PORTS = 2_000

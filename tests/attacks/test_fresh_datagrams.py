@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from tests.e2e.operation_world import NODES, pod
-from triremectl.lab import HostSpec, Lab, Tools, WorldSpec
+from trireme_lab import HostSpec, Lab, Tools, WorldSpec
 
 pytestmark = pytest.mark.kernel
 LARGE = 1_200

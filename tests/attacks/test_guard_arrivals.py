@@ -18,7 +18,7 @@ from enforcer_daemon.model import PodRef, Protocol
 from tests.attacks.guard_world import Sender, Witness, bridge_hooks, fresh_port, mac, packet
 from tests.e2e.attackers import Wire
 from tests.e2e.operation_world import FAMILIES, HTTP, NODES, RESET, pod, policy
-from triremectl.lab import HostSpec, Lab, Outcome, ServicePort, ServiceSpec, Tools, WorldSpec
+from trireme_lab import HostSpec, Lab, Outcome, ServicePort, ServiceSpec, Tools, WorldSpec
 
 pytestmark = pytest.mark.kernel
 

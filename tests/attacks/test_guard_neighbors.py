@@ -27,8 +27,8 @@ from tests.attacks.guard_world import (
     packet,
 )
 from tests.e2e.operation_world import HTTP, NODES, RESET, pod, policy
-from triremectl.lab import HostSpec, Lab, Outcome, Tools, WorldSpec
-from triremectl.lab.network import POD_BRIDGE
+from trireme_lab import HostSpec, Lab, Outcome, Tools, WorldSpec
+from trireme_lab.network import POD_BRIDGE
 
 pytestmark = pytest.mark.kernel
 

@@ -28,7 +28,7 @@ from tests.attacks.guard_world import (
 )
 from tests.e2e.attackers import Wire
 from tests.e2e.operation_world import FAMILIES, HTTP, NODES, RESET, app, block, pod, policy
-from triremectl.lab import HostSpec, Lab, PortSpec, ServicePort, ServiceSpec, Tools, WorldSpec
+from trireme_lab import HostSpec, Lab, PortSpec, ServicePort, ServiceSpec, Tools, WorldSpec
 
 pytestmark = pytest.mark.kernel
 

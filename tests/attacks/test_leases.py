@@ -31,8 +31,8 @@ from enforcer_daemon.packet.udp import UDP_HEADER, build_udp, decode_udp, encode
 from tests.attacks.fast_leases import TIMES
 from tests.e2e.attackers import SYN_OPTIONS
 from tests.e2e.operation_world import FAMILIES, NODES, Stream, app, connection, endpoint, pod, policy
-from triremectl.lab import HostSpec, Lab, PodSpec, Tools, WorldSpec
-from triremectl.lab.netns import open_socket
+from trireme_lab import HostSpec, Lab, PodSpec, Tools, WorldSpec
+from trireme_lab.netns import open_socket
 
 pytestmark = pytest.mark.kernel
 

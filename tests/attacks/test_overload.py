@@ -20,8 +20,8 @@ from benchmarks.flood_packets import Flood
 from benchmarks.floods import WORLD, connect, flooding, record, shares, start_servers
 from benchmarks.shares import SharesError, WeighedLab
 from enforcer_daemon.model import PodRef
-from triremectl.lab import Lab, Outcome, PodSpec, PortSpec, Tools, WorldSpec
-from triremectl.lab.world import Manifest
+from trireme_lab import Lab, Outcome, PodSpec, PortSpec, Tools, WorldSpec
+from trireme_lab.world import Manifest
 
 pytestmark = pytest.mark.kernel
 

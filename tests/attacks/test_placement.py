@@ -14,7 +14,7 @@ import pytest
 from enforcer_daemon.handshake.placement import MAX_ABSENT
 from tests.e2e.operation_world import HTTP, NODES, RESET, connection, denials, outcome, pod
 from tests.kube.lab import KubeLab
-from triremectl.lab import Outcome, Tools, WorldSpec
+from trireme_lab import Outcome, Tools, WorldSpec
 
 pytestmark = pytest.mark.kernel
 

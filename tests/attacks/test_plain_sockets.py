@@ -18,8 +18,8 @@ from tests.attacks import world as places
 from tests.attacks.plain_pod import NEEDS_CAPABILITY, WAYS
 from tests.attacks.witness import UNNUMBERED, Witness
 from tests.attacks.world import AttackWorld, Variant
-from triremectl.lab import Lab, Tools
-from triremectl.lab.netns import exec_prefix
+from trireme_lab import Lab, Tools
+from trireme_lab.netns import exec_prefix
 
 pytestmark = pytest.mark.kernel
 

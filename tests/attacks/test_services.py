@@ -22,9 +22,9 @@ from enforcer_daemon.model import Protocol
 from tests.e2e.operation_world import HTTP, NODES, RESET, outcome, pod, policy
 from tests.e2e.raw_pod import RawPod, Scene, arrives, fresh_marker, hearing, is_heard
 from tests.kube.lab import KubeLab
-from triremectl.lab import HostSpec, Outcome, PortSpec, Tools, WorldSpec
-from triremectl.lab.manifests import ObjectRef
-from triremectl.lab.world import Manifest
+from trireme_lab import HostSpec, Outcome, PortSpec, Tools, WorldSpec
+from trireme_lab.manifests import ObjectRef
+from trireme_lab.world import Manifest
 
 pytestmark = pytest.mark.kernel
 

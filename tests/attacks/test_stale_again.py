@@ -23,7 +23,7 @@ from tests.attacks.test_leases import _offers
 from tests.attacks.test_stale_flows import DatagramFlow, _drain, _pod, _served, lab, marked
 from tests.e2e.operation_world import FAMILIES, policy
 from tests.e2e.raw_pod import RawPod
-from triremectl.lab import Lab
+from trireme_lab import Lab
 
 pytestmark = pytest.mark.kernel
 versions = pytest.mark.parametrize("version", [4, 6], ids=["ipv4", "ipv6"])

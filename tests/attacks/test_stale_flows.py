@@ -27,10 +27,10 @@ from enforcer_daemon.packet.udp import UDPDatagram, decode_udp, with_marker, wit
 from tests.e2e.attackers import Listener, Wire, endpoint_of
 from tests.e2e.operation_world import FAMILIES, NODES, Stream, app, connection, pod, policy
 from tests.e2e.raw_pod import RawPod, Scene, fresh_marker
-from triremectl.lab import Lab, LabError, PodSpec, PortSpec, ServicePort, ServiceSpec, Tools, WorldSpec
-from triremectl.lab.manifests import object_ref
-from triremectl.lab.netns import exec_prefix, run
-from triremectl.lab.network import node_rules
+from trireme_lab import Lab, LabError, PodSpec, PortSpec, ServicePort, ServiceSpec, Tools, WorldSpec
+from trireme_lab.manifests import object_ref
+from trireme_lab.netns import exec_prefix, run
+from trireme_lab.network import node_rules
 
 pytestmark = pytest.mark.kernel
 

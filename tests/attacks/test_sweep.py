@@ -31,7 +31,7 @@ from tests.attacks.origins import Origin, Target
 from tests.attacks.sweep import Attempt, Outcome, Sweep, Transmit
 from tests.attacks.witness import Witness
 from tests.attacks.world import AttackWorld, Variant
-from triremectl.lab import Lab, Tools
+from trireme_lab import Lab, Tools
 
 pytestmark = pytest.mark.kernel
 

@@ -24,7 +24,7 @@ from enforcer_daemon.dataplane.netlink import (
 )
 from tests.attacks.links import ROUTER
 from tests.attacks.packets import ETHERTYPES, IPV6_HEADER_BYTES
-from triremectl.lab.netns import exec_prefix, in_netns, run
+from trireme_lab.netns import exec_prefix, in_netns, run
 
 ETH_P_ALL = 3
 SO_RCVBUFFORCE = 33

@@ -22,10 +22,10 @@ from tests.attacks.kube_proxy import Front, iptables_text, nft_text, removal
 from tests.attacks.witness import Witness, is_any, is_link_level, listening
 from tests.e2e.attackers import Listener, Wire, grow_old
 from tests.e2e.operation_world import FAMILIES, NODES, app, block, pod, policy
-from triremectl.lab import HostSpec, Lab, ServicePort, ServiceSpec, WorldSpec
-from triremectl.lab.netns import exec_prefix, netns_path, run, write_sysctls
-from triremectl.lab.network import POD_BRIDGE
-from triremectl.lab.world import SERVICE_NETWORKS
+from trireme_lab import HostSpec, Lab, ServicePort, ServiceSpec, WorldSpec
+from trireme_lab.netns import exec_prefix, netns_path, run, write_sysctls
+from trireme_lab.network import POD_BRIDGE
+from trireme_lab.world import SERVICE_NETWORKS
 
 CAGED, FREE, NEAR, FAR, ISOLATED, FAR_ISOLATED = (
     "x/caged",

@@ -15,7 +15,7 @@ from enforcer_daemon.model import IPAddress, PodRef
 from enforcer_daemon.packet.tcp import SYN, Segment
 from enforcer_daemon.reasons import Reason
 from tests.e2e.attackers import FramedClient, Listener, Signer, Wire, await_denial, identity, read_authority
-from triremectl.lab import HostSpec, Lab, NodeSpec, PodSpec, PortSpec, WorldSpec
+from trireme_lab import HostSpec, Lab, NodeSpec, PodSpec, PortSpec, WorldSpec
 
 DB = "shop/db"
 SERVED_PORT = 5432

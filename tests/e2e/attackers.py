@@ -36,8 +36,8 @@ from enforcer_daemon.model import Identity, IPAddress, PodRef
 from enforcer_daemon.packet.tcp import ACK, PSH, RST, SYN, SYN_ACK, Segment, build, decode_tcp, with_options_and_payload
 from enforcer_daemon.reasons import Reason
 from enforcer_daemon.settings import HandshakeSettings
-from triremectl.lab import Lab
-from triremectl.lab.netns import open_socket
+from trireme_lab import Lab
+from trireme_lab.netns import open_socket
 
 RAW_PORTS = range(20_000, 30_000)
 """Source ports that attackers use for raw packets; the kernel of their namespace is told to ignore them."""

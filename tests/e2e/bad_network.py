@@ -8,8 +8,8 @@ from contextlib import contextmanager
 
 import pytest
 
-from triremectl.lab import Lab, LabError
-from triremectl.lab.network import UPLINK
+from trireme_lab import Lab, LabError
+from trireme_lab.network import UPLINK
 
 
 @contextmanager

@@ -12,7 +12,7 @@ import pytest
 
 from tests.e2e.attack import ATTACKING_HOSTS, WORLD
 from tests.e2e.attackers import grow_old, ignore_raw_ports
-from triremectl.lab import Lab, Tools
+from trireme_lab import Lab, Tools
 
 ROOT = Path(__file__).resolve().parents[2]
 

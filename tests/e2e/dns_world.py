@@ -13,7 +13,7 @@ from pathlib import Path
 
 from enforcer_daemon.model import IPAddress, PodRef, Protocol
 from tests.e2e.operation_world import NODES, app, block, pod, policy
-from triremectl.lab import HostSpec, Lab, ServicePort, ServiceSpec, WorldSpec
+from trireme_lab import HostSpec, Lab, ServicePort, ServiceSpec, WorldSpec
 
 DNS_PORTS: list[dict[str, object]] = [{"port": 53, "protocol": "UDP"}, {"port": 53, "protocol": "TCP"}]
 MAY_ASK: dict[str, object] = {"podSelector": {"matchLabels": {"dns": "allowed"}}}

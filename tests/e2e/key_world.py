@@ -17,10 +17,10 @@ from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption,
 from enforcer_daemon.identity.authority import Authority, make_authority
 from enforcer_daemon.identity.credential import is_issued_by
 from tests.e2e.operation_world import in_background
-from triremectl.lab import Lab, Outcome, PodSpec, ProbeResult, Tools, WorldSpec
-from triremectl.lab.node import Node
-from triremectl.lab.probe import run_probe
-from triremectl.lab.settings import overlay
+from trireme_lab import Lab, Outcome, PodSpec, ProbeResult, Tools, WorldSpec
+from trireme_lab.node import Node
+from trireme_lab.probe import run_probe
+from trireme_lab.settings import overlay
 
 _PATIENCE_S = 10.0
 _POLL_S = 0.05

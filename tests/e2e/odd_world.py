@@ -15,8 +15,8 @@ from pathlib import Path
 
 from enforcer_daemon.model import PodRef
 from tests.e2e.operation_world import FAMILIES, HTTP, NODES, app, pod, policy, read_all
-from triremectl.lab import HostSpec, Lab, ServicePort, ServiceSpec, Tools, WorldSpec
-from triremectl.lab.netns import in_netns, write_sysctls
+from trireme_lab import HostSpec, Lab, ServicePort, ServiceSpec, Tools, WorldSpec
+from trireme_lab.netns import in_netns, write_sysctls
 
 VERSIONS = [4, 6]
 OUTSIDE = HostSpec("outside", (ip_address("203.0.113.7"), ip_address("2001:db8::7")))

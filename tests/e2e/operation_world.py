@@ -17,9 +17,9 @@ from enforcer_daemon.model import PodRef
 from enforcer_daemon.packet.ip import decode_ip
 from enforcer_daemon.packet.tcp import TCP, Segment, decode_segment
 from enforcer_daemon.settings import DataplaneSettings
-from triremectl.lab import Lab, NodeSpec, Outcome, PodSpec, PortSpec
-from triremectl.lab.netns import open_socket
-from triremectl.lab.world import Manifest
+from trireme_lab import Lab, NodeSpec, Outcome, PodSpec, PortSpec
+from trireme_lab.netns import open_socket
+from trireme_lab.world import Manifest
 
 NODES = (NodeSpec.numbered("a", 1), NodeSpec.numbered("b", 2))
 HTTP = PortSpec(8080)

@@ -29,9 +29,9 @@ from scapy.packet import Raw
 
 from enforcer_daemon.dataplane.addresses import interface
 from enforcer_daemon.handshake.frames import MAGIC
-from triremectl.lab import Lab
-from triremectl.lab.netns import in_netns, netns_path
-from triremectl.lab.network import POD_BRIDGE
+from trireme_lab import Lab
+from trireme_lab.netns import in_netns, netns_path
+from trireme_lab.network import POD_BRIDGE
 
 SOL_PACKET, PACKET_QDISC_BYPASS = 263, 20
 ETH_P_ALL = 3

@@ -13,8 +13,8 @@ from contextlib import ExitStack, suppress
 from types import TracebackType
 
 from tests.e2e.operation_world import FAMILIES
-from triremectl.lab import Lab
-from triremectl.lab.netns import in_netns
+from trireme_lab import Lab
+from trireme_lab.netns import in_netns
 
 _UID = 1337
 """The user whose connections are not redirected again."""

@@ -37,8 +37,8 @@ from tests.e2e.attackers import (
     stripped,
     with_changed_labels,
 )
-from triremectl.lab import Lab
-from triremectl.lab.netns import exec_prefix, run
+from trireme_lab import Lab
+from trireme_lab.netns import exec_prefix, run
 
 pytestmark = pytest.mark.kernel
 

@@ -37,9 +37,9 @@ from tests.e2e.operation_world import (
     segments,
     transfer,
 )
-from triremectl.lab import Lab, LabError, Outcome, PodSpec, Tools, WorldSpec
-from triremectl.lab.chain import load_conflist
-from triremectl.lab.netns import open_socket, write_sysctls
+from trireme_lab import Lab, LabError, Outcome, PodSpec, Tools, WorldSpec
+from trireme_lab.chain import load_conflist
+from trireme_lab.netns import open_socket, write_sysctls
 
 pytestmark = pytest.mark.kernel
 

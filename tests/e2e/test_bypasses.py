@@ -29,8 +29,8 @@ from tests.e2e.attack import (
     versions,
 )
 from tests.e2e.attackers import SYN_OPTIONS, Listener, RawClient, Wire, await_denial, read_authority, silenced, stripped
-from triremectl.lab import Lab, Outcome
-from triremectl.lab.netns import write_sysctls
+from trireme_lab import Lab, Outcome
+from trireme_lab.netns import write_sysctls
 
 pytestmark = pytest.mark.kernel
 

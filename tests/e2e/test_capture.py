@@ -23,7 +23,7 @@ from tests.e2e.operation_world import (
     segments,
     transfer,
 )
-from triremectl.lab import Lab, Tools, WorldSpec
+from trireme_lab import Lab, Tools, WorldSpec
 
 pytestmark = pytest.mark.kernel
 

@@ -17,10 +17,10 @@ from tests.e2e.operation_world import HTTP, NODES, RESET, app, connection, denia
 from tests.kube.cluster import NAMESPACE, add_node
 from tests.kube.lab import KubeLab
 from tests.kube.rbac import grants
-from triremectl.lab import Lab, LabError, Outcome, Tools, WorldSpec
-from triremectl.lab.netns import exec_prefix
-from triremectl.lab.node import Node
-from triremectl.lab.settings import overlay
+from trireme_lab import Lab, LabError, Outcome, Tools, WorldSpec
+from trireme_lab.netns import exec_prefix
+from trireme_lab.node import Node
+from trireme_lab.settings import overlay
 
 pytestmark = pytest.mark.kernel
 

@@ -15,8 +15,8 @@ from pathlib import Path
 import pytest
 
 from enforcer_daemon.dataplane.netns import new_netns
-from triremectl.lab.netns import NETNS_DIR
-from triremectl.lab.rundir import RUN_DIR
+from trireme_lab.netns import NETNS_DIR
+from trireme_lab.rundir import RUN_DIR
 
 pytestmark = pytest.mark.kernel
 

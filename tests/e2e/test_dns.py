@@ -25,7 +25,7 @@ from tests.e2e.dns_world import (
     run_with,
 )
 from tests.e2e.operation_world import denials
-from triremectl.lab import Lab, LabError, Tools
+from trireme_lab import Lab, LabError, Tools
 
 pytestmark = pytest.mark.kernel
 

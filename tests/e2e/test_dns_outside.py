@@ -15,7 +15,7 @@ from scapy.layers.inet6 import IPv6
 
 from tests.e2e.dns_world import WIDE, WORLD, Servers, files_for, look_up, name
 from tests.e2e.operation_world import FAMILIES, denials
-from triremectl.lab import Lab, Tools
+from trireme_lab import Lab, Tools
 
 pytestmark = pytest.mark.kernel
 

@@ -14,11 +14,11 @@ from pathlib import Path
 import pytest
 
 from tests.e2e.operation_world import HTTP, NODES, app, listening, pod, policy
-from triremectl.lab import Lab, Outcome, Tools, WorldSpec
-from triremectl.lab.manifests import pod_manifest
-from triremectl.lab.netns import delete_all, open_socket
-from triremectl.lab.probe import Probe, run_probe
-from triremectl.lab.sandbox import Runtime, Sandbox, SandboxRequest
+from trireme_lab import Lab, Outcome, Tools, WorldSpec
+from trireme_lab.manifests import pod_manifest
+from trireme_lab.netns import delete_all, open_socket
+from trireme_lab.probe import Probe, run_probe
+from trireme_lab.sandbox import Runtime, Sandbox, SandboxRequest
 
 pytestmark = pytest.mark.kernel
 

@@ -31,9 +31,9 @@ from tests.e2e.operation_world import (
     policy,
     transfer,
 )
-from triremectl.lab import HostSpec, Lab, Outcome, ServicePort, ServiceSpec, Tools, WorldSpec
-from triremectl.lab.manifests import object_ref, pod_ref
-from triremectl.lab.world import Manifest
+from trireme_lab import HostSpec, Lab, Outcome, ServicePort, ServiceSpec, Tools, WorldSpec
+from trireme_lab.manifests import object_ref, pod_ref
+from trireme_lab.world import Manifest
 
 pytestmark = pytest.mark.kernel
 

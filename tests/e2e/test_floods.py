@@ -20,7 +20,7 @@ from enforcer_daemon.reasons import Reason
 from enforcer_daemon.settings import DataplaneSettings
 from tests.e2e.attackers import counters_of, endpoint_of, grow_old
 from tests.e2e.operation_world import endpoint, queue_fields
-from triremectl.lab import Lab, PodSpec, Tools, WorldSpec
+from trireme_lab import Lab, PodSpec, Tools, WorldSpec
 
 pytestmark = pytest.mark.kernel
 

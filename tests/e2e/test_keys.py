@@ -52,9 +52,9 @@ from tests.e2e.operation_world import (
     policy,
     segments,
 )
-from triremectl.lab import HostSpec, Lab, NodeSpec, Outcome, Tools, WorldSpec
-from triremectl.lab.manifests import object_ref
-from triremectl.lab.node import Node
+from trireme_lab import HostSpec, Lab, NodeSpec, Outcome, Tools, WorldSpec
+from trireme_lab.manifests import object_ref
+from trireme_lab.node import Node
 
 pytestmark = pytest.mark.kernel
 

@@ -29,11 +29,11 @@ from tests.e2e.operation_world import (
     policy,
 )
 from tests.kube.lab import KubeLab, cluster_pod
-from triremectl.lab import Lab, LabError, Outcome, ServicePort, ServiceSpec, Tools, WorldSpec
-from triremectl.lab.chain import SHIPPED_CONFLIST
-from triremectl.lab.manifests import ObjectRef
-from triremectl.lab.node import Node
-from triremectl.lab.world import Manifest
+from trireme_lab import Lab, LabError, Outcome, ServicePort, ServiceSpec, Tools, WorldSpec
+from trireme_lab.chain import SHIPPED_CONFLIST
+from trireme_lab.manifests import ObjectRef
+from trireme_lab.node import Node
+from trireme_lab.world import Manifest
 
 pytestmark = pytest.mark.kernel
 

@@ -16,8 +16,8 @@ import pytest
 
 from enforcer_daemon.packet.tcp import ACK, RST, SYN, SYN_ACK, Segment
 from tests.e2e.operation_world import NODES, app, pod, policy, segments
-from triremectl.lab import Lab, Outcome, Tools, WorldSpec
-from triremectl.lab.probe import run_probe
+from trireme_lab import Lab, Outcome, Tools, WorldSpec
+from trireme_lab.probe import run_probe
 
 pytestmark = [pytest.mark.kernel, pytest.mark.slow]
 

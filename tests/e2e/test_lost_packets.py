@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 
 from tests.e2e.operation_world import NODES, app, dial, listening, pod, policy, read_all
-from triremectl.lab import Lab, Tools, WorldSpec
-from triremectl.lab.netns import exec_prefix, run
+from trireme_lab import Lab, Tools, WorldSpec
+from trireme_lab.netns import exec_prefix, run
 
 pytestmark = pytest.mark.kernel
 

@@ -18,9 +18,9 @@ import pytest
 from cni_plugin import messages
 from enforcer_daemon.model import PodRef
 from tests.e2e.attack import DB, SERVED_PORT, SETTLE_S
-from triremectl.lab import Lab, Outcome, PodSpec, PortSpec
-from triremectl.lab.netns import netns_path
-from triremectl.lab.node import Node
+from trireme_lab import Lab, Outcome, PodSpec, PortSpec
+from trireme_lab.netns import netns_path
+from trireme_lab.node import Node
 
 pytestmark = pytest.mark.kernel
 

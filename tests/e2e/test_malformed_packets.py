@@ -25,9 +25,9 @@ from enforcer_daemon.packet.tcp import ACK, PSH, SYN, SYN_ACK, build, decode_tcp
 from enforcer_daemon.reasons import Reason
 from tests.e2e.attack import DB, SERVED_PORT, Attack, attack_from, versions
 from tests.e2e.attackers import SYN_OPTIONS, RawClient, Signer, counters_of, identity, read_authority, silenced
-from triremectl.lab import Lab, Outcome
-from triremectl.lab.netns import open_socket
-from triremectl.lab.node import Node
+from trireme_lab import Lab, Outcome
+from trireme_lab.netns import open_socket
+from trireme_lab.node import Node
 
 pytestmark = pytest.mark.kernel
 

@@ -17,7 +17,7 @@ import pytest
 
 from tests.e2e.bad_network import bad_network
 from tests.e2e.operation_world import FAMILIES, HTTP, NODES, app, connection, in_background, pod, policy, transfer
-from triremectl.lab import HostSpec, Lab, Tools, WorldSpec
+from trireme_lab import HostSpec, Lab, Tools, WorldSpec
 
 pytestmark = [pytest.mark.kernel, pytest.mark.slow, pytest.mark.stock_kernel]
 

@@ -38,9 +38,9 @@ from tests.e2e.operation_world import (
     segments,
     transfer,
 )
-from triremectl.lab import Lab, Outcome
-from triremectl.lab.manifests import object_ref
-from triremectl.lab.netns import open_socket
+from trireme_lab import Lab, Outcome
+from trireme_lab.manifests import object_ref
+from trireme_lab.netns import open_socket
 
 pytestmark = pytest.mark.kernel
 

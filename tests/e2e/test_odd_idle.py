@@ -15,8 +15,8 @@ import pytest
 
 from tests.e2e.odd_world import odd_world, wait_until
 from tests.e2e.operation_world import app, policy, read_all
-from triremectl.lab import Lab
-from triremectl.lab.netns import open_socket
+from trireme_lab import Lab
+from trireme_lab.netns import open_socket
 
 pytestmark = [pytest.mark.kernel, pytest.mark.slow]
 

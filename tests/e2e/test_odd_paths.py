@@ -45,11 +45,11 @@ from tests.e2e.operation_world import (
 )
 from tests.e2e.raw_pod import RawPod
 from tests.e2e.sidecar import Sidecar
-from triremectl.lab import Lab, LabError, Outcome, PodSpec, Tools
-from triremectl.lab.capture import Capture
-from triremectl.lab.chain import load_conflist
-from triremectl.lab.netns import ip_batch, open_socket, run
-from triremectl.lab.network import POD_BRIDGE, UPLINK
+from trireme_lab import Lab, LabError, Outcome, PodSpec, Tools
+from trireme_lab.capture import Capture
+from trireme_lab.chain import load_conflist
+from trireme_lab.netns import ip_batch, open_socket, run
+from trireme_lab.network import POD_BRIDGE, UPLINK
 
 pytestmark = pytest.mark.kernel
 

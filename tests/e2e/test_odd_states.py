@@ -22,7 +22,7 @@ from tests.e2e.odd_world import (
     wait_until,
 )
 from tests.e2e.operation_world import FAMILIES, connection, denials, listening, read_all, transfer
-from triremectl.lab import Lab
+from trireme_lab import Lab
 
 pytestmark = pytest.mark.kernel
 

@@ -12,7 +12,7 @@ import pytest
 
 from enforcer_daemon.model import PodRef
 from tests.e2e.operation_world import endpoint
-from triremectl.lab import Lab, LabError, NodeSpec, PodSpec, Tools, WorldSpec
+from trireme_lab import Lab, LabError, NodeSpec, PodSpec, Tools, WorldSpec
 
 pytestmark = pytest.mark.kernel
 

@@ -20,8 +20,8 @@ import pytest
 from scapy.layers.sctp import SCTP, SCTPChunkInit
 
 from tests.e2e.operation_world import FAMILIES, NODES, app, block, denials, pod, policy
-from triremectl.lab import Lab, Tools, WorldSpec
-from triremectl.lab.netns import open_socket
+from trireme_lab import Lab, Tools, WorldSpec
+from trireme_lab.netns import open_socket
 
 pytestmark = pytest.mark.kernel
 

@@ -17,8 +17,8 @@ from enforcer_daemon.model import PodRef, Protocol
 from tests.e2e import raw_pod
 from tests.e2e.operation_world import FAMILIES, HTTP, NODES, RESET, app, block, connection, endpoint, pod, policy
 from tests.e2e.raw_pod import Attack, RawPod, Scene, arrives, fresh_marker, hearing, is_heard
-from triremectl.lab import HostSpec, Lab, PortSpec, ServicePort, ServiceSpec, Tools, WorldSpec
-from triremectl.lab.manifests import object_ref
+from trireme_lab import HostSpec, Lab, PortSpec, ServicePort, ServiceSpec, Tools, WorldSpec
+from trireme_lab.manifests import object_ref
 
 pytestmark = pytest.mark.kernel
 

@@ -28,10 +28,10 @@ from tests.e2e.operation_world import (
     policy,
     transfer,
 )
-from triremectl.lab import Lab, Outcome, Tools, WorldSpec
-from triremectl.lab.manifests import object_ref
-from triremectl.lab.probe import run_probe
-from triremectl.lab.world import Manifest
+from trireme_lab import Lab, Outcome, Tools, WorldSpec
+from trireme_lab.manifests import object_ref
+from trireme_lab.probe import run_probe
+from trireme_lab.world import Manifest
 
 pytestmark = pytest.mark.kernel
 

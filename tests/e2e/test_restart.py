@@ -23,10 +23,10 @@ from enforcer_daemon.dataplane.rules import EndpointRules
 from enforcer_daemon.model import PodRef
 from enforcer_daemon.settings import DataplaneSettings
 from tests.e2e.operation_world import HTTP, NODES, Stream, app, connection, outcome, pod, policy, rules_of
+from trireme_lab import Lab, LabError, Outcome, ProbeResult, Tools, WorldSpec
+from trireme_lab.netns import NETNS_DIR, delete_all
+from trireme_lab.probe import run_probe
 from triremectl.admin_client import AdminError
-from triremectl.lab import Lab, LabError, Outcome, ProbeResult, Tools, WorldSpec
-from triremectl.lab.netns import NETNS_DIR, delete_all
-from triremectl.lab.probe import run_probe
 
 pytestmark = pytest.mark.kernel
 

@@ -14,8 +14,8 @@ import pytest
 from enforcer_daemon.model import PodRef
 from tests.e2e.operation_world import FAMILIES, HTTP, NODES, RESET, app, block, denials, outcome, pod, policy
 from tests.e2e.raw_pod import RawPod, Scene, arrives, fresh_marker, hearing, plain_syn
-from triremectl.lab import HostSpec, Lab, Outcome, ServicePort, ServiceSpec, Tools, WorldSpec
-from triremectl.lab.manifests import object_ref
+from trireme_lab import HostSpec, Lab, Outcome, ServicePort, ServiceSpec, Tools, WorldSpec
+from trireme_lab.manifests import object_ref
 
 pytestmark = pytest.mark.kernel
 

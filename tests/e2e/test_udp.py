@@ -16,7 +16,7 @@ import pytest
 
 from enforcer_daemon.model import PodRef, Protocol
 from tests.e2e.operation_world import FAMILIES, NODES, app, denials, pod, policy, queued_packets
-from triremectl.lab import HostSpec, Lab, PortSpec, ServicePort, ServiceSpec, Tools, WorldSpec
+from trireme_lab import HostSpec, Lab, PortSpec, ServicePort, ServiceSpec, Tools, WorldSpec
 
 pytestmark = pytest.mark.kernel
 

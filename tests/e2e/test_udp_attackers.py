@@ -20,8 +20,8 @@ from enforcer_daemon.handshake.frames import TYPE_OFFER, encode_again, encode_pr
 from enforcer_daemon.packet.udp import UDP_HEADER, UDPDatagram, build_udp, decode_udp, encode_option
 from enforcer_daemon.settings import HandshakeSettings
 from tests.e2e.operation_world import FAMILIES, NODES, app, denials, endpoint, pod, policy
-from triremectl.lab import HostSpec, Lab, Tools, WorldSpec
-from triremectl.lab.netns import open_socket
+from trireme_lab import HostSpec, Lab, Tools, WorldSpec
+from trireme_lab.netns import open_socket
 
 pytestmark = pytest.mark.kernel
 

@@ -17,8 +17,8 @@ from pathlib import Path
 import pytest
 
 from tests.e2e.operation_world import FAMILIES, NODES, app, denials, pod, policy
-from triremectl.lab import Lab, Tools, WorldSpec
-from triremectl.lab.netns import open_socket
+from trireme_lab import Lab, Tools, WorldSpec
+from trireme_lab.netns import open_socket
 
 pytestmark = pytest.mark.kernel
 

@@ -13,8 +13,8 @@ import pytest
 
 from enforcer_daemon.model import PodRef, Protocol
 from tests.e2e.operation_world import FAMILIES, NODES, app, block, denials, pod, policy
-from triremectl.lab import HostSpec, Lab, PortSpec, ServicePort, ServiceSpec, Tools, WorldSpec
-from triremectl.lab.netns import open_socket
+from trireme_lab import HostSpec, Lab, PortSpec, ServicePort, ServiceSpec, Tools, WorldSpec
+from trireme_lab.netns import open_socket
 
 pytestmark = pytest.mark.kernel
 

@@ -17,7 +17,7 @@ from enforcer_daemon.packet.udp import build_udp
 from enforcer_daemon.reasons import Reason
 from tests.e2e.attackers import SYN_OPTIONS, Wire, await_denial, silenced
 from tests.e2e.operation_world import FAMILIES, HTTP, NODES, RESET, block, denials, outcome, pod, policy, segments
-from triremectl.lab import HostSpec, Lab, Outcome, PodSpec, PortSpec, Tools, WorldSpec
+from trireme_lab import HostSpec, Lab, Outcome, PodSpec, PortSpec, Tools, WorldSpec
 
 pytestmark = pytest.mark.kernel
 

@@ -12,9 +12,9 @@ from pathlib import Path
 import pytest
 
 from tests.e2e.operation_world import HTTP, NODES, connection, outcome, pod, rules_of
-from triremectl.lab import Lab, Outcome, Tools, WorldSpec
-from triremectl.lab.netns import exec_prefix
-from triremectl.lab.node import Node
+from trireme_lab import Lab, Outcome, Tools, WorldSpec
+from trireme_lab.netns import exec_prefix
+from trireme_lab.node import Node
 
 pytestmark = pytest.mark.kernel
 

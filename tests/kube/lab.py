@@ -18,13 +18,13 @@ from ipaddress import ip_address
 from typing import Any
 
 from tests.kube.api import FakeApi
-from triremectl.lab import HostSpec, Lab, NodeSpec, PodSpec, Tools, WorldSpec
-from triremectl.lab.manifests import ObjectRef, namespace_manifest, pod_manifest
-from triremectl.lab.netns import open_socket
-from triremectl.lab.node import Node
-from triremectl.lab.sandbox import Place
-from triremectl.lab.settings import overlay
-from triremectl.lab.world import SERVICE_NETWORKS, Manifest
+from trireme_lab import HostSpec, Lab, NodeSpec, PodSpec, Tools, WorldSpec
+from trireme_lab.manifests import ObjectRef, namespace_manifest, pod_manifest
+from trireme_lab.netns import open_socket
+from trireme_lab.node import Node
+from trireme_lab.sandbox import Place
+from trireme_lab.settings import overlay
+from trireme_lab.world import SERVICE_NETWORKS, Manifest
 
 _ADDRESS = "192.168.60.250"
 _PORT = 6443

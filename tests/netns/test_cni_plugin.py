@@ -25,7 +25,7 @@ from enforcer_daemon.model import AttachmentId, PodRef
 from enforcer_daemon.registration.fake import FakeRegistrar
 from enforcer_daemon.registration.server import RegistrationServer
 from tests.unit.registration.live_server import serving, short_directory
-from triremectl.lab.cni_runtime import CniError, CniRuntime
+from trireme_lab.cni_runtime import CniError, CniRuntime
 
 pytestmark = pytest.mark.kernel
 

@@ -18,7 +18,7 @@ from pathlib import Path
 import pytest
 
 from enforcer_daemon.model import PodRef, Protocol
-from triremectl.lab import (
+from trireme_lab import (
     HostSpec,
     Lab,
     LabError,
@@ -30,8 +30,8 @@ from triremectl.lab import (
     ServiceSpec,
     WorldSpec,
 )
-from triremectl.lab.netns import NETNS_DIR, netns_path
-from triremectl.lab.rundir import RUN_DIR, clean_leftovers
+from trireme_lab.netns import NETNS_DIR, netns_path
+from trireme_lab.rundir import RUN_DIR, clean_leftovers
 
 pytestmark = pytest.mark.kernel
 
@@ -265,7 +265,7 @@ def test_clean_removes_what_a_killed_lab_left_and_nothing_of_a_living_one(tmp_pa
 
 ORPHAN = """
 import time
-from triremectl.lab import Lab, NodeSpec, WorldSpec
+from trireme_lab import Lab, NodeSpec, WorldSpec
 with Lab(WorldSpec(nodes=(NodeSpec.numbered("a", 1),), enforcer=False)) as lab:
     print(lab.spawn("node:a", "sleep", "301").pid, flush=True)
     time.sleep(60)

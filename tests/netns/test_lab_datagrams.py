@@ -11,8 +11,8 @@ import pytest
 
 from enforcer_daemon.model import PodRef, Protocol
 from tests.e2e.operation_world import FAMILIES, in_background
-from triremectl.lab import Lab, NodeSpec, Outcome, PodSpec, PortSpec, Probe, WorldSpec
-from triremectl.lab.probe import run_probe
+from trireme_lab import Lab, NodeSpec, Outcome, PodSpec, PortSpec, Probe, WorldSpec
+from trireme_lab.probe import run_probe
 
 pytestmark = pytest.mark.kernel
 

@@ -10,11 +10,11 @@ from dataclasses import replace
 import pytest
 
 from enforcer_daemon.model import PodRef
+from trireme_lab import HostSpec, Lab, LabError, NodeSpec, PodSpec, PortSpec, Tools, WorldSpec
+from trireme_lab.manifests import ObjectRef
+from trireme_lab.runner import refused_objects, run_steps
+from trireme_lab.scenario import Step, load_scenario
 from triremectl.admin_client import AdminError
-from triremectl.lab import HostSpec, Lab, LabError, NodeSpec, PodSpec, PortSpec, Tools, WorldSpec
-from triremectl.lab.manifests import ObjectRef
-from triremectl.lab.runner import refused_objects, run_steps
-from triremectl.lab.scenario import Step, load_scenario
 
 pytestmark = pytest.mark.kernel
 

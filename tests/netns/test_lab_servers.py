@@ -12,8 +12,8 @@ from ipaddress import ip_address
 import pytest
 
 from enforcer_daemon.model import Protocol
-from triremectl.lab.netns import in_netns
-from triremectl.lab.servers import Servers
+from trireme_lab.netns import in_netns
+from trireme_lab.servers import Servers
 
 pytestmark = pytest.mark.kernel
 

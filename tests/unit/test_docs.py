@@ -26,11 +26,11 @@ from enforcer_daemon.packet.tcp import OPTION_EXPERIMENT_1
 from enforcer_daemon.reasons import Reason
 from enforcer_daemon.settings import Settings
 from enforcer_daemon.telemetry.metrics import Metrics
-from triremectl.lab.scenario import load_scenario
+from trireme_lab.scenario import load_scenario
 
 ROOT = Path(__file__).parents[2]
 DOCS = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")])
-OWN_PACKAGES = ("cni_plugin", "enforcer_daemon", "triremectl")
+OWN_PACKAGES = ("cni_plugin", "enforcer_daemon", "trireme_lab", "triremectl")
 FOLDERS = (*OWN_PACKAGES, "benchmarks", "conf", "docs", "install", "tests")
 
 

@@ -23,7 +23,7 @@ _PYTEST = (*(sys.executable, "-m", "pytest"), *("-q", "-p", "no:cacheprovider", 
 
 def compile_all() -> int:
     """Compile the programs, and the tests as pytest rewrites them; give the exit status."""
-    programs = ("enforcer_daemon", "cni_plugin", "triremectl")
+    programs = ("enforcer_daemon", "cni_plugin", "trireme_lab", "triremectl")
     subprocess.run([sys.executable, "-m", "compileall", "-q", *programs, "tests"], check=True)
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONDONTWRITEBYTECODE"}
     collect = (sys.executable, "-m", "pytest", "-q", "--collect-only", "-p", "no:cacheprovider", "-m", "stock_kernel")

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from triremectl.lab.cni_runtime import CniError, CniRuntime
+from trireme_lab.cni_runtime import CniError, CniRuntime
 
 SCRIPT = """#!/bin/sh
 log={log}

@@ -1,0 +1,59 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`triremectl lab check`: cases with the verdicts expected of them, tried by real connections."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Collection, Sequence
+from contextlib import closing
+from pathlib import Path
+
+import click
+
+from enforcer_daemon.model import Protocol
+from trireme_lab.check.plan import sample, share_worlds
+from trireme_lab.check.run import run_world
+from trireme_lab.check.score import Score
+from trireme_lab.errors import ScenarioError
+from trireme_lab.tools import Tools
+from triremectl.cases import Case
+from triremectl.simulate import read_cases
+
+PROBED_PROTOCOLS = (Protocol.TCP, Protocol.UDP)
+
+
+def load_cases(files: Sequence[Path], count: int | None, seed: int) -> list[Case]:
+    """Read the cases, or a sample of them; raise ScenarioError where a probe's ends are unknown."""
+    cases = list(read_cases(files))
+    chosen = cases if count is None else sample(cases, count, seed)
+    for case in chosen:
+        for probe in case.probes:
+            try:
+                case.world.judge(probe)
+            except ValueError as err:
+                raise ScenarioError(f"{case.name}: {probe}: {err}") from err
+    return chosen
+
+
+def check(
+    cases: Sequence[Case],
+    tools: Tools,
+    deny_with: str,
+    protocols: Collection[Protocol] = PROBED_PROTOCOLS,
+    *,
+    is_verbose: bool = False,
+) -> Score:
+    """Run the cases, printing each difference as soon as it is known, then the counts."""
+    score = Score()
+    started = time.monotonic()
+    for number, world in enumerate(share_worlds(cases), 1):
+        if is_verbose:
+            places = f"{len(world.layout.pods)} pods, {len(world.cases)} cases"
+            click.echo(f"world {number} ({places}) after {time.monotonic() - started:.1f} s", err=True)
+        with closing(run_world(world, tools, deny_with, protocols)) as results:  # the lab ends here, whatever happens
+            for result in results:
+                for line in score.add(result):
+                    click.echo(line)
+    for line in score.summary():
+        click.echo(line)
+    return score

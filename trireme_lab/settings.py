@@ -1,0 +1,47 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The settings file of a lab node's daemon. Pure."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+from trireme_lab.network import pod_networks
+from trireme_lab.node import NodeDirectories
+from trireme_lab.world import SERVICE_NETWORKS, NodeSpec, WorldSpec
+
+
+def daemon_settings(
+    world: WorldSpec, node: NodeSpec, directories: NodeDirectories, authority: tuple[Path, Path]
+) -> dict[str, object]:
+    """Return what to write for a node; `authority` is the lab's CA: certificate and key, the same for all nodes."""
+    has_node_ports = any(port.node_port is not None for service in world.services for port in service.ports)
+    node_addresses = [str(a) for n in world.nodes for a in n.addresses] if has_node_ports else []
+    certificate, key = authority
+    settings: dict[str, object] = {
+        "node": node.name,
+        "stateDir": str(directories.state),
+        "policyDir": str(directories.policy),
+        "credentials": {"caCertificate": str(certificate), "caKey": str(key)},
+        "networks": {
+            "enforced": [str(network) for network in pod_networks(world.nodes)],
+            "virtual": [
+                *(str(network) for network in SERVICE_NETWORKS),
+                *(f"{address}/{128 if ':' in address else 32}" for address in node_addresses),
+            ],
+            # A node port rewrites the source to the node's address, whatever pod dialled it.
+            "masquerade": node_addresses,
+        },
+        "registration": {"runDir": str(directories.run), "cniResultsDir": str(directories.cni / "cache" / "results")},
+        "log": {"format": "json"},
+    }
+    return overlay(settings, world.settings)
+
+
+def overlay(below: Mapping[str, object], above: Mapping[str, object]) -> dict[str, object]:
+    """Return `below` with the values of `above` laid over it, group by group."""
+    merged = dict(below)
+    for key, value in above.items():
+        base = merged.get(key)
+        merged[key] = overlay(base, value) if isinstance(base, Mapping) and isinstance(value, Mapping) else value
+    return merged
