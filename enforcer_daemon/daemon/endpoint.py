@@ -41,7 +41,7 @@ from enforcer_daemon.dataplane.nodeflows import SentTuple
 from enforcer_daemon.dataplane.queue import MAX_COPIED_BYTES, PacketQueue
 from enforcer_daemon.dataplane.queuecounters import LostPackets
 from enforcer_daemon.dataplane.ratelimits import QueueLimits
-from enforcer_daemon.dataplane.rules import EndpointRules
+from enforcer_daemon.dataplane.ruleset import EndpointRules
 from enforcer_daemon.dataplane.tampering import RulesWatch
 from enforcer_daemon.errors import IdentityTooLargeError
 from enforcer_daemon.handshake.leasepairs import Lapse

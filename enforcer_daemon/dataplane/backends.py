@@ -17,19 +17,20 @@ from typing import Any, Literal, Protocol, TypeVar
 
 from enforcer_daemon.dataplane.netns import new_netns
 from enforcer_daemon.dataplane.ratelimits import QueueLimits
-from enforcer_daemon.dataplane.rules import (
+from enforcer_daemon.dataplane.rules_iptables import (
     IPTABLES_JUMPS,
-    NFT_NODE_SETS,
-    NFT_TABLE,
-    EndpointRules,
-    Family,
     iptables_chains,
-    nft_rule_counts,
     render_iptables,
     render_iptables_addresses,
+)
+from enforcer_daemon.dataplane.rules_nft import (
+    NFT_NODE_SETS,
+    NFT_TABLE,
+    nft_rule_counts,
     render_nft,
     render_nft_addresses,
 )
+from enforcer_daemon.dataplane.ruleset import EndpointRules, Family
 from enforcer_daemon.dataplane.tampering import RulesWatch, watch_legacy, watch_nft
 from enforcer_daemon.dataplane.tools import run_in
 from enforcer_daemon.errors import DataplaneError

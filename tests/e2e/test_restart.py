@@ -19,7 +19,7 @@ from cni_plugin import messages
 from cni_plugin.deletions import enqueue
 from enforcer_daemon.dataplane.backends import make_backend
 from enforcer_daemon.dataplane.ratelimits import QueueLimits
-from enforcer_daemon.dataplane.rules import EndpointRules
+from enforcer_daemon.dataplane.ruleset import EndpointRules
 from enforcer_daemon.model import PodRef
 from enforcer_daemon.settings import DataplaneSettings
 from tests.e2e.operation_world import HTTP, NODES, Stream, app, connection, outcome, pod, policy, rules_of

@@ -27,7 +27,7 @@ from enforcer_daemon.dataplane.backends import IptablesBackend, NftBackend, Rule
 from enforcer_daemon.dataplane.netns import new_netns, open_in
 from enforcer_daemon.dataplane.queue import PacketQueue
 from enforcer_daemon.dataplane.ratelimits import QueueLimits
-from enforcer_daemon.dataplane.rules import EndpointRules
+from enforcer_daemon.dataplane.ruleset import EndpointRules
 from enforcer_daemon.dataplane.tools import run_in
 from enforcer_daemon.errors import DataplaneError
 from enforcer_daemon.model import Direction

@@ -19,7 +19,7 @@ from enforcer_daemon import marks
 from enforcer_daemon.dataplane.inject import Injector
 from enforcer_daemon.dataplane.overflow import overflow_number
 from enforcer_daemon.dataplane.ratelimits import QueueLimits
-from enforcer_daemon.dataplane.rules import render_nft
+from enforcer_daemon.dataplane.rules_nft import render_nft
 from enforcer_daemon.dataplane.tools import run_in
 from enforcer_daemon.model import Direction
 from enforcer_daemon.verdict import ACCEPT, Action, Verdict

@@ -13,7 +13,7 @@ import pytest
 from enforcer_daemon.dataplane.guard import Guard
 from enforcer_daemon.dataplane.guard_rules import GuardedEndpoint
 from enforcer_daemon.dataplane.netns import new_netns, open_in
-from enforcer_daemon.dataplane.rules import EndpointRules
+from enforcer_daemon.dataplane.ruleset import EndpointRules
 from enforcer_daemon.dataplane.tools import run, run_in
 from enforcer_daemon.errors import DataplaneError
 from enforcer_daemon.model import AttachmentId

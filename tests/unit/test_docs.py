@@ -15,6 +15,7 @@ from pathlib import Path
 
 import pytest
 
+from enforcer_daemon.dataplane.ruleset import rules_table
 from enforcer_daemon.handshake import frames
 from enforcer_daemon.handshake.lapse import TCP_LAPSE_S, UDP_LAPSE_S
 from enforcer_daemon.handshake.leaseframes import LEASE_BYTES, LEASE_PORT
@@ -48,6 +49,14 @@ def rows(text: str) -> dict[str, list[str]]:
     """The rows of all tables whose first cell is one word of code, by that word."""
     found = re.findall(r"^\| `([^`|]+)` \| (.*) \|$", text, re.MULTILINE)
     return {name: [cell.strip() for cell in rest.split(" | ")] for name, rest in found}
+
+
+# Rules.
+
+
+def test_the_table_of_rules_is_the_list_that_the_renderers_use() -> None:
+    shown = "\n".join(f"| {' | '.join(line)} |" for line in rules_table())
+    assert f"| packet | direction | action |\n|---|---|---|\n{shown}\n" in read("docs/dataplane.md")
 
 
 # Reasons.

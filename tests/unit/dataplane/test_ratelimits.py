@@ -8,7 +8,9 @@ import re
 import pytest
 
 from enforcer_daemon.dataplane.ratelimits import QueueLimits, iptables_limits, nft_limits
-from enforcer_daemon.dataplane.rules import EndpointRules, Family, iptables_chains, nft_rule_counts, render_nft
+from enforcer_daemon.dataplane.rules_iptables import iptables_chains
+from enforcer_daemon.dataplane.rules_nft import nft_rule_counts, render_nft
+from enforcer_daemon.dataplane.ruleset import EndpointRules, Family
 
 LIMITS = QueueLimits(per_source=4_000, total=8_000)
 RULES = EndpointRules(("eth0",), 47_474, frozenset(), LIMITS)
@@ -36,7 +38,7 @@ def test_nft_counts_every_source_and_all_of_them_before_it_queues() -> None:
         assert text.count(f"saddr {rate} }} queue num 47475") == families_and_directions
         rate = f"limit rate over {2 * each}/second burst {2 * each} packets"
         assert text.count(f" {rate} queue num 47475") == together
-    for chain in ("main_in", "main_out", "message", "syn_in", "syn_out"):
+    for chain in ("main_in", "main_out", "message_in", "syn_in", "syn_out"):
         lines = [line for line in text.splitlines() if line.startswith(f"add rule inet trireme {chain} ")]
         assert len(lines) == nft_rule_counts(RULES)[chain]
         assert max(n for n, line in enumerate(lines) if "47475" in line) < min(

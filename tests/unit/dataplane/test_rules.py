@@ -10,16 +10,9 @@ import pytest
 
 from enforcer_daemon.dataplane.backends import parse_saved
 from enforcer_daemon.dataplane.ratelimits import QueueLimits
-from enforcer_daemon.dataplane.rules import (
-    EndpointRules,
-    Family,
-    iptables_chains,
-    nft_rule_counts,
-    render_iptables,
-    render_iptables_addresses,
-    render_nft,
-    render_nft_addresses,
-)
+from enforcer_daemon.dataplane.rules_iptables import iptables_chains, render_iptables, render_iptables_addresses
+from enforcer_daemon.dataplane.rules_nft import nft_rule_counts, render_nft, render_nft_addresses
+from enforcer_daemon.dataplane.ruleset import FAMILIES, EndpointRules, Family
 
 RULES = EndpointRules(
     ifnames=("eth0", "net1"),
@@ -27,13 +20,12 @@ RULES = EndpointRules(
     node_addresses=frozenset(map(ip_address, ("10.0.0.9", "10.0.0.1", "fd00::1"))),
     limits=QueueLimits(per_source=4_000, total=8_000),
 )
-FAMILIES: tuple[Family, ...] = (4, 6)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_every_packet_that_nothing_lets_through_is_queued_without_bypass(family: Family) -> None:
     mangle = iptables_chains(RULES, family)["mangle"]
-    for chain in ("TRIREME-IN", "TRIREME-OUT", "TRIREME-SYN-IN", "TRIREME-SYN-OUT", "TRIREME-MESSAGE"):
+    for chain in ("TRIREME-IN", "TRIREME-OUT", "TRIREME-SYN-IN", "TRIREME-SYN-OUT", "TRIREME-MESSAGE-IN"):
         assert mangle[chain][-1] == "-j NFQUEUE --queue-num 47474"
     nft = render_nft(RULES)
     assert nft.count("queue num 47474\n") == 8
