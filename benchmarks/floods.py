@@ -130,7 +130,7 @@ def connect(
     clients: int = _CLIENTS,
     pair: tuple[str, str] = ("bench/client", "bench/server"),
 ) -> dict[str, float]:
-    """Measure a pair of pods, by default the good one; raise LabError where a connection fails."""
+    """Measure a pair of pods, by default the good one; raise LabError if a connection fails."""
     source, target = pair
     arguments = str(lab.address_of(target)), str(PORT), str(connections // clients), str(clients)
     output = lab.run(source, sys.executable, str(_LOAD), "connect", *arguments)

@@ -32,7 +32,7 @@ class SharesError(Exception):
 
 
 def chart_request() -> int:
-    """Give the CPU that the chart's enforcer asks for, in thousandths."""
+    """Return the CPU that the chart's enforcer asks for, in thousandths."""
     asked: str = yaml.safe_load(_CHART.read_text(encoding="utf-8"))["enforcerResources"]["requests"]["cpu"]
     return int(asked.removesuffix("m"))
 

@@ -57,7 +57,7 @@ class Row:
 
 
 def policy(namespace: str, name: str, **spec: Any) -> Manifest:
-    """Give a NetworkPolicy for all pods of a namespace, unless the spec says otherwise."""
+    """Return a NetworkPolicy for all pods of a namespace, unless the spec says otherwise."""
     types = ["Ingress", "Egress"]
     return {
         "apiVersion": "networking.k8s.io/v1",
@@ -68,13 +68,13 @@ def policy(namespace: str, name: str, **spec: Any) -> Manifest:
 
 
 def blocks(count: int, seed: int = 0) -> list[Manifest]:
-    """Give networks that do not adjoin."""
+    """Return networks that do not adjoin."""
     numbers = ((seed + index) * 2 for index in range(count))
     return [{"ipBlock": {"cidr": f"10.{n >> 16 & 255}.{n >> 8 & 255}.{n & 255}/32"}} for n in numbers]
 
 
 def ports(count: int, seed: int = 0) -> list[Manifest]:
-    """Give ports that do not adjoin."""
+    """Return ports that do not adjoin."""
     return [{"port": 1 + (seed + index) * 2 % 65_000} for index in range(count)]
 
 
@@ -103,7 +103,7 @@ _KINDS: tuple[Callable[[int, int], dict[str, Any]], ...] = (
 
 
 def hostile(number: int, version: int = 0, size: int = OBJECT_BYTES) -> Manifest:
-    """Give one of the worst policies; another version of it has other contents."""
+    """Return one of the worst policies; another version of it has other contents."""
     make, count = _KINDS[number % len(_KINDS)], size // 12
     while True:
         found = policy("hostile", f"p{number}", **make(count, 1_000 * number + version))
@@ -212,7 +212,7 @@ def measure(lab: KubeLab, what: str) -> Row:
 
 
 def foreign() -> Iterator[Manifest]:
-    """Give policies of a namespace without pods on the node."""
+    """Yield policies of a namespace without pods on the node."""
     for number in range(FOREIGN_BYTES // (2 * OBJECT_BYTES)):
         manifest = hostile(number, size=2 * OBJECT_BYTES)
         yield {**manifest, "metadata": {"namespace": "elsewhere", "name": f"p{number}"}}

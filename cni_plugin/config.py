@@ -58,9 +58,9 @@ class Config(NamedTuple):
     labels: dict[str, str]
     """args.cni.labels: the pod's labels where the runtime knows them; empty else."""
     prev_result: object
-    """None where there is none."""
+    """None if there is none."""
     valid_attachments: tuple[messages.Attachment, ...] | None
-    """What GC is to keep; None where the runtime gave no information."""
+    """What GC is to keep; None if the runtime gave no information."""
 
 
 def read_bytes(stdin: BinaryIO) -> bytes:

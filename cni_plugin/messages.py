@@ -72,9 +72,9 @@ class Add(NamedTuple):
     namespace: str
     pod: str
     uid: str
-    """K8S_POD_UID; empty where the runtime gave none. A static pod's is its config.hash."""
+    """K8S_POD_UID; empty if the runtime gave none. A static pod's is its config.hash."""
     labels: dict[str, str]
-    """args.cni.labels; empty where the runtime gave none, which says nothing of the pod's labels."""
+    """args.cni.labels; empty if the runtime gave none, which says nothing of the pod's labels."""
     ips: tuple[str, ...]
     host_interfaces: tuple[str, ...]
     """Ends of the attachment in the node's namespace, as prevResult names them; without bridges."""
@@ -117,14 +117,14 @@ class Reply(NamedTuple):
 
 
 def container_id_fault(value: str) -> str | None:
-    """Say what is wrong with a container id, None if nothing is."""
+    """Return what is wrong with a container id, None if nothing is."""
     if not _NAME.fullmatch(value):
         return "must begin with a letter or digit and have only letters, digits, '_', '.' and '-'"
     return f"must not have more than {MAX_CONTAINER_ID} characters" if len(value) > MAX_CONTAINER_ID else None
 
 
 def ifname_fault(value: str) -> str | None:
-    """Say what is wrong with an interface name, None if nothing is."""
+    """Return what is wrong with an interface name, None if nothing is."""
     if not value or value in (".", "..") or _UNFIT_IFNAME.search(value):
         return "must be the name of a network interface"
     return (
@@ -140,7 +140,7 @@ def is_text(value: str) -> bool:
 
 
 def network_fault(value: str) -> str | None:
-    """Say what is wrong with a network's name, None if nothing is."""
+    """Return what is wrong with a network's name, None if nothing is."""
     return None if _NAME.fullmatch(value) else "must begin with a letter or digit and have only [A-Za-z0-9_.-]"
 
 

@@ -100,7 +100,7 @@ def _read_interface(entry: object, path: str) -> _Interface:
 
 
 def _read_ip(entry: object, path: str, interfaces: list[_Interface]) -> str | None:
-    """Return the address, None where it belongs to the node's side."""
+    """Return the address, None if it belongs to the node's side."""
     address = entry.get("address") if isinstance(entry, dict) else None
     if not isinstance(entry, dict) or not isinstance(address, str) or not address:
         raise _malformed(f"{path}.address", "must be an address")

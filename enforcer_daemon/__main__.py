@@ -94,7 +94,7 @@ def _withdraw(settings: Settings, log: Logger) -> None:
 
 
 def _leaves(error: BaseException) -> Iterator[BaseException]:
-    """Give what failed in the end, however deep the groups of tasks."""
+    """Yield what failed in the end, however deep the groups of tasks."""
     if isinstance(error, BaseExceptionGroup):
         for inner in error.exceptions:
             yield from _leaves(inner)

@@ -73,7 +73,7 @@ class Identity:
     trust_domain: str = "cluster.local"
     named_ports: tuple[NamedPort, ...] = ()
     uid: str = ""
-    """The cluster's name for this very pod; empty where nobody compares it."""
+    """The cluster's name for this very pod; empty if nobody compares it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,7 +97,7 @@ class RuleRef:
     namespace: str
     policy: str
     rule: int | None = None
-    """Index in spec.ingress or spec.egress; None where the policy as a whole isolates the pod."""
+    """Index in spec.ingress or spec.egress; None if the policy as a whole isolates the pod."""
 
     def __str__(self) -> str:
         return f"{self.namespace}/{self.policy}" + ("" if self.rule is None else f"[{self.rule}]")

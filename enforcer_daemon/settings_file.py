@@ -142,7 +142,7 @@ def _check_rates(dataplane: DataplaneSettings) -> None:
 
 
 def split_listen(text: str) -> tuple[str, int]:
-    """Give the address and port of metrics.listen; raise SettingsError."""
+    """Return the address and port of metrics.listen; raise SettingsError."""
     address, _, port = text.rpartition(":")
     is_bracketed = address.startswith("[") and address.endswith("]")
     try:

@@ -72,7 +72,7 @@ def main(context: click.Context, layout: str, conf_dir: Path | None, bin_dir: Pa
 
 
 def _entry_options(command: Callable[..., None]) -> Callable[..., None]:
-    """Give a command the options that say what is installed."""
+    """Return a command the options that say what is installed."""
     for option in (
         click.option("--log-file", type=_PATH, help="Where the plugin logs (the entry's logFile)."),
         click.option(

@@ -59,7 +59,7 @@ def read_bundle(directory: Path, version: str) -> Bundle:
 
 
 def launcher_bundle(version: str, python: Path | None = None) -> Bundle:
-    """Give the program for a node where the project is installed as a package: it runs in that Python."""
+    """Return the program for a node where the project is installed as a package: it runs in that Python."""
     interpreter = python or Path(sys.executable)
     script = f"#!{interpreter} -I\nfrom cni_plugin.__main__ import console\n\nconsole()\n"
     members = {PLUGIN: Member(script.encode(), is_executable=True)}

@@ -31,7 +31,7 @@ _libc = ctypes.CDLL(None, use_errno=True)
 
 @contextmanager
 def locked(directory: Path) -> Iterator[None]:
-    """Be the only installer of this directory; raise InstallError where another one is at work."""
+    """Be the only installer of this directory; raise InstallError if another one is at work."""
     try:
         descriptor = os.open(directory / LOCK_NAME, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
     except OSError as err:
@@ -48,7 +48,7 @@ def locked(directory: Path) -> Iterator[None]:
 
 
 def read_listing(directory: Path) -> Listing:
-    """Read what runtimes would look at; raise InstallError where the directory itself cannot be read."""
+    """Read what runtimes would look at; raise InstallError if the directory itself cannot be read."""
     try:
         names = sorted(entry.name for entry in directory.iterdir())
     except FileNotFoundError:
@@ -60,7 +60,7 @@ def read_listing(directory: Path) -> Listing:
 
 
 def carry_out(directory: Path, step: Step) -> None:
-    """Do one step; raise ChangedMeanwhileError where the file is no longer what the plan was made from."""
+    """Do one step; raise ChangedMeanwhileError if the file is no longer what the plan was made from."""
     path = directory / step.path
     try:
         match step:

@@ -36,16 +36,16 @@ class Facts:
     bin_dir: str
     listing: Listing
     program_fault: str | None
-    """Why the plugin does not answer VERSION; None where it does."""
+    """Why the plugin does not answer VERSION; None if it does."""
     daemon_fault: str | None
-    """Why the daemon's socket does not answer; None where it does."""
+    """Why the daemon's socket does not answer; None if it does."""
     runtimes: tuple[RuntimeSettings, ...] = ()
     runtime_faults: tuple[str, ...] = ()
     """Settings of a runtime that could not be read."""
 
 
 def diagnose(facts: Facts) -> list[Finding]:
-    """Give all findings, in the order in which a pod meets their subjects."""
+    """Return all findings, in the order in which a pod meets their subjects."""
     return [
         *_runtimes(facts),
         *_configuration(facts),

@@ -22,7 +22,7 @@ _MAX_FILES = 256
 
 
 def examine(conf_dir: Path, bin_dir: Path, run_dir: Path, runtime_configs: tuple[Path, ...]) -> Facts:
-    """Look at the node; raise InstallError where the configuration directory cannot be read."""
+    """Look at the node; raise InstallError if the configuration directory cannot be read."""
     runtimes, faults = _runtimes(runtime_configs)
     return Facts(
         conf_dir=str(conf_dir),
@@ -111,7 +111,7 @@ def _imported(file: Path, name: str) -> list[Path]:
 
 
 def _files(path: Path) -> Iterator[tuple[Path, Callable[[str, bytes], RuntimeSettings]]]:
-    """Give a runtime's files with how to read them: containerd's file, or CRI-O's directory in its own order."""
+    """Yield a runtime's files with how to read them: containerd's file, or CRI-O's directory in its own order."""
     if path.name == "crio":
         for file in (path / "crio.conf", *sorted((path / "crio.conf.d").glob("*"))):
             if file.is_file():

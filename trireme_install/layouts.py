@@ -42,7 +42,7 @@ LAYOUTS = {
 
 
 def runtime_configs(name: str) -> tuple[Path, ...]:
-    """Give where a layout's node has its runtime's settings: of `default`, which names no distribution, all places."""
+    """Return where a layout's node has its runtime's settings; for `default`, all places."""
     if name != "default":
         return LAYOUTS[name].runtime_configs
     return tuple(dict.fromkeys(path for layout in LAYOUTS.values() for path in layout.runtime_configs))

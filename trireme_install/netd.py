@@ -77,7 +77,7 @@ class Listing:
     """By directory, which is the name of a network."""
 
     def candidates(self) -> list[str]:
-        """Give the names that a runtime looks at, in its order."""
+        """Return the names that a runtime looks at, in its order."""
         return ordered(self.files, EXTENSIONS)
 
 
@@ -86,7 +86,7 @@ class Loaded:
     """What a runtime makes of a directory."""
 
     file: str | None
-    """The one file it uses; None where there is none."""
+    """The one file it uses; None if there is none."""
     chain: tuple[Mapping[str, Any], ...] = ()
     """Its plugins, drop-ins included."""
     unreadable: tuple[tuple[str, str], ...] = ()
@@ -131,7 +131,7 @@ def is_same(one: object, other: object) -> bool:
 
 
 def decode_file(name: str, data: bytes) -> Network:
-    """Read one file by its extension; raise UnreadableFileError where runtimes would refuse it."""
+    """Read one file by its extension; raise UnreadableFileError if runtimes would refuse it."""
     tree = decode_json(data)
     network = tree.get("name")
     if not isinstance(network, str) or not _NETWORK_NAME.match(network):
@@ -147,7 +147,7 @@ def decode_file(name: str, data: bytes) -> Network:
 
 
 def load(listing: Listing, runtime: Runtime, *, reads_drop_ins: bool) -> Loaded:
-    """Say which file a runtime uses, and which plugins it runs."""
+    """Return which file a runtime uses, and which plugins it runs."""
     unreadable: list[tuple[str, str]] = []
     for name in listing.candidates():
         try:

@@ -128,7 +128,7 @@ class Keeper:
 
 
 def is_ready(ready_file: Path, poll_s: float) -> bool:
-    """Tell whether an installer has lately found all as it is wanted."""
+    """Return whether an installer has lately found all as it is wanted."""
     try:
         age_s = time.time() - ready_file.stat().st_mtime
     except FileNotFoundError:

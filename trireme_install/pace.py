@@ -36,7 +36,7 @@ class Pace:
         return replace(self, written_at=now, pause_s=pause_s)
 
     def wait_s(self, now: float) -> float:
-        """Say how long to wait before the directory is read again."""
+        """Return how long to wait before the directory is read again."""
         return 0.0 if self.written_at is None else max(0.0, self.written_at + self.pause_s - now)
 
 

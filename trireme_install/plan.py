@@ -157,7 +157,7 @@ def plan_removal(listing: Listing) -> Plan:
 
 
 def apply_step(listing: Listing, step: Step) -> Listing:
-    """Give the directory as it is after a step; a Replace whose file has changed does nothing."""
+    """Return the directory as it is after a step; a Replace whose file has changed does nothing."""
     directory, _, name = step.path.rpartition("/")
     files, drop_ins = dict(listing.files), {key: dict(value) for key, value in listing.drop_ins.items()}
     place = drop_ins.setdefault(directory, {}) if directory else files
@@ -205,7 +205,7 @@ def _check_primary(name: str, network: Network, wanted: Wanted) -> None:
 
 
 def _with_entry(network: Network, entry: Mapping[str, Any]) -> dict[str, Any]:
-    """Give the list with our entry once: where it was, if something stood before it, else at the end.
+    """Return the list with our entry once: where it was, if something stood before it, else at the end.
 
     Others append themselves too, so the last place is not fought for; all that matters is an earlier plugin's result.
     """
@@ -277,6 +277,6 @@ def _tree_or_none(data: bytes) -> dict[str, Any] | None:
 
 
 def unreadable_first(listing: Listing) -> str | None:
-    """Name the file that keeps every runtime from, or CRI-O past, the first network; None where there is none."""
+    """Name the file that keeps every runtime from, or CRI-O past, the first network; None if there is none."""
     stumbled = load(listing, Runtime.CONTAINERD, reads_drop_ins=False).unreadable
     return stumbled[0][0] if stumbled else None

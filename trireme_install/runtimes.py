@@ -28,14 +28,14 @@ class RuntimeClass:
 
     name: str
     bypass: str
-    """Why packets of its pods do not pass the namespace's netfilter hooks; empty where they do."""
+    """Why packets of its pods do not pass the namespace's netfilter hooks; empty if they do."""
     conf_dir: str | None = None
     """Its own CNI directory, where it has one."""
 
 
 @dataclass(frozen=True, slots=True)
 class RuntimeSettings:
-    """What a runtime's configuration says; None where it says nothing, and the runtime's default holds."""
+    """What a runtime's configuration says; None if it says nothing, and the runtime's default holds."""
 
     runtime: Runtime
     source: str

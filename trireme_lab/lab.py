@@ -192,7 +192,7 @@ class Lab:
         return {place.name: place.netns for place in self._places.values()}
 
     def has_pod(self, name: str) -> bool:
-        """Say whether a place is a pod that runs now."""
+        """Return whether a place is a pod that runs now."""
         return name in map(str, self._specs)
 
     def pod_node(self, pod: str) -> Node:

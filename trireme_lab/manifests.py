@@ -27,7 +27,7 @@ class ObjectRef(NamedTuple):
 
 
 def object_ref(manifest: Manifest) -> ObjectRef:
-    """Name the object of a manifest; raise ScenarioError where kind or name is missing."""
+    """Name the object of a manifest; raise ScenarioError if kind or name is missing."""
     metadata = manifest.get("metadata")
     if not isinstance(metadata, Mapping):
         raise ScenarioError("metadata: must be a mapping")

@@ -33,7 +33,7 @@ def exec_prefix(name: str) -> list[str]:
 def in_netns(name: str, factory: Callable[[], T]) -> T:
     """Call `factory` inside the namespace and return its result; what it opens there stays there.
 
-    Raises LabError where there is no such namespace, and whatever the factory raises.
+    Raises LabError if there is no such namespace, and whatever the factory raises.
     """
     try:
         descriptor = os.open(netns_path(name), os.O_RDONLY | os.O_CLOEXEC)

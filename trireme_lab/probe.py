@@ -70,7 +70,7 @@ class ProbeResult:
 
 
 def run_probe(probe: Probe) -> ProbeResult:
-    """Dial once and return what happened; raise LabError where there is no such namespace."""
+    """Dial once and return what happened; raise LabError if there is no such namespace."""
     family = socket.AF_INET if probe.address.version == 4 else socket.AF_INET6
     is_tcp = probe.protocol is Protocol.TCP
     started, before = time.time(), time.monotonic()

@@ -39,7 +39,7 @@ def print_refused(console: Console, refused: Sequence[str]) -> None:
 
 
 def _changes(step: Step, refused: Sequence[str]) -> list[str]:
-    """Say what the step changed; what was refused changed nothing."""
+    """Return what the step changed; what was refused changed nothing."""
     lines = [f"removed {ref.kind} {ref.namespace}/{ref.name}" for ref in step.remove]
     for manifest in step.apply:
         metadata = manifest["metadata"]

@@ -155,7 +155,7 @@ def _check_names(world: WorldSpec, steps: Sequence[Step]) -> None:
 
 
 def _check_settings(world: WorldSpec) -> None:
-    """Raise ScenarioError where a node's enforcer would not start."""
+    """Raise ScenarioError if a node's enforcer would not start."""
     lab = Path("/lab")
     for index, node in enumerate(world.nodes):
         try:
@@ -167,7 +167,7 @@ def _check_settings(world: WorldSpec) -> None:
 
 
 def _check_removals(world: WorldSpec, steps: Sequence[Step]) -> None:
-    """Raise ScenarioError where a policy is removed that is not there then."""
+    """Raise ScenarioError if a policy is removed that is not there then."""
     there = {object_ref(manifest) for manifest in world.manifests}
     for number, step in enumerate(steps, 1):
         for index, reference in enumerate(step.remove):

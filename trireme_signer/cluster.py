@@ -30,7 +30,7 @@ class Cluster:
         self._api = api
 
     async def find(self, path: str) -> Manifest | None:
-        """Give an object; None where there is none."""
+        """Return an object; None if there is none."""
         try:
             return _decoded(await self._api.get(path, {}, _SILENCE_S))
         except ApiError as err:

@@ -44,7 +44,7 @@ class Custody:
 def read_custody(
     data: Mapping[str, str], annotations: Mapping[str, str], trust_domain: str, schedule: Schedule, now: datetime
 ) -> Custody:
-    """Give the authorities in force now, and what is to be kept of them; raise CustodyError."""
+    """Return the authorities in force now, and what is to be kept of them; raise CustodyError."""
     plain = {name: _decoded(name, value) for name, value in data.items()}
     if _OWN_CERTIFICATE in plain or _OWN_KEY in plain:
         return Custody(_own(plain, trust_domain), data)
@@ -55,7 +55,7 @@ def read_custody(
 
 
 def bundle_pem(authorities: Authorities) -> str:
-    """Give the certificates that nodes believe, as PEM."""
+    """Return the certificates that nodes believe, as PEM."""
     return "".join(_certificate_pem(certificate).decode() for certificate in authorities.bundle)
 
 

@@ -75,7 +75,7 @@ class Granted:
 
 
 def identify(request: Mapping[str, Any], grant: Grant) -> Requester:
-    """Tell which pod sent a CertificateSigningRequest; raise RefusedError unless it can be one of ours."""
+    """Return which pod sent a CertificateSigningRequest; raise RefusedError unless it can be one of ours."""
     spec = request["spec"]
     wanted = f"system:serviceaccount:{grant.namespace}:{grant.service_account}"
     if spec.get("username") != wanted:
@@ -94,7 +94,7 @@ def _bound(extra: Mapping[str, Any], name: str) -> str:
 
 
 def judge(request: Mapping[str, Any], requester: Requester, witnesses: Witnesses, grant: Grant) -> Granted:
-    """Give what to sign; raise RefusedError unless the request is exactly what the daemon on that node asks for."""
+    """Return what to sign; raise RefusedError unless the request is exactly what the daemon on that node asks for."""
     _check_pod(requester, witnesses, grant)
     _check_node(requester, witnesses)
     spec = request["spec"]

@@ -64,7 +64,7 @@ class Authorities:
 def advance(
     kept: Sequence[Keeper], trust_domain: str, schedule: Schedule, now: datetime, replace_before: datetime | None = None
 ) -> Authorities:
-    """Give what is in force now; makes a new authority where one is due.
+    """Return what is in force now; makes a new authority where one is due.
 
     `replace_before`: authorities made before this moment are to be replaced although they are not old (a stolen key).
     """

@@ -35,7 +35,7 @@ class Enforcer:
 
 
 def enforcer_of(pod: Mapping[str, Any], grant: Grant) -> Enforcer | None:
-    """Read a pod of the DaemonSet; None where it is another's, or on no node."""
+    """Read a pod of the DaemonSet; None if it is another's, or on no node."""
     metadata, spec = pod.get("metadata") or {}, pod.get("spec") or {}
     owners = [owner for owner in metadata.get("ownerReferences") or () if owner.get("controller")]
     if [(owner.get("kind"), owner.get("name")) for owner in owners] != [("DaemonSet", grant.daemon_set)]:
@@ -48,7 +48,7 @@ def enforcer_of(pod: Mapping[str, Any], grant: Grant) -> Enforcer | None:
 
 
 def may_lose(node: Mapping[str, Any], key: str, enforcers: Iterable[Enforcer]) -> bool:
-    """Tell whether a node has the taint, and an enforcer that is ready.
+    """Return whether a node has the taint, and an enforcer that is ready.
 
     A node that was made anew under its name may still have the ready pod of the one before.
     """
@@ -60,7 +60,7 @@ def may_lose(node: Mapping[str, Any], key: str, enforcers: Iterable[Enforcer]) -
 
 
 def without_taint(node: Mapping[str, Any], key: str) -> Manifest:
-    """Give the merge patch that takes the taint from a node, if nobody else changed the node meanwhile."""
+    """Return the merge patch that takes the taint from a node, if nobody else changed the node meanwhile."""
     left = [taint for taint in _taints(node) if taint.get("key") != key]
     return {"metadata": {"resourceVersion": node["metadata"]["resourceVersion"]}, "spec": {"taints": left or None}}
 

@@ -36,7 +36,7 @@ class Probe:
     """Of the destination; a name is the destination pod's."""
     protocol: Protocol = Protocol.TCP
     expected: str | None = None
-    """allow, deny, or None where the case does not say."""
+    """allow, deny, or None if the case does not say."""
     denied_by: str | None = None
     """egress, ingress or both."""
 

@@ -90,7 +90,7 @@ def _facts(endpoint: Mapping[str, object]) -> tuple[Text, ...]:
 
 
 def _state(state: str, problem: object, guard: object, leases: Mapping[str, object]) -> Text:
-    """Say how the pod is enforced, what the guard on the node cannot see of it, and which peers are not heard."""
+    """Return how the pod is enforced, what the guard on the node cannot see of it, and which peers are not heard."""
     text = Text(f"{state}: {problem}" if problem else state, style="" if state in ("-", "enforced") else "bold red")
     if guard:
         text.append(f"\nguard: {guard}", style="yellow")

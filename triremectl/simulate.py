@@ -180,7 +180,7 @@ def _is_as_expected(case: Case, probe: Probe) -> bool:
 
 
 def in_words(probe: Probe, verdict: ProbeVerdict) -> list[str]:
-    """Say what each end of a probe decides, and by which rules."""
+    """Return what each end of a probe decides, and by which rules."""
     return [
         f"egress of {probe.source}: {_decision_in_words(verdict.egress)}",
         f"ingress of {probe.destination}: {_decision_in_words(verdict.ingress)}",
@@ -254,7 +254,7 @@ def _names_addresses(policy: NetworkPolicy) -> bool:
 
 
 def _with_addresses(pods: Iterable[Pod], told: Collection[str]) -> Iterator[Pod]:
-    """Give each pod an address; those of the pods in `told` are told."""
+    """Yield each pod an address; those of the pods in `told` are told."""
     spare = _STAND_IN_ADDRESSES.hosts()
     for pod in pods:
         if pod.ips:

@@ -39,7 +39,7 @@ class Adoption:
     def sandboxes(
         self, is_excluded: Callable[[AddRequest], bool], flow_store: Callable[[NetnsId], FlowStore]
     ) -> list[Sandbox]:
-        """Give the recorded namespaces that still exist, opened; forget the records of the others."""
+        """Return the recorded namespaces that still exist, opened; forget the records of the others."""
         found: dict[NetnsId, Sandbox] = {}
         for record in list(self._registry.records.values()):
             known = found.get(record.netns)

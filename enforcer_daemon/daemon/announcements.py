@@ -23,7 +23,7 @@ class Announcements:
         self._book = book
 
     def denials_of(self, requests: Mapping[AttachmentId, AddRequest]) -> Callable[[FlowReport], None]:
-        """Give what counts the denied flows of a pod."""
+        """Return what counts the denied flows of a pod."""
         book, subject = self._book, pod_subject(requests)
         return lambda report: note_denial(book, subject, report)
 

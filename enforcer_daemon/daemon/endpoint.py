@@ -61,7 +61,7 @@ _REPEAT_SLACK_S = 0.005
 
 
 PeerChange = tuple[Identity, Identity | None]
-"""A peer pod's identity until now, and its new one; None where the pod is gone."""
+"""A peer pod's identity until now, and its new one; None if the pod is gone."""
 
 
 class Change(NamedTuple):
@@ -73,7 +73,7 @@ class Change(NamedTuple):
     """Whether what is allowed by address alone is another."""
 
     def also(self, other: Change) -> Change:
-        """Give both changes as one."""
+        """Return both changes as one."""
         return Change(*(one or another for one, another in zip(self, other, strict=True)))
 
 
@@ -83,7 +83,7 @@ def _is_lapsed(flow: JudgedFlow, lapse: Lapse) -> bool:
 
 
 def _is_stranger(flow: JudgedFlow, newcomer: Identity) -> bool:
-    """Tell whether a flow is with another pod that had one of a newcomer's addresses before."""
+    """Return whether a flow is with another pod that had one of a newcomer's addresses before."""
     return not is_of(flow.peer, newcomer) and any(ip in newcomer.ips for ip in flow.peer.ips)
 
 
@@ -91,7 +91,7 @@ class Endpoint:
     """A pod under enforcement, from registration to deletion. For the event loop's thread alone."""
 
     def __init__(self, sandbox: Sandbox, node: Node, policy: PodPolicy, flow_log: FlowLog, store: FlowStore) -> None:
-        """Raise IdentityTooLargeError where no handshake packet of the pod's interface has room for the identity.
+        """Raise IdentityTooLargeError if no handshake packet of the pod's interface has room for the identity.
 
         Takes over the sandbox's descriptor only if it succeeds.
         """
@@ -100,7 +100,7 @@ class Endpoint:
         self.policy = policy
         self.flow_log = flow_log
         self.problem = ""
-        """Why the endpoint cannot open connections at present; empty where it can."""
+        """Why the endpoint cannot open connections at present; empty if it can."""
         self.on_ended: Callable[[Endpoint, Sequence[ReleasedFlow]], None] = lambda _endpoint, _flows: None
         """Hears of flows that were ended in the pod, and must end on the node as well."""
         self._node = node
@@ -141,7 +141,7 @@ class Endpoint:
         self._queue = queue
 
     def rules(self, settings: DataplaneSettings) -> EndpointRules:
-        """Give what the rules in the pod's namespace depend on."""
+        """Return what the rules in the pod's namespace depend on."""
         limits = QueueLimits(settings.max_packets_per_s_per_source, settings.max_packets_per_s)
         return EndpointRules(self.sandbox.ifnames, settings.queue_number, self._node.addresses, limits)
 
@@ -152,7 +152,7 @@ class Endpoint:
         self._watch.note()
 
     def are_rules_touched(self) -> bool:
-        """Tell whether somebody else may have changed the rules; cheap. Raises DataplaneError."""
+        """Return whether somebody else may have changed the rules; cheap. Raises DataplaneError."""
         return self._watch is not None and self._watch.is_touched()
 
     @property
@@ -173,15 +173,15 @@ class Endpoint:
         return self._queue is not None
 
     def is_gone(self) -> bool:
-        """Tell whether the namespace's file vanished without a DEL, or another namespace is mounted there."""
+        """Return whether the namespace's file vanished without a DEL, or another namespace is mounted there."""
         return not self.sandbox.is_mounted()
 
     def is_identity_new(self, identity: Identity) -> bool:
-        """Tell whether an identity states something else than the present one."""
+        """Return whether an identity states something else than the present one."""
         return not _says_the_same(identity, self.identity)
 
     def is_touched(self, before: CompiledWorld, world: CompiledWorld) -> bool:
-        """Tell whether a world has other policies of the pod's namespace, or other labels of the pod."""
+        """Return whether a world has other policies of the pod's namespace, or other labels of the pod."""
         if not world.snapshot.has_same(before.snapshot, self.identity.pod.namespace):
             return True
         return self.is_identity_new(world.identity_of(self.sandbox.requests, self.identity))
@@ -301,7 +301,7 @@ class Endpoint:
         return ended
 
     def _may_reach(self, flow: JudgedFlow, peer: Identity) -> bool:
-        """Tell whether the pod's own policy allows a flow with a peer under a new identity."""
+        """Return whether the pod's own policy allows a flow with a peer under a new identity."""
         if self._node.is_peer_denied(peer):
             return False
         side = self.policy.direction(flow.direction)
@@ -466,7 +466,7 @@ class Endpoint:
 
 
 def _by_address(policy: PodPolicy) -> tuple[object, ...]:
-    """Give all that flows without an identity are judged by."""
+    """Return all that flows without an identity are judged by."""
     sides = policy.ingress, policy.egress
     return tuple((side.is_isolated, side.address_rules()) for side in sides)
 

@@ -258,7 +258,7 @@ class Endpoints:
                 await self.delete(attachment)
 
     def readiness(self) -> Readiness:
-        """Say whether a registration could be served now."""
+        """Return whether a registration could be served now."""
         if self._adoption.cut_off:
             return Readiness(Availability.PODS_CUT_OFF, f"not adopted: {', '.join(self._adoption.cut_off)}")
         if self._unsettled:
@@ -274,7 +274,7 @@ class Endpoints:
         return Readiness(Availability.READY)
 
     def _is_excluded(self, request: AddRequest) -> bool:
-        """Tell whether the operator has exempted the pod's namespace: it is recorded, and left alone."""
+        """Return whether the operator has exempted the pod's namespace: it is recorded, and left alone."""
         return request.pod.namespace in self._settings.registration.excluded_namespaces
 
     def _require_world(self) -> CompiledWorld:
@@ -385,7 +385,7 @@ class Endpoints:
             await self._kernel.guard_anew(list(self._by_netns.values()))
 
     def knows(self, attachment: AttachmentId) -> bool:
-        """Tell whether an attachment is recorded, as enforced or as excluded."""
+        """Return whether an attachment is recorded, as enforced or as excluded."""
         return attachment in self._registry.records
 
     def close(self) -> None:

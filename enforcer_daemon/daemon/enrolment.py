@@ -160,7 +160,7 @@ def _locate(missing: Mapping[AttachmentId, CachedResult]) -> dict[AttachmentId, 
 
 
 def _open(path: str, request: AddRequest) -> _Found | None:
-    """Open a namespace if it is the pod's: its interface has the pod's addresses. None where it is not."""
+    """Open a namespace if it is the pod's: its interface has the pod's addresses. None if it is not."""
     try:
         descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
     except OSError:

@@ -140,7 +140,7 @@ class Following:
                     self._leave_unsettled(endpoint, err)
 
     def _compiled_for(self, world: CompiledWorld, namespace: str) -> list[Identity]:
-        """Give the pods whose policies are asked for: the namespace's own, and of those with new labels the peers."""
+        """Return the pods whose policies are asked for: the namespace's own, and of those with new labels the peers."""
         found = []
         for endpoint in self._of(namespace):
             identity = world.identity_of(endpoint.sandbox.requests, endpoint.identity)
@@ -165,7 +165,7 @@ def _prepare(world: CompiledWorld, identities: Iterable[Identity]) -> None:
 
 
 def namespaces_of(endpoints: Iterable[Endpoint]) -> set[str]:
-    """Give the namespaces of endpoints."""
+    """Return the namespaces of endpoints."""
     return {endpoint.identity.pod.namespace for endpoint in endpoints}
 
 

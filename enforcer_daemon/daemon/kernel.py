@@ -99,7 +99,7 @@ class Kernel:
 
 
 def guarded(sandbox: Sandbox, policy: PodPolicy) -> GuardedEndpoint:
-    """Give what the guard must know of a pod."""
+    """Return what the guard must know of a pod."""
     ingress, egress = policy.ingress.address_rules(), policy.egress.address_rules()
     links, by_identity = sandbox.links, policy.egress.names_pods
     return GuardedEndpoint(guard_name(sandbox), sandbox.ips, ingress, egress, links, by_identity)

@@ -38,7 +38,7 @@ class RandomPool:
         self._at = 0
 
     def take(self, count: int) -> bytes:
-        """Give fresh bytes, at most 4,096."""
+        """Return fresh bytes, at most 4,096."""
         end = self._at + count
         if end > len(self._pool):
             self._pool = os.urandom(_RANDOM_POOL_BYTES)
@@ -57,7 +57,7 @@ class Node:
         self._wall_clock = wall_clock
         self._keys = NodeKeys(settings, wall_clock())
         self.outside_problem: Callable[[], str] = lambda: ""
-        """Says why whoever brings the keys cannot bring newer ones; empty where all is well."""
+        """Says why whoever brings the keys cannot bring newer ones; empty if all is well."""
         self.conntrack = Conntrack()
         self.verifier = PeerVerifier(self.keys.bundle, settings.handshake)
         self.addresses: frozenset[IPAddress] = frozenset()
@@ -88,7 +88,7 @@ class Node:
             self._log.warning("the wall clock was set; peers are verified anew", step_s=round(step, 1))
 
     def is_peer_denied(self, identity: Identity) -> bool:
-        """Tell whether a pod's node is believed no longer."""
+        """Return whether a pod's node is believed no longer."""
         placement = self.context.placement
         return placement is not None and placement.is_denied(identity, time.monotonic())
 
@@ -116,7 +116,7 @@ class Node:
         return renewal.is_credential_new
 
     def key_problems(self) -> list[str]:
-        """Say what an operator should mend about keys, certificate and bundle."""
+        """Return what an operator should mend about keys, certificate and bundle."""
         return [*filter(None, [self.outside_problem()]), *self._keys.problems(self._wall_clock())]
 
     def sign(self, identity: Identity) -> LocalToken:

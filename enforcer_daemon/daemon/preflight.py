@@ -13,7 +13,7 @@ from enforcer_daemon.sources.manifests import manifest_files, read_file, unique_
 
 
 def find_problems(settings: Settings, wall_now: float) -> list[str]:
-    """Give one line for each thing that would keep the daemon from starting, or an object out of force."""
+    """Return one line for each thing that would keep the daemon from starting, or an object out of force."""
     return [
         *_unusable("stateDir", settings.state_dir),
         *_unusable("registration.runDir", settings.registration.run_dir),

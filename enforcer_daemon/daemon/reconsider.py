@@ -35,7 +35,7 @@ class MasqueradedFlows:
     true_source: TrueSource
 
     def is_ended(self, flow: ReleasedFlow) -> bool:
-        """Tell whether a flow is another's than the node's, who is no longer allowed."""
+        """Return whether a flow is another's than the node's, who is no longer allowed."""
         if flow.protocol not in _PROTOCOLS:
             return False
         ends = flow.source, flow.source_port, flow.destination, flow.destination_port
@@ -60,11 +60,11 @@ class Reconsideration:
     """Indexes, and whether their flows are allowed as a whole."""
 
     def is_moot(self, indexes: Iterable[int]) -> bool:
-        """Tell whether every flow judged by an identity may go on; `indexes` are all those of the flow index."""
+        """Return whether every flow judged by an identity may go on; `indexes` are all those of the flow index."""
         return self.flows.is_complete and all(self.is_index_allowed(index) for index in indexes)
 
     def is_index_allowed(self, index: int) -> bool:
-        """Tell whether all flows of an index may go on; by address or unknown, each is looked at."""
+        """Return whether all flows of an index may go on; by address or unknown, each is looked at."""
         known = self._known.get(index)
         if known is None:
             judged = self.flows.get(index)
@@ -72,7 +72,7 @@ class Reconsideration:
         return known
 
     def is_ended(self, flow: ReleasedFlow) -> bool:
-        """Tell whether a flow is no longer allowed; one of which nothing is known counts as denied."""
+        """Return whether a flow is no longer allowed; one of which nothing is known counts as denied."""
         if flow.index == BY_ADDRESS:
             return self._is_denied_by_address(flow)
         if self.flows.get(flow.index) is None:
@@ -80,7 +80,7 @@ class Reconsideration:
         return not self.is_index_allowed(flow.index)
 
     def is_index_denied(self, index: JudgedBy) -> bool:
-        """Tell whether handshakes that were judged under an index, or will have one, are no longer allowed.
+        """Return whether handshakes that were judged under an index, or will have one, are no longer allowed.
 
         Their peers have identities; where the table had no room for one, either direction's isolation counts.
         """
@@ -120,7 +120,7 @@ class Reconsideration:
         return not policy.judge(None, address, flow.destination_port, Protocol(flow.protocol)).is_allowed
 
     def _side(self, flow: ReleasedFlow) -> tuple[DirectionPolicy, IPAddress]:
-        """Give the pod's policy for the direction in which the flow was opened, and the remote address."""
+        """Return the pod's policy for the direction in which the flow was opened, and the remote address."""
         if flow.source in self.own.ips:
             return self.policy.egress, flow.destination
         return self.policy.ingress, flow.source

@@ -51,7 +51,7 @@ class Registrar:
         await self.endpoints.collect(network, valid)
 
     def readiness(self) -> Readiness:
-        """Say whether a registration could be served now, and what is not followed although it could."""
+        """Return whether a registration could be served now, and what is not followed although it could."""
         if self.cluster is not None and (problem := self.cluster.problem()):
             return Readiness(Availability.NOT_READY, problem)
         readiness = self.endpoints.readiness()

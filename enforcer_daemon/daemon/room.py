@@ -14,7 +14,7 @@ _LARGEST_LABELS = 3
 
 
 def require_room(token: LocalToken, mtu: int) -> tuple[int, int]:
-    """Give the size of the larger handshake payload and the room that the interface has for it, in bytes."""
+    """Return the size of the larger handshake payload and the room that the interface has for it, in bytes."""
     identity = token.identity
     size = SYN_ACK_OVERHEAD + len(token.block)
     budget = mtu - max(overhead(ip.packed) for ip in identity.ips)

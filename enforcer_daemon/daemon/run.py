@@ -63,7 +63,7 @@ _TIMES = LeaseTimes()
 
 
 async def serve(settings: Settings, log: Logger, times: LeaseTimes = _TIMES) -> None:
-    """Run the daemon until SIGTERM or SIGINT; raise EnforcerError where something that is needed fails.
+    """Run the daemon until SIGTERM or SIGINT; raise EnforcerError if something that is needed fails.
 
     Where the node's certificate comes from the cluster, the first one is awaited here, however long that takes: no pod
     can be registered before it, so kubelet waits too.
@@ -129,7 +129,7 @@ class Daemon:
         log.info("starting", node=settings.node, rules_backend=backend.name, run_dir=str(run_dir))
 
     async def run(self) -> None:
-        """Serve until SIGTERM or SIGINT; raise EnforcerError where something that is needed fails."""
+        """Serve until SIGTERM or SIGINT; raise EnforcerError if something that is needed fails."""
         with ExitStack() as stack:
             stack.callback(self._node.close)
             stack.callback(self._endpoints.close)

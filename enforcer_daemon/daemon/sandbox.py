@@ -56,7 +56,7 @@ class Sandbox:
         return replace(self, links=find_links(self.netns_fd, ends))
 
     def is_mounted(self) -> bool:
-        """Tell whether any path of an attachment still leads to this namespace."""
+        """Return whether any path of an attachment still leads to this namespace."""
         for request in self.requests.values():
             descriptor = open_netns(request.netns_path, self.netns)
             if descriptor is not None:
@@ -71,7 +71,7 @@ def recorded_identity(request: AddRequest, settings: Settings) -> Identity:
 
 
 def open_netns(path: str, expected: NetnsId) -> int | None:
-    """Open a namespace by its path; None where nothing, or another namespace, is there."""
+    """Open a namespace by its path; None if nothing, or another namespace, is there."""
     try:
         descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
     except OSError:

@@ -61,7 +61,7 @@ class Work:
         self._noted_at = now
 
     def part(self, now: float) -> float:
-        """Give the part."""
+        """Return the part."""
         return min(1.0, self._part * max(0.0, 1.0 - (now - self._noted_at) / _MEMORY_S))
 
 

@@ -49,7 +49,7 @@ class Status:
         """Where placement is looked up."""
 
     def commands(self) -> Mapping[str, Command]:
-        """Give the commands by name."""
+        """Return the commands by name."""
         return {"status": self._status, "endpoints": self._list_endpoints, "metrics": self._render_metrics} | {
             "release": self._release
         }
@@ -138,7 +138,7 @@ class Status:
         return await self.render_metrics()
 
     async def render_metrics(self) -> str:
-        """Give all metrics in Prometheus' text format, the guard's drops as they are now."""
+        """Return all metrics in Prometheus' text format, the guard's drops as they are now."""
         try:
             self._metrics.guard_drops.update(await self._kernel.guard_drops())
         except DataplaneError as err:
@@ -182,13 +182,13 @@ def _describe(endpoint: Endpoint) -> dict[str, object]:
 
 
 def _unjudged(lost: LostPackets) -> dict[str, int]:
-    """Give the reasons of what the kernel dropped before anybody looked at it."""
+    """Return the reasons of what the kernel dropped before anybody looked at it."""
     counts = {Reason.PACKET_RATE: lost.limit, Reason.QUEUE_FULL: lost.queue + lost.buffer}
     return {reason.value: count for reason, count in counts.items() if count}
 
 
 def _guard_problem(endpoint: Endpoint, passed_by: frozenset[str]) -> str:
-    """Say what the guard on the node cannot see of the pod, or does not allow it; empty where all is in order."""
+    """Return what the guard on the node cannot see of the pod, or does not allow it; empty if all is in order."""
     if problem := endpoint.policy.ingress.problem or endpoint.policy.egress.problem:
         return problem
     links = endpoint.sandbox.links

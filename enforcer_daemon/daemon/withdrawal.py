@@ -23,7 +23,7 @@ from enforcer_daemon.telemetry.logs import Logger
 def withdraw(settings: Settings, log: Logger) -> list[str]:
     """Remove the rules of all recorded pods, the records and the guard; give what is left, each with its cause.
 
-    Raise EnforcerError where a daemon runs, which would put everything back, or where the kernel cannot be asked.
+    Raise EnforcerError if a daemon runs, which would put everything back, or where the kernel cannot be asked.
     """
     run_dir = settings.registration.run_dir
     with AdminServer(run_dir / "admin.sock", {}):  # Its lock is the daemon's.

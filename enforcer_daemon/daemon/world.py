@@ -31,7 +31,7 @@ class CompiledWorld:
     """Whether identities state their pods' UIDs, for nodes that look up where these are."""
 
     def identity_of(self, requests: Mapping[AttachmentId, AddRequest], last: Identity | None = None) -> Identity:
-        """Give the identity of the pod that these attachments belong to, and which was `last` until now.
+        """Return the identity of the pod that these attachments belong to, and which was `last` until now.
 
         The pod object's labels count where the source has it, else those that the runtime passed. A pod that was
         deleted from the cluster stays what it was as long as its namespace is there.
@@ -55,7 +55,7 @@ class CompiledWorld:
         )
 
     def knows_labels(self, requests: Mapping[AttachmentId, AddRequest]) -> bool:
-        """Tell whether anybody said what labels the pod has, be it that it has none.
+        """Return whether anybody said what labels the pod has, be it that it has none.
 
         With a cluster a pod is known before it is registered, and stays what it was when it is gone there.
         """
@@ -64,7 +64,7 @@ class CompiledWorld:
         return any(request.labels or request.pod in self.world.pods for request in requests.values())
 
     def evaluates(self, peer: Identity) -> bool:
-        """Tell whether a peer's own policies are evaluated here, beside its node: those of large namespaces are not."""
+        """Return whether this node evaluates a peer's own policies too: not those of large namespaces."""
         return self.snapshot.size_of(peer.pod.namespace) <= MAX_PEER_NAMESPACE_BYTES
 
     def require_labels(self, request: AddRequest) -> None:

@@ -64,7 +64,7 @@ def own_interfaces() -> tuple[Interface, ...]:
 
 
 def interface(netns_fd: int, name: str) -> Interface:
-    """Return the interface of that name; raise NetnsError where there is none."""
+    """Return the interface of that name; raise NetnsError if there is none."""
     for candidate in interfaces(netns_fd):
         if candidate.name == name:
             return candidate

@@ -115,7 +115,7 @@ class IptablesBackend:
             self._tools[6] = f"ip6tables-{variant}"
 
     def apply(self, netns_fd: int, rules: EndpointRules) -> None:
-        """Refill the chains, and add the jumps that are missing or not first; do nothing where all is in place."""
+        """Refill the chains, and add the jumps that are missing or not first; do nothing if all is in place."""
 
         def apply_family(family: Family) -> None:
             found = self._save(netns_fd, family)
@@ -191,7 +191,7 @@ def _protocol_name(match: re.Match[str]) -> str:
 
 
 def _jump_repairs(found: Mapping[str, Sequence[str]]) -> str:
-    """Return what makes each jump the first rule of its built-in chain, once; nothing where all are."""
+    """Return what makes each jump the first rule of its built-in chain, once; nothing if all are."""
     lines: list[str] = []
     for jump in IPTABLES_JUMPS:
         siblings = _rules_of(found, jump.table, jump.builtin)

@@ -60,7 +60,7 @@ class Conntrack:
     ) -> IPAddress | None:
         """Return where the flow of a packet that the pod sees with these values came from, or None: no such flow.
 
-        Raises DataplaneError where the kernel refuses the question or answers something else.
+        Raises DataplaneError if the kernel refuses the question or answers something else.
         """
         request = encode_request(protocol, source, source_port, destination, destination_port)
         self._sequence = (self._sequence + 1) & 0xFFFF_FFFF
@@ -94,7 +94,7 @@ def encode_request(
 
 
 def decode_original_source(answer: bytes) -> IPAddress:
-    """Decode the source of the original direction from an entry; raise DataplaneError where it is not there."""
+    """Decode the source of the original direction from an entry; raise DataplaneError if it is not there."""
     entry = decode_attributes(answer[_NFGENMSG_BYTES:])
     addresses = decode_attributes(decode_attributes(entry.get(_CTA_TUPLE_ORIG, b"")).get(_CTA_TUPLE_IP, b""))
     packed = addresses.get(_CTA_IP_V4_SRC, addresses.get(_CTA_IP_V6_SRC))

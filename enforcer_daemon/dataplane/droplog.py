@@ -92,7 +92,7 @@ def _bind_request() -> bytes:
 
 
 def decode_notices(data: bytes) -> list[Notice]:
-    """Decode one read of the socket; raise DataplaneError where a length does not hold."""
+    """Decode one read of the socket; raise DataplaneError if a length does not hold."""
     found = []
     for message in decode_messages(data):
         if message.kind == _PACKET:

@@ -88,16 +88,16 @@ class FlowJudge(Interface):
     """Who says which flows may go on."""
 
     def is_index_allowed(self, index: int) -> bool:
-        """Tell whether all flows of an index may go on; where that depends on the flow, they may not."""
+        """Return whether all flows of an index may go on; where that depends on the flow, they may not."""
 
     def is_ended(self, flow: ReleasedFlow) -> bool:
-        """Tell whether a flow may not go on. Asked only about flows of an index that is not allowed as a whole."""
+        """Return whether a flow may not go on. Asked only about flows of an index that is not allowed as a whole."""
 
 
 def end_flows(netns_fd: int, judge: FlowJudge) -> list[ReleasedFlow]:
     """End the released flows of a namespace that may not go on; return them.
 
-    Blocks while the table is read (some milliseconds for a thousand flows). Raises DataplaneError where the table
+    Blocks while the table is read (some milliseconds for a thousand flows). Raises DataplaneError if the table
     cannot be read, or, after all others were ended, where some flow could not be. The flows of the node are not asked
     about: the node may always reach its pods.
     """
@@ -128,7 +128,7 @@ class EndedIndexes:
     indexes: frozenset[int]
 
     def is_index_allowed(self, index: int) -> bool:
-        """Tell whether an index is none of them."""
+        """Return whether an index is none of them."""
         return index not in self.indexes
 
     def is_ended(self, flow: ReleasedFlow) -> bool:

@@ -144,7 +144,7 @@ class _Reach(TypedDict):
 class Guard:
     """The guard's tables in the host's network namespace, and what was last applied to them.
 
-    Each method blocks for some milliseconds while nft runs, and raises DataplaneError where the kernel refuses; then
+    Each method blocks for some milliseconds while nft runs, and raises DataplaneError if the kernel refuses; then
     nothing has changed, neither there nor here.
     """
 
@@ -177,7 +177,7 @@ class Guard:
         """The tables as we left them; empty before the first time."""
         self._generation = b""
         self.problem = ""
-        """What the guard cannot do on this node; empty where it can do all."""
+        """What the guard cannot do on this node; empty if it can do all."""
 
     def set_networks(self, networks: Iterable[IPNetwork], pod_networks: Iterable[IPNetwork] | None = None) -> None:
         """Take over the networks that frames are sent to; they are in the kernel after the next `replace`.
@@ -352,7 +352,7 @@ class Guard:
         return common_state(sock, [(family, NAME) for family in families], chains)
 
     def _losers(self, changed: Mapping[AttachmentId, GuardedEndpoint]) -> list[GuardedEndpoint]:
-        """Give the endpoints that others take something from, as they are without it."""
+        """Return the endpoints that others take something from, as they are without it."""
         addresses = {address for endpoint in changed.values() for address in endpoint.addresses}
         links = {name for endpoint in changed.values() for name in endpoint.links.names}
         return [

@@ -111,7 +111,7 @@ def remove_lines(before: GuardedEndpoint) -> list[str]:
 
 
 def _elements(endpoint: GuardedEndpoint | None) -> dict[str, str]:
-    """Give the endpoint's elements, none where no policy isolates it."""
+    """Return the endpoint's elements, none where no policy isolates it."""
     found: dict[str, str] = {}
     if endpoint is not None and endpoint.egress != ALLOWS_ALL:
         chain = chain_name(_PREFIX, endpoint.attachment)

@@ -34,7 +34,7 @@ _FAMILIES = ((4, "ipv4_addr", "ip"), (6, "ipv6_addr", "ip6"))
 
 
 def skeleton(node_addresses: Iterable[IPAddress]) -> list[str]:
-    """Give what the endpoints' rules hang on."""
+    """Return what the endpoints' rules hang on."""
     refusal = drop(Reason.SPOOFED_SOURCE)
     lines = [
         *counted_drops(TABLE, (Reason.SPOOFED_SOURCE,)),
@@ -77,6 +77,6 @@ def remove_lines(before: GuardedEndpoint) -> list[str]:
 
 
 def _elements(endpoint: GuardedEndpoint | None) -> dict[str, str]:
-    """Give the endpoint's elements: all pods', isolated or not, since a forged node passes every other check too."""
+    """Return the endpoint's elements: all pods', isolated or not, since a forged node passes every other check too."""
     addresses = () if endpoint is None else endpoint.addresses
     return {f"pods{address.version} {address}": "" for address in addresses}

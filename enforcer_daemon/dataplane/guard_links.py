@@ -87,7 +87,7 @@ def _other_end(inner: Interface, named: tuple[str, ...]) -> Interface | None:
 
 
 def _link_locals(inner: Interface) -> list[IPv6Address]:
-    """Give the interface's link-local addresses, and the one that it forms from its MAC (RFC 4291, appendix A)."""
+    """Return the interface's link-local addresses, and the one that it forms from its MAC (RFC 4291, appendix A)."""
     found = [a for a in inner.addresses if isinstance(a, IPv6Address) and a.is_link_local]
     if len(inner.mac) == 6:
         mac = inner.mac

@@ -37,7 +37,7 @@ _SOURCES = ("ct original ip saddr", "ct original ip6 saddr")
 
 
 def skeleton() -> list[str]:
-    """Give what the endpoints' rules hang on."""
+    """Return what the endpoints' rules hang on."""
     return [
         f"add map {TABLE} endpoints4 {{ type ipv4_addr : verdict; }}",
         f"add map {TABLE} endpoints6 {{ type ipv6_addr : verdict; }}",
@@ -87,7 +87,7 @@ def remove_lines(before: GuardedEndpoint) -> list[str]:
 
 
 def _elements(endpoint: GuardedEndpoint | None) -> dict[str, str]:
-    """Give the endpoint's elements, none where no policy isolates it."""
+    """Return the endpoint's elements, none where no policy isolates it."""
     if endpoint is None or endpoint.rules == ALLOWS_ALL:
         return {}
     chain = chain_name(_PREFIX, endpoint.attachment)

@@ -48,7 +48,7 @@ class Links:
     link_locals: tuple[IPv6Address, ...] = ()
     """Link-local addresses of the pod's own interfaces."""
     problem: str = ""
-    """Why not everything that the pod sends is checked there; empty where it is."""
+    """Why not everything that the pod sends is checked there; empty if it is."""
     devices: tuple[str, ...] = ()
     """The bridge or VRF that a name is a port of, and the VLAN devices on it: what the node's IP stack shows as the
     input interface of the pod's packets."""
@@ -72,7 +72,7 @@ class GuardedEndpoint:
     of a pod whose rules name addresses alone, or nothing."""
 
     def addresses_of(self, version: int) -> tuple[IPAddress, ...]:
-        """Give the addresses of one family."""
+        """Return the addresses of one family."""
         return tuple(address for address in self.addresses if address.version == version)
 
 
@@ -87,7 +87,7 @@ def listed(items: Iterable[object]) -> str:
 
 
 def refill(table: str, chain: str, rules: Sequence[str]) -> list[str]:
-    """Give a chain exactly these rules, whether it was there or not."""
+    """Render commands that give a chain exactly these rules, whether it existed or not."""
     lines = [f"add chain {table} {chain}", f"flush chain {table} {chain}"]
     return lines + [f"add rule {table} {chain} {rule}" for rule in rules]
 
@@ -168,7 +168,7 @@ def without_log(lines: Iterable[str]) -> list[str]:
 
 
 def counter_name(reason: Reason) -> str:
-    """Give the counter of a reason; nft's names have no hyphens."""
+    """Return the counter of a reason; nft's names have no hyphens."""
     return reason.value.replace("-", "_")
 
 

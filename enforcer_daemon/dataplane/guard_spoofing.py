@@ -70,7 +70,7 @@ def skeleton(
     node_addresses: Iterable[IPAddress] = (),
     pod_networks: Container[IPNetwork] = (),
 ) -> list[str]:
-    """Give what the endpoints hang on; `networks` are those that frames are sent to, before any translation."""
+    """Return what the endpoints hang on; `networks` are those that frames are sent to, before any translation."""
     known = tuple(networks)
     forgotten = f"flags dynamic,timeout; timeout {_OPENINGS_FORGOTTEN_AFTER_S}s;"
     lines = [f"add set {TABLE} {name} {{ {kind}; }}" for name, kind in _SETS.items()]
@@ -179,7 +179,7 @@ def remove_lines(before: GuardedEndpoint) -> list[str]:
 
 
 def _elements(endpoint: GuardedEndpoint | None) -> dict[str, str]:
-    """Give the endpoint's elements: their sets and keys, and for maps what they lead to."""
+    """Return the endpoint's elements: their sets and keys, and for maps what they lead to."""
     found: dict[str, str] = {}
     if endpoint is None:
         return found

@@ -50,7 +50,7 @@ def encode_attribute(kind: int, value: bytes) -> bytes:
 
 
 def decode_attributes(data: bytes) -> dict[int, bytes]:
-    """Decode a row of attributes; raise DataplaneError where a length does not hold."""
+    """Decode a row of attributes; raise DataplaneError if a length does not hold."""
     attributes: dict[int, bytes] = {}
     offset = 0
     while offset + 4 <= len(data):
@@ -73,7 +73,7 @@ class Message:
 
 
 def decode_messages(data: bytes) -> Iterator[Message]:
-    """Give each message of a datagram; raise DataplaneError where a length does not hold."""
+    """Yield each message of a datagram; raise DataplaneError if a length does not hold."""
     offset = 0
     while offset < len(data):
         if offset + 16 > len(data):
@@ -86,7 +86,7 @@ def decode_messages(data: bytes) -> Iterator[Message]:
 
 
 def ask(sock: socket.socket, kind: int, body: bytes, sequence: int) -> bytes | None:
-    """Send one request; return the body of its answer, or None where the kernel knows no such object.
+    """Send one request; return the body of its answer, or None if the kernel knows no such object.
 
     `sequence` tells the answer from one that came too late for an earlier request.
     """
@@ -127,7 +127,7 @@ def dump(family: int, kind: int, body: bytes, containing: bytes = b"", limit: in
 
 
 def _receive_dump(sock: socket.socket, kind: int, containing: bytes, limit: int) -> list[bytes] | None:
-    """Return the dump, or None where it changed while it was read and may have holes."""
+    """Return the dump, or None if it changed while it was read and may have holes."""
     bodies: list[bytes] = []
     is_interrupted = False
     while True:
@@ -147,7 +147,7 @@ def _receive_dump(sock: socket.socket, kind: int, containing: bytes, limit: int)
 
 
 def _has_news(data: bytes) -> bool:
-    """Tell whether a part of a dump has more than objects: its end, an error, or that it was interrupted."""
+    """Return whether a part of a dump has more than objects: its end, an error, or that it was interrupted."""
     offset = 0
     while offset + 16 <= len(data):
         length, kind, flags, _, _ = _HEADER.unpack_from(data, offset)

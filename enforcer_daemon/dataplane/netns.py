@@ -66,7 +66,7 @@ class _Errand(threading.Thread, Generic[T]):
 def open_in(netns_fd: int, factory: Callable[[], T]) -> T:
     """Return what `factory` makes inside the namespace; it runs in another thread, while the caller waits.
 
-    Raises NetnsError where the namespace cannot be entered, and whatever the factory raises.
+    Raises NetnsError if the namespace cannot be entered, and whatever the factory raises.
     """
 
     def enter() -> None:
@@ -93,7 +93,7 @@ def current_netns() -> int:
 
 
 def netns_id(fd: int) -> NetnsId:
-    """Return which namespace a descriptor stands for; raise NetnsError where it is no network namespace."""
+    """Return which namespace a descriptor stands for; raise NetnsError if it is no network namespace."""
     try:
         kind = fcntl.ioctl(fd, _NS_GET_NSTYPE)
         stat = os.fstat(fd)

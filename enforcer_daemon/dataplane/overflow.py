@@ -14,7 +14,7 @@ from enforcer_daemon.dataplane.netns import open_in
 
 
 def overflow_number(queue_number: int) -> int:
-    """Give the number of the queue that takes what another queue shall not see."""
+    """Return the number of the queue that takes what another queue shall not see."""
     return queue_number + 1
 
 
@@ -24,7 +24,7 @@ class Overflow:
     __slots__ = ("_queue",)
 
     def __init__(self, netns_fd: int, queue_number: int) -> None:
-        """Bind it beside the pod's queue; raise OSError where another process has it."""
+        """Bind it beside the pod's queue; raise OSError if another process has it."""
         self._queue: NetfilterQueue = open_in(netns_fd, NetfilterQueue)
         self._queue.bind(overflow_number(queue_number), _refuse, max_len=0, mode=COPY_META)
 

@@ -117,7 +117,7 @@ class PacketQueue:
         on_error: Callable[[Exception], None],
         ifindex: int = 0,
     ) -> PacketQueue:
-        """Bind the queue inside the namespace; raise DataplaneError where another process has it.
+        """Bind the queue inside the namespace; raise DataplaneError if another process has it.
 
         `on_error` is told what the judge raised; the packet is then dropped. `ifindex` is the interface for packets
         to link-local addresses.
@@ -292,7 +292,7 @@ class PacketQueue:
 
 
 def _is_fruit(mark: int, earlier_mark: int) -> bool:
-    """Tell whether a packet's verdict releases its flow; one more of a flow that was released before is none.
+    """Return whether a packet's verdict releases its flow; one more of a flow that was released before is none.
 
     Nor is a message that ended here: an attacker with an identity can send the same one as often as he likes. A release
     that waits for an empty queue counts: in that of a busy server of datagrams more always waits.

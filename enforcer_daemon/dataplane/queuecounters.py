@@ -30,7 +30,7 @@ class LostPackets(NamedTuple):
     """Because they came faster than may be queued."""
 
     def since(self, before: LostPackets) -> LostPackets:
-        """Give what came after another count."""
+        """Return what came after another count."""
         return LostPackets(*(now - then for now, then in zip(self, before, strict=True)))
 
 
@@ -40,13 +40,13 @@ class QueueCounters:
     __slots__ = ("_fd", "_number", "_overflow")
 
     def __init__(self, netns_fd: int, queue_number: int) -> None:
-        """Open the counters of a namespace; raise OSError where the kernel has none."""
+        """Open the counters of a namespace; raise OSError if the kernel has none."""
         self._number = str(queue_number)
         self._overflow = str(overflow_number(queue_number))
         self._fd = open_in(netns_fd, lambda: os.open(_PATH, os.O_RDONLY | os.O_CLOEXEC))
 
     def read(self) -> LostPackets:
-        """Give the present state; nothing lost where the queue is not bound."""
+        """Return the present state; nothing lost where the queue is not bound."""
         lost = LostPackets()
         for line in os.pread(self._fd, _MAX_BYTES, 0).decode("ascii").splitlines():
             fields = line.split()

@@ -49,7 +49,7 @@ class RulesWatch:
         self._seen = self._read()
 
     def is_touched(self) -> bool:
-        """Tell whether there was any change since; raise DataplaneError."""
+        """Return whether there was any change since; raise DataplaneError."""
         return self._read() != self._seen
 
     def close(self) -> None:
@@ -73,20 +73,20 @@ def watch_legacy(netns_fd: int) -> RulesWatch:
 
 
 def generation(sock: socket.socket) -> bytes:
-    """Give the generation of the rules in the socket's namespace; raise DataplaneError."""
+    """Return the generation of the rules in the socket's namespace; raise DataplaneError."""
     answer = _ask(sock, _GETGEN, _GENMSG.pack(0, 0, 0))
     return b"" if answer is None else decode_attributes(answer).get(_GENERATION, b"")
 
 
 def table_handle(sock: socket.socket, family: int, name: str) -> bytes | None:
-    """Give what tells a table from one that was made anew under its name; None where there is none."""
+    """Return what tells a table from one that was made anew under its name; None if there is none."""
     body = _GENMSG.pack(family, 0, 0) + encode_attribute(_TABLE_NAME, name.encode() + b"\0")
     answer = _ask(sock, _GETTABLE, body)
     return None if answer is None else decode_attributes(answer).get(_TABLE_HANDLE)
 
 
 def chain_state(sock: socket.socket, family: int, table: str, name: str) -> bytes | None:
-    """Give a chain's handle, hook and number of rules and references, to be compared; None where there is none."""
+    """Return a chain's handle, hook and number of rules and references, to be compared; None if there is none."""
     names = ((_CHAIN_TABLE, table), (_CHAIN_NAME, name))
     attributes = b"".join(encode_attribute(kind, text.encode() + b"\0") for kind, text in names)
     return _ask(sock, _GETCHAIN, _GENMSG.pack(family, 0, 0) + attributes)
@@ -95,7 +95,7 @@ def chain_state(sock: socket.socket, family: int, table: str, name: str) -> byte
 def common_state(
     sock: socket.socket, tables: Iterable[tuple[int, str]], chains: Iterable[tuple[int, str, str]]
 ) -> tuple[bytes | None, ...]:
-    """Give the states of tables and chains, in their order."""
+    """Return the states of tables and chains, in their order."""
     found = [table_handle(sock, *table) for table in tables]
     return (*found, *(chain_state(sock, *chain) for chain in chains))
 

@@ -76,7 +76,7 @@ def issue_credential(
 
 
 def node_spiffe_id(trust_domain: str, node: str) -> str:
-    """Give the SPIFFE ID of a node."""
+    """Return the SPIFFE ID of a node."""
     return f"spiffe://{trust_domain}/node/{node}"
 
 

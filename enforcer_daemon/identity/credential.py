@@ -53,7 +53,7 @@ class Credential:
 
 
 def decode_credential(der: bytes) -> Credential:
-    """Read a certificate; raise CredentialError where it is not a P-256 certificate of exactly one node."""
+    """Read a certificate; raise CredentialError if it is not a P-256 certificate of exactly one node."""
     if len(der) > _MAX_BYTES:
         raise CredentialError(Reason.CREDENTIAL_INVALID, f"{len(der)} bytes, at most {_MAX_BYTES} are read")
     try:
@@ -142,7 +142,7 @@ class TrustBundle:
 
 
 def is_issued_by(certificate: x509.Certificate, authority: x509.Certificate) -> bool:
-    """Tell whether the authority's key signed the certificate under the authority's name."""
+    """Return whether the authority's key signed the certificate under the authority's name."""
     try:
         certificate.verify_directly_issued_by(authority)
     except (ValueError, TypeError, InvalidSignature):  # another name; a key of another kind; another key
@@ -151,9 +151,9 @@ def is_issued_by(certificate: x509.Certificate, authority: x509.Certificate) -> 
 
 
 def vouched_domain(authority: x509.Certificate) -> str:
-    """Give the one trust domain whose nodes an authority may name, which its own SPIFFE ID states.
+    """Return the one trust domain whose nodes an authority may name, which its own SPIFFE ID states.
 
-    Raise ValueError where it states none: it could then name the nodes of every domain, and one cluster's authority
+    Raise ValueError if it states none: it could then name the nodes of every domain, and one cluster's authority
     would sign for another's pods.
     """
     subject = f"{authority.subject.rfc4514_string()!r:.120}"

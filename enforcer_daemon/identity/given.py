@@ -34,7 +34,7 @@ class GivenFiles(NamedTuple):
 
 
 def given_files(settings: Settings) -> GivenFiles:
-    """Tell where the files are; raise ValueError where the settings do not speak of files."""
+    """Return where the files are; raise ValueError if the settings do not speak of files."""
     credentials = settings.credentials
     if credentials.source is CredentialSource.KUBERNETES:
         node = settings.state_dir / "node-credential.pem"  # One file: key and certificate change in one step.
@@ -59,7 +59,7 @@ def open_given_identity(settings: Settings, wall_now: float) -> NodeIdentity:
 
 
 def check_given_files(settings: Settings, wall_now: float) -> list[str]:
-    """Say what is wrong with the files that others bring; nothing is written."""
+    """Return what is wrong with the files that others bring; nothing is written."""
     try:
         open_given_identity(settings, wall_now)
     except SettingsError as err:
@@ -68,7 +68,7 @@ def check_given_files(settings: Settings, wall_now: float) -> list[str]:
 
 
 def renewal_time(credential: Credential) -> float:
-    """Give the moment, in Unix seconds, by which a newer certificate should be there."""
+    """Return the moment, in Unix seconds, by which a newer certificate should be there."""
     return credential.not_before + (credential.not_after - credential.not_before) * _RENEWED_AT
 
 

@@ -52,7 +52,7 @@ class NodeIdentity:
 def open_node_identity(settings: Settings, wall_now: float) -> NodeIdentity:
     """Read the node's key and certificate, or make what is missing, outdated or of another authority.
 
-    Creates the state directory and writes files in it; raises SettingsError where an operator's file cannot be used,
+    Creates the state directory and writes files in it; raises SettingsError if an operator's file cannot be used,
     and OSError where the state directory cannot. After an error all files are as they were.
     """
     state = settings.state_dir
@@ -70,7 +70,7 @@ def open_node_identity(settings: Settings, wall_now: float) -> NodeIdentity:
 
 
 def check_files(settings: Settings) -> list[str]:
-    """Say what is wrong with the files that the settings name, one sentence each; nothing is written."""
+    """Return what is wrong with the files that the settings name, one sentence each; nothing is written."""
     credentials = settings.credentials
     if credentials.ca_certificate is None or credentials.ca_key is None:
         return []
@@ -84,7 +84,7 @@ def check_files(settings: Settings) -> list[str]:
 
 
 def _require_own_domain(settings: Settings, authority: Authority) -> None:
-    """Raise SettingsError where the authority vouches for another trust domain: nobody would believe what it signs."""
+    """Raise SettingsError if the authority vouches for another trust domain: nobody would believe what it signs."""
     path = settings.credentials.ca_certificate
     try:
         domain = vouched_domain(authority.certificate)
@@ -124,7 +124,7 @@ def _renew_at(credential: Credential, authority: Authority) -> float:
 
 
 def _require_trusted(bundle: TrustBundle, credential: Credential, settings: Settings, wall_now: float) -> None:
-    """Raise SettingsError where this node would not believe itself: its peers would not, either."""
+    """Raise SettingsError if this node would not believe itself: its peers would not, either."""
     try:
         bundle.verify(credential, wall_now, settings.handshake.clock_leeway_s)
     except CredentialError as err:
@@ -134,7 +134,7 @@ def _require_trusted(bundle: TrustBundle, credential: Credential, settings: Sett
 def _read_identity(
     settings: Settings, authority: Authority, bundle: TrustBundle, wall_now: float
 ) -> NodeIdentity | None:
-    """Give the stored certificate where it can still be used, None where a new one must be issued."""
+    """Return the stored certificate where it can still be used, None if a new one must be issued."""
     key = _read_key(settings.state_dir / _KEY)
     if key is None:
         return None
@@ -205,7 +205,7 @@ def _read_key(path: Path) -> ec.EllipticCurvePrivateKey | None:
 
 
 def key_pem(key: ec.EllipticCurvePrivateKey) -> bytes:
-    """Give a private key as PEM (PKCS #8, not encrypted)."""
+    """Return a private key as PEM (PKCS #8, not encrypted)."""
     return key.private_bytes(
         serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
     )

@@ -10,7 +10,7 @@ from enforcer_daemon.errors import SettingsError
 
 
 def read_private(path: Path) -> bytes:
-    """Read a file with a key; raise SettingsError where others may use it, and OSError where it cannot be read.
+    """Read a file with a key; raise SettingsError if others may use it, and OSError where it cannot be read.
 
     Its group may read it: so are the Secrets that kubelet mounts for a container.
     """

@@ -41,7 +41,7 @@ class NodeKeys:
         self._seen = _operators_files(settings)  # Before they are read: a change in between is seen at the next look.
         self.identity: NodeIdentity = open_identity(settings, wall_now)
         self.problem = ""
-        """Why the present files, or a renewal that is due, could not be taken over; empty where all is well."""
+        """Why the present files, or a renewal that is due, could not be taken over; empty if all is well."""
 
     def look(self, wall_now: float) -> Renewal:
         """Take over what has changed or is due; call it about once a second."""

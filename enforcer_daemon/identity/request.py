@@ -25,14 +25,14 @@ _UNREADABLE = (
 
 
 def make_request(key: ec.EllipticCurvePrivateKey, spiffe_id: str) -> bytes:
-    """Give the request for a certificate of this key under this SPIFFE ID, as PEM."""
+    """Return the request for a certificate of this key under this SPIFFE ID, as PEM."""
     names = x509.SubjectAlternativeName([x509.UniformResourceIdentifier(spiffe_id)])
     builder = x509.CertificateSigningRequestBuilder().subject_name(x509.Name([])).add_extension(names, critical=True)
     return builder.sign(key, hashes.SHA256()).public_bytes(serialization.Encoding.PEM)
 
 
 def read_request(pem: bytes, spiffe_id: str) -> ec.EllipticCurvePublicKey:
-    """Give the key that a request is for; raise ValueError unless it asks for just this SPIFFE ID, and says so itself.
+    """Return the key that a request is for; raise ValueError unless it asks for this SPIFFE ID alone, and signs it.
 
     That it says so itself: the request is signed by the key that it names (proof of possession).
     """

@@ -35,7 +35,7 @@ class Admission:
         self._timeout_s = timeout_s
 
     async def admit(self, request: AddRequest) -> AddRequest:
-        """Give the request with the pod's own labels, once the pod is in the world in force; raise RegistrationError.
+        """Return the request with the pod's own labels, once the pod is in the world in force; raise RegistrationError.
 
         The labels go into the attachment's record, for a daemon that starts after the pod was deleted.
         """

@@ -10,7 +10,7 @@ _DOUBLINGS = 32
 
 
 def backoff_s(failures: int, roll: float, most_s: float) -> float:
-    """Give the seconds to wait after so many failures in a row (from 1), for a random `roll` from 0 to 1.
+    """Return the seconds to wait after so many failures in a row (from 1), for a random `roll` from 0 to 1.
 
     The nodes of a cluster lose their API server at one moment, so the upper half of each wait is random.
     """

@@ -62,10 +62,10 @@ class CertificateRequests:
         self._wall_clock = wall_clock
         self._roll = roll
         self.problem = ""
-        """Why there is no certificate, or no newer one; empty where all is well."""
+        """Why there is no certificate, or no newer one; empty if all is well."""
 
     def is_due(self) -> bool:
-        """Tell whether another certificate should be asked for: it is time, or nobody would believe the present one."""
+        """Return whether to ask for another certificate: it is time, or no peer would trust the present one."""
         now = self._wall_clock()
         try:
             identity = open_given_identity(self._settings, now)
@@ -163,9 +163,9 @@ class CertificateRequests:
 
 
 def read_answer(body: bytes) -> x509.Certificate | None:
-    """Give the certificate that a request was answered with, None while it is undecided.
+    """Return the certificate that a request was answered with, None while it is undecided.
 
-    Raise CertificateRefusedError where it was refused, ApiError where the answer cannot be read.
+    Raise CertificateRefusedError if it was refused, ApiError where the answer cannot be read.
     """
     try:
         status: Mapping[str, Any] = json.loads(body).get("status") or {}

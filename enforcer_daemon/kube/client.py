@@ -91,7 +91,7 @@ class ClusterApi:
         self._opening = asyncio.Lock()
 
     async def open(self) -> None:
-        """Read the credentials; raise SettingsError where they cannot be used."""
+        """Read the credentials; raise SettingsError if they cannot be used."""
         # Some hundreds of modules, which nobody need wait for whose policies come from a directory.
         from kubernetes.aio.client import ApiClient, Configuration
         from kubernetes.aio.config import ConfigException, load_kube_config
@@ -148,7 +148,7 @@ class ClusterApi:
         return "" if self._session is None else str(self._session.client.configuration.host)
 
     async def get(self, path: str, query: Mapping[str, str], silence_s: float) -> bytes:
-        """Give the body of an answer; raise ApiError."""
+        """Return the body of an answer; raise ApiError."""
         async with self._answer(path, query, silence_s) as response:
             return await response.read()
 
@@ -158,7 +158,7 @@ class ClusterApi:
             return await response.read()
 
     async def lines(self, path: str, query: Mapping[str, str], silence_s: float) -> AsyncIterator[bytes]:
-        """Give the lines of an answer as they come, until the server ends it or has said nothing for so long.
+        """Yield the lines of an answer as they come, until the server ends it or has said nothing for so long.
 
         The first is empty and comes at once when the server has agreed. Raises ApiError. A silence is none: of a kind
         that never changes a server may have nothing to say, and whether it is still there shows when it is asked again.

@@ -49,7 +49,7 @@ class ClusterCredentials:
 
     @property
     def problem(self) -> str:
-        """Why there is no certificate or bundle, or no newer one; empty where all is well."""
+        """Why there is no certificate or bundle, or no newer one; empty if all is well."""
         if self._requests.problem or self._bundle_problem:
             return self._requests.problem or self._bundle_problem
         if not given_files(self._settings).trust_bundle.exists():
@@ -102,7 +102,7 @@ class ClusterCredentials:
 
 
 def own_namespace(environment: Mapping[str, str], file: Path = SERVICE_ACCOUNT / "namespace") -> str:
-    """Give the namespace of the pod that the process runs in; empty outside a pod, where nobody says."""
+    """Return the namespace of the pod that the process runs in; empty outside a pod, where nobody says."""
     if named := environment.get("POD_NAMESPACE", "").strip():
         return named
     try:
@@ -112,7 +112,7 @@ def own_namespace(environment: Mapping[str, str], file: Path = SERVICE_ACCOUNT /
 
 
 def _bundle_namespace(settings: Settings) -> str:
-    """Give the namespace where the bundle is looked for; raise SettingsError where it is needed and not known."""
+    """Return the namespace where the bundle is looked for; raise SettingsError if it is needed and not known."""
     namespace = own_namespace(os.environ)
     if not namespace and settings.credentials.trust_bundle is None:
         raise SettingsError(

@@ -92,13 +92,13 @@ class EventSender:
             series.name = str(manifest["metadata"]["name"])  # type: ignore[index]
 
     def _wall_clock(self) -> Callable[[float], str]:
-        """Give what writes a time of the book's clock as the API does."""
+        """Return what writes a time of the book's clock as the API does."""
         offset = time.time() - self._book.clock()
         return lambda moment: datetime.fromtimestamp(moment + offset, UTC).strftime("%Y-%m-%dT%H:%M:%S.%fZ")
 
 
 def event_manifest(series: Series, node: str, as_text: Callable[[float], str]) -> dict[str, object]:
-    """Give the Event of a series; `as_text` writes times."""
+    """Return the Event of a series; `as_text` writes times."""
     notice = series.notice
     subject = notice.subject
     regarding = {"apiVersion": subject.api_version, "kind": subject.kind, "name": subject.name}

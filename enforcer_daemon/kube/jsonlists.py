@@ -16,9 +16,9 @@ _WHITESPACE = re.compile(r"[ \t\n\r]*")
 
 
 def members(text: str, list_name: str) -> Iterator[tuple[str, Any]]:
-    """Give the members of an object, in their order; of the list of this name each entry by itself.
+    """Yield the members of an object, in their order; of the list of this name each entry by itself.
 
-    Raises ValueError where it is no JSON object.
+    Raises ValueError if it is no JSON object.
     """
     at = _expect(text, 0, "{")
     if text[at : at + 1] == "}":

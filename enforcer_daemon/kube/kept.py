@@ -32,7 +32,7 @@ class Kept(Generic[Value]):
 
 
 def file_of(directory: Path, resource: Resource[Any]) -> Path:
-    """Give the path of a kind's file."""
+    """Return the path of a kind's file."""
     return directory / f"{resource.plural}.jsonl"
 
 
@@ -75,5 +75,5 @@ def _header(resource: Resource[Any], scope: str) -> dict[str, object]:
 
 
 def documents(entries: Iterable[Entry[Any]]) -> list[bytes]:
-    """Give what is to be written of a table."""
+    """Return what is to be written of a table."""
     return [entry.document for entry in entries if entry.document]

@@ -50,7 +50,7 @@ def discover(
 
 
 def missing_networks(configured: NetworkSettings, node: str, nodes: Iterable[NodeNetworks]) -> str:
-    """Say why this node's own pods are in no enforced network; empty where they are."""
+    """Return why this node's own pods are in no enforced network; empty if they are."""
     if configured.enforced or any(found.name == node and found.pod_cidrs for found in nodes):
         return ""
     return f"node {node} has no podCIDRs: set networks.enforced to the networks of the cluster's pods"

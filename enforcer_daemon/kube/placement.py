@@ -56,7 +56,7 @@ class PlacementCheck:
     _waiting_again: asyncio.Event = field(default_factory=asyncio.Event)
 
     def open(self, settings: Settings) -> Placement:
-        """Give what the datapath asks."""
+        """Return what the datapath asks."""
         denial_s = self.settings.denial_s
         self.placement = Placement(settings.node, settings.trust_domain, denial_s, self._ask)
         return self.placement

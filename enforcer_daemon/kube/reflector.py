@@ -53,11 +53,11 @@ class WatchHealth:
     """Why the watch is down."""
 
     def up(self) -> bool:
-        """Tell whether what happens is heard of."""
+        """Return whether what happens is heard of."""
         return self.is_up
 
     def silence_s(self) -> float:
-        """Give the time since the server last said something, seconds."""
+        """Return the time since the server last said something, seconds."""
         return time.monotonic() - self.heard_at
 
 
@@ -197,7 +197,7 @@ class Reflector(Generic[Value]):
                     await asyncio.sleep(0)  # Many lines may have come at once; packets come in between.
 
     def _apply(self, event: tuple[str, Mapping[str, Any]], line: bytes) -> bool:
-        """Take one event over; tell whether it changed anything already. Raise ApiError where it does not go on."""
+        """Take one event over; tell whether it changed anything already. Raise ApiError if it does not go on."""
         kind, thing = event
         if kind == "ERROR":
             code = thing.get("code")

@@ -164,7 +164,7 @@ def _reduce_service(manifest: Manifest) -> dict[str, object]:
 
 
 def _is_passed_over(labels: Mapping[str, object], spec: Mapping[str, object]) -> bool:
-    """Tell whether kube-proxy does not translate to it, so that what is sent there would leave the node as it is.
+    """Return whether kube-proxy does not translate to it, so that what is sent there would leave the node as it is.
 
     Source: cmd/kube-proxy/app/server.go (the watch's label selector), pkg/proxy/util (ShouldSkipService).
     """
@@ -207,7 +207,7 @@ def _isolate(reduced: Manifest) -> NetworkPolicy | None:
     """Isolate those whom a policy that cannot be read selects, and allow them nothing.
 
     The API server took it, so somebody relies on it: without it its pods would be open. What is unknown in it counts as
-    everybody, or as both directions; None where not even its name can be read.
+    everybody, or as both directions; None if not even its name can be read.
     """
     spec = _as_mapping(reduced.get("spec"))
     stated = spec.get("policyTypes") or (["Ingress", "Egress"] if spec.get("egress") else ["Ingress"])

@@ -120,7 +120,7 @@ class ClusterSource:
             await self.api.close()
 
     async def worlds(self) -> AsyncIterator[World]:
-        """Give the world once it is complete, and again after each change; asking for the next says it is in force."""
+        """Yield the world once it is complete, and again after each change; asking for the next says it is in force."""
         await self._wait_until_settled()
         while True:
             self._changed.clear()
@@ -150,13 +150,13 @@ class ClusterSource:
         return all(reflector.health.is_synced for reflector in self._reflectors)
 
     def find(self, ref: PodRef, uid: str) -> Pod | None:
-        """Give a pod of this node by its name and by what the runtime calls its UID."""
+        """Return a pod of this node by its name and by what the runtime calls its UID."""
         entry = self._pods.entries.get((ref.namespace, ref.name))
         pod = None if entry is None else entry.value
         return pod if pod is not None and pod.uid == uid else None
 
     def has_namespace(self, name: str) -> bool:
-        """Tell whether the cluster has a namespace; while that is not followed, any."""
+        """Return whether the cluster has a namespace; while that is not followed, any."""
         return not self.namespaces.health.is_up or ("", name) in self._namespaces.entries
 
     async def until_in_force(self, ref: PodRef, uid: str) -> Pod:
@@ -167,7 +167,7 @@ class ClusterSource:
             return pod
 
     def networks(self) -> NetworkSettings:
-        """Give the networks in force: the configured ones, and in place of what is not configured the discovered."""
+        """Return the networks in force: the configured ones, and in place of what is not configured the discovered."""
         revisions = self._nodes.revision, self._service_cidrs.revision
         if revisions != self._discovered[0]:
             nodes = self._nodes.values()
@@ -182,7 +182,7 @@ class ClusterSource:
         return self._virtual.take_change()
 
     def problem(self) -> str:
-        """Say why no pod can be registered; empty where they can."""
+        """Return why no pod can be registered; empty if they can."""
         if not self.is_settled:
             waiting = [
                 f"{reflector.resource.plural}{f' ({problem})' if (problem := reflector.health.problem) else ''}"
@@ -193,7 +193,7 @@ class ClusterSource:
         return missing_networks(self._settings.networks, self._settings.node, self._nodes.values())
 
     def lag(self) -> str:
-        """Say what is not followed at present; empty where all is."""
+        """Return what is not followed at present; empty if all is."""
         down = [reflector for reflector in self._reflectors if not reflector.health.is_up]
         if not down:
             return ""
@@ -202,7 +202,7 @@ class ClusterSource:
         return f"the last state stays in force; not followed for {away_s:.0f} s: {named}"
 
     def refused_policies(self) -> list[RefusedPolicy]:
-        """Give the policies that are refused, with all that is wrong with each."""
+        """Return the policies that are refused, with all that is wrong with each."""
         return [
             RefusedPolicy(*entry.key, entry.uid, told(entry.problems))
             for entry in self._policies.entries.values()
@@ -305,7 +305,7 @@ class ClusterSource:
 
 
 def told(problems: Iterable[Problem]) -> str:
-    """Say what is wrong with one policy, and what is in force instead."""
+    """Return what is wrong with one policy, and what is in force instead."""
     listed = list(problems)
     instead = "an earlier version stays in force" if listed[0].has_earlier else _STANDS_IN
     return f"{instead}: {'; '.join(f'{problem.field}: {problem.message}' for problem in listed)}"

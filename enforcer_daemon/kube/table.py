@@ -31,7 +31,7 @@ class Entry(Generic[Value]):
     value: Value | None
     """None: no version of it was good."""
     document: bytes
-    """What was kept of the version that `value` is of, as JSON; empty where none was good: then `value` stands in."""
+    """What was kept of the version that `value` is of, as JSON; empty if none was good: then `value` stands in."""
     problems: tuple[Problem, ...] = ()
     """Of the present version, where it is refused."""
     uid: str = field(default="", compare=False)
@@ -41,7 +41,7 @@ class Entry(Generic[Value]):
 
 
 def read_key(manifest: object) -> Key | None:
-    """Tell which object it is; None where that cannot be told."""
+    """Return which object it is; None if that cannot be told."""
     metadata = manifest.get("metadata") if isinstance(manifest, Mapping) else None
     if not isinstance(metadata, Mapping):
         return None
@@ -140,13 +140,13 @@ class Table(Generic[Value]):
         return True
 
     def take_changed(self) -> list[Value]:
-        """Give what is in force of the objects that changed since the last call."""
+        """Return what is in force of the objects that changed since the last call."""
         changed, self._changed = self._changed, {}
         found = (self.entries.get(key) for key in changed)
         return [entry.value for entry in found if entry is not None and entry.value is not None]
 
     def _stored(self, entry: Entry[Value]) -> Entry[Value]:
-        """Give an entry with its value as it is kept; what is refused, and stands in, stays as it is."""
+        """Return an entry with its value as it is kept; what is refused, and stands in, stays as it is."""
         store = self.resource.store
         if store is None or entry.value is None or not entry.document or isinstance(entry.value, StoredPolicy):
             return entry
@@ -179,11 +179,11 @@ class Table(Generic[Value]):
         return is_changed
 
     def values(self) -> list[Value]:
-        """Give what is in force."""
+        """Return what is in force."""
         return [entry.value for entry in self.entries.values() if entry.value is not None]
 
     def problems(self) -> tuple[Problem, ...]:
-        """Give what is refused."""
+        """Return what is refused."""
         return (*self._unnamed, *(problem for problems in self._bad.values() for problem in problems))
 
     def refused(self) -> list[Entry[Value]]:

@@ -59,17 +59,17 @@ class Segment(NamedTuple):
 
     @property
     def options(self) -> bytes:
-        """Give the bytes between the fixed header and the payload."""
+        """Return the bytes between the fixed header and the payload."""
         return self.packet[self.offset + TCP_MIN_HEADER : self.data]
 
     @property
     def payload(self) -> bytes:
-        """Give the segment's data."""
+        """Return the segment's data."""
         return self.packet[self.data : self.end]
 
 
 def decode_tcp(packet: bytes) -> Segment:
-    """Read a packet that carries TCP; raise PacketError where lengths contradict each other or it is not TCP."""
+    """Read a packet that carries TCP; raise PacketError if lengths contradict each other or it is not TCP."""
     header = decode_ip(packet)
     if header.protocol != TCP:
         raise PacketError("not TCP")
@@ -91,7 +91,7 @@ def decode_segment(packet: bytes, header: IPHeader) -> Segment:
 def with_options_and_payload(segment: Segment, options: bytes, payload: bytes, fragmentation: bytes = b"") -> bytes:
     """Write the segment again with these options (a multiple of 4 bytes, at most 40) and this payload.
 
-    `fragmentation` is that of `with_length`. Raise PacketError where only the beginning of the packet is at hand.
+    `fragmentation` is that of `with_length`. Raise PacketError if only the beginning of the packet is at hand.
     """
     packet, offset = segment.packet, segment.offset
     if segment.end > len(packet):
@@ -140,7 +140,7 @@ def build(
 
 
 def walk_options(options: bytes) -> Iterator[tuple[int, int, int]]:
-    """Give (kind, start, length) of each option but NOP; stop at the end marker or at the first malformed one."""
+    """Yield (kind, start, length) of each option but NOP; stop at the end marker or at the first malformed one."""
     at = 0
     while at < len(options):
         kind = options[at]
@@ -171,7 +171,7 @@ def without_fast_open(options: bytes) -> bytes:
 
 
 def announced_mss(options: bytes) -> int | None:
-    """Give the MSS option's value in bytes."""
+    """Return the MSS option's value in bytes."""
     if options[:2] == b"\x02\x04":  # Where every kernel puts it.
         return options[2] << 8 | options[3] if len(options) >= 4 else None
     for kind, at, length in walk_options(options):
@@ -181,5 +181,5 @@ def announced_mss(options: bytes) -> int | None:
 
 
 def overhead(address: bytes) -> int:
-    """Give the most bytes of IP and TCP headers before a payload, without IP options or extension headers."""
+    """Return the most bytes of IP and TCP headers before a payload, without IP options or extension headers."""
     return (IPV4_MIN_HEADER if len(address) == 4 else IPV6_HEADER) + TCP_MAX_HEADER

@@ -11,7 +11,7 @@ from enforcer_daemon.packet.ip import IPHeader
 
 
 class Datagram(NamedTuple):
-    """One packet that is judged by its addresses; ports are None where the protocol has none."""
+    """One packet that is judged by its addresses; ports are None if the protocol has none."""
 
     src: bytes
     dst: bytes
@@ -21,7 +21,7 @@ class Datagram(NamedTuple):
 
 
 def decode_datagram(packet: bytes, header: IPHeader) -> Datagram:
-    """Read what follows a known IP header; raise PacketError where UDP or SCTP is too short for its ports."""
+    """Read what follows a known IP header; raise PacketError if UDP or SCTP is too short for its ports."""
     src, dst, protocol, offset, end = header
     if protocol not in (Protocol.UDP, Protocol.SCTP):
         return Datagram(src, dst, protocol, None, None)

@@ -58,7 +58,7 @@ class UDPDatagram(NamedTuple):
 
     @property
     def payload(self) -> bytes:
-        """Give the user data, as far as it is at hand."""
+        """Return the user data, as far as it is at hand."""
         return self.packet[self.offset + UDP_HEADER : self.tail]
 
 
@@ -70,7 +70,7 @@ class SurplusOption(NamedTuple):
 
 
 def decode_udp(packet: bytes) -> UDPDatagram:
-    """Read a packet that carries UDP; raise PacketError where lengths contradict each other or it is not UDP."""
+    """Read a packet that carries UDP; raise PacketError if lengths contradict each other or it is not UDP."""
     header = decode_ip(packet)
     if header.protocol != UDP:
         raise PacketError("not UDP")
@@ -89,7 +89,7 @@ def decode_udp_datagram(packet: bytes, header: IPHeader) -> UDPDatagram:
 
 
 def find_option(datagram: UDPDatagram) -> SurplusOption | None:
-    """Give the experimental option at the beginning of the surplus area; None where there is none that holds.
+    """Return the experimental option at the beginning of the surplus area; None if there is none that holds.
 
     The option checksum must be right, and the whole surplus area at hand.
     """
@@ -119,7 +119,7 @@ def encode_option(udp_length: int, exid: int, content: bytes) -> bytes:
 def with_option(datagram: UDPDatagram, exid: int, content: bytes, marker: int | None = None) -> bytes:
     """Write the packet again with an option behind the user data, in place of any surplus area.
 
-    `marker`: see `with_marker`. Raise PacketError where only the beginning of the packet is at hand, or it will be cut.
+    `marker`: see `with_marker`. Raise PacketError if only the beginning of the packet is at hand, or it will be cut.
     """
     surplus = encode_option(datagram.tail - datagram.offset, exid, content)
     return _rewritten(datagram if marker is None else _marked(datagram, marker), surplus)
@@ -135,7 +135,7 @@ def with_marker(datagram: UDPDatagram, marker: int) -> bytes:
 
 
 def is_marked(packet: bytes, marker: int) -> bool:
-    """Tell whether a packet bears the number of `with_marker`."""
+    """Return whether a packet bears the number of `with_marker`."""
     if packet[0] >> 4 == 4:
         return packet[4:6] == marker.to_bytes(2, "big")
     return int.from_bytes(packet[1:4], "big") & _FLOW_LABEL == marker

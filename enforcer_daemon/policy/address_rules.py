@@ -59,7 +59,7 @@ class AddressRule:
         object.__setattr__(self, "spans", spans)
 
     def holds(self, address: IPAddress, port: int | None, protocol: Protocol | None) -> bool:
-        """Tell whether it allows a flow."""
+        """Return whether it allows a flow."""
         if self.addresses is not None and address not in self.addresses:
             return False
         if self.protocol is None:
@@ -72,7 +72,7 @@ class AddressRule:
 def rules_of(
     blocks: AddressSet | None, ports: PortSet, by_name: Mapping[tuple[Protocol, str], list[int]]
 ) -> Iterator[AddressRule]:
-    """Give what one policy rule allows its blocks of one family; `by_name` are the numbers of the pod's named ports."""
+    """Yield what a policy rule allows its blocks of one family; `by_name` has the numbers of the pod's named ports."""
     if ports.is_any:
         yield AddressRule.of(blocks)
     named: dict[Protocol, list[Span]] = {}
@@ -119,5 +119,5 @@ def size_of(rules: Iterable[AddressRule]) -> int:
 
 
 def is_too_large(rules: Sequence[AddressRule]) -> bool:
-    """Tell whether rules are more than the kernel is given."""
+    """Return whether rules are more than the kernel is given."""
     return len(rules) > MAX_KERNEL_RULES or size_of(rules) > MAX_KERNEL_SPANS

@@ -66,7 +66,7 @@ def loaded(listed: Sequence[AnyPolicy]) -> tuple[NetworkPolicy, ...]:
 
 
 def is_too_large(listed: Iterable[AnyPolicy]) -> bool:
-    """Tell whether a namespace has more policies than are compiled."""
+    """Return whether a namespace has more policies than are compiled."""
     return sum(policy.size for policy in listed) > MAX_NAMESPACE_BYTES
 
 
@@ -127,7 +127,7 @@ class PolicySnapshot:
         return tuple(policy for _, group in sorted(self._policies.items()) for policy in group)
 
     def has_same(self, other: PolicySnapshot, namespace: str) -> bool:
-        """Tell whether a namespace has the very same policies in both."""
+        """Return whether a namespace has the very same policies in both."""
         ours, theirs = self._policies.get(namespace), other._policies.get(namespace)
         return ours is theirs or ours == theirs
 
@@ -136,7 +136,7 @@ class PolicySnapshot:
         return sum(policy.size for policy in self._policies.get(namespace, ()))
 
     def pod_policy(self, identity: Identity) -> PodPolicy:
-        """Give what selects this pod; its cost does not grow with the number of policies that do not."""
+        """Return what selects this pod; its cost does not grow with the number of policies that do not."""
         namespace = identity.pod.namespace
         policies = self._policies.get(namespace)
         if policies is None:

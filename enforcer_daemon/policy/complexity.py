@@ -20,12 +20,12 @@ _Counted = Iterator[tuple[str, int]]
 
 
 def check_policy(spec: object) -> None:
-    """Raise InvalidObjectError where the spec of a NetworkPolicy has too many elements; names the list that does it."""
+    """Raise InvalidObjectError if the spec of a NetworkPolicy has too many elements; names the list that does it."""
     _limit(_policy_elements(spec), MAX_POLICY_ELEMENTS, "rules, peers, exceptions, ports, requirements and values")
 
 
 def check_pod(metadata: object, spec: object) -> None:
-    """Raise InvalidObjectError where a pod has too many labels, containers and ports."""
+    """Raise InvalidObjectError if a pod has too many labels, containers and ports."""
     _limit(_pod_elements(metadata, spec), MAX_POD_ELEMENTS, "labels, containers and ports")
 
 

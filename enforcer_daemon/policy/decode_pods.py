@@ -31,7 +31,7 @@ def decode_namespace(manifest: object) -> Namespace:
 
 
 def namespace_labels(name: str, labels: Mapping[str, str] | None = None) -> dict[str, str]:
-    """Give a namespace's labels with the one that the API server sets, whatever the manifest says of it."""
+    """Return a namespace's labels with the one that the API server sets, whatever the manifest says of it."""
     return {**(labels or {}), NAMESPACE_NAME_LABEL: name}
 
 

@@ -151,7 +151,7 @@ class CompiledRules:
     def allowing_pod(
         self, peer: Identity, trust_domain: str, port: int | None, protocol: Protocol | None, names: Sequence[str]
     ) -> Iterator[Decision]:
-        """Give what allows a pod, wherever it is, as seen from a pod of `trust_domain`."""
+        """Yield what allows a pod, wherever it is, as seen from a pod of `trust_domain`."""
         for group in self._find_groups(peer, trust_domain):
             for rule in self._with_port(group.rules, port, protocol, names):
                 yield rule.decision
@@ -159,7 +159,7 @@ class CompiledRules:
     def allowing_address(
         self, address: IPAddress, port: int | None, protocol: Protocol | None, names: Sequence[str]
     ) -> Iterator[Decision]:
-        """Give what allows an address, whoever is there."""
+        """Yield what allows an address, whoever is there."""
         for rule in self._with_port(self._anyone, port, protocol, names):
             yield rule.decision
         for numbers in self._networks.find(address):
@@ -200,7 +200,7 @@ class CompiledRules:
         return bool(self._pod_groups)
 
     def could_allow(self, address: IPAddress | None, port: int | None, protocol: Protocol | None) -> bool:
-        """Tell whether any rule could allow some peer there; None: not known yet."""
+        """Return whether any rule could allow some peer there; None: not known yet."""
         if address is None:
             return self._ports.could_hold(protocol, None)
         if self._any_pod.could_hold(protocol, port):
@@ -213,7 +213,7 @@ class CompiledRules:
         return False
 
     def address_rules(self, own_names: PortNames) -> tuple[AddressRule, ...]:
-        """Give what is allowed by address alone, each once, where the pod's own ports have these names.
+        """Return what is allowed by address alone, each once, where the pod's own ports have these names.
 
         Of more than the kernel is given, nothing.
         """
@@ -277,7 +277,7 @@ class DirectionPolicy:
 
     @property
     def problem(self) -> str:
-        """What is not in force in the kernel, and by which policies; empty where all is."""
+        """What is not in force in the kernel, and by which policies; empty if all is."""
         if self._allows_all is not None or not self._rules.is_left_out:
             return ""
         named = ", ".join(map(str, self.isolating[:_MAX_NAMED]))
@@ -285,7 +285,7 @@ class DirectionPolicy:
         return f"{self._rules.direction.value} by address: more than {limits}, so none is allowed by the guard: {named}"
 
     def is_same(self, other: DirectionPolicy) -> bool:
-        """Tell whether both were compiled from the very same policies for the same pod, so that they judge alike."""
+        """Return whether both were compiled from the very same policies for the same pod, so that they judge alike."""
         return (self._rules, self._own_names, self._trust_domain) == (
             other._rules,
             other._own_names,
@@ -328,7 +328,7 @@ class DirectionPolicy:
         yield from self._rules.allowing_address(address, port, protocol, names)
 
     def could_allow(self, address: IPAddress | None, port: int | None, protocol: Protocol | None) -> bool:
-        """Tell whether any rule could allow some peer there, before its identity is known.
+        """Return whether any rule could allow some peer there, before its identity is known.
 
         `address` None: a virtual address was dialled, and the pod behind it has an address and a port that are not
         known yet; `port` then does not count either. `port` None: not known yet.
@@ -336,7 +336,7 @@ class DirectionPolicy:
         return self._allows_all is not None or self._rules.could_allow(address, port, protocol)
 
     def address_rules(self) -> tuple[AddressRule, ...]:
-        """Give what is allowed by address alone, each once; if the pod is not isolated, one rule that allows all.
+        """Return what is allowed by address alone, each once; if the pod is not isolated, one rule that allows all.
 
         Named ports are numbers here: for ingress the pod's own; for egress there are none, since an address without an
         identity names no ports.
@@ -347,7 +347,7 @@ class DirectionPolicy:
 
 
 def port_names(identity: Identity) -> PortNames:
-    """Give the names of a pod's ports by protocol and number; one port may have several."""
+    """Return the names of a pod's ports by protocol and number; one port may have several."""
     names: dict[tuple[Protocol, int], dict[str, None]] = {}
     for port in identity.named_ports:
         names.setdefault((port.protocol, port.number), {})[port.name] = None
@@ -363,5 +363,5 @@ class PodPolicy:
     egress: DirectionPolicy
 
     def direction(self, direction: Direction) -> DirectionPolicy:
-        """Give one direction's policy."""
+        """Return one direction's policy."""
         return self.ingress if direction is Direction.INGRESS else self.egress

@@ -40,7 +40,7 @@ class Requirement:
     values: frozenset[str] = frozenset()
 
     def holds(self, labels: Mapping[str, str]) -> bool:
-        """Tell whether the labels meet it; NOT_IN holds also where the key is absent."""
+        """Return whether the labels meet it; NOT_IN holds also where the key is absent."""
         match self.operator:
             case Operator.IN:
                 return labels.get(self.key) in self.values
@@ -59,14 +59,14 @@ class Selector:
     requirements: tuple[Requirement, ...] = ()
 
     def matches(self, labels: Mapping[str, str]) -> bool:
-        """Tell whether an object with these labels is selected."""
+        """Return whether an object with these labels is selected."""
         for requirement in self.requirements:  # noqa: SIM110 - a generator costs more than the whole loop
             if not requirement.holds(labels):
                 return False
         return True
 
     def names(self, key: str) -> bool:
-        """Tell whether any requirement is about this label."""
+        """Return whether any requirement is about this label."""
         return any(requirement.key == key for requirement in self.requirements)
 
 
@@ -139,7 +139,7 @@ class NetworkPolicy:
     """None: the policy does not isolate its pods for egress. Empty: it isolates them and allows nothing."""
 
     def rules(self, direction: Direction) -> tuple[Rule, ...] | None:
-        """Give the rules of one direction; None where the policy does not isolate in it."""
+        """Return the rules of one direction; None if the policy does not isolate in it."""
         return self.ingress if direction is Direction.INGRESS else self.egress
 
     def load(self) -> NetworkPolicy:
@@ -195,7 +195,7 @@ class Pod:
     named_ports: tuple[NamedPort, ...] = ()
     """Of its containers and its restartable init containers (sidecars), which run and listen beside them."""
     ips: tuple[IPAddress, ...] = ()
-    """From status.podIPs; empty where the manifest has no status."""
+    """From status.podIPs; empty if the manifest has no status."""
     node: str = ""
     is_on_host_network: bool = False
     is_finished: bool = False

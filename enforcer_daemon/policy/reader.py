@@ -47,7 +47,7 @@ class Reader:
             raise InvalidObjectError(self.problems)
 
     def refuse(self, path: str, message: str) -> None:
-        """Note a problem in the API server's form; raise InvalidObjectError where there are too many already."""
+        """Note a problem in the API server's form; raise InvalidObjectError if there are too many already."""
         if len(message) > MAX_MESSAGE:
             message = f"{message[:MAX_MESSAGE]}..."
         self.problems.append(PolicyError(path, message))
@@ -131,7 +131,7 @@ class Reader:
 
 
 def child(path: str, name: str) -> str:
-    """Give the path of a field of the object at `path`."""
+    """Return the path of a field of the object at `path`."""
     return f"{path}.{name}" if path else name
 
 

@@ -62,7 +62,7 @@ class PortSet:
         self._starts = {protocol: [first for first, _ in spans] for protocol, spans in self.spans.items()}
 
     def holds(self, protocol: Protocol | None, port: int | None, names: Iterable[str]) -> bool:
-        """Tell whether the rule names a port of the destination, which calls it by these names."""
+        """Return whether the rule names a port of the destination, which calls it by these names."""
         if self.is_any:
             return True
         if protocol is None or port is None:
@@ -125,7 +125,7 @@ class PortTable:
         node.add(span, numbers)
 
     def find(self, protocol: Protocol | None, port: int | None, names: Iterable[str]) -> Iterator[set[int]]:
-        """Give the sets of rules for a port of the destination, which calls it by these names."""
+        """Yield the sets of rules for a port of the destination, which calls it by these names."""
         if self.for_any:
             yield self.for_any
         if protocol is None or port is None:
@@ -142,7 +142,7 @@ class PortTable:
                 yield found
 
     def possible(self, protocol: Protocol | None, port: int | None) -> Iterator[set[int]]:
-        """Give the sets of rules that some destination could be found by: any may have given any name to its port.
+        """Yield the sets of rules that some destination could be found by: any may have given any name to its port.
 
         `port` None: any port.
         """
@@ -156,7 +156,7 @@ class PortTable:
                 yield from self._of_protocol.get((protocol, False), ())
 
     def could_hold(self, protocol: Protocol | None, port: int | None) -> bool:
-        """Tell whether some destination could be found; None: any port."""
+        """Return whether some destination could be found; None: any port."""
         return next(self.possible(protocol, port), None) is not None
 
     @property
@@ -166,7 +166,7 @@ class PortTable:
 
 
 def _middle(key: int, shift: int) -> int:
-    """Give the first port of the upper half of a block; every span that is kept at the block holds it."""
+    """Return the first port of the upper half of a block; every span that is kept at the block holds it."""
     return (((key << 1) | 1) << (shift - 1)) - _PORT_ROOT if shift else key - _PORT_ROOT
 
 
@@ -210,7 +210,7 @@ class NetworkTable(Generic[T]):
         self._networks: dict[tuple[int, int], dict[int, T]] = {}
 
     def at(self, network: IPNetwork) -> T:
-        """Give the thing of this very network; make it if there is none."""
+        """Return the thing of this very network; make it if there is none."""
         shift = network.max_prefixlen - network.prefixlen
         same_length = self._networks.setdefault((network.version, shift), {})
         key = int(network.network_address) >> shift
@@ -220,7 +220,7 @@ class NetworkTable(Generic[T]):
         return found
 
     def find(self, address: IPAddress) -> Iterator[T]:
-        """Give the things of all networks that hold the address."""
+        """Yield the things of all networks that hold the address."""
         number, version = int(address), address.version
         for (family, shift), same_length in self._networks.items():
             if family == version:
@@ -264,7 +264,7 @@ class AddressSet:
 
 
 def _spans(block: IPBlock) -> Iterator[Span]:
-    """Give what is left of a block without its exceptions, which lie within it."""
+    """Yield what is left of a block without its exceptions, which lie within it."""
     first, last = _span(block.network)
     for lower, upper in merged(map(_span, block.excepts)):
         if lower > first:
@@ -313,7 +313,7 @@ class LabelTable(Generic[T]):
             self._keys[mark[0]][mark[1]] = None
 
     def find(self, *label_sets: Mapping[str, str]) -> Iterator[T]:
-        """Give what could match these labels, each once, in an order that does not depend on the labels'."""
+        """Yield what could match these labels, each once, in an order that does not depend on the labels'."""
         filed = self._filed
         for position, (keys, labels) in enumerate(zip(self._keys, label_sets, strict=False)):
             # Whichever is shorter is walked: a pod has few labels, a small table few keys.
@@ -326,7 +326,7 @@ class LabelTable(Generic[T]):
 
 
 def _marks(selectors: tuple[Selector, ...]) -> list[list[Mark]]:
-    """Give the requirements that a thing can be filed under, each as the marks where it would then be found."""
+    """Return the requirements that a thing can be filed under, each as the marks where it would then be found."""
     choices: list[list[Mark]] = []
     for position, selector in enumerate(selectors):
         for requirement in selector.requirements:

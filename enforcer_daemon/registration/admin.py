@@ -60,7 +60,7 @@ class AdminServer:
         return reply
 
     def refuse(self, problem: str) -> bytes:
-        """Say what is wrong."""
+        """Return what is wrong."""
         return _encode({"ok": False, "error": problem})
 
     def _decode(self, line: bytes) -> tuple[Command, dict[str, Any]]:

@@ -67,7 +67,7 @@ class Descriptors:
 
 
 def identify_netns(descriptor: int) -> NetnsId:
-    """Tell which network namespace this is; raise RegistrationError if it is none, or the daemon's own."""
+    """Return which network namespace this is; raise RegistrationError if it is none, or the daemon's own."""
     try:
         kind = fcntl.ioctl(descriptor, NS_GET_NSTYPE)
     except OSError as err:

@@ -22,7 +22,7 @@ class AddRequest:
     """The conflist's name."""
     pod: PodRef
     uid: str
-    """As in the runtime's K8S_POD_UID, empty where it gave none; for a static pod not the UID of its mirror."""
+    """As in the runtime's K8S_POD_UID, empty if it gave none; for a static pod not the UID of its mirror."""
     labels: Mapping[str, str]
     """The runtime's labels, where it passes any: the pod object's come first."""
     ips: tuple[IPAddress, ...]
@@ -30,7 +30,7 @@ class AddRequest:
     host_interfaces: tuple[str, ...]
     """The attachment's ends in the node's namespace, as the primary plugin named them."""
     mtu: int | None
-    """Of the pod's interface, bytes; None where the result did not say."""
+    """Of the pod's interface, bytes; None if the result did not say."""
 
 
 def decode_attachment(attachment: messages.Attachment) -> AttachmentId:

@@ -37,7 +37,7 @@ class CachedResult:
 
 
 def decode_cached(data: bytes) -> CachedResult | None:
-    """Read one file; None where it is not of a pod that is to be enforced. Raise MessageError that names the field."""
+    """Read one file; None if it is not of a pod that is to be enforced. Raise MessageError that names the field."""
     try:
         tree = json.loads(data)
     except (ValueError, RecursionError) as err:

@@ -69,7 +69,7 @@ class Registrar(Protocol):
         ...
 
     def readiness(self) -> Readiness:
-        """Say whether an `add` could be served now."""
+        """Return whether an `add` could be served now."""
         ...
 
 

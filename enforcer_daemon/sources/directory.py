@@ -109,7 +109,7 @@ class DirectorySource:
         return assemble((found for _, found in self._good.values()), told)
 
     def _told(self, problem: Problem) -> Problem:
-        """Say whether something is in force instead of what is wrong, and what only because a daemon kept it."""
+        """Return whether something is in force instead of what is wrong, and what only because a daemon kept it."""
         problem = replace(problem, has_earlier=self._has_earlier(problem))
         names = [
             str(key)
@@ -142,7 +142,7 @@ class DirectorySource:
         return file
 
     async def watch(self) -> AsyncIterator[World]:
-        """Give the world at once, and again after each change of it."""
+        """Yield the world at once, and again after each change of it."""
         world = await asyncio.to_thread(self.read)
         yield world
         async with aclosing(self._changes()) as changes:
@@ -198,7 +198,7 @@ class DirectorySource:
             return self._seen is not None
 
     def _is_link_stale(self) -> bool:
-        """Tell whether a link leads to something else: its target may lie where nothing is watched."""
+        """Return whether a link leads to something else: its target may lie where nothing is watched."""
         return any(self._seen is not None and _stamp(path) != self._seen.get(str(path)) for path in self._links)
 
     def _stamps(self) -> dict[str, _Stamp | None]:
@@ -216,7 +216,7 @@ def _stamp(entry: os.DirEntry[str] | Path) -> _Stamp | None:
 
 
 def _is_kept(key: ObjectKey, file_name: str, files: list[ManifestFile]) -> bool:
-    """Tell whether an object that is not found now may still be meant to be there."""
+    """Return whether an object that is not found now may still be meant to be there."""
     for file in files:
         if file.name == file_name and file.problem is not None:
             return True

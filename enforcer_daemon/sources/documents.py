@@ -45,12 +45,12 @@ class Document:
     line: int
     manifest: object = None
     error: str = ""
-    """Why it has no manifest; empty where it has."""
+    """Why it has no manifest; empty if it has."""
     node: yaml.Node | None = None
     """Where its fields are; None for JSON."""
 
     def line_of(self, field: str) -> int:
-        """Give the line of a field, or of the innermost object around it that there is."""
+        """Return the line of a field, or of the innermost object around it that there is."""
         if self.node is None:
             return self.line
         node, line, rest = self.node, self.line, field
@@ -62,7 +62,7 @@ class Document:
         return line
 
     def item(self, index: int, manifest: object) -> Document:
-        """Give an entry of this document's `items` as a document of its own."""
+        """Return an entry of this document's `items` as a document of its own."""
         if self.node is None:
             return Document(self.line, manifest)
         found = _descend(self.node, f"items[{index}]")
@@ -88,7 +88,7 @@ def _descend(node: yaml.Node, path: str) -> tuple[yaml.Node, int, str] | None:
 
 
 def read_documents(text: str, *, is_json: bool) -> list[Document]:
-    """Split text into documents, empty ones left out; raise DocumentError where it cannot be parsed at all."""
+    """Split text into documents, empty ones left out; raise DocumentError if it cannot be parsed at all."""
     try:
         return list(_json_documents(text) if is_json else _yaml_documents(text))
     except RecursionError as err:

@@ -40,7 +40,7 @@ class DirectoryWatch:
     """Watches one directory, not below it, on the running event loop."""
 
     def __init__(self, directory: Path) -> None:
-        """Raise OSError where there is no such directory, or no inotify instance or watch is left."""
+        """Raise OSError if there is no such directory, or no inotify instance or watch is left."""
         self._loop = asyncio.get_running_loop()
         self._changed = asyncio.Event()
         self._fd = _require(_libc.inotify_init1(os.O_NONBLOCK | os.O_CLOEXEC), directory)

@@ -37,7 +37,7 @@ class LastGood:
         """By file of the source, what its file here holds; None: not known, everything is written."""
 
     def load(self) -> tuple[dict[ObjectKey, tuple[str, KubernetesObject]], list[Problem]]:
-        """Give what an earlier daemon kept, and what of it cannot be read."""
+        """Return what an earlier daemon kept, and what of it cannot be read."""
         found: dict[ObjectKey, tuple[str, KubernetesObject]] = {}
         problems = []
         for path in sorted(self._directory.glob("*.json")):

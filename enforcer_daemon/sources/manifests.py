@@ -71,7 +71,7 @@ class Problem:
     field: str
     message: str
     has_earlier: bool | None = None
-    """Whether an earlier version is in force instead; None where nothing is asked to be in force."""
+    """Whether an earlier version is in force instead; None if nothing is asked to be in force."""
 
     def __str__(self) -> str:
         place = f"{self.file}:{self.line}" if self.line else self.file
@@ -115,12 +115,12 @@ class World:
     """Whether the pods are a cluster's, which knows all there are: one that is not here any longer was deleted."""
 
     def find_pod(self, ref: PodRef, uid: str) -> Pod | None:
-        """Give a pod by its name, and by its UID where the source knows that."""
+        """Return a pod by its name, and by its UID where the source knows that."""
         pod = self.pods.get(ref)
         return pod if pod is not None and pod.uid in ("", uid) else None
 
     def labels_of(self, namespace: str) -> Mapping[str, str]:
-        """Give a namespace's labels; one that is not declared has only the label of its name."""
+        """Return a namespace's labels; one that is not declared has only the label of its name."""
         return self.namespaces.get(namespace) or namespace_labels(namespace)
 
 
@@ -138,7 +138,7 @@ def _is_manifest(entry: os.DirEntry[str]) -> bool:
 
 
 def manifest_files(directory: Path) -> list[Path]:
-    """Give the paths of a directory's manifests, in order."""
+    """Return the paths of a directory's manifests, in order."""
     return [Path(entry.path) for entry in manifest_entries(directory)]
 
 
@@ -160,7 +160,7 @@ def read_file(path: Path) -> ManifestFile:
 
 
 def unreadable(name: str, err: OSError) -> ManifestFile:
-    """Give the result of a file that could not be read."""
+    """Return the result of a file that could not be read."""
     return ManifestFile(name, problem=Problem(name, 0, "", "", f"cannot be read: {err.strerror or err}"))
 
 
@@ -178,7 +178,7 @@ def decode_file(name: str, content: bytes) -> ManifestFile:
 
 
 def good_manifests(name: str, content: bytes) -> dict[ObjectKey, object]:
-    """Give the manifests of the objects in a file's content that are without fault."""
+    """Return the manifests of the objects in a file's content that are without fault."""
     try:
         documents = read_documents(content.decode("utf-8-sig"), is_json=name.endswith(".json"))
     except (UnicodeDecodeError, DocumentError):
@@ -251,7 +251,7 @@ def _key_of(manifest: object) -> ObjectKey | None:
 def unique_objects(
     files: Iterable[ManifestFile],
 ) -> tuple[dict[ObjectKey, tuple[str, KubernetesObject]], list[Problem]]:
-    """Give each object with its file, and all problems; of several by one name the first counts, the others are
+    """Return each object with its file, and all problems; of several by one name the first counts, the others are
     problems.
     """
     found: dict[ObjectKey, tuple[str, KubernetesObject]] = {}

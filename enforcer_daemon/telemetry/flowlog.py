@@ -48,7 +48,7 @@ class Denial:
     detail: str
 
     def as_json(self) -> dict[str, object]:
-        """Give the fields for the admin socket."""
+        """Return the fields for the admin socket."""
         return {
             "when": datetime.fromtimestamp(self.when, UTC).isoformat(),
             "direction": self.direction,
@@ -91,7 +91,7 @@ class FlowLog:
         return [_denial(report, when) for report, when in self._recent]
 
     def counts(self) -> dict[str, int]:
-        """Give the number of decisions by reason."""
+        """Return the number of decisions by reason."""
         totals: dict[str, int] = {}
         for (_, _, reason), count in self._counts.items():
             totals[reason.value] = totals.get(reason.value, 0) + count

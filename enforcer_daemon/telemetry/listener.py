@@ -19,7 +19,7 @@ _MAX_AT_ONCE = 2
 
 
 async def serve_metrics(address: tuple[str, int], render: Callable[[], Awaitable[str]]) -> None:
-    """Answer until cancelled; raise SettingsError where the address cannot be listened on."""
+    """Answer until cancelled; raise SettingsError if the address cannot be listened on."""
     turns = asyncio.Semaphore(_MAX_AT_ONCE)
 
     async def answer(_: web.Request) -> web.Response:

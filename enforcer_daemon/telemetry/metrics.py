@@ -187,7 +187,7 @@ class Metrics:
         self.refused_objects.labels("none").set(none)
 
     def denials(self) -> dict[str, int]:
-        """Give the number of denials by reason."""
+        """Return the number of denials by reason."""
         totals: dict[str, int] = {}
         for (_, is_allowed, reason), count in self.decisions.items():
             if not is_allowed:
@@ -195,5 +195,5 @@ class Metrics:
         return totals
 
     def render(self) -> str:
-        """Give all metrics in Prometheus' text format."""
+        """Return all metrics in Prometheus' text format."""
         return generate_latest(self.registry).decode()

@@ -20,12 +20,12 @@ Shape = Callable[[bytes], bool]
 
 
 def is_bare_syn(packet: bytes) -> bool:
-    """Tell whether a packet is a SYN without data."""
+    """Return whether a packet is a SYN without data."""
     return _is_bare(packet) and _tcp_flags(packet) & 0x3F == SYN
 
 
 def is_bare_reset(packet: bytes) -> bool:
-    """Tell whether a packet is a RST without data."""
+    """Return whether a packet is a RST without data."""
     return _is_bare(packet) and bool(_tcp_flags(packet) & RST)
 
 
@@ -70,7 +70,7 @@ def _walk(packet: bytes) -> tuple[int, int, bool]:
 
 
 def is_udp(packet: bytes) -> bool:
-    """Tell whether a packet is of UDP, as a kernel reads it."""
+    """Return whether a packet is of UDP, as a kernel reads it."""
     return (packet[9] if packet[0] >> 4 == 4 else _walk(packet)[0]) == packets.UDP
 
 
@@ -88,7 +88,7 @@ class NotClaimed:
     """Whether a SYN without a frame is among them."""
 
     def covers(self, arrival: Arrival, variant: Variant) -> bool:
-        """Tell whether this line accepts the arrival."""
+        """Return whether this line accepts the arrival."""
         return (
             self.is_for(variant)
             and (self.has_plain_syns or arrival.attempt.form not in PLAIN_SYNS)
@@ -191,7 +191,7 @@ FROM_LABELLED: tuple[NotClaimed, ...] = (
 
 
 def is_to_allowed_port(packet: bytes) -> bool:
-    """Tell whether a packet is of TCP or UDP, to the port that policy allows, as a kernel reads it.
+    """Return whether a packet is of TCP or UDP, to the port that policy allows, as a kernel reads it.
 
     A fragment that is not the first has no port: the node lets none pass before the whole is there.
     """
@@ -233,7 +233,7 @@ class Impossible:
     versions: Sequence[int] = (4, 6)
 
     def covers(self, form: str, target: str, version: int) -> bool:
-        """Tell whether this line is about the form at that destination."""
+        """Return whether this line is about the form at that destination."""
         return version in self.versions and _matches(form, self.forms) and _matches(target, self.targets)
 
 

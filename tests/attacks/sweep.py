@@ -161,7 +161,7 @@ Transmit = Callable[[bytes], object]
 
 @contextmanager
 def by_packet_socket(world: AttackWorld, origin: Origin) -> Iterator[Transmit]:
-    """Give what sends a frame on the origin's link, past every rule of its own namespace."""
+    """Yield what sends a frame on the origin's link, past every rule of its own namespace."""
     kind = socket.SOCK_RAW
     with in_netns(world.netns(origin.place), lambda: socket.socket(socket.AF_PACKET, kind, 0)) as sock:
         sock.bind((origin.link, 0))
@@ -170,7 +170,7 @@ def by_packet_socket(world: AttackWorld, origin: Origin) -> Iterator[Transmit]:
 
 @contextmanager
 def by_raw_socket(world: AttackWorld, origin: Origin) -> Iterator[Transmit]:
-    """Give what sends the IP packet of a frame through the origin's own kernel, and so through its rules."""
+    """Yield what sends the IP packet of a frame through the origin's own kernel, and so through its rules."""
     families = (socket.AF_INET, socket.AF_INET6)
     with ExitStack() as stack:
         sockets = [

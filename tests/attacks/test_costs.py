@@ -32,7 +32,7 @@ RULES = 100
 
 @pytest.fixture
 def netns() -> Iterator[Callable[[Callable[[], T]], T]]:
-    """Give what calls something in a network namespace of its own."""
+    """Yield what calls something in a network namespace of its own."""
     name = "trireme-costs"
     subprocess.run(("ip", "netns", "add", name), check=True)
     try:
@@ -56,7 +56,7 @@ def test_sets_of_every_kind_are_what_the_kernel_takes(netns: Callable[..., objec
 
 
 def _rules(seed: int) -> tuple[AddressRule, ...]:
-    """Give rules that share neither addresses nor ports, each with two sets."""
+    """Return rules that share neither addresses nor ports, each with two sets."""
     return tuple(
         AddressRule.of(
             AddressSet(4, [(seed + number * 8 + at * 2,) * 2 for at in range(3)]),

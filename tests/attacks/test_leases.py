@@ -54,7 +54,7 @@ def lab(plugin: Path) -> Iterator[Lab]:
 
 @contextmanager
 def datagrams(lab: Lab, version: int) -> Iterator[tuple[socket.socket, socket.socket]]:
-    """Give both ends of a released UDP flow from the client to the server."""
+    """Yield both ends of a released UDP flow from the client to the server."""
     family = FAMILIES[version]
     with (
         lab.open_socket("x/server", family, socket.SOCK_DGRAM) as server,
@@ -74,7 +74,7 @@ def datagrams(lab: Lab, version: int) -> Iterator[tuple[socket.socket, socket.so
 
 
 def has_release(lab: Lab, server: socket.socket) -> bool:
-    """Tell whether the server's kernel has the release of a flow to one of its sockets."""
+    """Return whether the server's kernel has the release of a flow to one of its sockets."""
     family = "ipv4" if server.family == socket.AF_INET else "ipv6"
     protocol = "udp" if server.type == socket.SOCK_DGRAM else "tcp"
     entries = lab.run("x/server", "conntrack", "-L", "-f", family, "-p", protocol)

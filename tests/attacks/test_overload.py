@@ -53,7 +53,7 @@ def lab(plugin: Path) -> Iterator[Lab]:
 
 @pytest.fixture(params=FLOODS, ids=lambda flood: str(flood.__name__))
 def flooded(lab: Lab, request: pytest.FixtureRequest) -> Iterator[Lab]:
-    """Give the lab while the victim is flooded."""
+    """Yield the lab while the victim is flooded."""
     flood: Flood = request.param
     frames = record(lab, flood)
     with opened(lab) as connection:

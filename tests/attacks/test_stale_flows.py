@@ -114,7 +114,7 @@ def _spec(name: str, node: str, label: str, *ports: PortSpec) -> PodSpec:
 
 @contextmanager
 def _pod(lab: Lab, name: str, node: str, label: str) -> Iterator[str]:
-    """Give a pod at the address that is used again."""
+    """Yield a pod at the address that is used again."""
     lab.add_pod(_spec(name, node, label))
     for place in ("x/server", "x/client", "node:a", "node:b"):  # The pod before had another MAC.
         lab.run(place, "ip", "neigh", "flush", "to", str(REUSED[node][0]))
@@ -204,7 +204,7 @@ def _await(is_there: Callable[[], bool], what: str) -> None:
 
 @contextmanager
 def _served(lab: Lab, client: str, server: str, version: int, port: int) -> Iterator[tuple[socket.socket, Listener]]:
-    """Give a flow between two pods' sockets, in use for so long that it is in the kernel at both ends."""
+    """Yield a flow between two pods' sockets, in use for so long that it is in the kernel at both ends."""
     with ExitStack() as stack:
         listener = stack.enter_context(Listener(lab, server, port, version, socket.SOCK_DGRAM))
         sock = stack.enter_context(lab.open_socket(client, FAMILIES[version], socket.SOCK_DGRAM))
@@ -330,7 +330,7 @@ class Connection:
 
 @contextmanager
 def _left_connection(lab: Lab, old: str, version: int, port: int) -> Iterator[tuple[socket.socket, Connection]]:
-    """Give the server's end of a connection, whose other end is silenced before its pod dies: no FIN, no RST."""
+    """Yield the server's end of a connection, whose other end is silenced before its pod dies: no FIN, no RST."""
     with ExitStack() as stack:
         listener = stack.enter_context(Listener(lab, "x/server", port, version))
         client = stack.enter_context(lab.open_socket(old, FAMILIES[version], socket.SOCK_STREAM))

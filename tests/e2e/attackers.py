@@ -148,7 +148,7 @@ class Wire:
         return segment
 
     def find_segment(self, matches: Callable[[Segment], bool], timeout_s: float) -> Segment | None:
-        """Return the first TCP segment, in or out, that matches; None where none comes in that time."""
+        """Return the first TCP segment, in or out, that matches; None if none comes in that time."""
         deadline = time.monotonic() + timeout_s
         protocol_at, version = (9, 4) if self.version == 4 else (6, 6)
         while (left := deadline - time.monotonic()) > 0:

@@ -80,7 +80,7 @@ def sysctls(lab: Lab, place: str, values: Mapping[str, str]) -> Iterator[None]:
 
 
 def bound(lab: Lab, place: str, version: int, port: int) -> socket.socket:
-    """Give a socket of a place with a fixed port of its own. The caller owns it."""
+    """Return a socket of a place with a fixed port of its own. The caller owns it."""
     sock = lab.open_socket(place, FAMILIES[version])
     try:
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -93,7 +93,7 @@ def bound(lab: Lab, place: str, version: int, port: int) -> socket.socket:
 
 
 def carries_words(*ends: socket.socket) -> bool:
-    """Tell whether a connection carries words both ways."""
+    """Return whether a connection carries words both ways."""
     one, other = ends
     for sender, receiver in ((one, other), (other, one)):
         sender.sendall(b"a word")

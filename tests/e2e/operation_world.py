@@ -81,7 +81,7 @@ def denials(lab: Lab, name: str) -> list[str]:
 def listening(
     lab: Lab, place: str, version: int = 4, *, options: Sequence[tuple[int, int, int]] = (), protocol: int = 0
 ) -> Iterator[socket.socket]:
-    """Give a socket that listens at a place, on a port that the kernel chose."""
+    """Yield a socket that listens at a place, on a port that the kernel chose."""
     with open_socket(lab.place(place).netns, FAMILIES[version], socket.SOCK_STREAM, protocol) as listener:
         for option in options:
             listener.setsockopt(*option)
@@ -114,7 +114,7 @@ def dial(
 
 @contextmanager
 def connection(lab: Lab, source: str, target: str, version: int = 4) -> Iterator[tuple[socket.socket, socket.socket]]:
-    """Give both ends of a connection between two places."""
+    """Yield both ends of a connection between two places."""
     with listening(lab, target, version) as listener, dial(lab, source, listener) as client:
         server, _ = listener.accept()
         with server:

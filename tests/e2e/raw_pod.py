@@ -73,7 +73,7 @@ def _tcp(scene: Scene, marker: bytes, flags: str, payload: bytes = b"") -> Any:
 
 
 def _port(marker: bytes) -> int:
-    """Give each attempt a connection of its own, also for conntrack."""
+    """Return each attempt a connection of its own, also for conntrack."""
     return 20_000 + int.from_bytes(marker[-2:], "big") % 10_000
 
 
@@ -183,7 +183,7 @@ def ping(scene: Scene, marker: bytes) -> Sequence[Any]:
 
 
 def mac(lab: Lab, place: str, ifname: str = "eth0") -> bytes:
-    """Give an interface's MAC."""
+    """Return an interface's MAC."""
     descriptor = os.open(netns_path(lab.place(place).netns), os.O_RDONLY | os.O_CLOEXEC)
     try:
         return interface(descriptor, ifname).mac
@@ -222,7 +222,7 @@ class RawPod:
         self._socket.send(frame)
 
     def frames(self, target: str, packets: Sequence[Any]) -> list[bytes]:
-        """Give the frames of packets to a target."""
+        """Return the frames of packets to a target."""
         is_near = self._lab.has_pod(target) and self._lab.pod_node(target).name == self._node
         to = mac(self._lab, target) if is_near else mac(self._lab, f"node:{self._node}", POD_BRIDGE)
         frames = [packet if isinstance(packet, Ether) else Ether() / packet for packet in packets]
@@ -233,7 +233,7 @@ class RawPod:
 
 @contextmanager
 def hearing(lab: Lab, place: str) -> Iterator[socket.socket]:
-    """Give a socket that hears every frame that comes to a place, before any rule."""
+    """Yield a socket that hears every frame that comes to a place, before any rule."""
     netns = lab.place(place).netns
     with in_netns(netns, lambda: socket.socket(socket.AF_PACKET, socket.SOCK_RAW, socket.htons(ETH_P_ALL))) as sock:
         sock.bind(("eth0", ETH_P_ALL))
@@ -254,7 +254,7 @@ def is_heard(sock: socket.socket, marker: bytes, patience_s: float = _PATIENCE_S
 
 
 def arrives(lab: Lab, sock: socket.socket, marker: bytes, control: tuple[str, str], version: int = 4) -> bool:
-    """Tell whether the marker came to the socket before a datagram that is sent now, by `control` (from, to).
+    """Return whether the marker came to the socket before a datagram that is sent now, by `control` (from, to).
 
     The two may be served by different cores, so what must arrive is better awaited by `is_heard`.
     """

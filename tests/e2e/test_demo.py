@@ -25,7 +25,7 @@ TIMEOUT_S = 60
 
 @pytest.fixture
 def machine() -> Iterator[int]:
-    """Give an empty network namespace to run in, so that what is left in it is the demo's."""
+    """Yield an empty network namespace to run in, so that what is left in it is the demo's."""
     netns = new_netns()
     try:
         yield netns

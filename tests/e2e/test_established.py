@@ -73,7 +73,7 @@ def world(plugin: Path) -> Iterator[Lab]:
 
 @pytest.fixture
 def lab(world: Lab) -> Iterator[Lab]:
-    """Give the world, and put back the policies and labels that a test changes."""
+    """Yield the world, and put back the policies and labels that a test changes."""
     yield world
     directory = world.node("a").directories.policy
     if (directory / object_ref(DENY).file_name).exists():
@@ -98,7 +98,7 @@ def without_enforcer(lab: Lab, name: str) -> Iterator[Path]:
 
 
 def is_cut(end: socket.socket, within_s: float = WITHIN_S) -> bool:
-    """Tell whether a connection is reset in that time; a FIN would be the application's own."""
+    """Return whether a connection is reset in that time; a FIN would be the application's own."""
     end.settimeout(within_s)
     try:
         while end.recv(65_536):
@@ -111,7 +111,7 @@ def is_cut(end: socket.socket, within_s: float = WITHIN_S) -> bool:
 
 
 def still_works(ends: tuple[socket.socket, socket.socket]) -> bool:
-    """Tell whether a connection carries words both ways."""
+    """Return whether a connection carries words both ways."""
     for sender, receiver in (ends, reversed(ends)):
         receiver.settimeout(WITHIN_S)
         sender.sendall(b"word")
@@ -172,7 +172,7 @@ def test_labels_of_the_serving_pod_are_judged_by_the_clients_egress_too(lab: Lab
 
 @contextmanager
 def dialled(lab: Lab, source: str, target: str, port: int, version: int) -> Iterator[socket.socket]:
-    """Give a connection to one of the lab's own servers, after its banner."""
+    """Yield a connection to one of the lab's own servers, after its banner."""
     with lab.open_socket(source, FAMILIES[version]) as client:
         client.settimeout(WITHIN_S)
         client.connect((str(lab.address_of(target, version)), port))

@@ -90,7 +90,7 @@ def lost_packets(lab: Lab, where: str) -> int:
 
 
 def is_at_rest(lab: Lab) -> bool:
-    """Tell whether nothing is left of any handshake, in the daemon and in the victim's queue."""
+    """Return whether nothing is left of any handshake, in the daemon and in the victim's queue."""
     waiting = queue_fields(lab, VICTIM)[2]
     tables = [(found["half_open_flows"], found["held_packets"]) for found in lab.node("a").endpoints()]
     return waiting == "0" and set(tables) == {(0, 0)}

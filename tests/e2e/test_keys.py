@@ -131,7 +131,7 @@ SUCCESSOR = new_authority()
 
 @pytest.fixture(scope="module")
 def rotating(plugin: Path) -> Iterator[tuple[Lab, KeyFiles]]:
-    """Give a lab whose node a trusts SUCCESSOR already, and the files of node b, which does not yet."""
+    """Yield a lab whose node a trusts SUCCESSOR already, and the files of node b, which does not yet."""
     authority = new_authority()
     keys = {"a": Keys(authority, [authority, SUCCESSOR]), "b": Keys(authority, [authority])}
     with keyed_lab(plugin, keys, WorldSpec(NODES, manifests=POLICIES, settings=RESET), PODS) as (lab, files):
@@ -390,7 +390,7 @@ def _shown_on_the_wire(packets: Sequence[bytes]) -> list[bytes]:
 
 
 def _shows(secret: bytes, text: str) -> bool:
-    """Tell whether a piece of 12 bytes, wherever it begins, is in the text in any usual form."""
+    """Return whether a piece of 12 bytes, wherever it begins, is in the text in any usual form."""
     if str(int.from_bytes(secret, "big")) in text:
         return True
     for at in range(0, len(secret) - 11, 12):

@@ -189,7 +189,7 @@ def test_a_malformed_object_changes_nothing_else(lab: KubeLab) -> None:
 
 
 def events(lab: KubeLab, name: str, reason: str) -> list[Mapping[str, Any]]:
-    """Give the Events that the cluster has about an object, newest last."""
+    """Return the Events that the cluster has about an object, newest last."""
     found = [event for event in lab.api.all("Event") if event["regarding"]["name"] == name]
     return sorted((event for event in found if event["reason"] == reason), key=lambda event: str(event["eventTime"]))
 

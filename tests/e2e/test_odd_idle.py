@@ -55,7 +55,7 @@ def many_files() -> Iterator[None]:
 
 
 def resident_bytes(lab: Lab, node: str) -> int:
-    """Give the memory of a node's enforcer."""
+    """Return the memory of a node's enforcer."""
     status = Path(f"/proc/{lab.node(node).daemon.pid}/status").read_text()
     return int(status.split("VmRSS:")[1].split()[0]) * 1024
 

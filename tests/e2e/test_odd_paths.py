@@ -194,7 +194,7 @@ def test_a_syn_in_fragments_is_judged_as_a_whole(lab: Lab, version: int) -> None
 
 
 def words_of(capture: Capture, port: int) -> list[Segment]:
-    """Give the segments with data from a port that were captured so far; a SYN's is a frame."""
+    """Return the segments with data from a port that were captured so far; a SYN's is a frame."""
     return [s for s in segments(capture.packets(), port) if s.sport == port and s.payload and not s.flags & SYN]
 
 

@@ -38,7 +38,7 @@ def lab(plugin: Path) -> Iterator[Lab]:
 
 
 def entries(lab: Lab, place: str, port: int, version: int = 4) -> list[tuple[str, int]]:
-    """Give state and seconds left of a place's connections with a port at either end."""
+    """Return state and seconds left of a place's connections with a port at either end."""
     family = "ipv4" if version == 4 else "ipv6"
     listed = lab.run(place, "conntrack", "-L", "-f", family, "-p", "tcp")
     pattern = rf"^tcp +6 (\d+) (\w+) .*?[sd]port={port} .*$"

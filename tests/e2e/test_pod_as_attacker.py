@@ -143,7 +143,7 @@ def _take_guard_away(lab: Lab) -> None:
 
 
 def _visible(attack: Attack, marker: bytes, version: int) -> bytes:
-    """Give what every packet of an attack shows of its marker."""
+    """Return what every packet of an attack shows of its marker."""
     return marker[:4] if version == 6 and attack is raw_pod.router_advertisement else marker[:6]
 
 

@@ -56,7 +56,7 @@ def world(plugin: Path) -> Iterator[Lab]:
 
 @pytest.fixture
 def lab(world: Lab) -> Iterator[Lab]:
-    """Give the world, and take away the policy that a test leaves; the rest is for the test itself to mend."""
+    """Yield the world, and take away the policy that a test leaves; the rest is for the test itself to mend."""
     yield world
     if (world.node("b").directories.policy / ACCESS.file_name).exists():
         world.remove(ACCESS)

@@ -325,7 +325,7 @@ def test_rules_that_somebody_removed_come_back_within_seconds(lab: Lab) -> None:
 
 
 def _guarded_rules(lab: Lab) -> tuple[dict[str, str], list[str]]:
-    """Give all rules; nothing where there are none."""
+    """Return all rules; nothing if there are none."""
     try:
         guards = [_guard(lab, name) for name in "ab"]
     except LabError:

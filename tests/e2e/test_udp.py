@@ -107,7 +107,7 @@ class Exchange:
         return self.client.recv(65_536) == b"re: " + payload[:1_000]
 
     def arriving(self, count: int) -> list[bytes]:
-        """Give so many datagrams as they arrive at the server, sorted, and answer them.
+        """Return so many datagrams as they arrive at the server, sorted, and answer them.
 
         Those that come in the moment of the release can overtake those that waited for it.
         """
@@ -120,7 +120,7 @@ class Exchange:
         return sorted(found)
 
     def arrives(self, payload: bytes, within_s: float) -> bool:
-        """Tell whether the next datagram at the server is this one, and answer it."""
+        """Return whether the next datagram at the server is this one, and answer it."""
         self.server.settimeout(within_s)
         try:
             received, source = self.server.recvfrom(65_536)

@@ -72,7 +72,7 @@ class RawHost:
 
 
 def _messages(packets: list[bytes], port: int) -> list[tuple[UDPDatagram, bytes]]:
-    """Give the datagrams with a message among captured packets, of the flows of one port."""
+    """Return the datagrams with a message among captured packets, of the flows of one port."""
     found = []
     for packet in packets:
         try:

@@ -63,7 +63,7 @@ def lab(plugin: Path) -> Iterator[Lab]:
 
 @contextmanager
 def _ends(lab: Lab, source: str, target: str, version: int) -> Iterator[tuple[socket.socket, socket.socket]]:
-    """Give a client's connected socket, and a server's on a port of its own."""
+    """Yield a client's connected socket, and a server's on a port of its own."""
     with (
         open_socket(lab.place(target).netns, FAMILIES[version], socket.SOCK_DGRAM) as server,
         open_socket(lab.place(source).netns, FAMILIES[version], socket.SOCK_DGRAM) as client,

@@ -55,7 +55,7 @@ def lab(plugin: Path) -> Iterator[Lab]:
 
 @contextmanager
 def _bound(lab: Lab, *places: str, version: int = 4) -> Iterator[list[socket.socket]]:
-    """Give a socket at each place, on a port of its own."""
+    """Yield a socket at each place, on a port of its own."""
     with ExitStack() as stack:
         socks = []
         for place in places:
@@ -141,7 +141,7 @@ def test_a_datagram_to_many_is_judged_by_address(lab: Lab, to: str) -> None:
 
 @contextmanager
 def _member(lab: Lab, place: str, version: int) -> Iterator[socket.socket]:
-    """Give a socket that hears what is sent to the group, or to everybody."""
+    """Yield a socket that hears what is sent to the group, or to everybody."""
     with open_socket(lab.place(place).netns, FAMILIES[version], socket.SOCK_DGRAM) as sock:
         sock.settimeout(PATIENCE_S)
         if version == 4:

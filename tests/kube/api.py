@@ -65,7 +65,7 @@ class Asked(NamedTuple):
     resource: str
     """With the subresource, if there is one."""
     name: str
-    """Empty where all objects of a kind are meant, or one that is still to be named."""
+    """Empty if all objects of a kind are meant, or one that is still to be named."""
 
 
 class FakeApi:
@@ -205,11 +205,11 @@ class FakeApi:
         self._call(load)
 
     def get(self, kind: str, namespace: str, name: str) -> Manifest:
-        """Give an object as it is stored; raise ApiError."""
+        """Return an object as it is stored; raise ApiError."""
         return self._call(lambda: self.objects.get(_plural(kind), (namespace, name)))
 
     def all(self, kind: str) -> list[Manifest]:
-        """Give all objects of a kind."""
+        """Return all objects of a kind."""
         return self._call(lambda: [found for _, found in self.objects.matching(_plural(kind), Selector())])
 
     def patch(self, kind: str, namespace: str, name: str, patch: Mapping[str, Any]) -> None:
@@ -249,7 +249,7 @@ class FakeApi:
         self._each(self._watches, send)
 
     def watched(self) -> list[str]:
-        """Give the plurals that are watched now."""
+        """Return the plurals that are watched now."""
         return self._call(lambda: sorted(watch.kind[1] for watch in self._watches))
 
     def _put(self, manifest: Mapping[str, Any]) -> None:
@@ -401,7 +401,7 @@ def _token_of(request: web.Request) -> str:
 
 
 def _discovery(path: str, unserved: set[Kind]) -> Manifest | None:
-    """Give what is served of a group's version, where that is what is asked for."""
+    """Return what is served of a group's version, where that is what is asked for."""
     parts = path.strip("/").split("/")
     kinds = KINDS.keys() - unserved if len(parts) == 3 else set()
     served = sorted(plural for version, plural in kinds if version == "/".join(parts[1:]))
@@ -409,7 +409,7 @@ def _discovery(path: str, unserved: set[Kind]) -> Manifest | None:
 
 
 def _route(path: str) -> tuple[Kind, str, str, str]:
-    """Give kind, namespace, name and subresource of a path."""
+    """Return kind, namespace, name and subresource of a path."""
     parts = path.strip("/").split("/")
     version, rest = ("v1", parts[2:]) if parts[0] == "api" else ("/".join(parts[1:3]), parts[3:])
     namespace = ""

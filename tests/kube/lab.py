@@ -108,14 +108,14 @@ class KubeLab(Lab):
 
 
 def cluster_pod(spec: PodSpec, uid: str | None = None) -> dict[str, Any]:
-    """Give a pod as the API server has it; its UID is the one that the lab's runtime says."""
+    """Return a pod as the API server has it; its UID is the one that the lab's runtime says."""
     manifest: dict[str, Any] = dict(pod_manifest(spec, spec.labels))
     metadata = {**manifest["metadata"], "uid": uid or f"{spec.pod.namespace}-{spec.pod.name}"}
     return {**manifest, "metadata": metadata, "status": {"phase": "Pending"}}
 
 
 def node_manifest(node: NodeSpec) -> dict[str, Any]:
-    """Give a Node as kubelet and the controllers leave it."""
+    """Return a Node as kubelet and the controllers leave it."""
     return {
         "apiVersion": "v1",
         "kind": "Node",
@@ -126,7 +126,7 @@ def node_manifest(node: NodeSpec) -> dict[str, Any]:
 
 
 def service_cidr_manifest() -> dict[str, Any]:
-    """Give the default ServiceCIDR."""
+    """Return the default ServiceCIDR."""
     return {
         "apiVersion": "networking.k8s.io/v1",
         "kind": "ServiceCIDR",

@@ -188,7 +188,7 @@ class Selector:
 
 
 def kind_of(manifest: Mapping[str, Any]) -> Kind:
-    """Give what a manifest is, by its apiVersion and kind."""
+    """Return what a manifest is, by its apiVersion and kind."""
     return _PLURALS[str(manifest["apiVersion"]), str(manifest["kind"])]
 
 

@@ -23,7 +23,7 @@ class Grant(NamedTuple):
 
 
 def grants(manifests: Iterable[dict[str, Any]], account: str) -> set[Grant]:
-    """Give all that the roles bound to a service account grant."""
+    """Return all that the roles bound to a service account grant."""
     found = [manifest for manifest in manifests if manifest]
     roles = {(role["kind"], role["metadata"]["name"]): role for role in found if role["kind"].endswith("Role")}
     granted = set()

@@ -88,7 +88,7 @@ class Lab:
         return sock
 
     def connects(self, place: int, target: tuple[str, int], timeout_s: float = 0.6, mark: int = 0) -> bool:
-        """Tell whether a connection comes about in that time; a refusal or a silence is False."""
+        """Return whether a connection comes about in that time; a refusal or a silence is False."""
         with self.socket(place, ip_address(target[0]).version) as sock:
             if mark:
                 sock.setsockopt(socket.SOL_SOCKET, socket.SO_MARK, struct.pack("=I", mark))
@@ -195,7 +195,7 @@ def serve(
 
 
 def wait_until(condition: Callable[[], bool], timeout_s: float = 3.0) -> bool:
-    """Tell whether the condition came true in that time."""
+    """Return whether the condition came true in that time."""
     deadline = time.monotonic() + timeout_s
     while not condition():
         if time.monotonic() > deadline:

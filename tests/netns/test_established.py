@@ -53,7 +53,7 @@ def release(packet: bytes, direction: Direction, mark: int) -> Verdict:
 
 @pytest.fixture
 def lab() -> Iterator[Lab]:
-    """Give a pod whose rules release all that its queue sees, as flows of one index."""
+    """Yield a pod whose rules release all that its queue sees, as flows of one index."""
     with open_lab() as lab:
         choose_backend(RulesBackend.AUTO).apply(lab.pod, lab.rules())
         yield lab
@@ -63,7 +63,7 @@ def lab() -> Iterator[Lab]:
 def flow(
     lab: Lab, direction: Direction, version: int, port: int = PORT
 ) -> Iterator[tuple[socket.socket, socket.socket]]:
-    """Give the pod's and the remote's end of a connection."""
+    """Yield the pod's and the remote's end of a connection."""
     client_at, server_at = (lab.remote, lab.pod) if direction is Direction.INGRESS else (lab.pod, lab.remote)
     address = (POD if direction is Direction.INGRESS else REMOTE)[version]
     with lab.listen(server_at, version, port) as listener, lab.socket(client_at, version) as client:
@@ -75,7 +75,7 @@ def flow(
 
 
 def is_cut(end: socket.socket) -> bool:
-    """Tell whether an end has had a RST, or its own kernel's word that it is over."""
+    """Return whether an end has had a RST, or its own kernel's word that it is over."""
     end.settimeout(2)
     try:
         end.recv(1)

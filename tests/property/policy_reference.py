@@ -24,7 +24,7 @@ def verdict(world: World, policies: list[Manifest], pod: Pod, peer: Pod | None, 
 
 
 def isolating_rules(policies: list[Manifest], pod: Pod, direction: str) -> Iterator[tuple[str, list[Manifest]]]:
-    """Give name and rules of each policy that isolates the pod."""
+    """Yield name and rules of each policy that isolates the pod."""
     for policy in policies:
         spec = policy["spec"]
         if policy["metadata"]["namespace"] != pod["namespace"]:

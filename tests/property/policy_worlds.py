@@ -30,7 +30,7 @@ labels = st.dictionaries(st.sampled_from(KEYS[:3]), st.sampled_from(VALUES), max
 
 
 def maybe(strategy: st.SearchStrategy[Any]) -> st.SearchStrategy[Any]:
-    """Give the strategy's values, or None."""
+    """Return the strategy's values, or None."""
     return st.one_of(st.none(), strategy)
 
 
@@ -81,7 +81,7 @@ ports = st.tuples(
 
 
 def rules(peers_field: str) -> st.SearchStrategy[dict[str, Any]]:
-    """Give entries of spec.ingress or spec.egress."""
+    """Return entries of spec.ingress or spec.egress."""
     return st.fixed_dictionaries({
         peers_field: maybe(st.lists(peers, max_size=3)),
         "ports": maybe(st.lists(ports, max_size=3)),
@@ -98,7 +98,7 @@ specs = st.fixed_dictionaries({
 
 @st.composite
 def policies(draw: st.DrawFn) -> list[dict[str, Any]]:
-    """Give some NetworkPolicies, most of them in the first namespace."""
+    """Return some NetworkPolicies, most of them in the first namespace."""
     namespaces = st.sampled_from(["x", *NAMESPACES])
     return [
         {
@@ -129,12 +129,12 @@ flows = st.fixed_dictionaries({
 
 @st.composite
 def worlds(draw: st.DrawFn) -> dict[str, Any]:
-    """Give namespaces with labels; each has the label of its name."""
+    """Return namespaces with labels; each has the label of its name."""
     return {"namespaces": {n: {**draw(labels), "kubernetes.io/metadata.name": n} for n in NAMESPACES}}
 
 
 def identity(world: dict[str, Any], pod: dict[str, Any], address: str) -> Identity:
-    """Give the identity of a generated pod; its namespace labels claim another trust domain, in vain."""
+    """Return the identity of a generated pod; its namespace labels claim another trust domain, in vain."""
     return Identity(
         pod=PodRef(pod["namespace"], "pod"),
         ips=(ip_address(address),),

@@ -207,7 +207,7 @@ def build_initrd(tree: Path) -> Path:
 
 
 def _with_dependencies(release: Path, names: tuple[str, ...]) -> list[str]:
-    """Give the files of modules and of all that they need, by modules.dep."""
+    """Return the files of modules and of all that they need, by modules.dep."""
     needs: dict[str, list[str]] = {}
     for line in (release / "modules.dep").read_text().splitlines():
         file, _, rest = line.partition(":")

@@ -72,7 +72,7 @@ def _walk(tree: Path, passed_over: frozenset[str]) -> Iterator[Path]:
 
 
 def _tool_files() -> Iterator[Path]:
-    """Give the files of the tools' packages, and the libraries that they load, by the paths without symbolic links."""
+    """Yield the files of the tools' packages, and the libraries that they load, by the paths without symbolic links."""
     names = output("dpkg-query", "--listfiles", *_TOOLS).splitlines()
     files = {Path(name) for name in names if name.startswith("/") and "/share/" not in name and Path(name).is_file()}
     programs = [file for file in files if os.access(file, os.X_OK)]

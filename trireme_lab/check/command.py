@@ -23,7 +23,7 @@ PROBED_PROTOCOLS = (Protocol.TCP, Protocol.UDP)
 
 
 def load_cases(files: Sequence[Path], count: int | None, seed: int) -> list[Case]:
-    """Read the cases, or a sample of them; raise ScenarioError where a probe's ends are unknown."""
+    """Read the cases, or a sample of them; raise ScenarioError if a probe's ends are unknown."""
     cases = list(read_cases(files))
     chosen = cases if count is None else sample(cases, count, seed)
     for case in chosen:

@@ -35,7 +35,7 @@ class Dial:
 
 
 def dial_of(layout: Layout, case: Case, probe: Probe) -> Dial | Unprobed:
-    """Say how to dial a TCP or UDP probe; raise ScenarioError where its ends have no addresses of one family."""
+    """Return how to dial a TCP or UDP probe; raise ScenarioError if its ends have no addresses of one family."""
     pods = {str(pod.ref): pod for pod in case.objects.pods}
     source, target = pods.get(probe.source), pods.get(probe.destination)
     if any(pod is not None and pod.is_finished for pod in (source, target)):

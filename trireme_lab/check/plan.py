@@ -41,7 +41,7 @@ class Layout:
     """Which place of the lab has an address: a pod, a node, or a host without an enforcer."""
 
     def joined(self, other: Layout) -> Layout | None:
-        """Return what holds for both; None where they contradict each other or are too many pods together."""
+        """Return what holds for both; None if they contradict each other or are too many pods together."""
         pods, nodes = _joined(self.pods, other.pods), _joined(self.nodes, other.nodes)
         owners = _joined(self.owners, other.owners)
         if pods is None or nodes is None or owners is None or len(pods) > max(MAX_PODS, len(self.pods)):
@@ -56,7 +56,7 @@ def _joined(ours: Mapping[_K, _V], theirs: Mapping[_K, _V]) -> Mapping[_K, _V] |
 
 
 def is_sandboxed(pod: Pod) -> bool:
-    """Say whether a pod has a network namespace of its own, with addresses that are its own."""
+    """Return whether a pod has a network namespace of its own, with addresses that are its own."""
     return bool(pod.ips) and not pod.is_on_host_network and not pod.is_finished
 
 
@@ -66,13 +66,13 @@ def host_place(address: IPAddress) -> str:
 
 
 def node_of(case: Case, pod: Pod) -> str:
-    """Return the node of a pod on its node's network; empty where the case does not tell."""
+    """Return the node of a pod on its node's network; empty if the case does not tell."""
     nodes = case.objects.nodes
     return pod.node or next((nodes[address] for address in pod.ips if address in nodes), "")
 
 
 def layout_of(case: Case) -> Layout:
-    """Say who has which addresses in a case; raise ScenarioError where two have one."""
+    """Return who has which addresses in a case; raise ScenarioError if two have one."""
     pods = {pod.ref: (pod.ips, pod.node) for pod in case.objects.pods if is_sandboxed(pod)}
     nodes = _node_addresses(case)
     claims = [(f"node:{name}", addresses) for name, addresses in nodes.items()]

@@ -26,7 +26,7 @@ class Score:
 
     @property
     def is_passed(self) -> bool:
-        """Say whether there were probes, and all as expected."""
+        """Return whether there were probes, and all as expected."""
         return self.right == self.probes > 0
 
     def add(self, result: CaseResult) -> list[str]:
@@ -53,7 +53,7 @@ class Score:
 
 
 def difference(case: Case, attempt: Attempt) -> list[str]:
-    """Tell what was expected and what happened, what the policies say, and what an enforcer said."""
+    """Return what was expected and what happened, what the policies say, and what an enforcer said."""
     probe = attempt.probe
     expected = f"{probe.expected} (by {probe.denied_by})" if probe.denied_by else probe.expected
     lines = [f"{case.name}: {probe}: expected {expected}, found {attempt.result.outcome.value}"]

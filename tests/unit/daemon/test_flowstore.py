@@ -50,7 +50,7 @@ def entry(index: int, port: int = 80) -> tuple[int, JudgedFlow]:
 
 
 def facts(flow: JudgedFlow | None) -> list[object]:
-    """Give all that a flow states; identities are compared by object."""
+    """Return all that a flow states; identities are compared by object."""
     assert flow is not None
     identity = [getattr(flow.peer, name) for name in Identity.__slots__]
     return [flow.direction, flow.address, flow.port, flow.protocol, *identity]

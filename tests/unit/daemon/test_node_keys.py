@@ -88,7 +88,7 @@ def world(tmp_path: Path) -> Iterator[World]:
 
 
 def judged(node: Node, token: LocalToken, wall_now: float, now: float = 1.0) -> str:
-    """Tell what a node makes of a token: "believed", or the reason of the refusal."""
+    """Return what a node makes of a token: "believed", or the reason of the refusal."""
     try:
         node.verifier.verify(token.block, SOURCE, now, wall_now)
     except PeerError as err:

@@ -36,7 +36,7 @@ LINKED = replace(CAGED, links=Links(("veth0",), (IPv6Address("fe80::5"),)))
 
 
 def contents(lines: list[str]) -> list[str]:
-    """Give what follows the names of the endpoint's chains."""
+    """Return what follows the names of the endpoint's chains."""
     return [line.split(" ", 5)[5] for line in lines if line.startswith("add rule")]
 
 

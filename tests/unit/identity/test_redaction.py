@@ -25,7 +25,7 @@ from tests.unit.identity.certificates import authority
 
 
 def encodings(secret: bytes) -> set[str]:
-    """Give the ways in which bytes could show; a part of them is enough to give them away."""
+    """Return the ways in which bytes could show; a part of them is enough to give them away."""
     part = secret[:12]
     texts = {part.hex(), str(int.from_bytes(secret, "big")), repr(part)[2:-1]}
     return texts | {encode(part).decode().rstrip("=") for encode in (b64encode, urlsafe_b64encode)}

@@ -21,7 +21,7 @@ REFUSED = yaml.safe_load((VECTORS / "refused.yaml").read_text(encoding="utf-8"))
 
 
 def manifest(spec: object, **metadata: object) -> dict[str, Any]:
-    """Give a NetworkPolicy manifest."""
+    """Return a NetworkPolicy manifest."""
     return {
         "apiVersion": "networking.k8s.io/v1",
         "kind": "NetworkPolicy",

@@ -27,7 +27,7 @@ HEN_ADDRESS = HEN.ips[0]
 
 
 def policy_of(identity: Identity, **specs: dict[str, Any] | None) -> PodPolicy:
-    """Give what policies of namespace farm, by name and spec, say of a pod."""
+    """Return what policies of namespace farm, by name and spec, say of a pod."""
     manifests = [
         {"apiVersion": "networking.k8s.io/v1", "kind": "NetworkPolicy", "metadata": {"name": name, "namespace": "farm"},
          "spec": spec}

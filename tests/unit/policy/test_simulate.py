@@ -60,7 +60,7 @@ def run_simulate(*arguments: object, text: str | None = None) -> Result:
 
 
 def changed(**probe: object) -> str:
-    """Give the case with its first probe changed."""
+    """Return the case with its first probe changed."""
     return json.dumps({**CASE, "probes": [{**CASE["probes"][0], **probe}, CASE["probes"][1]]})
 
 

@@ -309,7 +309,7 @@ def test_a_directory_may_come_later_and_be_replaced(tmp_path: Path, monkeypatch:
 
 
 def restarted(tmp_path: Path, *manifests: dict[str, Any]) -> tuple[Path, Path]:
-    """Give a source directory with one file, and what a daemon that read it has kept."""
+    """Return a source directory with one file, and what a daemon that read it has kept."""
     place, kept = tmp_path / "policies", tmp_path / "state" / "last-good"
     place.mkdir()
     write(place / "a.yaml", *manifests)

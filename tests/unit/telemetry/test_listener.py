@@ -22,7 +22,7 @@ async def render() -> str:
 
 @asynccontextmanager
 async def served() -> AsyncIterator[int]:
-    """Give the port of a listener."""
+    """Yield the port of a listener."""
     with socket.socket() as probe:
         probe.bind((HOST, 0))
         port = int(probe.getsockname()[1])
