@@ -43,11 +43,11 @@ class PlacementGuard:
         if self._announcements is not None:
             self._announcements.note_denied_node(node, why)
 
-    def release(self, node: str) -> bool:
-        """Believe a node again; tell whether it was denied."""
+    def trust(self, node: str) -> bool:
+        """Trust a node again; return whether it was denied."""
         was_denied = self._check.placement.release(node)
         if was_denied:
-            self._check.log.info("node believed again", node=node)
+            self._check.log.info("node trusted again", node=node)
         return was_denied
 
     def measure(self) -> None:

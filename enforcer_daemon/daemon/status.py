@@ -50,8 +50,11 @@ class Status:
 
     def commands(self) -> Mapping[str, Command]:
         """Return the commands by name."""
-        return {"status": self._status, "endpoints": self._list_endpoints, "metrics": self._render_metrics} | {
-            "release": self._release
+        return {
+            "status": self._status,
+            "endpoints": self._list_endpoints,
+            "metrics": self._render_metrics,
+            "trust": self._trust,
         }
 
     async def _status(self, arguments: dict[str, Any]) -> object:
@@ -124,14 +127,14 @@ class Status:
             if wanted in (None, str(endpoint.identity.pod))
         ]
 
-    async def _release(self, arguments: dict[str, Any]) -> object:
+    async def _trust(self, arguments: dict[str, Any]) -> object:
         node = arguments.pop("node", None)
         _require_no_arguments(arguments)
         if not isinstance(node, str):
             raise AdminError("node: must be the name of a node")
-        if self.placement is None or not self.placement.release(node):
+        if self.placement is None or not self.placement.trust(node):
             raise AdminError(f"node {node} is not denied")
-        return {"released": node}
+        return {"trusted": node}
 
     async def _render_metrics(self, arguments: dict[str, Any]) -> object:
         _require_no_arguments(arguments)

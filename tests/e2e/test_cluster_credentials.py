@@ -137,7 +137,7 @@ def test_the_shipped_roles_grant_what_is_used_and_no_more(lab: SignedLab, accoun
     assert {grant for grant in idle if grant.resource != "signers"} == set()
 
 
-def test_a_node_that_claims_another_nodes_pod_is_denied_until_it_is_released(lab: SignedLab) -> None:
+def test_a_node_that_claims_another_nodes_pod_is_denied_until_it_is_trusted_again(lab: SignedLab) -> None:
     lab.add_pod(pod("liar", "a", app="client"))
     try:
         with connection(lab, "x/client", "x/server") as ends:
@@ -158,7 +158,7 @@ def test_a_node_that_claims_another_nodes_pod_is_denied_until_it_is_released(lab
         assert [(event["regarding"]["name"], event["reportingInstance"]) for event in events] == [("a", "b")]
     finally:
         lab.remove_pod("x/liar")
-    lab.node("b").admin("release", node="a")
+    lab.node("b").admin("trust", node="a")
     assert status(lab.node("b"))["denied_nodes"] == []
     assert lab.probe("x/client", "x/server", HTTP.number).outcome is Outcome.CONNECTED
 

@@ -198,9 +198,10 @@ def test_every_subcommand_loads() -> None:
         assert _run(name, "--help").exit_code == 0
 
 
-def test_release_believes_a_node_again(daemon: Daemon) -> None:
-    result = _run("release", "--run-dir", str(daemon({"release": {"released": "b"}})), "b")
-    assert (result.exit_code, result.stdout) == (0, "node b is believed again\n")
+def test_a_denied_node_is_trusted_again(daemon: Daemon) -> None:
+    result = _run("node", "trust", "--run-dir", str(daemon({"trust": {"trusted": "b"}})), "b")
+    assert (result.exit_code, result.stdout) == (0, "node b is trusted again\n")
+    assert _run("release", "b").exit_code == 2
 
 
 def test_metrics_are_printed_as_they_are(daemon: Daemon) -> None:
