@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Render install/helm/trireme to plain manifests: `make manifests`.
 
-The chart keeps to what this renders as Helm does: values in place, toYaml with nindent, and if, else, end, each on a
-line of its own. Anything else is an error here.
+The chart keeps to what this renders as Helm does: values in place, toYaml with nindent, the checksum of another
+template, and if, else, end, each on a line of its own. Anything else is an error here. A checksum differs from Helm's,
+whose YAML has other line breaks: both change whenever the template's values do.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from __future__ import annotations
 import re
 import sys
 from collections.abc import Iterator, Mapping
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +27,7 @@ _FIELD = r"\.(?:Values|Release)(?:\.\w+)+"
 _CONTROL = re.compile(rf"\s*\{{\{{- (?:if (?P<negated>not )?(?P<field>{_FIELD})|(?P<word>else|end)) \}}\}}\Z")
 _BLOCK = re.compile(rf"\s*\{{\{{- toYaml (?P<field>{_FIELD}) \| nindent (?P<indent>\d+) \}}\}}\Z")
 _INLINE = re.compile(rf"\{{\{{ ({_FIELD}) \}}\}}")
+_CHECKSUM = re.compile(r'\{\{ include \(print \$\.Template\.BasePath "/([\w.-]+)"\) \. \| sha256sum \}\}')
 _HEADER = "# SPDX-License-Identifier: Apache-2.0\n# Made from install/helm/trireme by `make manifests`; change that.\n"
 
 
@@ -64,10 +67,15 @@ def _expand(line: str, scope: Mapping[str, Any], path: Path) -> Iterator[str]:
         text = yaml.safe_dump(_look_up(block["field"], scope), default_flow_style=False)
         yield from (" " * int(block["indent"]) + part for part in text.splitlines())
         return
+    line = _CHECKSUM.sub(lambda found: _checksum(path.with_name(found[1]), scope), line)
     line = _INLINE.sub(lambda found: str(_look_up(found[1], scope)), line)
     if "{{" in line:
         raise ValueError(f"{path}: more than this renders: {line.strip()}")
     yield line
+
+
+def _checksum(path: Path, scope: Mapping[str, Any]) -> str:
+    return sha256("\n".join(_lines(path, scope)).encode()).hexdigest()
 
 
 def _look_up(field: str, scope: Mapping[str, Any]) -> Any:

@@ -164,6 +164,33 @@ def test_the_nodes_name_comes_from_the_pod(tmp_path: Path, monkeypatch: pytest.M
     assert CliRunner().invoke(enforcer, check).exit_code == 0
 
 
+WORKLOADS = ("DaemonSet", "Deployment")
+
+
+@pytest.mark.parametrize("changed", CHANGES, ids=str)
+def test_a_changed_config_restarts_what_reads_it_and_nothing_else(changed: dict[str, Any]) -> None:
+    """Each pod template states the checksum of the ConfigMap that it mounts; what reads none has its config in args."""
+    values = yaml.safe_load((CHART / "values.yaml").read_text())
+    settings = {**values["settings"], "denyWith": "reset"}
+    before, after = objects(render(changed)), objects(render({**changed, "settings": settings}))
+    for key, found in before.items():
+        if key[0] in WORKLOADS:
+            is_read = any("configMap" in volume for volume in pod_of(found)["volumes"])
+            assert ("checksum/config" in annotations_of(found)) == is_read
+            assert (found != after[key]) == is_read
+
+
+def test_the_signers_config_is_in_its_pod_template() -> None:
+    values = yaml.safe_load((CHART / "values.yaml").read_text())
+    settings = {**values["settings"], "trustDomain": "other.example"}
+    key = "Deployment", "trireme-signer"
+    assert objects(render({}))[key] != objects(render({"settings": settings}))[key]
+
+
+def annotations_of(found: dict[str, Any]) -> dict[str, str]:
+    return found["spec"]["template"]["metadata"].get("annotations", {})
+
+
 def test_the_enforcer_takes_its_settings() -> None:
     text = objects(render({}))["ConfigMap", "trireme-enforcer"]["data"]["enforcer.yaml"]
     settings = decode_settings({**yaml.safe_load(text), "node": "node-7"})
