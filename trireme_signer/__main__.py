@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import click
-import prometheus_client
 from cryptography import x509
 from kubernetes.aio.leaderelection.electionconfig import Config
 from kubernetes.aio.leaderelection.leaderelection import LeaderElection
@@ -26,6 +25,7 @@ from enforcer_daemon.identity.credential import TrustBundle
 from enforcer_daemon.kube.client import ApiError, ClusterApi
 from enforcer_daemon.settings import KubernetesSettings, LogSettings
 from enforcer_daemon.telemetry.logs import Logger, open_log
+from trireme_signer import metrics
 from trireme_signer.cluster import CONFLICT, Cluster
 from trireme_signer.judging import Grant
 from trireme_signer.rotation import Schedule
@@ -37,7 +37,6 @@ _LEASE_S, _RENEW_S, _RETRY_S = 15, 10, 2
 _SERVER_ERRORS = 500
 """HTTP statuses from here on are the server's own trouble, and pass."""
 _LEASE = "trireme-signer"
-_LEADS = prometheus_client.Gauge("trireme_signer_leads", "Whether this replica is the one that signs.")
 
 
 @click.command()
@@ -77,7 +76,7 @@ def main(
     try:
         settings = _settings(extra_bundle, options)
         if metrics_port:
-            prometheus_client.start_http_server(metrics_port)
+            metrics.serve(metrics_port)
         with tempfile.TemporaryDirectory(prefix="trireme-signer-") as scratch:
             api = ClusterApi(KubernetesSettings(enabled=True, kubeconfig=kubeconfig), Path(scratch) / "kubeconfig")
             asyncio.run(_run(api, settings, identity, log))
@@ -131,14 +130,14 @@ async def _stand(api: ClusterApi, settings: SignerSettings, identity: str, log: 
 
     async def lead() -> None:
         log.info("leads", signer=settings.grant.signer_name)
-        _LEADS.set(1)
+        metrics.LEADER.set(1)
         try:
             await Service(api, settings, KubernetesSettings(enabled=True), log, random.random).lead()
         except EnforcerError as err:
             failed.set_exception(err)
 
     async def stop() -> None:
-        _LEADS.set(0)
+        metrics.LEADER.set(0)
 
     await _until_lease(Cluster(api), settings.grant.namespace, log)
     lock = LeaseLock(_LEASE, settings.grant.namespace, identity, api.client)

@@ -12,7 +12,6 @@ from collections.abc import Callable, Mapping
 from datetime import datetime, timedelta
 from typing import Any
 
-import prometheus_client
 from cryptography.hazmat.primitives import serialization
 
 from enforcer_daemon.identity.authority import Authority, issue_credential
@@ -20,12 +19,10 @@ from enforcer_daemon.kube.client import NOT_FOUND, ApiError
 from enforcer_daemon.telemetry.logs import Logger
 from trireme_signer.cluster import CONFLICT, Cluster, Manifest
 from trireme_signer.judging import Grant, Granted, RefusedError, Requester, Witnesses, identify, judge
+from trireme_signer.metrics import REQUESTS
 
 PATH = "/apis/certificates.k8s.io/v1/certificatesigningrequests"
 _APPROVED, _DENIED, _FAILED = "Approved", "Denied", "Failed"
-DECISIONS = prometheus_client.Counter(
-    "trireme_signer_requests", "Requests decided, by what became of them.", ["outcome"]
-)
 
 
 class RequestDesk:
@@ -73,7 +70,7 @@ class RequestDesk:
         pem = certificate.public_bytes(serialization.Encoding.PEM)
         status = {**request.get("status", {}), "certificate": base64.b64encode(pem).decode()}
         if await self._store(request, "status", status):
-            DECISIONS.labels("signed").inc()
+            REQUESTS.labels("signed").inc()
             self._log.info("certificate signed", node=requester.node, until=f"{certificate.not_valid_after_utc:%FT%TZ}")
 
     async def _judge(self, request: Manifest) -> tuple[Requester, Granted]:
@@ -100,7 +97,7 @@ class RequestDesk:
         status = dict(request.get("status") or {})
         status["conditions"] = [*(status.get("conditions") or ()), entry]
         if await self._store(request, part, status):
-            DECISIONS.labels(condition.lower()).inc()
+            REQUESTS.labels(condition.lower()).inc()
             name = request["metadata"]["name"]
             self._log.info(f"request {condition.lower()}", request=name, reason=reason, message=message)
 

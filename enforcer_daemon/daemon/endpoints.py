@@ -229,7 +229,7 @@ class Endpoints:
         backend, netns_fd = self._kernel.backend, endpoint.sandbox.netns_fd
         if not await asyncio.to_thread(backend.is_intact, netns_fd, rules):
             await asyncio.to_thread(backend.apply, netns_fd, rules)
-            self._metrics.restored_rules.labels("pod").inc()
+            self._metrics.repaired_rules.labels("pod").inc()
             self._log.warning("rules repaired", pod=str(endpoint.identity.pod))
         endpoint.note_rules(backend)
 
@@ -237,7 +237,7 @@ class Endpoints:
         """Put back what somebody else took away, in the pods and on the node; call it about once a second."""
         try:
             if await self._kernel.restore_guard():
-                self._metrics.restored_rules.labels("node").inc()
+                self._metrics.repaired_rules.labels("node").inc()
                 self._log.warning("guard put back: somebody else had removed or emptied its tables")
         except DataplaneError as err:
             self._log.error("guard not put back, will try again", error=str(err))

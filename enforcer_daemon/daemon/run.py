@@ -49,7 +49,7 @@ from enforcer_daemon.sources.manifests import Problem, World
 from enforcer_daemon.sources.turns import SWITCH_INTERVAL_S, Turns
 from enforcer_daemon.telemetry.events import EventBook
 from enforcer_daemon.telemetry.logs import Logger
-from enforcer_daemon.telemetry.metrics import Metrics
+from enforcer_daemon.telemetry.metrics import LOST_CAUSES, Metrics
 
 _TEND_S = 0.1
 """How often endpoints give up what took too long, seconds."""
@@ -311,8 +311,8 @@ class Daemon:
     def _measure(self) -> None:
         """Bring the metrics up to date that nobody pushes."""
         for endpoint in self._endpoints:
-            for where, count in endpoint.count_lost()._asdict().items():
-                self._metrics.lost_packets.labels(where).inc(count)
+            for field, count in endpoint.count_lost()._asdict().items():
+                self._metrics.lost_packets.labels(LOST_CAUSES[field]).inc(count)
         if self._placement is not None:
             self._placement.measure()
         datapaths = [endpoint.datapath for endpoint in self._endpoints]

@@ -89,7 +89,7 @@ class Status:
             ],
             "verifications": self._node.verifier.verifications,
             "drops": self._metrics.denials(),
-            "bound_hits": {bound.value: count for bound, count in self._metrics.bound_hits.items() if count},
+            "limits_reached": {limit.value: count for limit, count in self._metrics.bound_hits.items() if count},
         }
 
     async def _guard(self) -> object:

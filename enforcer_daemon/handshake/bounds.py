@@ -15,7 +15,7 @@ from typing import Generic, NamedTuple, TypeVar
 
 
 class Bound(Enum):
-    """What can be full; the value is the label `bound` of enforcer_bound_hits_total."""
+    """What can be full; the value is the label `limit` of trireme_limit_reached_total."""
 
     HALF_OPEN_FLOWS = "half-open-flows"
     HALF_OPEN_FLOWS_PER_SOURCE = "half-open-flows-per-source"

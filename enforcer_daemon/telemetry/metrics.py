@@ -1,12 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The daemon's counters, in one object that is passed to those who count. Label sets are closed: never a pod's name."""
+"""The daemon's metrics, in one object that is passed to those who count. Label sets are closed: never a pod's name.
+
+Names follow https://prometheus.io/docs/practices/naming/: the prefix `trireme_`, base units, `_total` for counters.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from types import MappingProxyType
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, disable_created_metrics, generate_latest
 from prometheus_client.metrics_core import CounterMetricFamily
 from prometheus_client.registry import Collector
 
@@ -14,6 +17,8 @@ from enforcer_daemon.handshake.bounds import Bound
 from enforcer_daemon.model import Direction
 from enforcer_daemon.reasons import Reason
 
+LOST_CAUSES = {"queue": "queue-full", "buffer": "buffer-full", "limit": "packet-rate"}
+"""The label `cause` of each field of LostPackets."""
 _LATENCY_BUCKETS = (0.0005, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.5, 1.0, 5.0)
 
 
@@ -28,29 +33,29 @@ class _DecisionCollector(Collector):
 
     def collect(self) -> Iterator[CounterMetricFamily]:
         metric = CounterMetricFamily(
-            "enforcer_decisions",
-            "Decisions on flows and packets, by direction, verdict and reason (triremectl reasons).",
-            labels=("direction", "verdict", "reason"),
+            "trireme_decisions",
+            "Decisions on flows and packets, by reason (triremectl reasons).",
+            labels=("direction", "decision", "reason"),
         )
         for (direction, is_allowed, reason), count in self._decisions.items():
             metric.add_metric((direction.value, "allow" if is_allowed else "deny", reason.value), count)
         yield metric
 
 
-class _BoundCollector(Collector):
-    """Likewise for bounds that were reached."""
+class _LimitCollector(Collector):
+    """Likewise for limits that were reached."""
 
     def __init__(self, hits: Mapping[Bound, int]) -> None:
         self._hits = hits
 
     def collect(self) -> Iterator[CounterMetricFamily]:
         metric = CounterMetricFamily(
-            "enforcer_bound_hits",
-            "How often a bound cost somebody an entry, a packet or a verification.",
-            labels=("bound",),
+            "trireme_limit_reached",
+            "Times that a limit evicted an entry, dropped a packet or refused a verification.",
+            labels=("limit",),
         )
-        for bound, count in self._hits.items():
-            metric.add_metric((bound.value,), count)
+        for limit, count in self._hits.items():
+            metric.add_metric((limit.value,), count)
         yield metric
 
 
@@ -62,8 +67,8 @@ class _GuardCollector(Collector):
 
     def collect(self) -> Iterator[CounterMetricFamily]:
         metric = CounterMetricFamily(
-            "enforcer_guard_drops",
-            "Packets that the guard on the node dropped since its tables were made.",
+            "trireme_guard_dropped_packets",
+            "Packets that the host rules (guard) dropped since they were applied.",
             labels=("reason",),
         )
         for reason, count in self._drops.items():
@@ -76,42 +81,50 @@ class Metrics:
 
     def __init__(self, bound_hits: Mapping[Bound, int] = MappingProxyType({})) -> None:
         """Expose, with the metrics that are kept here, what the datapath counts itself."""
+        # Else each counter has a second series. The library has only this global switch.
+        disable_created_metrics()  # type: ignore[no-untyped-call]
         self.registry = CollectorRegistry()
         self.bound_hits = bound_hits
-        self.registry.register(_BoundCollector(bound_hits))
+        self.registry.register(_LimitCollector(bound_hits))
         self.decisions: dict[DecisionKind, int] = {}
         """Decisions by direction, whether allowed, and reason. Plain numbers: two are counted in every connection."""
         self.registry.register(_DecisionCollector(self.decisions))
         self.lost_packets = Counter(
-            "enforcer_lost_packets",
-            "Packets that the kernel dropped before they were judged: queue or buffer was full, or they came too fast.",
-            labelnames=("where",),
+            "trireme_queue_dropped_packets",
+            "Packets that the kernel dropped before the enforcer read them.",
+            labelnames=("cause",),
             registry=self.registry,
         )
+        for cause in LOST_CAUSES.values():
+            self.lost_packets.labels(cause)
         self.ended_flows = Counter(
-            "enforcer_ended_flows", "Established flows that a change no longer allowed.", registry=self.registry
+            "trireme_ended_flows",
+            "Established flows that a change of policy or labels no longer allows.",
+            registry=self.registry,
         )
         self.half_open_flows = Gauge(
-            "enforcer_half_open_flows", "Unfinished handshakes of all pods.", registry=self.registry
+            "trireme_half_open_flows", "Unfinished handshakes of all pods.", registry=self.registry
         )
         self.held_packets = Gauge(
-            "enforcer_held_packets", "Packets of all pods that wait for proofs.", registry=self.registry
+            "trireme_held_packets", "Packets of all pods that wait for a proof.", registry=self.registry
         )
-        self.restored_rules = Counter(
-            "enforcer_restored_rules",
-            "Times that rules were put back which somebody else had taken away.",
+        self.repaired_rules = Counter(
+            "trireme_repaired_rules",
+            "Times that rules were repaired that another program had changed or removed.",
             ("place",),
             registry=self.registry,
         )
         for place in ("node", "pod"):
-            self.restored_rules.labels(place)
-        self.endpoints = Gauge("enforcer_endpoints", "Pods enforced on this node.", registry=self.registry)
+            self.repaired_rules.labels(place)
+        self.endpoints = Gauge("trireme_endpoints", "Pods enforced on this node.", registry=self.registry)
         self.snapshot_generation = Gauge(
-            "enforcer_snapshot_generation", "Policy snapshots since the start.", registry=self.registry
+            "trireme_snapshot_generation",
+            "Number of the policy snapshot in force, counted from the start.",
+            registry=self.registry,
         )
         self.refused_objects = Gauge(
-            "enforcer_refused_objects",
-            "Problems with objects, by whether an earlier version is in force instead.",
+            "trireme_refused_objects",
+            "Problems with refused objects, by which version is in force instead.",
             ("in_force",),
             registry=self.registry,
         )
@@ -120,15 +133,17 @@ class Metrics:
         """Packets that the guard dropped, by reason, as of the last look at the kernel."""
         self.registry.register(_GuardCollector(self.guard_drops))
         self.update_seconds = Histogram(
-            "enforcer_policy_update_seconds",
-            "From a change's arrival to its being in force on all endpoints.",
+            "trireme_policy_update_duration_seconds",
+            "Time from the arrival of a change until it is in force on all endpoints.",
             buckets=_LATENCY_BUCKETS,
             registry=self.registry,
         )
         self.registration_seconds = Histogram(
-            "enforcer_registration_seconds", "Time to enforce a new endpoint.", buckets=_LATENCY_BUCKETS,
+            "trireme_registration_duration_seconds",
+            "Time to enforce a new endpoint (CNI ADD).",
+            buckets=_LATENCY_BUCKETS,
             registry=self.registry,
-        )  # fmt: skip
+        )
         self._open_of_leases()
         self._open_of_cluster()
 
@@ -136,7 +151,7 @@ class Metrics:
         """Expose what became of the leases of pairs of pods."""
         self.lapsed_flows = Counter(
             "trireme_lapsed_flows",
-            "Established flows that ended because their peer fell silent.",
+            "Established flows that ended because their peer's enforcer fell silent (leases).",
             registry=self.registry,
         )
         self.unanswered_leases = Gauge(
@@ -148,36 +163,36 @@ class Metrics:
     def _open_of_cluster(self) -> None:
         """Expose what only a node of a cluster has."""
         self.events = Counter(
-            "enforcer_kubernetes_events",
-            "Events for the API server, by what became of them.",
+            "trireme_kubernetes_events",
+            "Events for the API server, by result.",
             ("result",),
             registry=self.registry,
         )
         for result in ("sent", "failed", "limited"):
             self.events.labels(result)
         self.placement = Counter(
-            "enforcer_placement_checks",
-            "Look-ups of pods that other nodes' tokens name, by what was found.",
+            "trireme_placement_checks",
+            "Look-ups of pods that other nodes' tokens name, by result.",
             ("result",),
             registry=self.registry,
         )
         for result in ("here", "elsewhere", "absent", "unknown", "skipped", "refused"):
             self.placement.labels(result)
         self.denied_nodes = Gauge(
-            "enforcer_denied_nodes", "Nodes that are not believed because of false claims.", registry=self.registry
+            "trireme_denied_nodes", "Nodes that are denied for false claims.", registry=self.registry
         )
         self._watch_up = Gauge(
-            "enforcer_watch_up", "Whether a kind is followed at the API server.", ("resource",), registry=self.registry
+            "trireme_watch_up", "Whether a kind is watched at the API server.", ("resource",), registry=self.registry
         )
         self._watch_silence = Gauge(
-            "enforcer_watch_silence_seconds",
-            "Since the API server last said something about a kind, bookmarks included.",
+            "trireme_watch_silence_seconds",
+            "Time since the last message of the API server about a kind, bookmarks included.",
             ("resource",),
             registry=self.registry,
         )
 
     def watch(self, resource: str, is_up: Callable[[], bool], silence_s: Callable[[], float]) -> None:
-        """Show a watch; both are asked when somebody looks."""
+        """Expose a watch; both functions are called at each scrape."""
         self._watch_up.labels(resource).set_function(is_up)
         self._watch_silence.labels(resource).set_function(silence_s)
 

@@ -42,7 +42,7 @@ def wait_for(condition: Callable[[], object]) -> None:
 
 def counted(lab: KubeLab, result: str) -> float:
     text = str(lab.node("a").admin("metrics"))
-    found = re.search(rf'enforcer_placement_checks_total{{result="{result}"}} ([\d.e+]+)', text)
+    found = re.search(rf'trireme_placement_checks_total{{result="{result}"}} ([\d.e+]+)', text)
     return float(found[1]) if found else 0.0
 
 

@@ -78,7 +78,7 @@ def memory_bytes(lab: Lab) -> int:
 
 
 def bound_hits(lab: Lab) -> Mapping[str, int]:
-    hits = lab.node("a").status()["bound_hits"]
+    hits = lab.node("a").status()["limits_reached"]
     assert isinstance(hits, dict)
     return hits
 
@@ -143,9 +143,9 @@ def test_who_floods_reaches_his_own_bounds(lab: Lab) -> None:
             await_condition(lambda: lost_packets(lab, "limit") > lost, "the kernel let it come as fast as it was sent")
     metrics = lab.node("a").admin("metrics")
     assert isinstance(metrics, str)
-    assert f'enforcer_bound_hits_total{{bound="{Bound.HALF_OPEN_FLOWS_PER_SOURCE.value}"}}' in metrics
-    for where in ("queue", "buffer", "limit"):
-        assert f'enforcer_lost_packets_total{{where="{where}"}}' in metrics
+    assert f'trireme_limit_reached_total{{limit="{Bound.HALF_OPEN_FLOWS_PER_SOURCE.value}"}}' in metrics
+    for cause in ("queue-full", "buffer-full", "packet-rate"):
+        assert f'trireme_queue_dropped_packets_total{{cause="{cause}"}}' in metrics
 
 
 @pytest.mark.parametrize(

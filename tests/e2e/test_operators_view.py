@@ -46,7 +46,7 @@ def test_a_pod_of_which_no_labels_are_known_is_refused(lab: Lab) -> None:
 def test_metrics_are_read_over_http_and_nothing_else_is(lab: Lab) -> None:
     answer = scraped(lab)
     assert answer.startswith("HTTP/1.1 200 ")
-    assert "\nenforcer_endpoints 1.0\n" in answer
+    assert "\ntrireme_endpoints 1.0\n" in answer
     assert scraped(lab, b"GET /").startswith("HTTP/1.1 404 ")
     assert scraped(lab, b"POST /metrics").startswith("HTTP/1.1 405 ")
 
@@ -58,6 +58,8 @@ def test_what_the_guard_drops_is_among_the_metrics(lab: Lab) -> None:
         stranger.sendto(b"x", (str(lab.place("node:a").address()), 9))
     # The pod asks for the gateway's MAC under the address, which is dropped: a spoofed neighbour, some times over.
     before = lab.node("a").status()["guard"]["drops"]["spoofed-neighbour"]  # type: ignore[index]
-    found = re.search(r'^enforcer_guard_drops_total\{reason="spoofed-neighbour"\} (\d+)', scraped(lab), re.MULTILINE)
+    found = re.search(
+        r'^trireme_guard_dropped_packets_total\{reason="spoofed-neighbour"\} (\d+)', scraped(lab), re.MULTILINE
+    )
     assert found is not None
     assert 0 < before <= int(found[1])

@@ -320,8 +320,8 @@ def test_rules_that_somebody_removed_come_back_within_seconds(lab: Lab) -> None:
         time.sleep(0.1)
     assert _guarded_rules(lab) == everything
     metrics = str(lab.node("b").admin("metrics"))
-    assert 'enforcer_restored_rules_total{place="node"} 1.0' in metrics
-    assert 'enforcer_restored_rules_total{place="pod"} 1.0' in metrics
+    assert 'trireme_repaired_rules_total{place="node"} 1.0' in metrics
+    assert 'trireme_repaired_rules_total{place="pod"} 1.0' in metrics
 
 
 def _guarded_rules(lab: Lab) -> tuple[dict[str, str], list[str]]:

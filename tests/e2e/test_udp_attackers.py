@@ -180,7 +180,7 @@ def test_flows_that_nobody_answers_are_bounded_and_hurt_no_other(lab: Lab, versi
                 assert _count(lab, "half_open_flows", "x/opener") <= bounds.max_half_open_flows_per_source
                 _speak(lab, "x/client", server, version)
                 _speak(lab, "x/opener", server, version)
-        hits = lab.pod_node("x/opener").status()["bound_hits"]
+        hits = lab.pod_node("x/opener").status()["limits_reached"]
         assert isinstance(hits, dict)
         assert hits[Bound.HELD_PACKETS_PER_SOURCE.value] > 0
         assert "hold-queue-full" in denials(lab, "x/opener")

@@ -9,25 +9,30 @@ import re
 import textwrap
 import typing
 import zlib
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from hashlib import sha256
 from pathlib import Path
 
 import pytest
+from prometheus_client import REGISTRY
+from prometheus_client.metrics_core import Metric
 
 from enforcer_daemon.dataplane.ruleset import rules_table
 from enforcer_daemon.handshake import frames
+from enforcer_daemon.handshake.bounds import no_hits
 from enforcer_daemon.handshake.lapse import TCP_LAPSE_S, UDP_LAPSE_S
 from enforcer_daemon.handshake.leaseframes import LEASE_BYTES, LEASE_PORT
 from enforcer_daemon.handshake.leasepairs import MAX_PAIRS
 from enforcer_daemon.handshake.machine import DATAGRAM_TRANSITIONS, TRANSITIONS, Event, State
 from enforcer_daemon.identity.dictionary import TOKEN_DICTIONARY
 from enforcer_daemon.identity.tokens import MAX_CLAIMS_BYTES
+from enforcer_daemon.model import Direction
 from enforcer_daemon.packet.tcp import OPTION_EXPERIMENT_1
 from enforcer_daemon.reasons import Reason
 from enforcer_daemon.settings import Settings
 from enforcer_daemon.telemetry.metrics import Metrics
 from trireme_lab.scenario import load_scenario
+from trireme_signer.metrics import REQUESTS
 
 ROOT = Path(__file__).parents[2]
 DOCS = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")])
@@ -116,14 +121,56 @@ def test_settings_table_has_every_key_with_its_default() -> None:
 # Metrics.
 
 
-def test_metrics_table_has_every_metric() -> None:
+NO_METRICS = {"trireme_guard", "trireme_install", "trireme_lab", "trireme_signer"}
+"""Other things whose names begin with the prefix of metrics: packages, and tables of nft."""
+
+
+def exposed(families: Iterable[Metric]) -> dict[str, list[str]]:
+    """Type and labels of each metric, by its name in the text format."""
+    found = {}
+    for family in families:
+        names = {name: None for sample in family.samples for name in sample.labels if name != "le"}
+        suffix = "_total" if family.type == "counter" else ""
+        found[family.name + suffix] = [family.type, ", ".join(f"`{name}`" for name in names) or "none"]
+    return found
+
+
+def counted() -> Metrics:
+    """Metrics with a sample of each."""
+    metrics = Metrics(no_hits())
+    metrics.decisions[Direction.INGRESS, False, Reason.POLICY] = 1
+    metrics.guard_drops["spoofed-source"] = 1
+    metrics.watch("pods", lambda: True, lambda: 0.0)
+    return metrics
+
+
+def of_signer() -> list[Metric]:
+    REQUESTS.labels("signed")
+    return [family for family in REGISTRY.collect() if family.name.startswith("trireme_")]
+
+
+def test_metrics_table_is_what_is_exposed() -> None:
     section = read("docs/operations.md").split("## Metrics")[1].split("\n## ")[0]
-    metrics = Metrics()
-    exposed = {
-        family.name + ("_total" if family.type == "counter" else ""): family.type
-        for family in metrics.registry.collect()
-    }
-    assert {name: cells[0] for name, cells in rows(section).items()} == exposed
+    found = exposed([*counted().registry.collect(), *of_signer()])
+    assert {name: cells[:2] for name, cells in rows(section).items()} == found
+
+
+def test_metrics_have_the_products_prefix_and_base_units() -> None:
+    for name in exposed([*counted().registry.collect(), *of_signer()]):
+        assert re.fullmatch(r"trireme_[a-z_]+", name)
+        assert not re.search(r"_(ms|milliseconds|us|minutes|kb|count)(_|$)", name)
+
+
+def test_no_counter_has_a_created_series() -> None:
+    assert "_created" not in counted().render()
+
+
+@pytest.mark.parametrize("path", DOCS, ids=lambda path: str(path.relative_to(ROOT)))
+def test_named_metrics_exist(path: Path) -> None:
+    text = path.read_text(encoding="utf-8")
+    known = {*exposed([*counted().registry.collect(), *of_signer()]), *NO_METRICS}
+    assert set(re.findall(r"`(trireme_[a-z_]+)[`{]", text)) - known == set()
+    assert re.findall(r"`enforcer_(?!daemon)[a-z_]+", text) == []
 
 
 # The protocol.

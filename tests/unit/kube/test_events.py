@@ -48,7 +48,7 @@ class Told:
         await self._sender.send_due()
 
     def counts(self) -> tuple[float | None, float | None]:
-        name = "enforcer_kubernetes_events_total"
+        name = "trireme_kubernetes_events_total"
         value = self.metrics.registry.get_sample_value
         return value(name, {"result": "sent"}), value(name, {"result": "failed"})
 

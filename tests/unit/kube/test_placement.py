@@ -49,7 +49,7 @@ class Asking:
         self.denied.append((node, why))
 
     def count(self, result: str) -> float:
-        name = "enforcer_placement_checks_total"
+        name = "trireme_placement_checks_total"
         return self.metrics.registry.get_sample_value(name, {"result": result}) or 0.0
 
     async def until_counted(self, result: str, count: int = 1) -> None:

@@ -127,7 +127,7 @@ def test_the_world_is_listed_in_pages_and_then_followed(api: FakeApi, tmp_path: 
             await asyncio.to_thread(api.patch, "Pod", "x", "web", {"metadata": {"labels": {"app": "db"}}})
             await found.until(lambda: found.worlds[-1].pods[PodRef("x", "web")].labels == {"app": "db"})
             assert list(found.worlds[-1].pods) == [PodRef("x", "web")]
-            assert found.metric("enforcer_watch_up", "networkpolicies") == 1
+            assert found.metric("trireme_watch_up", "networkpolicies") == 1
         assert ("GET", "/apis/networking.k8s.io/v1/networkpolicies?limit=2") in api.requests
 
     asyncio.run(work())
@@ -175,7 +175,7 @@ def test_a_watch_on_which_nothing_happens_is_opened_anew_and_not_lost(api: FakeA
         with capture_logs() as logs:
             async with running(settings) as found:
                 await found.until(lambda: sum(path.startswith(start) for _, path in api.requests) > 1)
-                assert found.metric("enforcer_watch_up", "networkpolicies") == 1
+                assert found.metric("trireme_watch_up", "networkpolicies") == 1
                 await asyncio.to_thread(api.put, policy("p1"))
                 await found.until(lambda: found.policies == ["p1"])
         assert "watch lost" not in [entry["event"] for entry in logs]
@@ -190,7 +190,7 @@ def test_the_last_state_stays_while_the_server_is_away(api: FakeApi, tmp_path: P
         async with running(settings_for(api, tmp_path)) as found:
             await found.until(lambda: found.source.is_settled)
             with api.away():
-                await found.until(lambda: found.metric("enforcer_watch_up", "networkpolicies") == 0)
+                await found.until(lambda: found.metric("trireme_watch_up", "networkpolicies") == 0)
                 assert found.policies == ["p0"]
                 assert "networkpolicies" in found.source.lag()
                 assert found.source.problem() == ""

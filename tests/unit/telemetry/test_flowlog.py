@@ -114,7 +114,7 @@ def test_metrics_have_closed_labels() -> None:
     flow_log, metrics, _ = open_flow_log("error")
     flow_log.take([report(), report(Reason.POLICY, is_allowed=True)])
     text = metrics.render()
-    assert 'enforcer_decisions_total{direction="ingress",reason="ingress-denied",verdict="deny"} 1.0' in text
+    assert 'trireme_decisions_total{decision="deny",direction="ingress",reason="ingress-denied"} 1.0' in text
     assert "shop" not in text
 
 

@@ -205,8 +205,8 @@ def test_a_denied_node_is_trusted_again(daemon: Daemon) -> None:
 
 
 def test_metrics_are_printed_as_they_are(daemon: Daemon) -> None:
-    result = _run("metrics", "--run-dir", str(daemon({"metrics": "enforcer_endpoints 1.0\n"})))
-    assert (result.stdout, result.exit_code) == ("enforcer_endpoints 1.0\n", 0)
+    result = _run("metrics", "--run-dir", str(daemon({"metrics": "trireme_endpoints 1.0\n"})))
+    assert (result.stdout, result.exit_code) == ("trireme_endpoints 1.0\n", 0)
 
 
 def test_endpoints_tells_pods_without_labels_from_pods_of_which_none_are_known(daemon: Daemon) -> None:
