@@ -47,7 +47,8 @@ format: setup ## format and mend what ruff can
 	$(BIN)/ruff check --quiet --fix .
 	$(BIN)/ruff format --quiet .
 
-manifests: setup ## render install/trireme.yaml and trireme-uninstall.yaml from the Helm chart
+manifests: setup ## render the Helm chart to plain manifests, and the settings to their file, schema and page
+	$(BIN)/python install/settings_files.py
 	$(BIN)/python install/render.py
 
 bench: setup ## cost against no agent, alternating in one run (as root)

@@ -26,11 +26,15 @@ from cryptography.hazmat.primitives.serialization import load_pem_private_key
 from benchmarks.flood import write_frames
 from benchmarks.flood_packets import FLOODS, Attacker, Flood
 from benchmarks.shares import ENFORCER, Shares, WeighedLab, chart_request
+from enforcer_daemon.daemon.limits import DaemonLimits
 from enforcer_daemon.dataplane.addresses import interface
+from enforcer_daemon.handshake.limits import HandshakeLimits
 from enforcer_daemon.identity.authority import Authority
 from enforcer_daemon.model import PodRef
+from trireme_lab.enforcer import enforcer_with
 from trireme_lab.lab import Lab
 from trireme_lab.netns import netns_path
+from trireme_lab.tools import Tools
 from trireme_lab.world import NodeSpec, PodSpec, WorldSpec
 
 PORT = 7000
@@ -63,9 +67,9 @@ WORLD = WorldSpec(
     nodes=(NodeSpec.numbered("a", 1),),
     pods=tuple(PodSpec(PodRef("bench", role), "a", {"role": role}) for role in _ROLES),
     manifests=(_policy("server", "server", "client"), _policy("victim", "victim", "flooder")),
-    settings={"handshake": {"timeoutS": 2}},
 )
-"""Handshakes that nobody ends are given up soon, so that rounds with and without a flood can alternate."""
+LIMITS = DaemonLimits(handshake=HandshakeLimits(timeout_s=2.0))
+"""Half-open flows are evicted soon, so that rounds with and without a flood can alternate."""
 
 
 def start_servers(lab: Lab) -> None:
@@ -207,7 +211,7 @@ def shares(request: int = 0) -> Shares:
 
 def run(request: int = 0, floods: Sequence[Flood] = FLOODS) -> list[Row]:
     """Measure every flood, where each pod requests so much; takes about five minutes, as root."""
-    with shares(request) as given, WeighedLab(WORLD, given) as lab:
+    with shares(request) as given, WeighedLab(WORLD, given, Tools(enforcer=enforcer_with(LIMITS))) as lab:
         start_servers(lab)
         connect(lab)  # Warms caches.
         return [measure_spinning(lab), *(measure(lab, flood) for flood in floods)]

@@ -1,30 +1,48 @@
 # SPDX-License-Identifier: Apache-2.0
-"""From YAML to frozen values: groups of camelCase keys become dataclasses, by their fields' types.
+"""From a YAML document to a frozen value: pydantic checks types and ranges, this module words what is wrong.
 
 Nothing is guessed: an unknown key, one that occurs twice, and a value of another type are errors that name the key.
 """
 
 from __future__ import annotations
 
-import dataclasses
-import ipaddress
-import types
-import typing
-from collections.abc import Mapping
-from enum import Enum
-from pathlib import Path
+import json
+from collections.abc import Iterator, Mapping
 from typing import Any, TypeVar
 
 import yaml
+from pydantic import TypeAdapter, ValidationError
+from pydantic_core import ErrorDetails
 
 from enforcer_daemon.errors import SettingsError
-from enforcer_daemon.model import IPAddress, IPNetwork
 
-_MAX_NUMBER = 1e9
-"""Seconds of thirty years, and more of anything than is sensible."""
+_UNREADABLE = (yaml.YAMLError, ValueError, ArithmeticError, LookupError, AttributeError, RecursionError)
+"""What parsing raises: for dates that do not exist, tags with nonsense (`!!int ""`), nesting without end."""
+_MAX_DEPTH = 32
+_MAX_NUMBER = 2**63 - 1
+_MESSAGES = {
+    "bool_type": "must be true or false",
+    "dataclass_type": "must be a mapping",
+    "finite_number": "must be a finite number",
+    "float_type": "must be a number",
+    "int_type": "must be a number",
+    "missing": "is required",
+    "predicate_failed": "must be an absolute path",
+    "string_type": "must be a string",
+    "tuple_type": "must be a list",
+    "unexpected_keyword_argument": "unknown setting",
+}
+"""By pydantic's types of errors; paths alone have a predicate."""
+_LIMITS = {
+    "greater_than": ("gt", "must be more than"),
+    "greater_than_equal": ("ge", "must be at least"),
+    "less_than_equal": ("le", "must be at most"),
+}
+
+_Value = TypeVar("_Value")
 
 
-class StrictLoader(yaml.SafeLoader):
+class _StrictLoader(yaml.SafeLoader):
     """Refuses a key that occurs twice: of two values the operator means one, and nobody knows which."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
@@ -36,80 +54,92 @@ class StrictLoader(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
-_Group = TypeVar("_Group")
+class YamlError(Exception):
+    """Text that is not one YAML document; `line` counts from 1 and is None if unknown."""
+
+    def __init__(self, message: str, line: int | None = None) -> None:
+        super().__init__(message)
+        self.line = line
 
 
-def decode_group(group: type[_Group], tree: object, prefix: str) -> _Group:
-    """Make a dataclass of a mapping; raise SettingsError, which names the key under `prefix`."""
-    if not isinstance(tree, Mapping):
-        raise SettingsError(f"{prefix.rstrip('.') or 'the file'}: must be a mapping")
-    hints = typing.get_type_hints(group)
-    fields = {_camel(f.name): f for f in dataclasses.fields(group)}  # type: ignore[arg-type]
-    for key in tree:
-        if key not in fields:
-            raise SettingsError(f"{prefix}{key}: unknown setting")
-    values: dict[str, Any] = {}
-    for key, declared in fields.items():
-        if key in tree:
-            values[declared.name] = _decode_value(hints[declared.name], tree[key], prefix + key)
-        elif declared.default is dataclasses.MISSING and declared.default_factory is dataclasses.MISSING:
-            raise SettingsError(f"{prefix}{key}: is required")
-    return group(**values)
-
-
-def _camel(name: str) -> str:
-    head, *rest = name.split("_")
-    return head + "".join(part.capitalize() for part in rest)
-
-
-def _decode_value(hint: Any, value: object, name: str) -> Any:
-    if dataclasses.is_dataclass(hint) and isinstance(hint, type):
-        return decode_group(hint, value, name + ".")
-    origin = typing.get_origin(hint)
-    if origin is tuple:
-        if not isinstance(value, list):
-            raise SettingsError(f"{name}: must be a list")
-        return tuple(_decode_value(typing.get_args(hint)[0], item, f"{name}[{i}]") for i, item in enumerate(value))
-    if origin in (typing.Union, types.UnionType):
-        return _decode_union(hint, value, name)
-    return _decode_scalar(hint, value, name)
-
-
-def _decode_union(hint: Any, value: object, name: str) -> Any:
-    if hint == IPNetwork:
-        return _parsed(ipaddress.ip_network, value, name)
-    if hint == IPAddress:
-        return _parsed(ipaddress.ip_address, value, name)
-    (member,) = (arg for arg in typing.get_args(hint) if arg is not type(None))
-    return None if value is None else _decode_value(member, value, name)
-
-
-def _parsed(parse: Any, value: object, name: str) -> Any:
-    if not isinstance(value, str):
-        raise SettingsError(f"{name}: must be a string")
+def parse_yaml(text: str) -> object:
+    """Parse one document; raise YamlError, also for a key that occurs twice."""
     try:
-        return parse(value)
-    except ValueError as err:
-        raise SettingsError(f"{name}: {err}") from err
+        return yaml.load(text, _StrictLoader)  # noqa: S506 - it is a SafeLoader
+    except yaml.MarkedYAMLError as err:
+        line = err.problem_mark.line + 1 if err.problem_mark is not None else None
+        raise YamlError(f"not YAML: {err.problem or err.context}", line) from err
+    except _UNREADABLE as err:
+        raise YamlError(f"not YAML: {err}") from err
 
 
-def _decode_scalar(hint: Any, value: object, name: str) -> Any:
-    if hint is Path:
-        if not isinstance(value, str) or not value.startswith("/") or not value.isprintable():
-            raise SettingsError(f"{name}: must be an absolute path")
-        return Path(value)
-    if isinstance(hint, type) and issubclass(hint, Enum):
-        choices = [member.value for member in hint]
-        if value not in choices:
-            raise SettingsError(f"{name}: must be one of {', '.join(choices)}")
-        return hint(value)
-    if hint is float and isinstance(value, int | float) and not isinstance(value, bool):
-        if not -_MAX_NUMBER <= value <= _MAX_NUMBER:  # NaN is not, either: it compares with nothing.
-            raise SettingsError(f"{name}: must be a finite number")
-        return float(value)
-    if hint in (int, bool) and type(value) is hint:
-        return value
-    if hint is str and isinstance(value, str) and value.isprintable():
-        return value
-    wanted = {int: "a number", float: "a number", bool: "true or false"}
-    raise SettingsError(f"{name}: must be {wanted.get(hint, 'a string')}")
+def decode(adapter: TypeAdapter[_Value], tree: object) -> _Value:
+    """Turn a parsed document into a value; raise SettingsError that names every key at fault."""
+    if fault := next(_not_json(tree, "", 0), ""):
+        raise SettingsError(fault)
+    try:
+        # As JSON, in which a path, a network or an enumeration is a string; pydantic converts nothing else.
+        return adapter.validate_json(json.dumps(tree))
+    except ValidationError as err:
+        raise SettingsError("; ".join(_faults(err.errors(include_url=False)))) from err
+
+
+def _not_json(value: object, path: str, depth: int) -> Iterator[str]:
+    """Yield what is no value of JSON, or cannot be printed: YAML also has dates, sets and bytes."""
+    name = path or "the file"
+    if depth > _MAX_DEPTH:
+        yield f"{name}: nested more than {_MAX_DEPTH} deep"
+        return
+    match value:
+        case Mapping():
+            for key, item in value.items():
+                if not isinstance(key, str) or not key.isprintable():
+                    yield f"{name}: has a key that is no string, or not printable"
+                else:
+                    yield from _not_json(item, f"{path}.{key}" if path else key, depth + 1)
+        case list():
+            for index, item in enumerate(value):
+                yield from _not_json(item, f"{path}[{index}]", depth + 1)
+        case _:
+            if fault := _scalar_fault(value):
+                yield f"{name}: {fault}"
+
+
+def _scalar_fault(value: object) -> str:
+    match value:
+        case str():
+            return "" if value.isprintable() else "must be a string without control characters"
+        case None | bool():
+            return ""
+        case int() | float():
+            return "" if -_MAX_NUMBER <= value <= _MAX_NUMBER else "must be a finite number"  # NaN is neither.
+        case _:
+            return "must be a string; put quotes around it"
+
+
+def _faults(errors: list[ErrorDetails]) -> list[str]:
+    messages: dict[str, str] = {}
+    for error in errors:
+        # The last part of a union's error says which member was tried: here IPv4, then IPv6.
+        is_union = str(error["loc"][-1:]).startswith("('lax-or-strict[")
+        path = _path(error["loc"][:-1] if is_union else error["loc"])
+        if path not in messages or ":" in str(error["input"]):
+            messages[path] = f"{path}: {_message(error)}"
+    return list(messages.values())
+
+
+def _path(parts: tuple[int | str, ...]) -> str:
+    path = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in parts)
+    return path.removeprefix(".") or "the file"
+
+
+def _message(error: ErrorDetails) -> str:
+    kind, context = error["type"], error.get("ctx", {})
+    if kind in _LIMITS:
+        key, words = _LIMITS[kind]
+        return f"{words} {context[key]:.15g}"
+    if kind == "enum":
+        return "must be one of " + str(context["expected"]).replace("'", "").replace(" or ", ", ")
+    if kind == "value_error":
+        return str(context["error"])
+    return _MESSAGES.get(kind, str(error["msg"]))

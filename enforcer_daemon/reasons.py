@@ -86,9 +86,9 @@ _TEXTS: dict[Reason, str] = {
     "router.",
     Reason.NOT_IP: "A pod sent a frame that is neither IP nor ARP, or is tagged for a VLAN.",
     Reason.PACKET_RATE: "Packets came faster than one source, or all sources of a pod together, may have them judged "
-    "(dataplane.maxPacketsPerSPerSource, maxPacketsPerS): a flood, or a source that many clients share.",
-    Reason.QUEUE_FULL: "The enforcer did not keep up: the pod's queue or its buffer was full (dataplane.queueLength, "
-    "receiveBufferBytes). Does it get enough of the CPU?",
+    "(dataplane.synRateLimitPerSource): a flood, or a source that many clients share.",
+    Reason.QUEUE_FULL: "The enforcer did not keep up: the pod's queue or its buffer was full (4,096 packets, "
+    "4 MiB). Does it get enough of the CPU?",
     Reason.MALFORMED_PACKET: "The packet's headers contradict its length or each other.",
     Reason.MALFORMED_FRAME: "The handshake packet carries a frame that cannot be read.",
     Reason.FRAME_VERSION: "The peer's enforcer speaks another version of the protocol.",

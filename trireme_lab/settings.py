@@ -33,7 +33,6 @@ def daemon_settings(
             "masquerade": node_addresses,
         },
         "registration": {"runDir": str(directories.run), "cniResultsDir": str(directories.cni / "cache" / "results")},
-        "log": {"format": "json"},
     }
     return overlay(settings, world.settings)
 

@@ -23,7 +23,8 @@ from kubernetes.aio.leaderelection.resourcelock.leaselock import LeaseLock
 from enforcer_daemon.errors import EnforcerError, SettingsError
 from enforcer_daemon.identity.credential import TrustBundle
 from enforcer_daemon.kube.client import ApiError, ClusterApi
-from enforcer_daemon.settings import KubernetesSettings, LogSettings
+from enforcer_daemon.kube.limits import ClusterLimits
+from enforcer_daemon.settings import LogSettings
 from enforcer_daemon.telemetry.logs import Logger, open_log
 from trireme_signer import metrics
 from trireme_signer.cluster import CONFLICT, Cluster
@@ -78,7 +79,7 @@ def main(
         if metrics_port:
             metrics.serve(metrics_port)
         with tempfile.TemporaryDirectory(prefix="trireme-signer-") as scratch:
-            api = ClusterApi(KubernetesSettings(enabled=True, kubeconfig=kubeconfig), Path(scratch) / "kubeconfig")
+            api = ClusterApi(kubeconfig, Path(scratch) / "kubeconfig")
             asyncio.run(_run(api, settings, identity, log))
     except* (EnforcerError, OSError, ValueError) as group:
         for problem in group.exceptions:
@@ -132,7 +133,7 @@ async def _stand(api: ClusterApi, settings: SignerSettings, identity: str, log: 
         log.info("leads", signer=settings.grant.signer_name)
         metrics.LEADER.set(1)
         try:
-            await Service(api, settings, KubernetesSettings(enabled=True), log, random.random).lead()
+            await Service(api, settings, ClusterLimits(), log, random.random).lead()
         except EnforcerError as err:
             failed.set_exception(err)
 

@@ -12,10 +12,10 @@ from typing import NoReturn
 from enforcer_daemon.errors import EnforcerError
 from enforcer_daemon.identity.authority import Authority
 from enforcer_daemon.kube.client import ApiError, ClusterApi
+from enforcer_daemon.kube.limits import ClusterLimits
 from enforcer_daemon.kube.reflector import Reflector, Surroundings
 from enforcer_daemon.kube.resources import Resource
 from enforcer_daemon.kube.table import Table
-from enforcer_daemon.settings import KubernetesSettings
 from enforcer_daemon.telemetry.logs import Logger
 from trireme_signer.cluster import Cluster, Manifest
 from trireme_signer.custody import CustodyError, bundle_pem, read_custody
@@ -60,7 +60,7 @@ class Service:
         self,
         api: ClusterApi,
         settings: SignerSettings,
-        kubernetes: KubernetesSettings,
+        limits: ClusterLimits,
         log: Logger,
         roll: Callable[[], float],
     ) -> None:
@@ -72,7 +72,7 @@ class Service:
         self._desk = RequestDesk(self._cluster, settings.grant, self._signer, log, _now)
 
         def shared(on_change: Callable[[], None]) -> Surroundings:
-            return Surroundings(api, kubernetes, log, on_change, roll)
+            return Surroundings(api, limits, log, on_change, roll)
 
         selector = f"spec.signerName={settings.grant.signer_name}"
         self._requests: Reflector[Manifest] = Reflector(Table(request_resource()), shared(self._wake.set), selector)

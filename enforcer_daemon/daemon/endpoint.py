@@ -40,8 +40,8 @@ from enforcer_daemon.dataplane.netns import tune_conntrack
 from enforcer_daemon.dataplane.nodeflows import SentTuple
 from enforcer_daemon.dataplane.queue import MAX_COPIED_BYTES, PacketQueue
 from enforcer_daemon.dataplane.queuecounters import LostPackets
-from enforcer_daemon.dataplane.ratelimits import QueueLimits
-from enforcer_daemon.dataplane.ruleset import EndpointRules
+from enforcer_daemon.dataplane.ratelimits import TOTAL_PER_SOURCE, QueueLimits
+from enforcer_daemon.dataplane.ruleset import QUEUE_NUMBER, EndpointRules
 from enforcer_daemon.dataplane.tampering import RulesWatch
 from enforcer_daemon.errors import IdentityTooLargeError
 from enforcer_daemon.handshake.leasepairs import Lapse
@@ -128,22 +128,25 @@ class Endpoint:
         self._repeat_at = math.inf
         self._repeating: asyncio.TimerHandle | None = None
 
-    def open(self, settings: DataplaneSettings, log: Logger) -> None:
+    def open(self, log: Logger) -> None:
         """Bind the queue inside the namespace and serve it from the running loop; raise DataplaneError."""
-        for message in tune_conntrack(self.sandbox.netns_fd, settings.sysctl_dir):
+        for message in tune_conntrack(self.sandbox.netns_fd):
             log.warning("a setting of the pod's network namespace was refused", error=message)
 
         def on_error(err: Exception) -> None:
             log.error("packet dropped by an internal error", error=repr(err))
 
-        queue = PacketQueue.open(self.sandbox.netns_fd, settings, self._judge, on_error=on_error)
+        queue = PacketQueue.open(
+            self.sandbox.netns_fd, QUEUE_NUMBER, self._node.limits.queue, self._judge, on_error=on_error
+        )
         self._service = QueueService(queue, asyncio.get_running_loop(), self._node.work)
         self._queue = queue
 
     def rules(self, settings: DataplaneSettings) -> EndpointRules:
         """Return what the rules in the pod's namespace depend on."""
-        limits = QueueLimits(settings.max_packets_per_s_per_source, settings.max_packets_per_s)
-        return EndpointRules(self.sandbox.ifnames, settings.queue_number, self._node.addresses, limits)
+        rate = settings.syn_rate_limit_per_source
+        limits = QueueLimits(rate, TOTAL_PER_SOURCE * rate)
+        return EndpointRules(self.sandbox.ifnames, QUEUE_NUMBER, self._node.addresses, limits)
 
     def note_rules(self, backend: RulesBackend) -> None:
         """Take the present rules in the namespace for right, after they were applied; raise DataplaneError."""

@@ -135,7 +135,7 @@ class Endpoints:
             policy = world.snapshot.pod_policy(identity)
             endpoint = Endpoint(sandbox, self._node, policy, flow_log, self._flow_store(sandbox.netns))
             endpoint.on_ended = self.stale.note_ended
-            endpoint.open(self._settings.dataplane, self._log)
+            endpoint.open(self._log)
         except BaseException:
             os.close(sandbox.netns_fd)
             raise
@@ -360,7 +360,7 @@ class Endpoints:
 
     def refresh_tokens(self, *, is_forced: bool) -> None:
         """Sign anew where half of a token's life is over, or everywhere after the node's key changed."""
-        latest = time.time() - self._settings.handshake.token_lifetime_s * _REFRESH_AT
+        latest = time.time() - self._settings.credentials.token_lifetime_s * _REFRESH_AT
         for endpoint in self._by_netns.values():
             if is_forced or endpoint.token_signed_at < latest or endpoint.token_signed_at > time.time():
                 endpoint.sign()

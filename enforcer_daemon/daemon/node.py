@@ -6,10 +6,12 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable, Iterable
+from dataclasses import replace
 from ipaddress import ip_address
 
 from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
 
+from enforcer_daemon.daemon.limits import DEFAULT_LIMITS, DaemonLimits
 from enforcer_daemon.daemon.service import Work
 from enforcer_daemon.datapath.context import NodeContext
 from enforcer_daemon.datapath.judging import Networks
@@ -50,27 +52,36 @@ class RandomPool:
 class Node:
     """The node's own side: signs for its pods, and traces what its NAT rewrote."""
 
-    def __init__(self, settings: Settings, log: Logger, wall_clock: Callable[[], float] = time.time) -> None:
+    def __init__(
+        self,
+        settings: Settings,
+        log: Logger,
+        wall_clock: Callable[[], float] = time.time,
+        limits: DaemonLimits = DEFAULT_LIMITS,
+    ) -> None:
         """Open the node's keys (creating files in the state directory) and its conntrack table."""
         self._settings = settings
+        self.limits = limits
+        handshake = replace(limits.handshake, clock_leeway_s=settings.credentials.clock_leeway_s)
         self._log = log
         self._wall_clock = wall_clock
         self._keys = NodeKeys(settings, wall_clock())
         self.outside_problem: Callable[[], str] = lambda: ""
         """Says why whoever brings the keys cannot bring newer ones; empty if all is well."""
         self.conntrack = Conntrack()
-        self.verifier = PeerVerifier(self.keys.bundle, settings.handshake)
+        self.verifier = PeerVerifier(self.keys.bundle, handshake)
         self.addresses: frozenset[IPAddress] = frozenset()
         self.work = Work()
         """That of all pods' queues, since one loop serves them."""
         self.context = NodeContext(
-            settings.handshake,
+            handshake,
             settings.deny_with,
             Networks(settings.networks),
             self.verifier,
             RandomPool().take,
             self._true_source,
         )
+        self.context.lease_times = limits.leases
         self.context.wall_offset_s = wall_clock() - time.monotonic()
 
     @property
@@ -122,7 +133,7 @@ class Node:
     def sign(self, identity: Identity) -> LocalToken:
         """Sign a fresh token with a fresh ephemeral key; it ends no later than the node's certificate."""
         now = self._wall_clock()
-        expiry = min(now + self._settings.handshake.token_lifetime_s, self.keys.credential.not_after)
+        expiry = min(now + self._settings.credentials.token_lifetime_s, self.keys.credential.not_after)
         return sign_local_token(
             identity,
             self.keys.credential,

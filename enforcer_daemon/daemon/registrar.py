@@ -14,6 +14,9 @@ from enforcer_daemon.registration.request import AddRequest
 from enforcer_daemon.registration.server import Availability, Readiness
 from enforcer_daemon.settings import Settings
 
+_ADMISSION_TIMEOUT_S = 5.0
+"""How long a registration waits for a pod that is not known yet, seconds; half of the plugin's addTimeoutSeconds."""
+
 
 class Registrar:
     """Registers pods as `registration.server.Registrar` wants it done."""
@@ -24,7 +27,7 @@ class Registrar:
         self._excluded = frozenset(settings.registration.excluded_namespaces)
         self._admission = None
         if cluster is not None:
-            self._admission = Admission(cluster, settings.node, settings.kubernetes.admission_timeout_s)
+            self._admission = Admission(cluster, settings.node, _ADMISSION_TIMEOUT_S)
         self.is_started = False
         """Whether the endpoints of an earlier daemon have been adopted."""
 

@@ -21,6 +21,7 @@ from enforcer_daemon.daemon.enrolment import Enrolment
 from enforcer_daemon.daemon.following import namespaces_of
 from enforcer_daemon.daemon.kernel import Kernel
 from enforcer_daemon.daemon.leases import LeaseKeeper
+from enforcer_daemon.daemon.limits import DEFAULT_LIMITS, DaemonLimits
 from enforcer_daemon.daemon.node import Node
 from enforcer_daemon.daemon.notices import Notices
 from enforcer_daemon.daemon.placement import PlacementGuard
@@ -32,7 +33,6 @@ from enforcer_daemon.dataplane.backends import choose_backend
 from enforcer_daemon.dataplane.guard import Guard
 from enforcer_daemon.dataplane.succession import Succession
 from enforcer_daemon.errors import DataplaneError, SettingsError
-from enforcer_daemon.handshake.leasepairs import LeaseTimes
 from enforcer_daemon.kube.credentials import ClusterCredentials
 from enforcer_daemon.kube.events import EventSender
 from enforcer_daemon.kube.placement import PlacementCheck
@@ -59,23 +59,20 @@ _UPKEEP_S = 1.0
 """How often the clock, tokens, queued deletions and vanished namespaces are looked at, seconds."""
 
 
-_TIMES = LeaseTimes()
-
-
-async def serve(settings: Settings, log: Logger, times: LeaseTimes = _TIMES) -> None:
+async def serve(settings: Settings, log: Logger, limits: DaemonLimits = DEFAULT_LIMITS) -> None:
     """Run the daemon until SIGTERM or SIGINT; raise EnforcerError if something that is needed fails.
 
     Where the node's certificate comes from the cluster, the first one is awaited here, however long that takes: no pod
     can be registered before it, so kubelet waits too.
     """
     if settings.credentials.source is not CredentialSource.KUBERNETES:
-        await Daemon(settings, log, None, times).run()
+        await Daemon(settings, log, None, limits).run()
         return
-    credentials = ClusterCredentials(settings, log)
+    credentials = ClusterCredentials(settings, log, limits.cluster)
     async with asyncio.TaskGroup() as tasks:
         following = tasks.create_task(credentials.run(), name="credentials")
         await credentials.until_there()
-        await Daemon(settings, log, credentials, times).run()
+        await Daemon(settings, log, credentials, limits).run()
         following.cancel()
 
 
@@ -87,35 +84,37 @@ class Daemon:
         settings: Settings,
         log: Logger,
         credentials: ClusterCredentials | None = None,
-        times: LeaseTimes = _TIMES,
+        limits: DaemonLimits = DEFAULT_LIMITS,
     ) -> None:
         self._settings = settings
+        self._limits = limits
         self._log = log
-        self._node = Node(settings, log)
-        self._node.context.lease_times = times
+        self._node = Node(settings, log, limits=limits)
         if credentials is not None:
             self._node.outside_problem = lambda: credentials.problem
         self._metrics = Metrics(self._node.context.bound_hits)
         backend = choose_backend(settings.dataplane.rules_backend)
         run_dir = settings.registration.run_dir
-        self._deletions = settings.registration.delete_queue_dir or run_dir / "deletions"
-        self._kernel = Kernel(backend, Guard(syns_per_s=2 * settings.dataplane.max_packets_per_s_per_source))
+        self._deletions = run_dir / "deletions"
+        self._kernel = Kernel(backend, Guard(syns_per_s=2 * settings.dataplane.syn_rate_limit_per_source))
         registry = Registry(run_dir / "endpoints")
         turns = Turns()
         self._endpoints = Endpoints(settings, self._node, self._kernel, registry, log, self._metrics, turns)
-        self._cluster = ClusterSource(settings, log, self._metrics, turns) if settings.kubernetes.enabled else None
+        self._cluster: ClusterSource | None = None
+        if settings.kubernetes.enabled:
+            self._cluster = ClusterSource(settings, log, self._metrics, turns, limits.cluster)
         self._announcements, self._events = None, None
-        if self._cluster is not None and settings.kubernetes.events.enabled:
-            book = EventBook(settings.kubernetes.events, time.monotonic)
+        if self._cluster is not None and settings.kubernetes.send_events:
+            book = EventBook(limits.events, time.monotonic)
             self._announcements = self._endpoints.announcements = Announcements(book)
             self._events = EventSender(self._cluster.api, book, settings.node, log, self._metrics)
         self._placement: PlacementGuard | None = None
-        if self._cluster is not None and settings.kubernetes.placement.enabled:
-            check = PlacementCheck(settings.kubernetes.placement, self._cluster.api, log, self._metrics)
+        if self._cluster is not None and settings.kubernetes.verify_placement:
+            check = PlacementCheck(limits.placement, self._cluster.api, log, self._metrics)
             self._node.context.placement = check.open(settings)
             check.placement.has_namespace = self._cluster.has_namespace
             self._placement = PlacementGuard(check, self._endpoints, self._announcements)
-        self._leases = LeaseKeeper(self._endpoints, times, log, self._metrics)
+        self._leases = LeaseKeeper(self._endpoints, limits.leases, log, self._metrics)
         self._registrar = Registrar(self._endpoints, settings, self._cluster)
         results = settings.registration.cni_results_dir
         self._enrolment = None if results is None else Enrolment(results, self._registrar, self._endpoints.knows, log)
@@ -285,7 +284,7 @@ class Daemon:
 
     async def _enrol(self, enrolment: Enrolment) -> None:
         while True:
-            await asyncio.sleep(self._settings.registration.enrol_every_s)
+            await asyncio.sleep(self._limits.discovery_interval_s)
             await enrolment.look()
 
     async def _tend(self) -> None:

@@ -105,5 +105,5 @@ def compile_world(
     generation = 1 if previous is None else previous.snapshot.generation + 1
     before = None if previous is None else previous.snapshot
     snapshot = compile_snapshot(world.policies, generation, before, keep)
-    has_uids = world.is_cluster and settings.kubernetes.placement.enabled
+    has_uids = world.is_cluster and settings.kubernetes.verify_placement
     return CompiledWorld(world, snapshot, settings.node, settings.trust_domain, has_uids)

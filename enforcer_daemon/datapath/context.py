@@ -16,6 +16,7 @@ from enforcer_daemon.handshake.flows import Flow
 from enforcer_daemon.handshake.leaseframes import LEASE_PORT
 from enforcer_daemon.handshake.leasepairs import LeaseTimes
 from enforcer_daemon.handshake.leases import Leases, Outgoing
+from enforcer_daemon.handshake.limits import HandshakeLimits
 from enforcer_daemon.handshake.local import LocalToken
 from enforcer_daemon.handshake.peers import Peer, PeerVerifier
 from enforcer_daemon.handshake.placement import Placement
@@ -24,7 +25,7 @@ from enforcer_daemon.model import Decision, Direction, Identity, PodRef, RuleRef
 from enforcer_daemon.packet.tcp import ACK, RST, SYN, Segment, build, with_payload
 from enforcer_daemon.packet.udp import UDP_HEADER, build_udp, encode_option
 from enforcer_daemon.reasons import Reason
-from enforcer_daemon.settings import DenyWith, HandshakeSettings
+from enforcer_daemon.settings import DenyWith
 from enforcer_daemon.verdict import ACCEPT, DROP, Action, Inject, Settle, Verdict
 
 TrueSource = Callable[[int, bytes, int, bytes, int], bytes | None]
@@ -83,7 +84,7 @@ class NodeContext:
 
     def __init__(
         self,
-        settings: HandshakeSettings,
+        settings: HandshakeLimits,
         deny_with: DenyWith,
         networks: Networks,
         verifier: PeerVerifier,

@@ -25,6 +25,8 @@ _NS_GET_NSTYPE = 0xB703  # linux/nsfs.h
 _libc = ctypes.CDLL(None, use_errno=True)
 
 SYSCTL_DIR = Path("/proc/sys/net")
+HOST_SYSCTL_DIR = Path("/host/proc/sys/net")
+"""Where the chart mounts the node's: a container cannot write its own."""
 
 CONNTRACK_SYSCTLS = {
     # A frame in the SYN and a proof in the ACK are not in the window that conntrack reckons with.
@@ -129,11 +131,13 @@ def write_sysctl(netns_fd: int, name: str, value: str, directory: Path = SYSCTL_
         raise NetnsError(f"net.{name}: cannot be set to {value}: {err.strerror}") from err
 
 
-def tune_conntrack(netns_fd: int, directory: Path = SYSCTL_DIR) -> tuple[str, ...]:
+def tune_conntrack(netns_fd: int, directory: Path | None = None) -> tuple[str, ...]:
     """Set the pod's conntrack as the handshake wants it; return one message for each setting that was refused.
 
     A refusal is not an error: enforcement holds without, but a busy pod may fill its conntrack table.
     """
+    if directory is None:
+        directory = HOST_SYSCTL_DIR if HOST_SYSCTL_DIR.is_dir() else SYSCTL_DIR
     refusals: list[str] = []
     for name, value in CONNTRACK_SYSCTLS.items():
         try:

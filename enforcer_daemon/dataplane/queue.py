@@ -13,6 +13,7 @@ import socket
 import sys
 from collections.abc import Callable
 from contextlib import suppress
+from dataclasses import dataclass
 from typing import cast
 
 from netfilterqueue import NetfilterQueue, Packet
@@ -25,7 +26,6 @@ from enforcer_daemon.dataplane.queuemessages import encode_uncut, offloads
 from enforcer_daemon.errors import DataplaneError
 from enforcer_daemon.marks import CONSUME, CUT, FORGET, OWN_MASK, RELEASED
 from enforcer_daemon.model import Direction
-from enforcer_daemon.settings import DataplaneSettings
 from enforcer_daemon.verdict import Action, Inject, Settle, Verdict
 
 MAX_COPIED_BYTES = 4_016
@@ -71,6 +71,19 @@ class _Turn:
         return self.message
 
 
+@dataclass(frozen=True, slots=True)
+class QueueSizes:
+    """How much of one pod's packets waits where. Code and tests construct other values."""
+
+    length: int = 4_096
+    """Packets that wait in the kernel's queue; beyond it the kernel drops and counts. One second's worth of SYNs."""
+    receive_buffer_bytes: int = 4 * 1024 * 1024
+    """Socket buffer of the queue; beyond it the kernel drops and counts. As large as a full queue of small packets."""
+    batch: int = 16
+    """Packets of one pod before the next pod is served; an eighth of it while more wait all the time. At 16 the system
+    calls cost little, and a pod waits less than a millisecond for another (docs/adr/0011-uvloop.md)."""
+
+
 class PacketQueue:
     """One endpoint's queue, bound inside its network namespace. For the event loop's thread alone."""
 
@@ -111,7 +124,8 @@ class PacketQueue:
     def open(
         cls,
         netns_fd: int,
-        settings: DataplaneSettings,
+        number: int,
+        sizes: QueueSizes,
         judge: Judge,
         *,
         on_error: Callable[[Exception], None],
@@ -126,10 +140,10 @@ class PacketQueue:
         try:
             # The library's netlink socket belongs to the namespace in which it is made, wherever it is used.
             queue = open_in(netns_fd, NetfilterQueue)
-            self = cls(queue, injector, judge, on_error, settings.packets_per_turn)
+            self = cls(queue, injector, judge, on_error, sizes.batch)
         except OSError as err:
             injector.close()
-            raise DataplaneError(f"queue {settings.queue_number}: {err}") from err
+            raise DataplaneError(f"queue {number}: {err}") from err
         except BaseException:
             injector.close()
             raise
@@ -137,19 +151,19 @@ class PacketQueue:
             # A full buffer is no error of the socket: it would end the event loop's interest in it, and with
             # NETLINK_S_CONGESTED also lose all that comes before the buffer is empty again. The kernel counts.
             self._sock.setsockopt(_SOL_NETLINK, _NETLINK_NO_ENOBUFS, 1)
-            self._counters = QueueCounters(netns_fd, settings.queue_number)
-            self._overflow = Overflow(netns_fd, settings.queue_number)
+            self._counters = QueueCounters(netns_fd, number)
+            self._overflow = Overflow(netns_fd, number)
             queue.bind(
-                settings.queue_number,
+                number,
                 self._on_packet,
-                max_len=settings.queue_length,
+                max_len=sizes.length,
                 range=0xFFFF,
-                sock_len=settings.receive_buffer_bytes,
+                sock_len=sizes.receive_buffer_bytes,
             )
-            self._sock.send(encode_uncut(settings.queue_number))
+            self._sock.send(encode_uncut(number))
         except OSError as err:
             self.close()
-            raise DataplaneError(f"queue {settings.queue_number}: {err}; does another enforcer run here?") from err
+            raise DataplaneError(f"queue {number}: {err}; does another enforcer run here?") from err
         except BaseException:
             self.close()
             raise

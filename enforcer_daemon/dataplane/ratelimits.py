@@ -25,6 +25,11 @@ _FORGOTTEN_AFTER_MS = 2_000
 """A source that is silent so long would have its whole burst again."""
 
 
+TOTAL_PER_SOURCE = 2
+"""All sources that send to a pod may send this many times what one may: more than an enforcer can handle of honest
+connections, so that one source at its limit does not starve the others."""
+
+
 @dataclass(frozen=True, slots=True)
 class QueueLimits:
     """SYNs a second that are queued in each direction; of other kinds as many more as a connection has."""

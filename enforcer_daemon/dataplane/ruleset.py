@@ -27,6 +27,9 @@ FAMILIES: tuple[Family, ...] = (4, 6)
 
 MAX_SMALL_SYN_BYTES: dict[Family, int] = {4: 80, 6: 100}
 """IP length of a SYN with all its options and no data (20 + 60, 40 + 60); one that carries a frame has over 500."""
+QUEUE_NUMBER = 47_474
+"""NFQUEUE number inside each pod's network namespace; the next number counts what exceeds the rates (overflow.py). Only
+another NFQUEUE program inside a pod could collide, and those count from 0."""
 VERDICT_BITS = FORGET | RELEASED
 """Any of them in a packet's mark: the enforcer's verdict sent the packet through the hook again."""
 CONSUMED_MASK = RELEASED | INDEX_MASK

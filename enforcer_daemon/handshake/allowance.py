@@ -12,8 +12,8 @@ from collections import OrderedDict
 
 from enforcer_daemon.errors import PeerError
 from enforcer_daemon.handshake.bounds import Bound, BoundHits, source_of
+from enforcer_daemon.handshake.limits import HandshakeLimits
 from enforcer_daemon.reasons import Reason
-from enforcer_daemon.settings import HandshakeSettings
 
 _RESERVES = (0.5, 0.25, 0.0)
 """The part of the node's allowance that is kept for higher ranks, by rank."""
@@ -51,7 +51,7 @@ class Allowance:
     __slots__ = ("_hits", "_level", "_rate", "_since", "_source_rate", "_sources", "_sources_bound", "_trusted",
                  "_trusted_bound")  # fmt: skip
 
-    def __init__(self, settings: HandshakeSettings, hits: BoundHits) -> None:
+    def __init__(self, settings: HandshakeLimits, hits: BoundHits) -> None:
         self._source_rate = settings.max_verifications_per_s
         self._rate = settings.max_total_verifications_per_s
         self._trusted_bound = settings.max_cached_peers

@@ -8,13 +8,13 @@ from typing import ClassVar, Generic, NamedTuple, TypeVar
 
 from enforcer_daemon.handshake.bounds import Bound, BoundHits, Evicted, FairTable
 from enforcer_daemon.handshake.frames import PROOF_BYTES, SynAckFrame, SynFrame, encode_syn, encode_syn_ack
+from enforcer_daemon.handshake.limits import HandshakeLimits
 from enforcer_daemon.handshake.local import LocalToken
 from enforcer_daemon.handshake.machine import Event, State, next_state
 from enforcer_daemon.handshake.peers import Peer
 from enforcer_daemon.handshake.proofs import Transcript, frame_hash, initiator_proof, require_equal, responder_proof
 from enforcer_daemon.model import Direction, JudgedFlow, Protocol, RuleRef
 from enforcer_daemon.reasons import Reason
-from enforcer_daemon.settings import HandshakeSettings
 from enforcer_daemon.verdict import DROP, Inject
 
 _MAX_OF_ONE_REMOTE = 8
@@ -163,7 +163,7 @@ _AnyFlow = TypeVar("_AnyFlow", bound=Flow)
 class FlowTable(Generic[_AnyFlow]):
     """One endpoint's flows of a kind: unfinished up to bounds and a deadline, settled while there is room."""
 
-    def __init__(self, settings: HandshakeSettings, hits: BoundHits) -> None:
+    def __init__(self, settings: HandshakeLimits, hits: BoundHits) -> None:
         """Count in `hits` how often a settled flow makes room; of an unfinished one `add` tells."""
         self._open: FairTable[bytes, _AnyFlow] = FairTable(
             settings.max_half_open_flows, settings.max_half_open_flows_per_source

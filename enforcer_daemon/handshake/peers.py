@@ -13,12 +13,12 @@ from enforcer_daemon.errors import CredentialError, PeerError, TokenError
 from enforcer_daemon.handshake.allowance import Allowance
 from enforcer_daemon.handshake.bounds import Bound, no_hits
 from enforcer_daemon.handshake.frames import decode_block
+from enforcer_daemon.handshake.limits import HandshakeLimits
 from enforcer_daemon.handshake.proofs import frame_hash
 from enforcer_daemon.identity.credential import Credential, TrustBundle, decode_credential
 from enforcer_daemon.identity.tokens import Claims, decode_token
 from enforcer_daemon.model import Identity
 from enforcer_daemon.reasons import Reason
-from enforcer_daemon.settings import HandshakeSettings
 
 _BAD_CREDENTIALS = frozenset({Reason.CREDENTIAL_INVALID, Reason.CREDENTIAL_UNTRUSTED})
 _REFUSALS_FOR_GOOD = frozenset(
@@ -61,7 +61,7 @@ class Peer:
 class PeerVerifier:
     """Turns identity blocks into peers, for all endpoints of a node."""
 
-    def __init__(self, bundle: TrustBundle, settings: HandshakeSettings) -> None:
+    def __init__(self, bundle: TrustBundle, settings: HandshakeLimits) -> None:
         self._bundle = bundle
         self._settings = settings
         self.bound_hits = no_hits()

@@ -85,7 +85,7 @@ def check_given(
     if credential.public_key.public_numbers() != key.public_key().public_numbers():
         raise SettingsError(f"{where}: is not a certificate of the key in {given_files(settings).key}")
     try:
-        bundle.verify(credential, min(wall_now, credential.not_after), settings.handshake.clock_leeway_s)
+        bundle.verify(credential, min(wall_now, credential.not_after), settings.credentials.clock_leeway_s)
     except CredentialError as err:
         raise SettingsError(f"{where}: {given_files(settings).trust_bundle} does not vouch for it: {err}") from err
 

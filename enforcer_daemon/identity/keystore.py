@@ -126,7 +126,7 @@ def _renew_at(credential: Credential, authority: Authority) -> float:
 def _require_trusted(bundle: TrustBundle, credential: Credential, settings: Settings, wall_now: float) -> None:
     """Raise SettingsError if this node would not believe itself: its peers would not, either."""
     try:
-        bundle.verify(credential, wall_now, settings.handshake.clock_leeway_s)
+        bundle.verify(credential, wall_now, settings.credentials.clock_leeway_s)
     except CredentialError as err:
         raise SettingsError(f"credentials.trustBundle: does not vouch for this node's own certificate: {err}") from err
 

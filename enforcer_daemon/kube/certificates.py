@@ -157,7 +157,7 @@ class CertificateRequests:
             raise CertificateRefusedError(
                 f"the certificate that was sent is for spiffe://{credential.trust_domain}/node/{credential.node}"
             )
-        if credential.not_before > self._wall_clock() + self._settings.handshake.clock_leeway_s:
+        if credential.not_before > self._wall_clock() + self._settings.credentials.clock_leeway_s:
             raise CertificateRefusedError("the certificate that was sent is not valid yet: compare the clocks")
         return credential
 

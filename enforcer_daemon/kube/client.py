@@ -19,7 +19,6 @@ import aiohttp
 import yaml
 
 from enforcer_daemon.errors import EnforcerError, SettingsError
-from enforcer_daemon.settings import KubernetesSettings
 
 if TYPE_CHECKING:
     from kubernetes.aio.client import ApiClient
@@ -82,9 +81,12 @@ class _Session:
 class ClusterApi:
     """A connection to the API server. Open it on the running loop; close it there."""
 
-    def __init__(self, settings: KubernetesSettings, scratch: Path) -> None:
-        """Keep key material that a kubeconfig holds inline in `scratch`, a directory of our own (0700)."""
-        self._settings = settings
+    def __init__(self, kubeconfig: Path | None, scratch: Path) -> None:
+        """Connect as `kubeconfig` says; None: as the pod's service account.
+
+        Keep key material that a kubeconfig holds inline in `scratch`, a directory of our own (0700).
+        """
+        self._kubeconfig = kubeconfig
         self._scratch = scratch
         self._session: _Session | None = None
         self._opened_at = 0.0
@@ -99,7 +101,7 @@ class ClusterApi:
 
         configuration = Configuration()
         try:
-            if self._settings.kubeconfig is None:
+            if self._kubeconfig is None:
                 token, authority = SERVICE_ACCOUNT / "token", SERVICE_ACCOUNT / "ca.crt"
                 # The loader reads the token anew each minute: kubelet replaces it long before it ends.
                 InClusterConfigLoader(str(token), str(authority)).load_and_set(configuration)  # type: ignore[no-untyped-call]
@@ -107,13 +109,13 @@ class ClusterApi:
                 shutil.rmtree(self._scratch, ignore_errors=True)
                 self._scratch.mkdir(mode=0o700, parents=True)
                 await load_kube_config(  # type: ignore[no-untyped-call]
-                    str(self._settings.kubeconfig),
+                    str(self._kubeconfig),
                     client_configuration=configuration,
                     temp_file_path=str(self._scratch),
                 )
             client = ApiClient(configuration)
         except ConfigException as err:
-            where = "null, and this is no pod with a service account: " if self._settings.kubeconfig is None else ""
+            where = "null, and this is no pod with a service account: " if self._kubeconfig is None else ""
             raise SettingsError(f"kubernetes.kubeconfig: {where}{err}") from err
         except _UNUSABLE as err:
             raise SettingsError(f"kubernetes.kubeconfig: cannot be used: {err}") from err

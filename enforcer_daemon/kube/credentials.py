@@ -22,6 +22,7 @@ from enforcer_daemon.identity.given import given_files, open_given_identity
 from enforcer_daemon.identity.keystore import write_private
 from enforcer_daemon.kube.certificates import CertificateRequests
 from enforcer_daemon.kube.client import SERVICE_ACCOUNT, ClusterApi
+from enforcer_daemon.kube.limits import ClusterLimits
 from enforcer_daemon.kube.reflector import Reflector, Surroundings
 from enforcer_daemon.kube.resources import Manifest, Resource
 from enforcer_daemon.kube.table import Table
@@ -36,15 +37,15 @@ _LOOK_S = 0.2
 class ClusterCredentials:
     """Keeps certificate and bundle up to date. Run `run` as a task."""
 
-    def __init__(self, settings: Settings, log: Logger) -> None:
+    def __init__(self, settings: Settings, log: Logger, limits: ClusterLimits | None = None) -> None:
         self._settings = settings
         self._log = log
-        self._api = ClusterApi(settings.kubernetes, settings.registration.run_dir / "kubeconfig-credentials")
+        self._api = ClusterApi(settings.kubernetes.kubeconfig, settings.registration.run_dir / "kubeconfig-credentials")
         self._requests = CertificateRequests(self._api, settings, log, time.time, random.random)
         self._bundle_problem = ""
         self._config_map = settings.credentials.bundle_config_map or f"{_bundle_namespace(settings)}/{_BUNDLE_NAME}"
         namespace, _, name = self._config_map.partition("/")
-        surroundings = Surroundings(self._api, settings.kubernetes, log, self._take_bundle, random.random)
+        surroundings = Surroundings(self._api, limits or ClusterLimits(), log, self._take_bundle, random.random)
         self._bundles = Reflector(Table(_config_maps(namespace)), surroundings, f"metadata.name={name}")
 
     @property

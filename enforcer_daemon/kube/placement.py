@@ -22,7 +22,7 @@ from enforcer_daemon.kube.client import NOT_FOUND, ApiError, ClusterApi
 from enforcer_daemon.kube.resources import PODS
 from enforcer_daemon.kube.table import Entry, read_entry
 from enforcer_daemon.reasons import Reason
-from enforcer_daemon.settings import PlacementSettings, Settings
+from enforcer_daemon.settings import Settings
 from enforcer_daemon.telemetry.logs import Logger
 from enforcer_daemon.telemetry.metrics import Metrics
 
@@ -38,11 +38,25 @@ OnDenied = Callable[[str, str], Awaitable[None]]
 """Called with a node that is denied from now on, and why."""
 
 
+@dataclass(frozen=True, slots=True)
+class PlacementLimits:
+    """How many look-ups a node makes, and what a false claim costs. Code and tests construct other values."""
+
+    max_lookups_per_s: float = 10.0
+    """Look-ups of the node per second. A node that meets 1,000 new pods has verified them after 100 s."""
+    retry_s: float = 5.0
+    """After this time a pod that was not found is looked up once more before that counts, seconds. A pod can be
+    seen before the API server answers for it."""
+    denial_s: float = 3_600.0
+    """How long a node that claimed another node's pod, or a claim of a pod that does not exist, is denied, seconds.
+    An operator can end it earlier."""
+
+
 @dataclass(slots=True)
 class PlacementCheck:
     """The look-ups of one node. Run `run` as a task."""
 
-    settings: PlacementSettings
+    limits: PlacementLimits
     api: ClusterApi
     log: Logger
     metrics: Metrics
@@ -57,7 +71,7 @@ class PlacementCheck:
 
     def open(self, settings: Settings) -> Placement:
         """Return what the datapath asks."""
-        denial_s = self.settings.denial_s
+        denial_s = self.limits.denial_s
         self.placement = Placement(settings.node, settings.trust_domain, denial_s, self._ask)
         return self.placement
 
@@ -94,12 +108,12 @@ class PlacementCheck:
             if answer is not Answer.ABSENT:
                 await self._settle(claim, answer, where)
             elif len(self._again) < MAX_AGAIN:
-                self._again.append((time.monotonic() + self.settings.retry_s, claim))
+                self._again.append((time.monotonic() + self.limits.retry_s, claim))
                 self._waiting_again.set()
             else:
                 self.placement.forget(claim)
                 self._count("skipped")
-            await asyncio.sleep(1.0 / self.settings.max_per_s)
+            await asyncio.sleep(1.0 / self.limits.max_lookups_per_s)
 
     async def _look_again(self) -> None:
         while True:
@@ -109,7 +123,7 @@ class PlacementCheck:
             due_at, claim = self._again.popleft()
             await asyncio.sleep(max(0.0, due_at - time.monotonic()))
             await self._settle(claim, *await self._find(claim))
-            await asyncio.sleep(1.0 / self.settings.max_per_s)
+            await asyncio.sleep(1.0 / self.limits.max_lookups_per_s)
 
     async def _settle(self, claim: Claim, answer: Answer, where: str) -> None:
         self._count(answer.value)
@@ -122,7 +136,7 @@ class PlacementCheck:
         if not is_denied:
             return
         why = self.placement.denied[claim.node].why
-        self.log.error("node denied", node=claim.node, why=why, for_s=self.settings.denial_s)
+        self.log.error("node denied", node=claim.node, why=why, for_s=self.limits.denial_s)
         if self.on_denied is not None:
             await self.on_denied(claim.node, why)
 

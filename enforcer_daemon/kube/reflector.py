@@ -21,9 +21,9 @@ from enforcer_daemon.kube.backoff import backoff_s
 from enforcer_daemon.kube.client import GONE, NOT_FOUND, UNAUTHORIZED, ApiError, ClusterApi
 from enforcer_daemon.kube.intake import Intake
 from enforcer_daemon.kube.jsonlists import members
+from enforcer_daemon.kube.limits import ClusterLimits
 from enforcer_daemon.kube.resources import Manifest, Resource, Value
 from enforcer_daemon.kube.table import Entry, Key, Table, read_entry, read_key
-from enforcer_daemon.settings import KubernetesSettings
 from enforcer_daemon.sources.manifests import Problem
 from enforcer_daemon.telemetry.logs import Logger
 
@@ -66,7 +66,7 @@ class Surroundings:
     """What all reflectors share."""
 
     api: ClusterApi
-    settings: KubernetesSettings
+    limits: ClusterLimits
     log: Logger
     on_change: Callable[[], None]
     """Called after a table has changed, and when a kind is complete."""
@@ -131,7 +131,7 @@ class Reflector(Generic[Value]):
                 shared.log.error("credentials cannot be read anew", error=str(unusable))
         self._failures += 1
         await asyncio.sleep(
-            max(err.retry_after_s, backoff_s(self._failures, shared.roll(), shared.settings.max_backoff_s))
+            max(err.retry_after_s, backoff_s(self._failures, shared.roll(), shared.limits.max_backoff_s))
         )
 
     def _lose(self, err: ApiError) -> None:
@@ -149,14 +149,14 @@ class Reflector(Generic[Value]):
 
     async def _list(self) -> str:
         """Take the complete list over; give its version."""
-        settings = self._shared.settings
-        query = {"limit": str(settings.page_size), **self._selector}
+        limits = self._shared.limits
+        query = {"limit": str(limits.page_size), **self._selector}
         entries: list[Entry[Value] | Problem] = []
         unseen: list[Key] = []
         intake = self._shared.intake
         left_s = math.inf if intake is None else _DECODED_S
         while True:
-            body = await self._shared.api.get(self.resource.path, query, settings.request_timeout_s)
+            body = await self._shared.api.get(self.resource.path, query, limits.request_timeout_s)
             # In a thread: the loop also serves the pods' queues.
             page = await asyncio.to_thread(_read_page, self.resource, body, self.table.entries, left_s)
             entries += page.entries
@@ -185,7 +185,7 @@ class Reflector(Generic[Value]):
             "timeoutSeconds": str(int(_WATCH_S * (1 + shared.roll()))),
             **self._selector,
         }
-        lines = shared.api.lines(self.resource.path, query, shared.settings.watch_silence_s)
+        lines = shared.api.lines(self.resource.path, query, shared.limits.watch_silence_s)
         async with aclosing(lines):  # type: ignore[type-var]
             async for line in lines:
                 self._heard()

@@ -18,6 +18,7 @@ from typing import Any
 from enforcer_daemon.kube import kept
 from enforcer_daemon.kube.client import ClusterApi
 from enforcer_daemon.kube.intake import Intake
+from enforcer_daemon.kube.limits import ClusterLimits
 from enforcer_daemon.kube.networks import VirtualAddresses, discover, missing_networks
 from enforcer_daemon.kube.reflector import Reflector, Surroundings, WatchHealth
 from enforcer_daemon.kube.resources import NAMESPACES, NETWORK_POLICIES, NODES, PODS, SERVICE_CIDRS, SERVICES
@@ -51,13 +52,21 @@ class RefusedPolicy:
 class ClusterSource:
     """Run `run` as a task; take worlds from `worlds`, one after the other."""
 
-    def __init__(self, settings: Settings, log: Logger, metrics: Metrics, turns: Turns | None = None) -> None:
+    def __init__(
+        self,
+        settings: Settings,
+        log: Logger,
+        metrics: Metrics,
+        turns: Turns | None = None,
+        limits: ClusterLimits | None = None,
+    ) -> None:
         self._settings = settings
+        self._limits = limits = limits or ClusterLimits()
         self._log = log
         self._directory = settings.state_dir / "cluster"
-        self.api = ClusterApi(settings.kubernetes, settings.registration.run_dir / "kubeconfig")
+        self.api = ClusterApi(settings.kubernetes.kubeconfig, settings.registration.run_dir / "kubeconfig")
         self._intake = Intake(turns or Turns(), self._note_change)
-        surroundings = Surroundings(self.api, settings.kubernetes, log, self._note_change, random.random, self._intake)
+        surroundings = Surroundings(self.api, limits, log, self._note_change, random.random, self._intake)
         self._policies: Table[AnyPolicy] = Table(NETWORK_POLICIES)
         self._namespaces: Table[Any] = Table(NAMESPACES)
         self._pods: Table[Pod] = Table(PODS)
@@ -133,7 +142,7 @@ class ClusterSource:
             await self._changed.wait()
 
     async def _wait_until_settled(self) -> None:
-        timeout_s = self._settings.kubernetes.sync_timeout_s
+        timeout_s = self._limits.sync_timeout_s
         try:
             async with asyncio.timeout(timeout_s if self._is_kept else None):
                 while not self.is_synced:
@@ -281,7 +290,7 @@ class ClusterSource:
 
     async def _keep_going(self) -> None:
         while True:
-            await asyncio.sleep(self._settings.kubernetes.keep_every_s)
+            await asyncio.sleep(self._limits.save_interval_s)
             await self.keep()
 
     async def keep(self) -> None:

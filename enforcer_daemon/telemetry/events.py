@@ -18,7 +18,6 @@ from itertools import chain, zip_longest
 from enforcer_daemon.datapath.context import FlowReport
 from enforcer_daemon.handshake.bounds import FairTable
 from enforcer_daemon.model import Direction, protocol_name
-from enforcer_daemon.settings import EventSettings
 
 END_S = 360.0
 """A series is over after so long a silence, seconds; that of Kubernetes' own recorders."""
@@ -86,6 +85,19 @@ class Series:
     """The Event's, once there is one."""
 
 
+@dataclass(frozen=True, slots=True)
+class EventLimits:
+    """How much the API server is told. Code and tests construct other values."""
+
+    max_per_minute: float = 12.0
+    """Requests about Events that the node makes in a minute (burst: the same number); more are counted only. Low,
+    since all nodes of a cluster send theirs at once when a policy denies what all need."""
+    max_per_minute_per_object: float = 4.0
+    """The same about one pod or policy."""
+    update_interval_s: float = 60.0
+    """The shortest time between two updates of one Event's count, seconds."""
+
+
 @dataclass(slots=True)
 class _Allowance:
     left: float
@@ -105,7 +117,7 @@ class _Allowance:
 class EventBook:
     """All series of the node. For the event loop's thread alone."""
 
-    settings: EventSettings
+    limits: EventLimits
     clock: Callable[[], float]
     """Monotonic seconds."""
     limited: int = 0
@@ -168,7 +180,7 @@ class EventBook:
         due = []
         for series in chain.from_iterable(zip_longest(*(waiting[namespace] for namespace in turns))):
             if series is not None and self._is_granted(series.notice.subject, now):
-                series.told, series.due_at = series.count, now + self.settings.repeat_s
+                series.told, series.due_at = series.count, now + self.limits.update_interval_s
                 self._told_at[series.notice.subject.namespace] = now
                 due.append(series)
         return due
@@ -176,9 +188,9 @@ class EventBook:
     def _is_granted(self, subject: Subject, now: float) -> bool:
         """Ask the object's allowance first: what it lacks must cost the others nothing."""
         own = self._allowances.setdefault(subject, _Allowance(float("inf"), now))
-        if not own.take(self.settings.max_per_minute_per_object, now):
+        if not own.take(self.limits.max_per_minute_per_object, now):
             return False
-        if self._allowance.take(self.settings.max_per_minute, now):
+        if self._allowance.take(self.limits.max_per_minute, now):
             return True
         own.left += 1.0
         return False

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Structured logs on standard error: JSON for machines, or aligned text for people."""
+"""Structured logs on standard error: JSON, or aligned text if that is a terminal."""
 
 from __future__ import annotations
 
@@ -16,10 +16,13 @@ from enforcer_daemon.telemetry.lines import open_lines
 Logger = structlog.typing.FilteringBoundLogger
 
 
-def open_log(settings: LogSettings, **context: Any) -> Logger:
-    """Set up what every logger of the process writes, and give one that carries `context` in each line."""
+def open_log(settings: LogSettings, *, is_aligned: bool | None = None, **context: Any) -> Logger:
+    """Set up what every logger of the process writes, and return one that carries `context` in each line.
+
+    `is_aligned` chooses text over JSON; None: if standard error is a terminal.
+    """
     renderer: Any = structlog.processors.JSONRenderer()
-    if settings.format == "console":
+    if sys.stderr.isatty() if is_aligned is None else is_aligned:
         renderer = structlog.dev.ConsoleRenderer(
             colors=sys.stderr.isatty(), exception_formatter=structlog.dev.plain_traceback
         )
@@ -30,7 +33,9 @@ def open_log(settings: LogSettings, **context: Any) -> Logger:
             structlog.processors.format_exc_info,
             renderer,
         ],
-        wrapper_class=structlog.make_filtering_bound_logger(logging.getLevelNamesMapping()[settings.level.upper()]),
+        wrapper_class=structlog.make_filtering_bound_logger(
+            logging.getLevelNamesMapping()[settings.level.value.upper()]
+        ),
         logger_factory=_factory(),
     )
     logger: Logger = structlog.get_logger(**context)

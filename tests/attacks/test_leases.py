@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Released flows and those who stand for them: dead nodes, new labels, restarts, blocked paths, copied identities.
 
-The times of leases are short here (tests/attacks/fast_leases.py): UDP lapses after 8 s, TCP after 14 s.
+The times of leases are short here: UDP lapses after 8 s, TCP after 14 s.
 """
 
 from __future__ import annotations
@@ -10,7 +10,6 @@ import os
 import re
 import signal
 import socket
-import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -20,18 +19,20 @@ from pathlib import Path
 
 import pytest
 
+from enforcer_daemon.daemon.limits import DaemonLimits
 from enforcer_daemon.errors import FrameError, PacketError
 from enforcer_daemon.handshake.datagrams import LONE_EXID, find_message
 from enforcer_daemon.handshake.frames import TYPE_OFFER, SynFrame, decode_syn, encode_syn, frame_type, is_frame
 from enforcer_daemon.handshake.leaseframes import LEASE_PORT
+from enforcer_daemon.handshake.leasepairs import LeaseTimes
 from enforcer_daemon.marks import RELEASED
 from enforcer_daemon.model import PodRef
 from enforcer_daemon.packet.tcp import SYN, build, decode_tcp, with_options_and_payload
 from enforcer_daemon.packet.udp import UDP_HEADER, build_udp, decode_udp, encode_option
-from tests.attacks.fast_leases import TIMES
 from tests.e2e.attackers import SYN_OPTIONS
 from tests.e2e.operation_world import FAMILIES, NODES, Stream, app, connection, endpoint, pod, policy
 from trireme_lab import HostSpec, Lab, PodSpec, Tools, WorldSpec
+from trireme_lab.enforcer import enforcer_with
 from trireme_lab.netns import open_socket
 
 pytestmark = pytest.mark.kernel
@@ -39,7 +40,7 @@ pytestmark = pytest.mark.kernel
 PATIENCE_S = 20.0
 SOON_S = 1.0
 """How soon a flow ends after its peer's labels have changed."""
-ENFORCER = (sys.executable, str(Path(__file__).with_name("fast_leases.py")))
+TIMES = LeaseTimes(lease_s=0.5, silent_s=1.2, probe_s=0.3, udp_lapse_s=8.0, tcp_lapse_s=14.0)
 PODS = (pod("server", "a"), pod("client", "b"))
 MANIFESTS = (policy("server", "server", ingress=[{"from": [app("client")]}]),)
 versions = pytest.mark.parametrize("version", [4, 6])
@@ -48,7 +49,7 @@ versions = pytest.mark.parametrize("version", [4, 6])
 @pytest.fixture
 def lab(plugin: Path) -> Iterator[Lab]:
     world = WorldSpec(NODES, {"x": {}}, PODS, (HostSpec("near", node="a"),), manifests=MANIFESTS)
-    with Lab(world, Tools(plugin=plugin, enforcer=ENFORCER)) as lab:
+    with Lab(world, Tools(plugin=plugin, enforcer=enforcer_with(DaemonLimits(leases=TIMES)))) as lab:
         yield lab
 
 

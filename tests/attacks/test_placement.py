@@ -6,14 +6,16 @@ from __future__ import annotations
 import re
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from enforcer_daemon.handshake.placement import MAX_ABSENT
+from enforcer_daemon.kube.placement import PlacementLimits
 from tests.e2e.operation_world import HTTP, NODES, RESET, connection, denials, outcome, pod
-from tests.kube.lab import KubeLab
+from tests.kube.lab import LIMITS, KubeLab
 from trireme_lab import Outcome, Tools, WorldSpec
 
 pytestmark = pytest.mark.kernel
@@ -25,11 +27,11 @@ MINE = tuple(pod(f"mine-{number}", "b") for number in range(MAX_ABSENT + 1))
 
 @pytest.fixture
 def lab(plugin: Path) -> Iterator[KubeLab]:
-    placement = {"enabled": True, "retryS": 0.2, "maxPerS": 100.0}
+    limits = replace(LIMITS, placement=PlacementLimits(max_lookups_per_s=100.0, retry_s=0.2))
     namespaces: dict[str, dict[str, str]] = {"x": {}, "victim": {}}
     pods = (pod("server", "a", namespace="victim"), *VICTIMS, *MINE)
-    world = WorldSpec(NODES, namespaces, pods=pods, settings={**RESET, "kubernetes": {"placement": placement}})
-    with KubeLab(world, Tools(plugin=plugin)) as lab:
+    world = WorldSpec(NODES, namespaces, pods=pods, settings={**RESET, "kubernetes": {"verifyPlacement": True}})
+    with KubeLab(world, Tools(plugin=plugin), limits=limits) as lab:
         yield lab
 
 

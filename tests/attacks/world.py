@@ -60,7 +60,7 @@ _EXTERNAL = HostSpec("external", (ip_address("198.51.100.50"), ip_address("2001:
 _WEB = ServiceSpec(
     "x", "web", WEB_SERVICE, (PodRef("x", "near"), PodRef("x", "far")), (ServicePort(80, 8080, node_port=NODE_PORT),)
 )
-_RATES = {"maxPacketsPerSPerSource": 400_000, "maxPacketsPerS": 800_000}
+_RATES = {"synRateLimitPerSource": 400_000}
 """So that no packet of a sweep is dropped for being one of many."""
 _VIRTUAL = [
     *map(str, SERVICE_NETWORKS),

@@ -27,6 +27,7 @@ from cryptography.hazmat.primitives.serialization import Encoding, load_pem_priv
 
 from enforcer_daemon.handshake.flows import InitiatorFlow
 from enforcer_daemon.handshake.frames import decode_block, decode_syn_ack, encode_block, is_frame, proof_option
+from enforcer_daemon.handshake.limits import HandshakeLimits
 from enforcer_daemon.handshake.local import LocalToken, sign_local_token
 from enforcer_daemon.handshake.peers import PeerVerifier
 from enforcer_daemon.identity.authority import Authority, issue_credential, node_spiffe_id
@@ -35,7 +36,6 @@ from enforcer_daemon.identity.dictionary import TOKEN_DICTIONARY
 from enforcer_daemon.model import Identity, IPAddress, PodRef
 from enforcer_daemon.packet.tcp import ACK, PSH, RST, SYN, SYN_ACK, Segment, build, decode_tcp, with_options_and_payload
 from enforcer_daemon.reasons import Reason
-from enforcer_daemon.settings import HandshakeSettings
 from trireme_lab import Lab
 from trireme_lab.netns import open_socket
 
@@ -266,7 +266,7 @@ class FramedClient(RawClient):
         payload = answer.payload
         assert is_frame(payload)
         frame = decode_syn_ack(payload)
-        verifier = PeerVerifier(TrustBundle([authority.certificate]), HandshakeSettings())
+        verifier = PeerVerifier(TrustBundle([authority.certificate]), HandshakeLimits())
         peer = verifier.verify(frame.block, answer.src, 0.0, time.time())
         self.flow.verify(payload, frame, answer.seq, peer)
         return proof_option(self.flow.proof, is_lone=False)

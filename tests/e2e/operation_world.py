@@ -13,10 +13,10 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 
+from enforcer_daemon.dataplane.ruleset import QUEUE_NUMBER
 from enforcer_daemon.model import PodRef
 from enforcer_daemon.packet.ip import decode_ip
 from enforcer_daemon.packet.tcp import TCP, Segment, decode_segment
-from enforcer_daemon.settings import DataplaneSettings
 from trireme_lab import Lab, NodeSpec, Outcome, PodSpec, PortSpec
 from trireme_lab.netns import open_socket
 from trireme_lab.world import Manifest
@@ -226,7 +226,7 @@ def queued_packets(lab: Lab, name: str) -> int:
 def queue_fields(lab: Lab, name: str) -> list[str]:
     """Return what the kernel says of a pod's queue; the enforcer's other one never has a packet."""
     lines = [line.split() for line in lab.run(name, "cat", QUEUE).splitlines()]
-    (fields,) = [fields for fields in lines if fields[0] == str(DataplaneSettings().queue_number)]
+    (fields,) = [fields for fields in lines if fields[0] == str(QUEUE_NUMBER)]
     return fields
 
 

@@ -7,15 +7,17 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
 
+from enforcer_daemon.kube.placement import PlacementLimits
 from tests.e2e.operation_world import HTTP, NODES, RESET, app, connection, denials, pod, policy
 from tests.kube.cluster import NAMESPACE, add_node
-from tests.kube.lab import KubeLab
+from tests.kube.lab import LIMITS, KubeLab
 from tests.kube.rbac import grants
 from trireme_lab import Lab, LabError, Outcome, Tools, WorldSpec
 from trireme_lab.netns import exec_prefix
@@ -32,7 +34,7 @@ CREDENTIALS = {
         "caKey": None,
         "bundleConfigMap": f"{NAMESPACE}/trireme-trust-bundle",
     },
-    "kubernetes": {"placement": {"enabled": True, "retryS": 0.2}},
+    "kubernetes": {"verifyPlacement": True},
 }
 TAINT = {"key": "trireme.io/agent-not-ready", "effect": "NoSchedule"}
 ALLOW = policy("allow", "server", ingress=[{"from": [app("client")]}])
@@ -66,7 +68,7 @@ class SignedLab(KubeLab):
 @pytest.fixture(scope="module")
 def lab(plugin: Path) -> Iterator[SignedLab]:
     world = WorldSpec(NODES, pods=PODS, manifests=(ALLOW,), settings=overlay(RESET, CREDENTIALS))
-    with SignedLab(world, Tools(plugin=plugin)) as lab:
+    with SignedLab(world, Tools(plugin=plugin), limits=replace(LIMITS, placement=PlacementLimits(retry_s=0.2))) as lab:
         yield lab
 
 

@@ -13,8 +13,10 @@ from pathlib import Path
 
 import pytest
 
+from enforcer_daemon.daemon.limits import DaemonLimits
 from tests.e2e.operation_world import HTTP, NODES, app, listening, pod, policy
 from trireme_lab import Lab, Outcome, Tools, WorldSpec
+from trireme_lab.enforcer import enforcer_with
 from trireme_lab.manifests import pod_manifest
 from trireme_lab.netns import delete_all, open_socket
 from trireme_lab.probe import Probe, run_probe
@@ -25,14 +27,15 @@ pytestmark = pytest.mark.kernel
 NODE = "b"
 EVERY_S = 0.2
 DEADLINE_S = 60.0
-SETTINGS = {"registration": {"enrolEveryS": EVERY_S}}
+LIMITS = DaemonLimits(discovery_interval_s=EVERY_S)
 ONLY_LATE = policy("only-late", "server", ingress=[{"from": [app("late")]}])
 
 
 @pytest.fixture(scope="module")
 def lab(plugin: Path) -> Iterator[Lab]:
     pods = (pod("server", "a"), pod("open", "a"))
-    with Lab(WorldSpec(NODES, pods=pods, manifests=(ONLY_LATE,), settings=SETTINGS), Tools(plugin=plugin)) as lab:
+    tools = Tools(plugin=plugin, enforcer=enforcer_with(LIMITS))
+    with Lab(WorldSpec(NODES, pods=pods, manifests=(ONLY_LATE,)), tools) as lab:
         yield lab
 
 

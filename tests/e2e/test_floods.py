@@ -14,22 +14,26 @@ from benchmarks import flood_packets
 from benchmarks.flood_packets import FLOODS, Flood
 from benchmarks.floods import WORLD, connect, flooding, record, shares, start_servers
 from benchmarks.shares import SharesError, WeighedLab
+from enforcer_daemon.daemon.limits import DaemonLimits
+from enforcer_daemon.dataplane.queue import QueueSizes
 from enforcer_daemon.handshake.bounds import Bound
+from enforcer_daemon.handshake.limits import HandshakeLimits
 from enforcer_daemon.model import PodRef
 from enforcer_daemon.reasons import Reason
 from enforcer_daemon.settings import DataplaneSettings
 from tests.e2e.attackers import counters_of, endpoint_of, grow_old
 from tests.e2e.operation_world import endpoint, queue_fields
 from trireme_lab import Lab, PodSpec, Tools, WorldSpec
+from trireme_lab.enforcer import enforcer_with
 
 pytestmark = pytest.mark.kernel
 
 PER_SOURCE = 300
-SETTINGS = {
-    "handshake": {"timeoutS": 2, "maxHalfOpenFlowsPerSource": PER_SOURCE, "maxVerificationsPerS": 50},
-    "dataplane": {"queueLength": 512},
-}
-"""Bounds that a second of flood reaches on any machine, and handshakes that are forgotten soon."""
+LIMITS = DaemonLimits(
+    handshake=HandshakeLimits(timeout_s=2.0, max_half_open_flows_per_source=PER_SOURCE, max_verifications_per_s=50.0),
+    queue=QueueSizes(length=512),
+)
+"""Limits that a second of flood reaches on any machine, and handshakes that are forgotten soon."""
 VICTIM = "bench/victim"
 _PATIENCE_S = 30.0
 _LEAST_SHARE = 0.7
@@ -52,11 +56,12 @@ REASONS: dict[Flood, Reason] = {
 @pytest.fixture(scope="module")
 def lab(plugin: Path) -> Iterator[Lab]:
     friend = PodSpec(PodRef("bench", "friend"), "a", {"role": "flooder"})  # Admitted by the victim, and honest.
-    world = WorldSpec(WORLD.nodes, pods=(*WORLD.pods, friend), manifests=WORLD.manifests, settings=SETTINGS)
+    world = WorldSpec(WORLD.nodes, pods=(*WORLD.pods, friend), manifests=WORLD.manifests)
+    tools = Tools(plugin=plugin, enforcer=enforcer_with(LIMITS))
     with ExitStack() as stack:
-        lab = Lab(world, Tools(plugin=plugin))
+        lab = Lab(world, tools)
         with suppress(SharesError):
-            lab = WeighedLab(world, stack.enter_context(shares()), Tools(plugin=plugin))
+            lab = WeighedLab(world, stack.enter_context(shares()), tools)
         stack.enter_context(lab)
         start_servers(lab)
         connect(lab, 200)
@@ -101,7 +106,7 @@ def test_honest_load_meets_no_rate(lab: Lab) -> None:
 
     As many connections as their SYNs have leave for, for some seconds, however fast the machine is.
     """
-    syns_per_s, connections = DataplaneSettings().max_packets_per_s_per_source, 2_000
+    syns_per_s, connections = DataplaneSettings().syn_rate_limit_per_source, 2_000
     for _ in range(8):
         started = time.monotonic()
         connect(lab, connections)

@@ -64,14 +64,14 @@ BACK = policy("back", "client", ingress=[{"from": [app("server")]}])
 POLICIES = (DENY, ALLOW, BACK)
 PODS = (pod("client", "a"), pod("server", "b"))
 BOTH_WAYS = (("x/client", "x/server"), ("x/server", "x/client"))
-HANDSHAKE = {"tokenLifetimeS": 8, "clockLeewayS": 0}
+SHORT = {"tokenLifetimeSeconds": 8, "clockLeewaySeconds": 0}
 
 
 # Renewal and rotation.
 
 
 def test_keys_are_renewed_again_and_again_and_no_connection_notices(plugin: Path) -> None:
-    settings = {"handshake": HANDSHAKE, "credentials": {"certificateLifetimeS": 9}}
+    settings = {"credentials": {**SHORT, "certificateLifetimeSeconds": 9}}
     world = WorldSpec(NODES, pods=PODS, manifests=POLICIES, settings=settings)
     with (
         Lab(world, Tools(plugin=plugin)) as lab,
@@ -100,7 +100,7 @@ def test_an_authority_is_replaced_by_overlap_and_no_connection_notices(plugin: P
     keys = {name: Keys(old, [old]) for name in "abc"}
     pods = (*PODS, pod("late", "c", app="client"))
     nodes = (*NODES, NodeSpec.numbered("c", 3))
-    world = WorldSpec(nodes, manifests=POLICIES, settings={**RESET, "handshake": HANDSHAKE})
+    world = WorldSpec(nodes, manifests=POLICIES, settings={**RESET, "credentials": SHORT})
     with (
         keyed_lab(plugin, keys, world, pods) as (lab, files),
         connection(lab, "x/client", "x/server") as ends,
@@ -302,7 +302,7 @@ def test_a_clock_that_is_ahead(
     """The server's node is ahead: what comes to it is old, what it shows is from the future."""
     program = tmp_path / "shifted.py"
     program.write_text(SHIFTED.format(node="b", offset=offset_s))
-    settings = {**RESET, "handshake": {"tokenLifetimeS": 120}}
+    settings = {**RESET, "credentials": {"tokenLifetimeSeconds": 120}}
     world = WorldSpec(NODES, pods=PODS, manifests=POLICIES, settings=settings)
     with Lab(world, Tools(plugin=plugin, enforcer=(sys.executable, str(program)))) as lab:
         for (source, target), reason in zip(BOTH_WAYS, (at_server, at_client), strict=True):
@@ -319,7 +319,7 @@ def test_no_key_and_no_token_shows_in_logs_and_answers(plugin: Path) -> None:
     """Also not where an operator puts a key into the wrong file, or a peer is refused."""
     authority, other = new_authority(), new_authority()
     keys = {name: Keys(authority, [authority]) for name in "ab"}
-    settings = {**RESET, "log": {"level": "debug"}, "handshake": HANDSHAKE}
+    settings = {**RESET, "log": {"level": "debug"}, "credentials": SHORT}
     world = WorldSpec(NODES, manifests=POLICIES, settings=settings)
     with keyed_lab(plugin, keys, world, (*PODS, pod("stranger", "a"))) as (lab, files):
         secrets = [key_pem(authority), *(_private_bytes(name.key) for name in (authority, other))]

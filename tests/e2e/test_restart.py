@@ -19,9 +19,8 @@ from cni_plugin import messages
 from cni_plugin.deletions import enqueue
 from enforcer_daemon.dataplane.backends import make_backend
 from enforcer_daemon.dataplane.ratelimits import QueueLimits
-from enforcer_daemon.dataplane.ruleset import EndpointRules
+from enforcer_daemon.dataplane.ruleset import QUEUE_NUMBER, EndpointRules
 from enforcer_daemon.model import PodRef
-from enforcer_daemon.settings import DataplaneSettings
 from tests.e2e.operation_world import HTTP, NODES, Stream, app, connection, outcome, pod, policy, rules_of
 from trireme_lab import Lab, LabError, Outcome, ProbeResult, Tools, WorldSpec
 from trireme_lab.netns import NETNS_DIR, delete_all
@@ -283,7 +282,7 @@ def test_rules_of_another_backend_are_replaced(lab: Lab) -> None:
         with _without_enforcers(lab, nodes="b"):
             make_backend(chosen).remove(netns)
             limits = QueueLimits(per_source=4_000, total=8_000)
-            rules = EndpointRules(("eth0",), DataplaneSettings().queue_number, frozenset(), limits)
+            rules = EndpointRules(("eth0",), QUEUE_NUMBER, frozenset(), limits)
             make_backend(other).apply(netns, rules)
             names.write_text(f"{other}\n")
         assert not make_backend(other).is_intact(netns, rules)

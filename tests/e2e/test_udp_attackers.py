@@ -17,8 +17,8 @@ from enforcer_daemon.errors import FrameError, PacketError
 from enforcer_daemon.handshake.bounds import Bound
 from enforcer_daemon.handshake.datagrams import LONE_EXID, RIDING_EXID, find_message
 from enforcer_daemon.handshake.frames import TYPE_OFFER, encode_again, encode_proof, frame_type
+from enforcer_daemon.handshake.limits import HandshakeLimits
 from enforcer_daemon.packet.udp import UDP_HEADER, UDPDatagram, build_udp, decode_udp, encode_option
-from enforcer_daemon.settings import HandshakeSettings
 from tests.e2e.operation_world import FAMILIES, NODES, app, denials, endpoint, pod, policy
 from trireme_lab import HostSpec, Lab, Tools, WorldSpec
 from trireme_lab.netns import open_socket
@@ -143,7 +143,7 @@ def test_a_stolen_offer_gains_nothing_under_any_address_or_port(lab: Lab, versio
 
 @versions
 def test_a_flood_of_stolen_offers_is_bounded_and_passes(lab: Lab, version: int) -> None:
-    bounds = HandshakeSettings()
+    bounds = HandshakeLimits()
     with serving(lab, version) as server, RawHost(lab, version) as host:
         with finished_handshake(lab, server, version) as messages:
             offer, message = messages[0]
@@ -164,7 +164,7 @@ def test_a_flood_of_stolen_offers_is_bounded_and_passes(lab: Lab, version: int) 
 @versions
 def test_flows_that_nobody_answers_are_bounded_and_hurt_no_other(lab: Lab, version: int) -> None:
     """Where the pod's policy knows labels alone, its datagrams wait for an answer, which a stranger never gives."""
-    bounds = HandshakeSettings()
+    bounds = HandshakeLimits()
     silent = str(lab.address_of("host:near", version))
     with (
         serving(lab, version) as server,

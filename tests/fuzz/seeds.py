@@ -128,12 +128,12 @@ trustDomain: cluster.local
 stateDir: /var/lib/trireme
 policyDir: /etc/p
 denyWith: reset
-credentials: {caCertificate: /a, caKey: /b, trustBundle: null, certificateLifetimeS: 86400}
+credentials: {caCertificate: /a, caKey: /b, trustBundle: null, certificateLifetimeSeconds: 86400,
+  tokenLifetimeSeconds: 600.0, clockLeewaySeconds: 1e1}
 networks: {enforced: [10.0.0.0/8, 'fd00::/16'], virtual: [10.96.0.0/12], masquerade: [10.0.0.1]}
-handshake: {tokenLifetimeS: 600.0, clockLeewayS: 1e1, maxHeldPackets: 0x40}
 registration: {runDir: /run/trireme, excludedNamespaces: [kube-system]}
-dataplane: {rulesBackend: nft, queueNumber: 1}
-log: {level: info, format: json}
+dataplane: {rulesBackend: nft, synRateLimitPerSource: 0x1000}
+log: {level: info}
 """
 EXCHANGES = {
     "whole": bytes((0, 0, 1, 5)),

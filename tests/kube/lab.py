@@ -17,8 +17,12 @@ from dataclasses import replace
 from ipaddress import ip_address
 from typing import Any
 
+from enforcer_daemon.daemon.limits import DaemonLimits
+from enforcer_daemon.kube.limits import ClusterLimits
+from enforcer_daemon.telemetry.events import EventLimits
 from tests.kube.api import FakeApi
 from trireme_lab import HostSpec, Lab, NodeSpec, PodSpec, Tools, WorldSpec
+from trireme_lab.enforcer import enforcer_with
 from trireme_lab.manifests import ObjectRef, namespace_manifest, pod_manifest
 from trireme_lab.netns import open_socket
 from trireme_lab.node import Node
@@ -32,14 +36,13 @@ _PATIENCE_S = 20.0
 SETTINGS: dict[str, object] = {
     "policyDir": None,
     "networks": {"enforced": [], "virtual": []},
-    "kubernetes": {
-        "enabled": True,
-        "maxBackoffS": 0.5,
-        "syncTimeoutS": 1.0,
-        "keepEveryS": 0.2,
-        "events": {"maxPerMinute": 6000, "maxPerMinutePerObject": 600, "repeatS": 0.5},
-    },
+    "kubernetes": {"enabled": True},
 }
+LIMITS = DaemonLimits(
+    cluster=ClusterLimits(max_backoff_s=0.5, sync_timeout_s=1.0, save_interval_s=0.2),
+    events=EventLimits(max_per_minute=6000.0, max_per_minute_per_object=600.0, update_interval_s=0.5),
+)
+"""So that no test waits long for what comes again."""
 
 
 class KubeLab(Lab):
@@ -47,10 +50,12 @@ class KubeLab(Lab):
 
     api: FakeApi
 
-    def __init__(self, world: WorldSpec, tools: Tools, objects: Iterable[Mapping[str, Any]] = ()) -> None:
+    def __init__(
+        self, world: WorldSpec, tools: Tools, objects: Iterable[Mapping[str, Any]] = (), limits: DaemonLimits = LIMITS
+    ) -> None:
         """Prepare; `objects` are in the cluster before the daemons start, besides what the world says."""
         host = HostSpec("api", (ip_address(_ADDRESS),))
-        super().__init__(replace(world, hosts=(*world.hosts, host)), tools)
+        super().__init__(replace(world, hosts=(*world.hosts, host)), replace(tools, enforcer=enforcer_with(limits)))
         self._objects = objects
 
     def _start_daemons(self) -> None:

@@ -24,14 +24,14 @@ from enforcer_daemon.identity.given import open_given_identity
 from enforcer_daemon.identity.request import read_request
 from enforcer_daemon.kube.certificates import PATH, CertificateRefusedError, CertificateRequests
 from enforcer_daemon.kube.client import ClusterApi
-from enforcer_daemon.settings import KubernetesSettings, LogSettings, Settings
+from enforcer_daemon.settings import LogLevel, LogSettings, Settings
 from enforcer_daemon.settings_file import decode_settings
 from enforcer_daemon.telemetry.logs import open_log
 from tests.kube.api import FakeApi
 from tests.kube.cluster import NAMESPACE, add_node, running_signer
 from tests.kube.objects import Manifest
 
-LOG = open_log(LogSettings(level="error"))
+LOG = open_log(LogSettings(level=LogLevel.ERROR))
 
 
 @pytest.fixture
@@ -73,7 +73,7 @@ def ask_for_certificate(api: FakeApi, settings: Settings, token: str) -> str:
 
     async def ask() -> str:
         kubeconfig = api.write_kubeconfig(settings.state_dir / "kubeconfig", token)
-        cluster = ClusterApi(KubernetesSettings(enabled=True, kubeconfig=kubeconfig), settings.state_dir / "scratch")
+        cluster = ClusterApi(kubeconfig, settings.state_dir / "scratch")
         await cluster.open()
         try:
             await CertificateRequests(cluster, settings, LOG, time.time, random.random).obtain()
@@ -159,7 +159,7 @@ def test_another_nodes_name_is_denied(api: FakeApi, tmp_path: Path) -> None:
 def test_a_longer_life_is_denied(api: FakeApi, tmp_path: Path) -> None:
     token = add_node(api, "node-1")
     with running_signer(api, tmp_path):
-        problem = obtain(api, settings_of(tmp_path, "node-1", certificateLifetimeS=90_000), token)
+        problem = obtain(api, settings_of(tmp_path, "node-1", certificateLifetimeSeconds=90_000), token)
     assert "WrongLifetime" in problem
 
 
@@ -231,7 +231,7 @@ def test_a_certificate_for_another_key_is_refused_by_the_node(api: FakeApi, tmp_
 
     async def swap() -> str:
         kubeconfig = api.write_kubeconfig(settings.state_dir / "kubeconfig", token)
-        cluster = ClusterApi(KubernetesSettings(enabled=True, kubeconfig=kubeconfig), settings.state_dir / "scratch")
+        cluster = ClusterApi(kubeconfig, settings.state_dir / "scratch")
         await cluster.open()
         asking = asyncio.ensure_future(CertificateRequests(cluster, settings, LOG, time.time, random.random).obtain())
         requests = await asyncio.to_thread(
@@ -268,7 +268,7 @@ def test_the_next_replica_goes_on_with_the_same_authority(api: FakeApi, tmp_path
 
 def test_an_authority_is_replaced_by_overlap(api: FakeApi, tmp_path: Path) -> None:
     """Lives so short that a test can wait for them."""
-    token, settings = add_node(api, "node-1"), settings_of(tmp_path, "node-1", certificateLifetimeS=600)
+    token, settings = add_node(api, "node-1"), settings_of(tmp_path, "node-1", certificateLifetimeSeconds=600)
     with running_signer(api, tmp_path, "--certificate-hours", "0.2"):
         assert obtain(api, settings, token) == ""
         first = open_given_identity(settings, time.time())

@@ -25,19 +25,18 @@ import pytest
 from enforcer_daemon.dataplane.addresses import node_addresses
 from enforcer_daemon.dataplane.backends import IptablesBackend, NftBackend, RulesBackend, choose_backend
 from enforcer_daemon.dataplane.netns import new_netns, open_in
-from enforcer_daemon.dataplane.queue import PacketQueue
+from enforcer_daemon.dataplane.queue import PacketQueue, QueueSizes
 from enforcer_daemon.dataplane.ratelimits import QueueLimits
 from enforcer_daemon.dataplane.ruleset import EndpointRules
 from enforcer_daemon.dataplane.tools import run_in
 from enforcer_daemon.errors import DataplaneError
 from enforcer_daemon.model import Direction
-from enforcer_daemon.settings import DataplaneSettings
 from enforcer_daemon.settings import RulesBackend as BackendSetting
 from enforcer_daemon.verdict import ACCEPT, Verdict
 
 QUEUE = 4242
-SETTINGS = DataplaneSettings(queue_number=QUEUE)
-LIMITS = QueueLimits(SETTINGS.max_packets_per_s_per_source, SETTINGS.max_packets_per_s)
+SIZES = QueueSizes()
+LIMITS = QueueLimits(per_source=4_000, total=8_000)
 POD = {4: "10.77.0.2", 6: "fd77::2"}
 NODE = {4: "10.77.0.1", 6: "fd77::1"}
 NODE_OUTSIDE = {4: "10.88.0.1", 6: "fd88::1"}
@@ -168,11 +167,11 @@ class Recorder:
 
 @contextmanager
 def serve(
-    lab: Lab, judge: Callable[[bytes, Direction, int], Verdict], settings: DataplaneSettings = SETTINGS
+    lab: Lab, judge: Callable[[bytes, Direction, int], Verdict], sizes: QueueSizes = SIZES
 ) -> Iterator[PacketQueue]:
     """Serve the pod's queue from a thread of its own, as the event loop would."""
     errors: list[Exception] = []
-    queue = PacketQueue.open(lab.pod, settings, judge, on_error=errors.append)
+    queue = PacketQueue.open(lab.pod, QUEUE, sizes, judge, on_error=errors.append)
     stop_read, stop_write = os.pipe()
 
     def loop() -> None:

@@ -30,9 +30,10 @@ from tests.netns.lab import (
     BACKENDS,
     EVERY_BACKEND,
     POD,
+    QUEUE,
     REMOTE,
     RST,
-    SETTINGS,
+    SIZES,
     SYN,
     Lab,
     Recorder,
@@ -114,8 +115,8 @@ def test_held_packets_are_settled_in_the_order_of_the_effects(lab: Lab) -> None:
 def test_a_flow_is_released_when_nothing_more_waits(lab: Lab) -> None:
     """So that what comes after the release overtakes nothing that came before it."""
     released = Verdict(Action.RELEASE, mark=released_mark(0), when_drained=True)
-    one_a_turn = dataclasses.replace(SETTINGS, packets_per_turn=1)
-    queue = PacketQueue.open(lab.pod, one_a_turn, lambda *_: released, on_error=silent)
+    one_a_turn = dataclasses.replace(SIZES, batch=1)
+    queue = PacketQueue.open(lab.pod, QUEUE, one_a_turn, lambda *_: released, on_error=silent)
     try:
         with (
             lab.socket(lab.pod, 4, socket.SOCK_DGRAM) as service,
@@ -140,7 +141,7 @@ def test_a_flow_is_released_when_nothing_more_waits(lab: Lab) -> None:
 def test_a_send_that_the_kernel_will_cut_comes_whole_and_nothing_of_it_is_lost(lab: Lab, version: int) -> None:
     """Of three before conntrack knows the flow, the kernel would drop most of what it had cut for the queue."""
     judge = Recorder(lambda *_: Verdict(Action.HOLD, hold_id=len(judge.seen)))
-    queue = PacketQueue.open(lab.pod, SETTINGS, judge, on_error=silent)
+    queue = PacketQueue.open(lab.pod, QUEUE, SIZES, judge, on_error=silent)
     sends = [[bytes((65 + send, 65 + n)) * 50 for n in range(4)] for send in range(3)]
     try:
         with (
@@ -165,7 +166,7 @@ def test_a_send_that_the_kernel_will_cut_comes_whole_and_nothing_of_it_is_lost(l
 def test_a_send_that_the_kernel_will_cut_is_never_rewritten(lab: Lab) -> None:
     errors: list[Exception] = []
     judge = Recorder(lambda packet, *_: Verdict(Action.ACCEPT, packet))
-    queue = PacketQueue.open(lab.pod, SETTINGS, judge, on_error=errors.append)
+    queue = PacketQueue.open(lab.pod, QUEUE, SIZES, judge, on_error=errors.append)
     try:
         with lab.socket(lab.pod, 4, socket.SOCK_DGRAM) as client:
             client.connect((REMOTE[4], 53))
@@ -200,7 +201,7 @@ def test_a_judge_that_fails_lets_nothing_pass(lab: Lab) -> None:
     def fail(*_: object) -> Verdict:
         raise ValueError("a bug")
 
-    queue = PacketQueue.open(lab.pod, SETTINGS, fail, on_error=errors.append)
+    queue = PacketQueue.open(lab.pod, QUEUE, SIZES, fail, on_error=errors.append)
     try:
         with lab.listen(lab.pod, 4):
             assert not lab.connects(lab.remote, (POD[4], 8080), 0.3)
@@ -214,7 +215,7 @@ def test_a_judge_that_fails_lets_nothing_pass(lab: Lab) -> None:
 def test_an_effect_that_fails_is_reported(lab: Lab) -> None:
     errors: list[Exception] = []
     hold = Verdict(Action.HOLD, hold_id=1)
-    queue = PacketQueue.open(lab.pod, SETTINGS, lambda *_: hold, on_error=errors.append)
+    queue = PacketQueue.open(lab.pod, QUEUE, SIZES, lambda *_: hold, on_error=errors.append)
     try:
         with lab.socket(lab.remote, 4, socket.SOCK_DGRAM) as client:
             for _ in range(2):
@@ -232,8 +233,8 @@ RELEASED = Verdict(Action.RELEASE, mark=released_mark(1))
 
 def test_a_turn_is_bounded_and_shorter_while_there_is_a_backlog(lab: Lab) -> None:
     """More than another turn has to wait: of some connections at once a packet always does, and that is no backlog."""
-    settings = dataclasses.replace(SETTINGS, packets_per_turn=16)
-    queue = PacketQueue.open(lab.pod, settings, Recorder(lambda *_: DROP), on_error=silent)
+    sizes = dataclasses.replace(SIZES, batch=16)
+    queue = PacketQueue.open(lab.pod, QUEUE, sizes, Recorder(lambda *_: DROP), on_error=silent)
     try:
         send_datagrams(lab, 21, 10)
         assert wait_until(lambda: waiting(lab) == 21)
@@ -278,7 +279,7 @@ def test_a_turn_is_bounded_and_shorter_while_there_is_a_backlog(lab: Lab) -> Non
 def test_what_is_of_no_use_is_told_from_honest_load(
     lab: Lab, verdict: Verdict, *, is_refused: bool, is_in_vain: bool
 ) -> None:
-    queue = PacketQueue.open(lab.pod, SETTINGS, Recorder(lambda *_: verdict), on_error=silent)
+    queue = PacketQueue.open(lab.pod, QUEUE, SIZES, Recorder(lambda *_: verdict), on_error=silent)
     try:
         send_datagrams(lab, WINDOW - 1, 10)
         assert wait_until(lambda: waiting(lab) == WINDOW - 1)
@@ -294,7 +295,7 @@ def test_what_is_of_no_use_is_told_from_honest_load(
 def test_a_queue_is_looked_at_anew(lab: Lab) -> None:
     """One connection in sixteen packets is enough."""
     judge = Recorder(lambda *_: DROP)
-    queue = PacketQueue.open(lab.pod, SETTINGS, judge, on_error=silent)
+    queue = PacketQueue.open(lab.pod, QUEUE, SIZES, judge, on_error=silent)
     try:
         send_datagrams(lab, WINDOW, 10)
         assert wait_until(lambda: waiting(lab) == WINDOW)
@@ -313,7 +314,7 @@ def test_a_queue_is_looked_at_anew(lab: Lab) -> None:
 def test_what_is_released_again_is_of_no_use(lab: Lab) -> None:
     """As by one packet of a handshake, sent without end."""
     judge = Recorder(lambda *_: RELEASED)
-    queue = PacketQueue.open(lab.pod, SETTINGS, judge, on_error=silent)
+    queue = PacketQueue.open(lab.pod, QUEUE, SIZES, judge, on_error=silent)
     injector = Injector(lab.remote)
     try:
         with lab.listen(lab.pod, 4):
@@ -349,9 +350,9 @@ def send_datagrams(lab: Lab, count: int, length: int = 1_000) -> None:
 
 
 def test_packets_that_the_socket_has_no_room_for_are_counted(lab: Lab) -> None:
-    settings = dataclasses.replace(SETTINGS, receive_buffer_bytes=8192)
+    sizes = dataclasses.replace(SIZES, receive_buffer_bytes=8192)
     judge = Recorder(lambda *_: DROP)
-    queue = PacketQueue.open(lab.pod, settings, judge, on_error=silent)
+    queue = PacketQueue.open(lab.pod, QUEUE, sizes, judge, on_error=silent)
     try:
         send_datagrams(lab, 1)  # So that none of the others waits for ARP, which has a bound of its own.
         assert wait_until(lambda: queue.read_turn() == 1)
@@ -366,9 +367,9 @@ def test_packets_that_the_socket_has_no_room_for_are_counted(lab: Lab) -> None:
 
 
 def test_packets_that_the_queue_has_no_room_for_are_counted(lab: Lab) -> None:
-    settings = dataclasses.replace(SETTINGS, queue_length=10)
+    sizes = dataclasses.replace(SIZES, length=10)
     judge = Recorder(lambda *_: DROP)
-    queue = PacketQueue.open(lab.pod, settings, judge, on_error=silent)
+    queue = PacketQueue.open(lab.pod, QUEUE, sizes, judge, on_error=silent)
     try:
         send_datagrams(lab, 50)
         assert wait_until(lambda: queue.count_lost() == LostPackets(queue=40))
@@ -423,14 +424,14 @@ def test_a_queue_is_served_again_after_its_buffer_was_full(
     lab: Lab, loop_factory: Callable[[], asyncio.AbstractEventLoop]
 ) -> None:
     """libuv gives up a descriptor that shows an error, as a netlink socket does after ENOBUFS."""
-    settings = dataclasses.replace(SETTINGS, receive_buffer_bytes=8192)
+    sizes = dataclasses.replace(SIZES, receive_buffer_bytes=8192)
     is_judged = asyncio.Event()
 
     def judge(*_: object) -> Verdict:
         is_judged.set()
         return DROP
 
-    queue = PacketQueue.open(lab.pod, settings, judge, on_error=silent)
+    queue = PacketQueue.open(lab.pod, QUEUE, sizes, judge, on_error=silent)
 
     async def serve_floods() -> None:
         loop = asyncio.get_running_loop()
@@ -498,8 +499,8 @@ def test_a_packet_that_cannot_be_sent_is_counted(lab: Lab) -> None:
 
 
 def test_a_second_owner_of_the_queue_is_refused_by_name(lab: Lab) -> None:
-    with serve(lab, Recorder()), pytest.raises(DataplaneError, match=f"queue {SETTINGS.queue_number}"):
-        PacketQueue.open(lab.pod, SETTINGS, Recorder(), on_error=silent)
+    with serve(lab, Recorder()), pytest.raises(DataplaneError, match=f"queue {QUEUE}"):
+        PacketQueue.open(lab.pod, QUEUE, SIZES, Recorder(), on_error=silent)
 
 
 def test_close_leaves_no_descriptor_and_no_namespace() -> None:
@@ -508,7 +509,7 @@ def test_close_leaves_no_descriptor_and_no_namespace() -> None:
         BACKENDS["iptables-nft"]().apply(lab.pod, lab.rules())
         hold = Verdict(Action.HOLD, hold_id=1)
         judge = Recorder(lambda *_: hold)
-        queue = PacketQueue.open(lab.pod, SETTINGS, judge, on_error=silent)
+        queue = PacketQueue.open(lab.pod, QUEUE, SIZES, judge, on_error=silent)
         with lab.socket(lab.remote, 4, socket.SOCK_DGRAM) as client:
             client.sendto(b"x", (POD[4], 53))
         assert wait_until(lambda: queue.read_turn() == 0 and queue.held_packets == 1)

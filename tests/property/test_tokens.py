@@ -92,10 +92,9 @@ def test_any_tree_is_settings_or_a_settings_error(tree: object) -> None:
 SETTINGS = {"node": "n"}
 groups = {
     "networks": ("enforced", "virtual", "masquerade"),
-    "handshake": ("tokenLifetimeS", "clockLeewayS", "maxHeldPackets"),
-    "credentials": ("caCertificate", "caKey"),
-    "dataplane": ("rulesBackend", "queueNumber"),
-    "log": ("level", "format"),
+    "credentials": ("caCertificate", "caKey", "tokenLifetimeSeconds", "clockLeewaySeconds"),
+    "dataplane": ("rulesBackend", "synRateLimitPerSource"),
+    "log": ("level",),
 }
 
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The documents agree with the code: reasons, settings, metrics, states, wire constants and the worked example."""
+"""The documents agree with the code: reasons, limits, metrics, states, wire constants and the worked example."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ import dataclasses
 import json
 import re
 import textwrap
-import typing
 import zlib
 from collections.abc import Iterable, Mapping
 from hashlib import sha256
@@ -23,13 +22,13 @@ from enforcer_daemon.handshake.bounds import no_hits
 from enforcer_daemon.handshake.lapse import TCP_LAPSE_S, UDP_LAPSE_S
 from enforcer_daemon.handshake.leaseframes import LEASE_BYTES, LEASE_PORT
 from enforcer_daemon.handshake.leasepairs import MAX_PAIRS
+from enforcer_daemon.handshake.limits import HandshakeLimits
 from enforcer_daemon.handshake.machine import DATAGRAM_TRANSITIONS, TRANSITIONS, Event, State
 from enforcer_daemon.identity.dictionary import TOKEN_DICTIONARY
 from enforcer_daemon.identity.tokens import MAX_CLAIMS_BYTES
 from enforcer_daemon.model import Direction
 from enforcer_daemon.packet.tcp import OPTION_EXPERIMENT_1
 from enforcer_daemon.reasons import Reason
-from enforcer_daemon.settings import Settings
 from enforcer_daemon.telemetry.metrics import Metrics
 from trireme_lab.scenario import load_scenario
 from trireme_signer.metrics import REQUESTS
@@ -79,43 +78,14 @@ def test_troubleshooting_covers_every_denial() -> None:
     assert [reason.value for reason in Reason if reason not in allowing and f"`{reason.value}`" not in section] == []
 
 
-# Settings.
+# Limits.
 
 
-def camel(name: str) -> str:
-    head, *rest = name.split("_")
-    return head + "".join(part.capitalize() for part in rest)
-
-
-def setting_defaults(group: type, prefix: str = "") -> dict[str, object]:
-    """Every key with its default, as the file would write it."""
-    hints, found = typing.get_type_hints(group), {}
-    for declared in dataclasses.fields(group):
-        key = prefix + camel(declared.name)
-        if dataclasses.is_dataclass(hints[declared.name]):
-            found |= setting_defaults(hints[declared.name], key + ".")
-        elif declared.default is dataclasses.MISSING:
-            found[key] = "required"
-        else:
-            found[key] = as_written(declared.default)
-    return found
-
-
-def as_written(value: object) -> str:
-    if value is None:
-        return "null"
-    if value == ():
-        return "`[]`"
-    if isinstance(value, bool):
-        return str(value).lower()
-    if isinstance(value, float):
-        return f"{value:g}"
-    return str(getattr(value, "value", value))
-
-
-def test_settings_table_has_every_key_with_its_default() -> None:
-    table = rows(read("docs/operations.md").split("## Settings")[1].split("\n## ")[0])
-    assert {key: cells[0] for key, cells in table.items()} == setting_defaults(Settings)
+def test_the_threat_model_states_every_limit_of_the_handshake() -> None:
+    section = read("docs/threat-model.md").split("\n## Floods")[1].split("\n## ")[0]
+    for field in dataclasses.fields(HandshakeLimits):
+        if field.name != "clock_leeway_s":  # a setting
+            assert f"`{field.name}`: {field.default:,.15g}" in section
 
 
 # Metrics.

@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import ExitStack
 from ipaddress import IPv4Address
 from pathlib import Path
@@ -45,7 +45,7 @@ class World:
         self.log = LogCapture()
         self.clocks: dict[str, Clock] = {}
 
-    def node(self, name: str, issuer: Authority, *, handshake: Mapping[str, object] | None = None) -> Node:
+    def node(self, name: str, issuer: Authority, *, leeway_s: float = 30.0) -> Node:
         directory = self._directory / name
         directory.mkdir()
         files = {"caCertificate": directory / "ca.pem", "caKey": directory / "ca.key", "trustBundle": self.bundle(name)}
@@ -57,8 +57,7 @@ class World:
             {
                 "node": name,
                 "stateDir": str(directory / "state"),
-                "credentials": {key: str(path) for key, path in files.items()},
-                "handshake": handshake or {},
+                "credentials": {"clockLeewaySeconds": leeway_s, **{key: str(path) for key, path in files.items()}},
             }
         )
         self.clocks[name] = Clock()
@@ -181,8 +180,8 @@ def test_clocks_that_disagree_by_more_than_the_leeway_have_a_reason(world: World
 def test_the_leeway_is_a_setting(world: World) -> None:
     issuer = authority()
     a = world.node("a", issuer)
-    patient = world.node("b", issuer, handshake={"clockLeewayS": 120})
-    strict = world.node("c", issuer, handshake={"clockLeewayS": 0})
+    patient = world.node("b", issuer, leeway_s=120.0)
+    strict = world.node("c", issuer, leeway_s=0.0)
     token = a.sign(IDENTITY)
     assert [judged(node, token, WALL - 100) for node in (patient, strict)] == ["believed", "token-not-yet-valid"]
     assert [judged(node, token, WALL + 700) for node in (patient, strict)] == ["believed", "token-expired"]

@@ -16,6 +16,7 @@ from enforcer_daemon.datapath.context import EndpointContext, NodeContext
 from enforcer_daemon.datapath.endpoint import EndpointDatapath
 from enforcer_daemon.datapath.flowindex import FlowIndex
 from enforcer_daemon.datapath.judging import Judge, Networks
+from enforcer_daemon.handshake.limits import HandshakeLimits
 from enforcer_daemon.handshake.local import LocalToken, sign_local_token
 from enforcer_daemon.handshake.peers import PeerVerifier
 from enforcer_daemon.identity.authority import Authority, issue_credential, make_authority, node_spiffe_id
@@ -23,7 +24,7 @@ from enforcer_daemon.identity.credential import TrustBundle, decode_credential
 from enforcer_daemon.model import Decision, Direction, Identity, IPAddress, PodRef, Protocol, RuleRef
 from enforcer_daemon.packet.tcp import ACK, SYN, SYN_ACK, Segment, build, decode_tcp, with_options_and_payload
 from enforcer_daemon.reasons import Reason
-from enforcer_daemon.settings import DenyWith, HandshakeSettings, NetworkSettings
+from enforcer_daemon.settings import DenyWith, NetworkSettings
 from enforcer_daemon.verdict import Action, Inject, Settle, Verdict
 
 WALL = 1_800_000_000.0
@@ -77,7 +78,7 @@ class Node:
             authority, self.key.public_key(), node_spiffe_id("cluster.local", name), now, timedelta(days=1)
         )
         self.credential = decode_credential(certificate.public_bytes(Encoding.DER))
-        settings = HandshakeSettings(**options)  # type: ignore[arg-type]
+        settings = HandshakeLimits(**options)  # type: ignore[arg-type]
         self.verifier = PeerVerifier(TrustBundle([authority.certificate]), settings)
         self.true_sources: dict[bytes, bytes] = {}
         networks = NetworkSettings(

@@ -10,14 +10,14 @@ import pytest
 from enforcer_daemon.errors import PeerError
 from enforcer_daemon.handshake.allowance import Allowance
 from enforcer_daemon.handshake.bounds import Bound, BoundHits, no_hits
+from enforcer_daemon.handshake.limits import HandshakeLimits
 from enforcer_daemon.reasons import Reason
-from enforcer_daemon.settings import HandshakeSettings
 
 GOOD = bytes((10, 1, 0, 2))
 
 
 def allowance(hits: BoundHits | None = None, **rates: float) -> Allowance:
-    return Allowance(HandshakeSettings(**rates), hits or no_hits())  # type: ignore[arg-type]
+    return Allowance(HandshakeLimits(**rates), hits or no_hits())  # type: ignore[arg-type]
 
 
 def may(allowance: Allowance, address: bytes, now: float, *, known: bool = False, is_pod: bool = True) -> bool:

@@ -11,13 +11,13 @@ from enforcer_daemon.handshake import local
 from enforcer_daemon.handshake.bounds import Bound, no_hits
 from enforcer_daemon.handshake.flows import Flow, FlowTable
 from enforcer_daemon.handshake.frames import MAGIC, decode_block, decode_syn, decode_syn_ack, find_proof, is_frame
+from enforcer_daemon.handshake.limits import HandshakeLimits
 from enforcer_daemon.handshake.machine import State
 from enforcer_daemon.handshake.peers import Peer
 from enforcer_daemon.handshake.proofs import pair_key, require_equal
 from enforcer_daemon.identity.credential import decode_credential
 from enforcer_daemon.identity.tokens import Claims
 from enforcer_daemon.reasons import Reason
-from enforcer_daemon.settings import HandshakeSettings
 from tests.unit.datapath.pair import WALL, make_pair
 
 CLIENT, SERVER = make_pair()
@@ -26,7 +26,7 @@ HITS = no_hits()
 
 def table_of(total: int, per_source: int, settled: int = 100) -> FlowTable[Flow]:
     """Make a table with these bounds."""
-    bounds = HandshakeSettings(
+    bounds = HandshakeLimits(
         max_half_open_flows=total, max_half_open_flows_per_source=per_source, max_settled_flows=settled
     )
     return FlowTable(bounds, HITS)

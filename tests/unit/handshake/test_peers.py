@@ -11,12 +11,12 @@ from cryptography.hazmat.primitives.asymmetric.ec import EllipticCurvePrivateKey
 from enforcer_daemon.errors import PeerError
 from enforcer_daemon.handshake.bounds import Bound
 from enforcer_daemon.handshake.frames import encode_block
+from enforcer_daemon.handshake.limits import HandshakeLimits
 from enforcer_daemon.handshake.peers import PeerVerifier
 from enforcer_daemon.identity.credential import Credential, TrustBundle
 from enforcer_daemon.identity.tokens import Claims, encode_token
 from enforcer_daemon.model import Identity, PodRef
 from enforcer_daemon.reasons import Reason
-from enforcer_daemon.settings import HandshakeSettings
 from tests.unit.identity.certificates import WALL, authority, credential, new_key
 
 SOURCE = b"\x0a\x01\x00\x02"
@@ -36,7 +36,7 @@ def signed_block(name: str, issued: float, signer: Credential, key: EllipticCurv
 
 
 def verifier(**options: float) -> PeerVerifier:
-    return PeerVerifier(TrustBundle([SIGNER.certificate]), HandshakeSettings(**options))  # type: ignore[arg-type]
+    return PeerVerifier(TrustBundle([SIGNER.certificate]), HandshakeLimits(**options))  # type: ignore[arg-type]
 
 
 def reason_of(verifier: PeerVerifier, wire: bytes, now: float = 1.0, wall: float = WALL) -> Reason:

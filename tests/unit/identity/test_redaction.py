@@ -15,7 +15,7 @@ from enforcer_daemon.handshake.local import sign_local_token
 from enforcer_daemon.identity.keystore import open_node_identity
 from enforcer_daemon.model import PodRef
 from enforcer_daemon.reasons import Reason
-from enforcer_daemon.settings import LogSettings
+from enforcer_daemon.settings import LogLevel, LogSettings
 from enforcer_daemon.settings_file import decode_settings
 from enforcer_daemon.telemetry.flowlog import FlowLog
 from enforcer_daemon.telemetry.logs import open_log
@@ -79,10 +79,10 @@ def test_a_local_token(tmp_path: Path) -> None:
     assert "default/client" in repr(token)
 
 
-@pytest.mark.parametrize("form", ["json", "console"])
-def test_log_lines_of_whole_and_broken_handshakes(form: str, capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize("is_aligned", [False, True])
+def test_log_lines_of_whole_and_broken_handshakes(is_aligned: bool, capsys: pytest.CaptureFixture[str]) -> None:
     client, server = make_pair()
-    log = open_log(LogSettings(level="debug", format=form))
+    log = open_log(LogSettings(level=LogLevel.DEBUG), is_aligned=is_aligned)
     flow_log = FlowLog(PodRef("default", "server"), log, Metrics(), lambda: WALL)
     proofs = []
     for sport in range(40):

@@ -66,7 +66,7 @@ def looks(keys: NodeKeys, moments: Sequence[float]) -> list[Renewal]:
 
 @pytest.mark.parametrize("lifetime_s", [6.0, 60.0, DAY_S])
 def test_a_certificate_is_renewed_once_at_two_thirds_of_its_life(tmp_path: Path, lifetime_s: float) -> None:
-    operator = Operator(tmp_path, authority(), certificateLifetimeS=lifetime_s)
+    operator = Operator(tmp_path, authority(), certificateLifetimeSeconds=lifetime_s)
     due = lifetime_s * 2 / 3
     renewed = Renewal(is_credential_new=True)
     moments = [0, due - 1, due, due + 1, due + due - 1, due + due]

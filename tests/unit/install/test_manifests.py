@@ -14,6 +14,7 @@ import yaml
 from click.testing import CliRunner
 
 from enforcer_daemon.__main__ import main as enforcer
+from enforcer_daemon.dataplane.netns import HOST_SYSCTL_DIR
 from enforcer_daemon.settings_file import decode_settings
 from install.render import CHART, HERE, RENDERED, render
 from trireme_install.__main__ import DEFAULT_RUN_DIR
@@ -211,9 +212,8 @@ def test_no_rule_grants_everything() -> None:
 
 def test_the_enforcer_can_set_what_is_below_its_sysctl_directory() -> None:
     found = objects(render({}))
-    settings = yaml.safe_load(found["ConfigMap", "trireme-enforcer"]["data"]["enforcer.yaml"])
     pod = pod_of(found["DaemonSet", "trireme-enforcer"])
     volume = next(v["name"] for v in pod["volumes"] if v.get("hostPath", {}).get("path") == "/proc/sys/net")
     enforcer_ = next(container for container in pod["containers"] if container["name"] == "enforcer")
     mount = next(mount for mount in enforcer_["volumeMounts"] if mount["name"] == volume)
-    assert mount == {"name": volume, "mountPath": settings["dataplane"]["sysctlDir"]}
+    assert mount == {"name": volume, "mountPath": str(HOST_SYSCTL_DIR)}

@@ -22,7 +22,7 @@ from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption,
 from enforcer_daemon.errors import SettingsError
 from enforcer_daemon.kube.client import UNAUTHORIZED, ApiError, ClusterApi
 from enforcer_daemon.kube.credentials import ClusterCredentials, own_namespace
-from enforcer_daemon.settings import KubernetesSettings, Settings
+from enforcer_daemon.settings import Settings
 from enforcer_daemon.settings_file import decode_settings
 from tests.kube.api import FakeApi
 
@@ -76,7 +76,7 @@ def test_a_pod_comes_with_its_account_whose_token_changes(
     token.write_text(FIRST)
 
     async def work() -> None:
-        cluster = ClusterApi(KubernetesSettings(enabled=True), tmp_path / "scratch")
+        cluster = ClusterApi(None, tmp_path / "scratch")
         await cluster.open()
         assert cluster.server == f"https://{host}:{port}"
         assert b"NodeList" in await ask(cluster)
@@ -105,7 +105,7 @@ def test_a_kubeconfig_may_hold_the_authority_itself(api: FakeApi, tmp_path: Path
     path = inline_kubeconfig(api, tmp_path, (tmp_path / "ca.crt").read_bytes())
 
     async def work() -> None:
-        cluster = ClusterApi(KubernetesSettings(enabled=True, kubeconfig=path), tmp_path / "scratch")
+        cluster = ClusterApi(path, tmp_path / "scratch")
         await cluster.open()
         assert b"NodeList" in await ask(cluster)
         await cluster.close()
@@ -120,7 +120,7 @@ def test_a_server_of_another_authority_is_told_nothing(api: FakeApi, tmp_path: P
     path = inline_kubeconfig(api, tmp_path, (tmp_path / "other" / "ca.crt").read_bytes())
 
     async def work() -> None:
-        cluster = ClusterApi(KubernetesSettings(enabled=True, kubeconfig=path), tmp_path / "scratch")
+        cluster = ClusterApi(path, tmp_path / "scratch")
         await cluster.open()
         with pytest.raises(ApiError, match="does not answer"):
             await ask(cluster)

@@ -14,14 +14,13 @@ import structlog
 
 from enforcer_daemon.kube.client import ClusterApi
 from enforcer_daemon.kube.events import EventSender
-from enforcer_daemon.settings import EventSettings, KubernetesSettings
-from enforcer_daemon.telemetry.events import EventBook, EventKind, Notice, Subject
+from enforcer_daemon.telemetry.events import EventBook, EventKind, EventLimits, Notice, Subject
 from enforcer_daemon.telemetry.metrics import Metrics
 from tests.kube.api import FakeApi
 
 POD = Subject("v1", "Pod", "shop", "db", "u-1")
 NODE = Subject("v1", "Node", "", "node-1", "node-1")
-WIDE = EventSettings(max_per_minute=60_000.0, max_per_minute_per_object=60_000.0, repeat_s=60.0)
+WIDE = EventLimits(max_per_minute=60_000.0, max_per_minute_per_object=60_000.0, update_interval_s=60.0)
 
 
 class Clock:
@@ -62,7 +61,7 @@ def api() -> Iterator[FakeApi]:
 def run(api: FakeApi, tmp_path: Path, work: Callable[[Callable[[str], Told]], Awaitable[None]]) -> None:
     async def main() -> None:
         config = api.write_kubeconfig(tmp_path / "kubeconfig")
-        cluster = ClusterApi(KubernetesSettings(enabled=True, kubeconfig=config), tmp_path / "scratch")
+        cluster = ClusterApi(config, tmp_path / "scratch")
         await cluster.open()
         try:
             await work(lambda node: Told(cluster, node))
@@ -107,7 +106,7 @@ def test_repetitions_change_the_series_and_nothing_else(api: FakeApi, tmp_path: 
         await told.note()
         (before,) = events(api)
         await told.note()
-        told.clock.now += WIDE.repeat_s
+        told.clock.now += WIDE.update_interval_s
         await told.note()
         (after,) = events(api)
         series = after.pop("series")
@@ -126,7 +125,7 @@ def test_an_event_that_has_ended_begins_anew(api: FakeApi, tmp_path: Path) -> No
         await told.note()
         (before,) = events(api)
         await asyncio.to_thread(api.delete, "Event", "shop", before["metadata"]["name"])
-        told.clock.now += WIDE.repeat_s
+        told.clock.now += WIDE.update_interval_s
         await told.note()
         (after,) = events(api)
         assert after["metadata"]["name"] != before["metadata"]["name"]
@@ -158,7 +157,7 @@ def test_without_the_api_server_events_are_dropped_and_counted(api: FakeApi, tmp
         assert told.counts() == (0, 1)  # One attempt in all that time.
         await told.send()
         assert events(api) == []
-        told.clock.now += WIDE.repeat_s
+        told.clock.now += WIDE.update_interval_s
         await told.note()
         assert [event["series"]["count"] for event in events(api)] == [6]
 

@@ -16,10 +16,10 @@ from enforcer_daemon.handshake.lookups import MAX_WAITING_OF_NODE
 from enforcer_daemon.handshake.placement import Placement
 from enforcer_daemon.kube import placement as module
 from enforcer_daemon.kube.client import ClusterApi
-from enforcer_daemon.kube.placement import PlacementCheck
+from enforcer_daemon.kube.placement import PlacementCheck, PlacementLimits
 from enforcer_daemon.model import Identity, PodRef
 from enforcer_daemon.reasons import Reason
-from enforcer_daemon.settings import KubernetesSettings, PlacementSettings, Settings
+from enforcer_daemon.settings import Settings
 from enforcer_daemon.telemetry.metrics import Metrics
 from tests.kube.api import FakeApi
 
@@ -41,8 +41,8 @@ class Asking:
     def __init__(self, api: FakeApi, cluster: ClusterApi) -> None:
         self.api, self.metrics = api, Metrics()
         self.denied: list[tuple[str, str]] = []
-        settings = PlacementSettings(enabled=True, max_per_s=1000.0, retry_s=0.05)
-        self.check = PlacementCheck(settings, cluster, structlog.get_logger(), self.metrics, on_denied=self._note)
+        limits = PlacementLimits(max_lookups_per_s=1000.0, retry_s=0.05)
+        self.check = PlacementCheck(limits, cluster, structlog.get_logger(), self.metrics, on_denied=self._note)
         self.placement: Placement = self.check.open(Settings(node="a"))
 
     async def _note(self, node: str, why: str) -> None:
@@ -77,7 +77,7 @@ def api() -> Iterator[FakeApi]:
 def run(api: FakeApi, tmp_path: Path, work: Callable[[Asking], Awaitable[None]]) -> None:
     async def main() -> None:
         config = api.write_kubeconfig(tmp_path / "kubeconfig")
-        cluster = ClusterApi(KubernetesSettings(enabled=True, kubeconfig=config), tmp_path / "scratch")
+        cluster = ClusterApi(config, tmp_path / "scratch")
         await cluster.open()
         asking = Asking(api, cluster)
         task = asyncio.ensure_future(asking.check.run())
@@ -231,7 +231,7 @@ def test_no_more_wait_for_a_second_look_than_may(api: FakeApi, tmp_path: Path, m
     monkeypatch.setattr(module, "MAX_AGAIN", 2)
 
     async def work(asking: Asking) -> None:
-        asking.check.settings = replace(asking.check.settings, retry_s=60.0)
+        asking.check.limits = replace(asking.check.limits, retry_s=60.0)
         for number in range(4):
             assert asking.refusal(claim(f"p{number}")) is None
         await asking.until_counted("skipped", 1)

@@ -18,6 +18,7 @@ from structlog.testing import capture_logs
 from cni_plugin import messages
 from enforcer_daemon.errors import RegistrationError, SettingsError
 from enforcer_daemon.kube.admission import Admission
+from enforcer_daemon.kube.limits import ClusterLimits
 from enforcer_daemon.kube.source import ClusterSource
 from enforcer_daemon.model import AttachmentId, PodRef
 from enforcer_daemon.registration.request import AddRequest
@@ -79,6 +80,9 @@ class Running:
         return self.metrics.registry.get_sample_value(name, {"resource": resource})
 
 
+LIMITS = ClusterLimits(page_size=2, max_backoff_s=0.1, sync_timeout_s=0.3, save_interval_s=0.01)
+
+
 def settings_for(api: FakeApi, tmp_path: Path) -> Settings:
     config = tmp_path / "kubeconfig"
     api.write_kubeconfig(config)
@@ -86,17 +90,14 @@ def settings_for(api: FakeApi, tmp_path: Path) -> Settings:
         node="a",
         state_dir=tmp_path / "state",
         registration=RegistrationSettings(run_dir=tmp_path / "run"),
-        kubernetes=KubernetesSettings(
-            enabled=True, kubeconfig=config, page_size=2, max_backoff_s=0.1, sync_timeout_s=0.3,
-            admission_timeout_s=2.0, keep_every_s=0.01,
-        ),
-    )  # fmt: skip
+        kubernetes=KubernetesSettings(enabled=True, kubeconfig=config),
+    )
 
 
 @asynccontextmanager
-async def running(settings: Settings) -> AsyncIterator[Running]:
+async def running(settings: Settings, limits: ClusterLimits = LIMITS) -> AsyncIterator[Running]:
     metrics = Metrics()
-    source = ClusterSource(settings, structlog.get_logger(), metrics)
+    source = ClusterSource(settings, structlog.get_logger(), metrics, limits=limits)
     await source.open()
     found = Running(source, metrics)
     work = [asyncio.ensure_future(source.run()), asyncio.ensure_future(found.follow())]
@@ -167,13 +168,12 @@ def test_a_watch_goes_on_from_the_last_bookmark(api: FakeApi, tmp_path: Path) ->
 
 def test_a_watch_on_which_nothing_happens_is_opened_anew_and_not_lost(api: FakeApi, tmp_path: Path) -> None:
     """A server that has seen no event of a kind since it started sends no bookmarks of it either."""
-    quick = settings_for(api, tmp_path)
-    settings = replace(quick, kubernetes=replace(quick.kubernetes, watch_silence_s=1.2))
+    settings, limits = settings_for(api, tmp_path), replace(LIMITS, watch_silence_s=1.2)
     start = "/apis/networking.k8s.io/v1/networkpolicies?watch=true"
 
     async def work() -> None:
         with capture_logs() as logs:
-            async with running(settings) as found:
+            async with running(settings, limits) as found:
                 await found.until(lambda: sum(path.startswith(start) for _, path in api.requests) > 1)
                 assert found.metric("trireme_watch_up", "networkpolicies") == 1
                 await asyncio.to_thread(api.put, policy("p1"))
@@ -265,11 +265,11 @@ def test_credentials_are_read_anew_after_a_refusal(
 
 def test_the_last_state_is_written_when_the_source_ends(api: FakeApi, tmp_path: Path) -> None:
     settings = settings_for(api, tmp_path)
-    settings = replace(settings, kubernetes=replace(settings.kubernetes, keep_every_s=3600.0))
+    limits = replace(LIMITS, save_interval_s=3600.0)
     api.put(policy("p0"))
 
     async def work() -> None:
-        async with running(settings) as found:
+        async with running(settings, limits) as found:
             await found.until(lambda: found.policies == ["p0"])
             await asyncio.to_thread(api.put, policy("p1"))
             await found.until(lambda: found.policies == ["p0", "p1"])
@@ -293,7 +293,7 @@ def test_a_start_without_the_server_goes_on_with_what_was_kept(api: FakeApi, tmp
             started = time.monotonic()
             async with running(settings) as found:
                 await found.until(lambda: found.source.is_settled)
-                assert time.monotonic() - started >= settings.kubernetes.sync_timeout_s
+                assert time.monotonic() - started >= LIMITS.sync_timeout_s
                 assert found.worlds == [before]
                 assert found.source.networks().enforced
                 assert found.source.lag()
@@ -314,7 +314,7 @@ def test_a_start_with_neither_waits_for_the_server(api: FakeApi, tmp_path: Path)
         with api.away():
             async with running(settings) as found:
                 await found.until(lambda: "does not answer" in found.source.problem())
-                await asyncio.sleep(2 * settings.kubernetes.sync_timeout_s)
+                await asyncio.sleep(2 * LIMITS.sync_timeout_s)
                 assert found.worlds == []
         async with running(settings) as found:
             await found.until(lambda: found.source.is_settled)

@@ -10,13 +10,13 @@ import pytest
 from enforcer_daemon.datapath.context import FlowReport
 from enforcer_daemon.model import Direction, Identity, PodRef, RuleRef
 from enforcer_daemon.reasons import Reason
-from enforcer_daemon.settings import EventSettings
 from enforcer_daemon.telemetry.events import (
     END_S,
     MAX_SERIES,
     MAX_SERIES_PER_SUBJECT,
     EventBook,
     EventKind,
+    EventLimits,
     Notice,
     Subject,
     denial_note,
@@ -24,7 +24,7 @@ from enforcer_daemon.telemetry.events import (
 )
 
 PEER = Identity(PodRef("shop", "web"), (), {}, {}, "node-1")
-WIDE = EventSettings(max_per_minute=60_000.0, max_per_minute_per_object=60_000.0, repeat_s=60.0)
+WIDE = EventLimits(max_per_minute=60_000.0, max_per_minute_per_object=60_000.0, update_interval_s=60.0)
 
 
 @dataclass
@@ -44,9 +44,9 @@ def note(book: EventBook, what: object = "this", number: int = 0, namespace: str
     book.note(who, what, lambda: Notice(who, EventKind.FLOW_DENIED, "text"))  # type: ignore[arg-type]
 
 
-def book_with(settings: EventSettings = WIDE) -> tuple[EventBook, Clock]:
+def book_with(limits: EventLimits = WIDE) -> tuple[EventBook, Clock]:
     clock = Clock()
-    return EventBook(settings, clock), clock
+    return EventBook(limits, clock), clock
 
 
 def test_the_same_again_is_one_series_whose_count_is_told_every_so_often() -> None:
@@ -57,9 +57,9 @@ def test_the_same_again_is_one_series_whose_count_is_told_every_so_often() -> No
     for _ in range(4):
         note(book)
     assert book.take_due() == []
-    clock.now += WIDE.repeat_s
+    clock.now += WIDE.update_interval_s
     assert [series.count for series in book.take_due()] == [5]
-    clock.now += WIDE.repeat_s
+    clock.now += WIDE.update_interval_s
     assert book.take_due() == []
 
 
@@ -101,7 +101,7 @@ def test_one_object_and_all_of_them_have_so_many_series() -> None:
 
 
 def test_an_objects_allowance_leaves_others_theirs() -> None:
-    book, clock = book_with(EventSettings(max_per_minute=6.0, max_per_minute_per_object=2.0, repeat_s=1.0))
+    book, clock = book_with(EventLimits(max_per_minute=6.0, max_per_minute_per_object=2.0, update_interval_s=1.0))
     for what in range(10):
         note(book, what)
     note(book, number=1)
@@ -112,7 +112,7 @@ def test_an_objects_allowance_leaves_others_theirs() -> None:
 
 
 def test_the_nodes_allowance_bounds_all() -> None:
-    book, clock = book_with(EventSettings(max_per_minute=6.0, max_per_minute_per_object=2.0, repeat_s=1.0))
+    book, clock = book_with(EventLimits(max_per_minute=6.0, max_per_minute_per_object=2.0, update_interval_s=1.0))
     for number in range(20):
         note(book, number=number)
     assert len(book.take_due()) == 6
@@ -181,7 +181,7 @@ def test_a_note_ends_with_what_else_is_known() -> None:
 
 
 def test_a_namespace_that_fills_the_table_makes_room_for_another() -> None:
-    book, clock = book_with(EventSettings(max_per_minute=60.0, max_per_minute_per_object=60.0, repeat_s=1.0))
+    book, clock = book_with(EventLimits(max_per_minute=60.0, max_per_minute_per_object=60.0, update_interval_s=1.0))
     for number in range(MAX_SERIES):
         note(book, number=number, namespace="tenant")
     for number in range(8):
@@ -199,7 +199,7 @@ def test_a_namespace_that_fills_the_table_makes_room_for_another() -> None:
 
 
 def test_namespaces_take_turns_in_what_is_told() -> None:
-    book, clock = book_with(EventSettings(max_per_minute=6.0, max_per_minute_per_object=6.0, repeat_s=1.0))
+    book, clock = book_with(EventLimits(max_per_minute=6.0, max_per_minute_per_object=6.0, update_interval_s=1.0))
     for number in range(40):
         note(book, number=number, namespace="tenant")
     assert len(book.take_due()) == 6

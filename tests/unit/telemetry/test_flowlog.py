@@ -10,7 +10,7 @@ import pytest
 from enforcer_daemon.datapath.context import FlowReport
 from enforcer_daemon.model import Direction, Identity, PodRef, RuleRef
 from enforcer_daemon.reasons import Reason
-from enforcer_daemon.settings import LogSettings
+from enforcer_daemon.settings import LogLevel, LogSettings
 from enforcer_daemon.telemetry import flowlog
 from enforcer_daemon.telemetry.flowlog import QUIET_S, FlowLog
 from enforcer_daemon.telemetry.logs import open_log
@@ -35,7 +35,7 @@ def report(reason: Reason = Reason.INGRESS_DENIED, port: int = 80, *, is_allowed
 
 def open_flow_log(level: str = "info") -> tuple[FlowLog, Metrics, Clock]:
     clock, metrics = Clock(), Metrics()
-    log = open_log(LogSettings(level=level))
+    log = open_log(LogSettings(level=LogLevel(level)))
     return FlowLog(PodRef("shop", "db"), log, metrics, clock), metrics, clock
 
 
@@ -119,5 +119,5 @@ def test_metrics_have_closed_labels() -> None:
 
 
 def test_lines_for_people(capsys: pytest.CaptureFixture[str]) -> None:
-    open_log(LogSettings(format="console")).info("ready", endpoints=3)
+    open_log(LogSettings(), is_aligned=True).info("ready", endpoints=3)
     assert "ready" in capsys.readouterr().err

@@ -121,7 +121,11 @@ def test_a_scenario_becomes_values() -> None:
         (["steps", 0, "remove", 0, "name"], "new", "steps[0].remove[0]: there is no policy shop/new by then (in step"),
         (["services", 0, "addresses", 0], "192.0.2.9", "services[0].addresses[0]: 192.0.2.9 is not in 10.96.0.0/16"),
         (["settings"], {"denyWiht": "reset"}, "settings.denyWiht: unknown setting"),
-        (["settings"], {"handshake": {"timeoutS": -1}}, "settings.handshake.timeoutS: must be"),
+        (
+            ["settings"],
+            {"credentials": {"tokenLifetimeSeconds": -1}},
+            "settings.credentials.token",
+        ),
         (["timeoutSeconds"], 0, "timeoutSeconds: must be a number of seconds"),
         (["enforcer"], "no", "enforcer: must be true or false"),
     ],
