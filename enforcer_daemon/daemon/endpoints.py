@@ -21,9 +21,10 @@ from enforcer_daemon.daemon.rejudging import Rejudging
 from enforcer_daemon.daemon.sandbox import Sandbox, recorded_identity
 from enforcer_daemon.daemon.staleflows import StaleFlows
 from enforcer_daemon.daemon.world import CompiledWorld
-from enforcer_daemon.dataplane.netns import current_netns, netns_id
+from enforcer_daemon.dataplane.netns import current_netns
 from enforcer_daemon.errors import DataplaneError, EnforcerError, IdentityTooLargeError, NetnsError, RegistrationError
 from enforcer_daemon.model import AttachmentId, NetnsId
+from enforcer_daemon.nsfs import netns_id
 from enforcer_daemon.registration.registry import Record, Registry
 from enforcer_daemon.registration.request import AddRequest
 from enforcer_daemon.registration.server import Availability, Readiness

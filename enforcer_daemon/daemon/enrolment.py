@@ -20,9 +20,9 @@ from typing import Protocol
 from cni_plugin.messages import MessageError
 from cni_plugin.result import pair_ends
 from enforcer_daemon.dataplane.addresses import interfaces
-from enforcer_daemon.dataplane.netns import netns_id
 from enforcer_daemon.errors import EnforcerError
 from enforcer_daemon.model import AttachmentId
+from enforcer_daemon.nsfs import netns_id
 from enforcer_daemon.registration.request import AddRequest
 from enforcer_daemon.registration.results import CachedResult, decode_cached
 from enforcer_daemon.telemetry.logs import Logger

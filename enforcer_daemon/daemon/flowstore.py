@@ -17,6 +17,7 @@ from enforcer_daemon.daemon.slices import batches, in_slices
 from enforcer_daemon.datapath.flowindex import FIRST, FlowIndex
 from enforcer_daemon.marks import MAX_INDEX
 from enforcer_daemon.model import Direction, Identity, JudgedFlow, NamedPort, NetnsId, PodRef, Protocol
+from enforcer_daemon.replacement import Replacement
 from enforcer_daemon.telemetry.logs import Logger
 
 MAX_SPARE_LINES = 4_096
@@ -118,22 +119,19 @@ class FlowStore:
                 self._since = None
 
     def _rewrite(self, index: FlowIndex) -> Iterator[None]:
-        beside = self._path.with_suffix(".new")
         entries = list(index)
         try:
-            beside.touch(mode=0o600)
-            with beside.open("w", encoding="utf-8") as file:
+            with Replacement(self._path, is_durable=False) as file:
                 for batch in batches(entries):
-                    file.write("".join(_encode_lines(batch)))
+                    file.write("".join(_encode_lines(batch)).encode())
                     yield
+                if self._is_removed:
+                    return
                 since = self._since or []
-                file.write("".join(since))
-            if self._is_removed:
-                beside.unlink()
-                return
-            beside.replace(self._path)
+                file.write("".join(since).encode())
+                file.commit()
         except OSError as err:
-            self._log.error("flow index not written", path=str(beside), error=str(err))
+            self._log.error("flow index not written", path=str(self._path), error=str(err))
         else:
             self._is_torn, self._lines_written = False, len(entries) + len(since)
 

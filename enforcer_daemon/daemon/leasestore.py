@@ -15,6 +15,7 @@ from collections.abc import Mapping
 from enforcer_daemon.daemon.flowstore import FlowStore
 from enforcer_daemon.handshake.leasepairs import MAX_PAIRS, PairKey
 from enforcer_daemon.model import PodRef
+from enforcer_daemon.replacement import replace_file
 
 
 class LeaseStore:
@@ -48,12 +49,9 @@ class LeaseStore:
             [domain, pod.namespace, pod.name, str(ipaddress.ip_address(address)), silence]
             for (domain, pod, address), silence in sorted(present.items())
         ]
-        beside = self._path.with_suffix(".leases-new")
         try:
             self._path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-            beside.touch(mode=0o600)
-            beside.write_text(json.dumps(rows), encoding="utf-8")
-            beside.replace(self._path)
+            replace_file(self._path, json.dumps(rows).encode(), is_durable=False)
         except OSError as err:
             self._log.error("leases not written", path=str(self._path), error=str(err))
         else:

@@ -9,9 +9,9 @@ from dataclasses import dataclass, field, replace
 
 from enforcer_daemon.dataplane.guard_links import find_links
 from enforcer_daemon.dataplane.guard_rules import Links
-from enforcer_daemon.dataplane.netns import netns_id
 from enforcer_daemon.errors import NetnsError
 from enforcer_daemon.model import AttachmentId, Identity, IPAddress, NetnsId, PodRef
+from enforcer_daemon.nsfs import netns_id
 from enforcer_daemon.registration.request import AddRequest
 from enforcer_daemon.settings import Settings
 

@@ -8,7 +8,6 @@ away after it. A socket or a child process that is made there stays there.
 from __future__ import annotations
 
 import ctypes
-import fcntl
 import os
 import threading
 from collections.abc import Callable
@@ -16,12 +15,10 @@ from pathlib import Path
 from typing import Generic, TypeVar
 
 from enforcer_daemon.errors import EnforcerError, NetnsError
-from enforcer_daemon.model import NetnsId
+from enforcer_daemon.nsfs import CLONE_NEWNET
 
 T = TypeVar("T")
 
-CLONE_NEWNET = 0x4000_0000  # linux/sched.h
-_NS_GET_NSTYPE = 0xB703  # linux/nsfs.h
 _libc = ctypes.CDLL(None, use_errno=True)
 
 SYSCTL_DIR = Path("/proc/sys/net")
@@ -92,18 +89,6 @@ def new_netns() -> int:
 def current_netns() -> int:
     """Return a descriptor of the calling thread's network namespace; the caller closes it."""
     return os.open("/proc/thread-self/ns/net", os.O_RDONLY | os.O_CLOEXEC)
-
-
-def netns_id(fd: int) -> NetnsId:
-    """Return which namespace a descriptor stands for; raise NetnsError if it is no network namespace."""
-    try:
-        kind = fcntl.ioctl(fd, _NS_GET_NSTYPE)
-        stat = os.fstat(fd)
-    except OSError as err:
-        raise NetnsError(f"descriptor {fd} is not a namespace: {err.strerror}") from err
-    if kind != CLONE_NEWNET:
-        raise NetnsError(f"descriptor {fd} is not a network namespace")
-    return NetnsId(stat.st_dev, stat.st_ino)
 
 
 def read_sysctl(netns_fd: int, name: str, directory: Path = SYSCTL_DIR) -> str:

@@ -12,6 +12,7 @@ from pathlib import Path
 
 from enforcer_daemon.dataplane.backends import RulesBackend, make_backend
 from enforcer_daemon.errors import DataplaneError
+from enforcer_daemon.replacement import replace_file
 
 FILE_NAME = "backends"
 """In the run directory."""
@@ -44,10 +45,7 @@ class Succession:
         self._write([chosen.name])
 
     def _write(self, names: Iterable[str]) -> None:
-        draft = self._path.with_suffix(".tmp")
         try:
-            draft.touch(mode=0o600)
-            draft.write_text("".join(f"{name}\n" for name in names), encoding="utf-8")
-            draft.rename(self._path)
+            replace_file(self._path, "".join(f"{name}\n" for name in names).encode(), is_durable=False)
         except OSError as err:
             raise DataplaneError(f"{self._path}: cannot be written: {err.strerror}") from err

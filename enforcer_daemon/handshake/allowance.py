@@ -13,6 +13,7 @@ from collections import OrderedDict
 from enforcer_daemon.errors import PeerError
 from enforcer_daemon.handshake.bounds import Bound, BoundHits, source_of
 from enforcer_daemon.handshake.limits import HandshakeLimits
+from enforcer_daemon.ratelimiter import RateLimiter
 from enforcer_daemon.reasons import Reason
 
 _RESERVES = (0.5, 0.25, 0.0)
@@ -24,32 +25,25 @@ _LEAST_BURST = 4.0
 class TokenBucket:
     """So many of something a second, and as many at once; what is refused is counted."""
 
-    __slots__ = ("_bound", "_burst", "_hits", "_left", "_rate", "_since")
+    __slots__ = ("_bound", "_hits", "_limiter")
 
     def __init__(self, rate: float, hits: BoundHits, bound: Bound) -> None:
         self._hits = hits
         self._bound = bound
-        self._rate = rate
-        self._burst = max(1.0, rate)
-        self._left = self._burst
-        self._since = 0.0
+        self._limiter = RateLimiter(rate)
 
     def take(self, now: float) -> bool:
         """Take one; tell whether there was one."""
-        self._left = min(self._burst, self._left + max(0.0, now - self._since) * self._rate)
-        self._since = now
-        if self._left < 1.0:
-            self._hits[self._bound] += 1
-            return False
-        self._left -= 1.0
-        return True
+        if self._limiter.take(now):
+            return True
+        self._hits[self._bound] += 1
+        return False
 
 
 class Allowance:
     """The signature checks that a node will still make, for whom."""
 
-    __slots__ = ("_hits", "_level", "_rate", "_since", "_source_rate", "_sources", "_sources_bound", "_trusted",
-                 "_trusted_bound")  # fmt: skip
+    __slots__ = ("_hits", "_node", "_rate", "_source_rate", "_sources", "_sources_bound", "_trusted", "_trusted_bound")
 
     def __init__(self, settings: HandshakeLimits, hits: BoundHits) -> None:
         self._source_rate = settings.max_verifications_per_s
@@ -57,9 +51,8 @@ class Allowance:
         self._trusted_bound = settings.max_cached_peers
         self._sources_bound = settings.max_verification_sources
         self._hits = hits
-        self._level = max(_LEAST_BURST, self._rate)
-        self._since = 0.0
-        self._sources: tuple[OrderedDict[bytes, tuple[float, float]], ...] = tuple(OrderedDict() for _ in _RESERVES)
+        self._node = RateLimiter(self._rate, max(_LEAST_BURST, self._rate))
+        self._sources: tuple[OrderedDict[bytes, RateLimiter], ...] = tuple(OrderedDict() for _ in _RESERVES)
         """By rank, so that forged packets of strangers do not use up what a source is granted for better ones."""
         self._trusted: OrderedDict[bytes, None] = OrderedDict()
 
@@ -79,18 +72,13 @@ class Allowance:
         rank = (address in self._trusted) + is_credential_known
         source = source_of(address, is_pod=is_pod)
         of_rank = self._sources[rank]
-        burst = max(1.0, self._source_rate)  # Else a rate below one a second would never allow any.
-        left, since = of_rank.pop(source, (burst, now))
-        left = min(burst, left + (now - since) * self._source_rate)
-        if left < 1.0:
-            of_rank[source] = (left, now)
+        own = of_rank.pop(source, None) or RateLimiter(self._source_rate, now=now)
+        of_rank[source] = own
+        if not own.take(now):
             self._refuse(Bound.VERIFICATIONS_PER_SOURCE, f"more than {self._source_rate:g} new tokens a second")
-        capacity = max(_LEAST_BURST, self._rate)
-        level = min(capacity, self._level + (now - self._since) * self._rate)
-        self._since = now
-        is_spent = level - 1.0 < capacity * _RESERVES[rank]
-        self._level = level if is_spent else level - 1.0
-        of_rank[source] = (left if is_spent else left - 1.0, now)
+        is_spent = not self._node.take(now, self._node.burst * _RESERVES[rank])
+        if is_spent:
+            own.give_back()
         if len(of_rank) > self._sources_bound:
             of_rank.popitem(last=False)  # The one that was asked for longest ago.
             self._hits[Bound.VERIFICATION_SOURCES] += 1

@@ -7,7 +7,6 @@ is configured. All are PEM. Each certificate has a key of its own: with a new on
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -27,6 +26,7 @@ from enforcer_daemon.identity.authority import (
 )
 from enforcer_daemon.identity.credential import Credential, TrustBundle, decode_credential, is_issued_by, vouched_domain
 from enforcer_daemon.identity.private import read_private
+from enforcer_daemon.replacement import replace_file
 from enforcer_daemon.settings import Settings
 
 _KEY, _CERTIFICATE = "node.key", "node.pem"
@@ -111,8 +111,8 @@ def _issue_identity(settings: Settings, authority: Authority, bundle: TrustBundl
     credential = decode_credential(certificate.public_bytes(serialization.Encoding.DER))
     _require_trusted(bundle, credential, settings, now.timestamp())
     # A crash between the two leaves a certificate of another key, which the next start replaces.
-    write_private(settings.state_dir / _KEY, key_pem(key))
-    write_private(settings.state_dir / _CERTIFICATE, certificate.public_bytes(serialization.Encoding.PEM))
+    replace_file(settings.state_dir / _KEY, key_pem(key))
+    replace_file(settings.state_dir / _CERTIFICATE, certificate.public_bytes(serialization.Encoding.PEM))
     return NodeIdentity(key, credential, bundle, _renew_at(credential, authority))
 
 
@@ -161,8 +161,8 @@ def _open_authority(settings: Settings, now: datetime) -> Authority:
     certificate_path, key_path = settings.state_dir / "ca.pem", settings.state_dir / "ca.key"
     if not certificate_path.exists() or not key_path.exists():
         authority = make_authority(settings.trust_domain, now)
-        write_private(key_path, key_pem(authority.key))
-        write_private(certificate_path, authority.certificate.public_bytes(serialization.Encoding.PEM))
+        replace_file(key_path, key_pem(authority.key))
+        replace_file(certificate_path, authority.certificate.public_bytes(serialization.Encoding.PEM))
     return _read_authority(certificate_path, key_path)
 
 
@@ -209,14 +209,3 @@ def key_pem(key: ec.EllipticCurvePrivateKey) -> bytes:
     return key.private_bytes(
         serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
     )
-
-
-def write_private(path: Path, content: bytes) -> None:
-    """Write a private file whole or not at all."""
-    partial = path.with_name(path.name + ".new")
-    partial.unlink(missing_ok=True)
-    with os.fdopen(os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    partial.replace(path)

@@ -21,10 +21,11 @@ from enforcer_daemon.errors import CredentialError, EnforcerError, SettingsError
 from enforcer_daemon.identity.authority import node_spiffe_id
 from enforcer_daemon.identity.credential import Credential, decode_credential
 from enforcer_daemon.identity.given import given_files, open_given_identity
-from enforcer_daemon.identity.keystore import key_pem, write_private
+from enforcer_daemon.identity.keystore import key_pem
 from enforcer_daemon.identity.request import make_request
 from enforcer_daemon.kube.backoff import backoff_s
 from enforcer_daemon.kube.client import ApiError, ClusterApi
+from enforcer_daemon.replacement import replace_file
 from enforcer_daemon.settings import Settings
 from enforcer_daemon.telemetry.logs import Logger
 
@@ -102,7 +103,7 @@ class CertificateRequests:
         self._log.info("certificate asked for", request=name, signer=self._settings.credentials.signer_name)
         certificate = await self._answer(name)
         credential = self._checked(certificate, key)
-        write_private(
+        replace_file(
             given_files(self._settings).certificate,
             key_pem(key) + certificate.public_bytes(serialization.Encoding.PEM),
         )

@@ -19,13 +19,13 @@ from cryptography import x509
 from enforcer_daemon.errors import SettingsError
 from enforcer_daemon.identity.credential import TrustBundle
 from enforcer_daemon.identity.given import given_files, open_given_identity
-from enforcer_daemon.identity.keystore import write_private
 from enforcer_daemon.kube.certificates import CertificateRequests
 from enforcer_daemon.kube.client import SERVICE_ACCOUNT, ClusterApi
 from enforcer_daemon.kube.limits import ClusterLimits
 from enforcer_daemon.kube.reflector import Reflector, Surroundings
 from enforcer_daemon.kube.resources import Manifest, Resource
 from enforcer_daemon.kube.table import Table
+from enforcer_daemon.replacement import replace_file
 from enforcer_daemon.settings import Settings
 from enforcer_daemon.telemetry.logs import Logger
 
@@ -94,7 +94,7 @@ class ClusterCredentials:
                 TrustBundle(x509.load_pem_x509_certificates(text.encode()))
                 path = given_files(self._settings).trust_bundle
                 path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-                write_private(path, text.encode())
+                replace_file(path, text.encode())
             except (ValueError, OSError) as err:
                 self._bundle_problem = f"ConfigMap {self._config_map}: {err}"
                 self._log.error("trust bundle refused, the last good one stays in force", error=self._bundle_problem)

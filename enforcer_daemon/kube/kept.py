@@ -8,7 +8,6 @@ this node's pods, and never those of others.
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +15,7 @@ from typing import Any, Generic
 
 from enforcer_daemon.kube.resources import Resource, Value
 from enforcer_daemon.kube.table import Entry, read_reduced
+from enforcer_daemon.replacement import Replacement
 
 _VERSION = 1
 _MAX_BYTES = 1 << 30
@@ -60,14 +60,11 @@ def save(directory: Path, resource: Resource[Any], scope: str, documents: Iterab
     """Write a kind's file; raise OSError."""
     directory.mkdir(mode=0o700, parents=True, exist_ok=True)
     path = file_of(directory, resource)
-    draft = path.with_suffix(".draft")
-    descriptor = os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
-    with os.fdopen(descriptor, "wb") as file:
+    with Replacement(path) as file:
         file.write(json.dumps(_header(resource, scope)).encode() + b"\n")
-        file.writelines(document + b"\n" for document in documents)
-        file.flush()
-        os.fsync(file.fileno())
-    draft.replace(path)
+        for document in documents:
+            file.write(document + b"\n")
+        file.commit()
 
 
 def _header(resource: Resource[Any], scope: str) -> dict[str, object]:

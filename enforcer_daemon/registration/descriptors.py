@@ -3,22 +3,17 @@
 
 from __future__ import annotations
 
-import fcntl
 import os
 import socket
 from types import TracebackType
 
 from cni_plugin import messages
-from enforcer_daemon.errors import RegistrationError
+from enforcer_daemon.errors import NetnsError, RegistrationError
 from enforcer_daemon.model import NetnsId
+from enforcer_daemon.nsfs import netns_id
 
 MAX_RECEIVED = 4
 """Room for descriptors in one read. One is right; the kernel closes what finds no room, and says so."""
-
-NS_GET_NSTYPE = 0xB703
-"""linux/nsfs.h"""
-CLONE_NEWNET = 0x4000_0000
-"""linux/sched.h"""
 
 _DESCRIPTOR_BYTES = 4
 
@@ -69,12 +64,10 @@ class Descriptors:
 def identify_netns(descriptor: int) -> NetnsId:
     """Return which network namespace this is; raise RegistrationError if it is none, or the daemon's own."""
     try:
-        kind = fcntl.ioctl(descriptor, NS_GET_NSTYPE)
-    except OSError as err:
-        raise RegistrationError(messages.UNUSABLE_NETNS, "netns: the descriptor is not of a namespace") from err
-    if kind != CLONE_NEWNET:
-        raise RegistrationError(messages.UNUSABLE_NETNS, "netns: the descriptor is not of a network namespace")
-    netns, own = os.fstat(descriptor), os.stat("/proc/self/ns/net")  # noqa: PTH116 - an fstat and its counterpart
-    if (netns.st_dev, netns.st_ino) == (own.st_dev, own.st_ino):
+        netns = netns_id(descriptor)
+    except NetnsError as err:
+        raise RegistrationError(messages.UNUSABLE_NETNS, f"netns: {err}") from err
+    own = os.stat("/proc/self/ns/net")  # noqa: PTH116 - the counterpart of an fstat
+    if netns == NetnsId(own.st_dev, own.st_ino):
         raise RegistrationError(messages.NODE_NETNS, "netns: is the node's own; enforcing there would cut it off")
-    return NetnsId(netns.st_dev, netns.st_ino)
+    return netns

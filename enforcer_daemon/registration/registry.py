@@ -18,6 +18,7 @@ from cni_plugin import messages
 from enforcer_daemon.errors import RegistrationError
 from enforcer_daemon.model import AttachmentId, NetnsId
 from enforcer_daemon.registration.request import AddRequest, decode_add, encode_add, encode_attachment
+from enforcer_daemon.replacement import DRAFT_SUFFIX, replace_file
 
 VERSION = 1
 MAX_RECORDS = 4096
@@ -75,7 +76,7 @@ class Registry:
         self._set_aside.clear()
         unreadable = []
         for path in sorted(self._directory.iterdir()):
-            if path.suffix == ".tmp":  # of a daemon that died while it wrote; the plugin was never answered
+            if path.suffix == DRAFT_SUFFIX:  # of a daemon that died while it wrote; the plugin was never answered
                 path.unlink()
             elif path.suffix == SET_ASIDE:
                 self._set_aside[path.stem] = Unreadable(path, "set aside at an earlier start")
@@ -94,14 +95,10 @@ class Registry:
         if record.attachment not in self._records and len(self._records) >= MAX_RECORDS:
             raise RegistrationError(messages.FAILED, f"the node has {MAX_RECORDS} attachments already")
         path = self._path(record.attachment)
-        temporary = path.with_suffix(".tmp")
         try:
             self._forget_set_aside(path)
-            temporary.touch(mode=0o600)
-            temporary.write_bytes(encode_record(record))
-            temporary.rename(path)
+            replace_file(path, encode_record(record), is_durable=False)
         except OSError as err:
-            temporary.unlink(missing_ok=True)
             raise RegistrationError(messages.FAILED, f"{path}: cannot be written: {err.strerror}") from err
         self._records[record.attachment] = record
 

@@ -10,10 +10,10 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Mapping
 from pathlib import Path
 
+from enforcer_daemon.replacement import DRAFT_SUFFIX, replace_file
 from enforcer_daemon.sources.manifests import (
     KubernetesObject,
     ObjectKey,
@@ -87,11 +87,7 @@ class LastGood:
             good = {**self._manifests(path), **good}
         items = [good[key] for key in objects if key in good]
         tree = {"apiVersion": "v1", "kind": "List", "file": Path(name).name, "items": items}
-        draft = path.with_suffix(".draft")
-        descriptor = os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
-        with os.fdopen(descriptor, "w", encoding="utf-8") as file:
-            json.dump(tree, file, allow_nan=False)
-        draft.replace(path)
+        replace_file(path, json.dumps(tree, allow_nan=False).encode())
 
     def _manifests(self, path: Path) -> dict[ObjectKey, object]:
         try:
@@ -101,7 +97,7 @@ class LastGood:
 
     def _remove_all_but(self, paths: set[Path]) -> None:
         for path in self._directory.iterdir():
-            if path not in paths and path.suffix in (".json", ".draft"):
+            if path not in paths and path.suffix in (".json", DRAFT_SUFFIX):
                 path.unlink()
 
     def _path(self, name: str) -> Path:

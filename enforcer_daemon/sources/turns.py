@@ -13,8 +13,9 @@ import gc
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from typing import TypeVar
+
+from enforcer_daemon.ratelimiter import RateLimiter
 
 T = TypeVar("T")
 BURST_S = 2.0
@@ -31,30 +32,19 @@ SWITCH_INTERVAL_S = 0.0005
 and a packet would wait that long."""
 
 
-@dataclass(slots=True)
-class _Bucket:
-    left_s: float
-    since: float
-
-    def refill(self, now: float) -> float:
-        self.left_s = min(BURST_S, self.left_s + (now - self.since) * RATE)
-        self.since = now
-        return self.left_s
-
-
 class Turns:
     """Runs work for namespaces. For the event loop's thread alone; the work itself runs in threads."""
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self._clock = clock
-        self._buckets: dict[str, _Bucket] = {}
+        self._buckets: dict[str, RateLimiter] = {}
         self._running = 0
         self._threads = ThreadPoolExecutor(_THREADS, thread_name_prefix="objects")
 
     def wait_s(self, namespace: str) -> float:
         """Return how long a namespace has to wait for its next work, seconds."""
         bucket = self._buckets.get(namespace)
-        return 0.0 if bucket is None else max(0.0, -bucket.refill(self._clock()) / RATE)
+        return 0.0 if bucket is None else bucket.wait_s(self._clock())
 
     async def run(self, namespace: str, work: Callable[[], T], *, is_urgent: bool = False) -> T:
         """Run the work when the budget allows, or at once if urgent; either is charged."""
@@ -89,9 +79,8 @@ class Turns:
         if bucket is None:
             if len(self._buckets) >= MAX_BUCKETS:
                 del self._buckets[max(self._buckets, key=lambda name: self._buckets[name].refill(now))]
-            bucket = self._buckets[namespace] = _Bucket(BURST_S, now)
-        bucket.refill(now)
-        bucket.left_s -= taken_s
+            bucket = self._buckets[namespace] = RateLimiter(RATE, BURST_S, now)
+        bucket.spend(now, taken_s)
 
     def close(self) -> None:
         """Start no more work; what runs ends by itself."""

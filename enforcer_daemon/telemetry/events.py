@@ -18,6 +18,7 @@ from itertools import chain, zip_longest
 from enforcer_daemon.datapath.context import FlowReport
 from enforcer_daemon.handshake.bounds import FairTable
 from enforcer_daemon.model import Direction, protocol_name
+from enforcer_daemon.ratelimiter import RateLimiter
 
 END_S = 360.0
 """A series is over after so long a silence, seconds; that of Kubernetes' own recorders."""
@@ -98,19 +99,8 @@ class EventLimits:
     """The shortest time between two updates of one Event's count, seconds."""
 
 
-@dataclass(slots=True)
-class _Allowance:
-    left: float
-    since: float
-
-    def take(self, per_minute: float, now: float) -> bool:
-        burst = max(1.0, per_minute)
-        self.left = min(burst, self.left + (now - self.since) * per_minute / 60.0)
-        self.since = now
-        if self.left < 1.0:
-            return False
-        self.left -= 1.0
-        return True
+def _per_minute(rate: float, now: float) -> RateLimiter:
+    return RateLimiter(rate / 60.0, max(1.0, rate), now)
 
 
 @dataclass(slots=True)
@@ -129,8 +119,11 @@ class EventBook:
     _told_at: dict[str, float] = field(default_factory=dict)
     """When a series of a namespace was told last."""
     _counts: Counter[Subject] = field(default_factory=Counter)
-    _allowances: dict[Subject, _Allowance] = field(default_factory=dict)
-    _allowance: _Allowance = field(default_factory=lambda: _Allowance(float("inf"), 0.0))
+    _by_subject: dict[Subject, RateLimiter] = field(default_factory=dict)
+    _all: RateLimiter = field(init=False)
+
+    def __post_init__(self) -> None:
+        self._all = _per_minute(self.limits.max_per_minute, self.clock())
 
     def __len__(self) -> int:
         return len(self._series)
@@ -186,13 +179,15 @@ class EventBook:
         return due
 
     def _is_granted(self, subject: Subject, now: float) -> bool:
-        """Ask the object's allowance first: what it lacks must cost the others nothing."""
-        own = self._allowances.setdefault(subject, _Allowance(float("inf"), now))
-        if not own.take(self.limits.max_per_minute_per_object, now):
+        """Ask the object's limiter first: what it lacks must cost the others nothing."""
+        own = self._by_subject.get(subject)
+        if own is None:
+            own = self._by_subject[subject] = _per_minute(self.limits.max_per_minute_per_object, now)
+        if not own.take(now):
             return False
-        if self._allowance.take(self.limits.max_per_minute, now):
+        if self._all.take(now):
             return True
-        own.left += 1.0
+        own.give_back()
         return False
 
     def _forget_ended(self, now: float) -> None:
@@ -213,7 +208,7 @@ class EventBook:
         self._counts[subject] -= 1
         if not self._counts[subject]:
             del self._counts[subject]
-            self._allowances.pop(subject, None)
+            self._by_subject.pop(subject, None)
 
 
 def note_denial(book: EventBook, subject: Subject, report: FlowReport) -> None:

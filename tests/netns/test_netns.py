@@ -17,7 +17,6 @@ from enforcer_daemon.dataplane.addresses import interface, node_addresses, watch
 from enforcer_daemon.dataplane.backends import choose_backend
 from enforcer_daemon.dataplane.netns import (
     current_netns,
-    netns_id,
     new_netns,
     open_in,
     read_sysctl,
@@ -27,6 +26,7 @@ from enforcer_daemon.dataplane.netns import (
 from enforcer_daemon.dataplane.tools import run, run_in
 from enforcer_daemon.errors import DataplaneError, NetnsError
 from enforcer_daemon.model import IPAddress
+from enforcer_daemon.nsfs import netns_id
 from enforcer_daemon.settings import RulesBackend
 
 pytestmark = [pytest.mark.kernel, pytest.mark.stock_kernel]
@@ -62,13 +62,13 @@ def test_an_error_of_the_work_reaches_the_caller(netns: int) -> None:
 
 def test_what_is_no_network_namespace_is_refused() -> None:
     with Path("/dev/null").open() as null:
-        with pytest.raises(NetnsError, match="not a namespace"):
+        with pytest.raises(NetnsError, match="not of a namespace"):
             netns_id(null.fileno())
         with pytest.raises(NetnsError, match="cannot be entered"):
             open_in(null.fileno(), own_netns)
     fd = os.open("/proc/self/ns/mnt", os.O_RDONLY)
     try:
-        with pytest.raises(NetnsError, match="not a network namespace"):
+        with pytest.raises(NetnsError, match="not of a network namespace"):
             netns_id(fd)
     finally:
         os.close(fd)

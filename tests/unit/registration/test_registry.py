@@ -117,7 +117,7 @@ def test_what_was_set_aside_goes_with_its_attachment(
 
 
 def test_what_a_daemon_had_half_written_is_removed(tmp_path: Path, registry: Registry) -> None:
-    half = tmp_path / "endpoints" / "c1@eth0.tmp"
+    half = tmp_path / "endpoints" / "c1@eth0.json.new"
     half.write_bytes(b'{"versi')
     reloaded(tmp_path)
     assert not half.exists()

@@ -124,14 +124,14 @@ def test_the_nodes_allowance_bounds_all() -> None:
     assert (len(due), len(book), book.limited) == (0, 0, 13)  # Never told, and counted as that.
 
 
-def test_the_allowances_of_objects_go_with_their_series() -> None:
+def test_the_rate_limiters_of_objects_go_with_their_series() -> None:
     book, clock = book_with()
     for number in range(50):
         note(book, number=number)
     book.take_due()
     clock.now += END_S
     book.take_due()
-    assert (book._allowances, book._counts) == ({}, {})
+    assert (book._by_subject, book._counts) == ({}, {})
 
 
 def report(remote: bytes = b"\x0a\0\0\1", peer: Identity | None = PEER, port: int | None = 80) -> FlowReport:
