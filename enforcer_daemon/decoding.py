@@ -1,23 +1,20 @@
 # SPDX-License-Identifier: Apache-2.0
-"""From a YAML document to a frozen value: pydantic checks types and ranges, this module words what is wrong.
+"""From a parsed document to a frozen value: pydantic checks types and ranges, this module words what is wrong.
 
-Nothing is guessed: an unknown key, one that occurs twice, and a value of another type are errors that name the key.
+Nothing is guessed: an unknown key and a value of another type are errors that name the key.
 """
 
 from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping
-from typing import Any, TypeVar
+from typing import TypeVar
 
-import yaml
 from pydantic import TypeAdapter, ValidationError
 from pydantic_core import ErrorDetails
 
 from enforcer_daemon.errors import SettingsError
 
-_UNREADABLE = (yaml.YAMLError, ValueError, ArithmeticError, LookupError, AttributeError, RecursionError)
-"""What parsing raises: for dates that do not exist, tags with nonsense (`!!int ""`), nesting without end."""
 _MAX_DEPTH = 32
 _MAX_NUMBER = 2**63 - 1
 _MESSAGES = {
@@ -42,37 +39,6 @@ _LIMITS = {
 _Value = TypeVar("_Value")
 
 
-class _StrictLoader(yaml.SafeLoader):
-    """Refuses a key that occurs twice: of two values the operator means one, and nobody knows which."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        seen = set()
-        for key, _ in node.value:
-            if isinstance(key, yaml.ScalarNode) and key.value in seen:
-                raise yaml.constructor.ConstructorError(None, None, f"{key.value}: occurs twice", key.start_mark)
-            seen.add(key.value if isinstance(key, yaml.ScalarNode) else None)
-        return super().construct_mapping(node, deep)
-
-
-class YamlError(Exception):
-    """Text that is not one YAML document; `line` counts from 1 and is None if unknown."""
-
-    def __init__(self, message: str, line: int | None = None) -> None:
-        super().__init__(message)
-        self.line = line
-
-
-def parse_yaml(text: str) -> object:
-    """Parse one document; raise YamlError, also for a key that occurs twice."""
-    try:
-        return yaml.load(text, _StrictLoader)  # noqa: S506 - it is a SafeLoader
-    except yaml.MarkedYAMLError as err:
-        line = err.problem_mark.line + 1 if err.problem_mark is not None else None
-        raise YamlError(f"not YAML: {err.problem or err.context}", line) from err
-    except _UNREADABLE as err:
-        raise YamlError(f"not YAML: {err}") from err
-
-
 def decode(adapter: TypeAdapter[_Value], tree: object) -> _Value:
     """Turn a parsed document into a value; raise SettingsError that names every key at fault."""
     if fault := next(_not_json(tree, "", 0), ""):
@@ -85,7 +51,7 @@ def decode(adapter: TypeAdapter[_Value], tree: object) -> _Value:
 
 
 def _not_json(value: object, path: str, depth: int) -> Iterator[str]:
-    """Yield what is no value of JSON, or cannot be printed: YAML also has dates, sets and bytes."""
+    """Yield what is no value of JSON, or cannot be printed."""
     name = path or "the file"
     if depth > _MAX_DEPTH:
         yield f"{name}: nested more than {_MAX_DEPTH} deep"
@@ -114,7 +80,7 @@ def _scalar_fault(value: object) -> str:
         case int() | float():
             return "" if -_MAX_NUMBER <= value <= _MAX_NUMBER else "must be a finite number"  # NaN is neither.
         case _:
-            return "must be a string; put quotes around it"
+            return "must be a string"
 
 
 def _faults(errors: list[ErrorDetails]) -> list[str]:

@@ -9,7 +9,8 @@ from pathlib import Path
 
 from pydantic import TypeAdapter
 
-from enforcer_daemon.decoding import YamlError, decode, parse_yaml
+from enforcer_daemon.decoding import decode
+from enforcer_daemon.documents import DocumentError, read_document
 from enforcer_daemon.errors import SettingsError
 from enforcer_daemon.settings import CredentialSettings, CredentialSource, Settings
 
@@ -24,10 +25,11 @@ _MAX_SOCKET_PATH_BYTES = 107  # unix(7): 108 with the zero byte at the end
 def load_settings(path: Path, node: str | None = None) -> Settings:
     """Read the file; `node` takes the place of the file's. Raise SettingsError that names the file and the key."""
     try:
-        tree = parse_yaml(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, YamlError) as err:
-        line = f"line {err.line}: " if isinstance(err, YamlError) and err.line else ""
-        raise SettingsError(f"{path}: cannot be read: {line}{err}") from err
+        tree = read_document(path.read_text(encoding="utf-8"))
+    except DocumentError as err:
+        raise SettingsError(f"{path}:{err.line}: {err}") from err
+    except (OSError, ValueError) as err:
+        raise SettingsError(f"{path}: cannot be read: {err}") from err
     tree = {} if tree is None else tree
     try:
         return decode_settings({**tree, "node": node} if node and isinstance(tree, dict) else tree)

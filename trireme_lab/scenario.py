@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from ipaddress import ip_address, ip_network
 from pathlib import Path
 
-from enforcer_daemon.decoding import YamlError, parse_yaml
+from enforcer_daemon.documents import DocumentError, read_document
 from enforcer_daemon.errors import SettingsError
 from enforcer_daemon.model import IPAddress, IPNetwork, PodRef, Protocol
 from enforcer_daemon.reasons import Reason
@@ -102,12 +102,12 @@ def load_scenario(file_or_name: str) -> Scenario:
     shipped = SHIPPED / f"{file_or_name}.yaml"
     path = shipped if "/" not in file_or_name and shipped.is_file() else Path(file_or_name)
     try:
-        tree = parse_yaml(path.read_text(encoding="utf-8"))
+        tree = read_document(path.read_text(encoding="utf-8"))
     except OSError as err:
         known = ", ".join(sorted(p.stem for p in SHIPPED.glob("*.yaml")))
         raise ScenarioError(f"{path}: {err.strerror or err} (shipped scenarios: {known})") from err
-    except YamlError as err:
-        raise ScenarioError(f"{path}:{err.line}: {err}" if err.line else f"{path}: {err}") from err
+    except DocumentError as err:
+        raise ScenarioError(f"{path}:{err.line}: {err}") from err
     except UnicodeDecodeError as err:
         raise ScenarioError(f"{path}: not YAML: {err}") from err
     try:

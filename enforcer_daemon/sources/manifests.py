@@ -12,6 +12,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from enforcer_daemon.documents import Document, DocumentError, read_documents
 from enforcer_daemon.errors import PolicyError
 from enforcer_daemon.model import PodRef
 from enforcer_daemon.policy import (
@@ -26,7 +27,6 @@ from enforcer_daemon.policy import (
     namespace_labels,
 )
 from enforcer_daemon.policy.metadata import DEFAULT_NAMESPACE
-from enforcer_daemon.sources.documents import Document, DocumentError, read_documents
 
 SUFFIXES = (".yaml", ".yml", ".json")
 MAX_FILE_BYTES = 32 * 1024 * 1024

@@ -58,7 +58,7 @@ def test_every_kind_of_value_is_read() -> None:
         ({"node": "n", "colour": 1}, "colour: unknown setting"),
         ({"node": "n", 7: 1}, "the file: has a key that is no string"),
         ({"node": "n", "log": {"a\nb": 1}}, "log: has a key that is no string, or not printable"),
-        ({"node": date(2026, 1, 1)}, "node: must be a string; put quotes around it"),
+        ({"node": date(2026, 1, 1)}, "node: must be a string"),
         ({"node": "n", "log": {"levl": 1}, "colour": 1}, "log.levl: unknown setting; colour: unknown setting"),
         ({"node": "n", "log": {"levl": 1}}, "log.levl: unknown setting"),
         ({"node": "n", "log": []}, "log: must be a mapping"),
@@ -119,11 +119,11 @@ def test_a_file_is_read(tmp_path: Path) -> None:
     assert load_settings(path).node == "node-1"
 
 
-@pytest.mark.parametrize("content", [b"node: [", b"\xff\xfe\xff", b"node: 2024-99-99", b"", b"node: n\nx: 1\n"])
+@pytest.mark.parametrize("content", [b"node: [", b"\xff\xfe\xff", b"", b"node: n\nx: 1\n", b"node: a\n---\nnode: b\n"])
 def test_an_error_of_a_file_names_the_file(tmp_path: Path, content: bytes) -> None:
     path = tmp_path / "enforcer.yaml"
     path.write_bytes(content)
-    with pytest.raises(SettingsError, match=r"enforcer\.yaml: "):
+    with pytest.raises(SettingsError, match=r"enforcer\.yaml:(\d+:)? "):
         load_settings(path)
 
 
@@ -131,15 +131,15 @@ def test_an_error_of_a_file_names_the_file(tmp_path: Path, content: bytes) -> No
 def test_a_setting_that_occurs_twice_is_an_error(tmp_path: Path, content: str) -> None:
     path = tmp_path / "enforcer.yaml"
     path.write_text(content)
-    with pytest.raises(SettingsError, match="occurs twice"):
+    with pytest.raises(SettingsError, match=r"enforcer\.yaml:\d: duplicate field \"(node|level)\""):
         load_settings(path)
 
 
-@pytest.mark.parametrize("content", ["node: !!int ''", "node: !!timestamp x", "node: !!bool x", "[" * 600])
+@pytest.mark.parametrize("content", ["node: !!int ''", "node: !!set {x}", "node: !!binary x", "[" * 600])
 def test_nonsense_for_the_parser_is_a_settings_error(tmp_path: Path, content: str) -> None:
     path = tmp_path / "enforcer.yaml"
     path.write_text(content)
-    with pytest.raises(SettingsError, match=r"enforcer\.yaml: cannot be read"):
+    with pytest.raises(SettingsError, match=r"enforcer\.yaml:\d+: "):
         load_settings(path)
 
 

@@ -173,7 +173,7 @@ def test_a_node_needs_a_name_that_its_enforcer_can_have() -> None:
 
 def test_a_field_that_occurs_twice_is_an_error(tmp_path: Path) -> None:
     (tmp_path / "story.yaml").write_text("title: one\nnodes: [{name: a}]\ntitle: two\n")
-    with pytest.raises(ScenarioError, match=r"story\.yaml:3: not YAML: title: occurs twice"):
+    with pytest.raises(ScenarioError, match=r"story\.yaml:3: duplicate field \"title\""):
         load_scenario(str(tmp_path / "story.yaml"))
 
 

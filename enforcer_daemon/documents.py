@@ -95,6 +95,16 @@ def read_documents(text: str, *, is_json: bool) -> list[Document]:
         raise DocumentError(1, f"nested more than {_MAX_DEPTH} deep") from err
 
 
+def read_document(text: str) -> object:
+    """Return what a YAML file of one document says, None if it is empty; raise DocumentError."""
+    documents = read_documents(text, is_json=False)
+    if len(documents) > 1:
+        raise DocumentError(documents[1].line, "a second document begins; the file must be one")
+    if documents and documents[0].error:
+        raise DocumentError(documents[0].line, documents[0].error)
+    return documents[0].manifest if documents else None
+
+
 def _json_documents(text: str) -> Iterator[Document]:
     decoder = json.JSONDecoder(object_pairs_hook=_unique_pairs, parse_constant=_refuse_constant)
     line, counted = 1, 0

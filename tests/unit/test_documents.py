@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from enforcer_daemon.sources.documents import Document, DocumentError, read_documents
+from enforcer_daemon.documents import Document, DocumentError, read_documents
 
 
 def only(text: str) -> Document:

@@ -7,7 +7,7 @@ import time
 
 import pytest
 
-from enforcer_daemon.sources.documents import DocumentError, read_documents
+from enforcer_daemon.documents import DocumentError, read_documents
 from enforcer_daemon.sources.manifests import decode_file
 
 POLICY = """apiVersion: networking.k8s.io/v1
