@@ -35,6 +35,10 @@ from enforcer_daemon.settings import RulesBackend as BackendSetting
 from enforcer_daemon.verdict import ACCEPT, Verdict
 
 QUEUE = 4242
+PATIENCE_S = 20.0
+"""For what must happen, seconds: an emulated processor is that slow, and a fast one does not wait."""
+DENIED_S = 0.6
+"""For what must not happen."""
 SIZES = QueueSizes()
 LIMITS = QueueLimits(per_source=4_000, total=8_000)
 POD = {4: "10.77.0.2", 6: "fd77::2"}
@@ -76,7 +80,7 @@ class Lab:
     def socket(self, place: int, version: int, kind: int = socket.SOCK_STREAM) -> socket.socket:
         """Make a socket in one of the namespaces."""
         sock = open_in(place, lambda: socket.socket(FAMILIES[version], kind))
-        sock.settimeout(5)
+        sock.settimeout(PATIENCE_S)
         return sock
 
     def listen(self, place: int, version: int, port: int = 8080) -> socket.socket:
@@ -86,8 +90,8 @@ class Lab:
         sock.listen()
         return sock
 
-    def connects(self, place: int, target: tuple[str, int], timeout_s: float = 0.6, mark: int = 0) -> bool:
-        """Return whether a connection comes about in that time; a refusal or a silence is False."""
+    def connects(self, place: int, target: tuple[str, int], timeout_s: float = PATIENCE_S, mark: int = 0) -> bool:
+        """Return whether a connection comes about in that time (DENIED_S if none must); a refusal is False, too."""
         with self.socket(place, ip_address(target[0]).version) as sock:
             if mark:
                 sock.setsockopt(socket.SOL_SOCKET, socket.SO_MARK, struct.pack("=I", mark))
@@ -193,7 +197,7 @@ def serve(
         os.close(stop_write)
 
 
-def wait_until(condition: Callable[[], bool], timeout_s: float = 3.0) -> bool:
+def wait_until(condition: Callable[[], bool], timeout_s: float = PATIENCE_S) -> bool:
     """Return whether the condition came true in that time."""
     deadline = time.monotonic() + timeout_s
     while not condition():

@@ -27,8 +27,10 @@ from enforcer_daemon.policy.tables import AddressSet
 from enforcer_daemon.verdict import DROP
 from tests.netns.lab import (
     BACKENDS,
+    DENIED_S,
     NODE,
     NODE_OUTSIDE,
+    PATIENCE_S,
     POD,
     REMOTE,
     SYN,
@@ -92,7 +94,7 @@ def test_a_masqueraded_client_needs_an_address_rule(lab: Lab, version: int) -> N
     act(lab, lambda: guard.replace([guarded()]))
     via_node_port = (NODE_OUTSIDE[version], NODE_PORT)
     with lab.listen(lab.pod, version):
-        assert not lab.connects(lab.remote, via_node_port)
+        assert not lab.connects(lab.remote, via_node_port, DENIED_S)
         act(lab, lambda: guard.apply(guarded(AddressRule(REMOTE_NETWORK[version], (), Protocol.TCP, (8000, 8080)))))
         assert lab.connects(lab.remote, via_node_port)
 
@@ -146,7 +148,8 @@ def _reusing_client(lab: Lab, version: int) -> socket.socket:
 def test_address_rules(lab: Lab, rule: AddressRule, is_allowed: bool) -> None:
     act(lab, lambda: Guard().replace([guarded(rule)]))
     with lab.listen(lab.pod, 4):
-        assert lab.connects(lab.remote, (NODE_OUTSIDE[4], NODE_PORT)) is is_allowed
+        wait_s = PATIENCE_S if is_allowed else DENIED_S
+        assert lab.connects(lab.remote, (NODE_OUTSIDE[4], NODE_PORT), wait_s) is is_allowed
 
 
 def test_the_node_itself_passes_also_masqueraded(lab: Lab, version: int) -> None:
