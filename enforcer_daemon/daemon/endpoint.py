@@ -417,7 +417,8 @@ class Endpoint:
 
     def tend(self, now: float) -> None:
         """Give up what took too long; call it a few times a second."""
-        effects = (*self.datapath.expire(now), *self.datapath.renew_leases(now))
+        timers_now = now if self._service is None else self._service.timers_now(now)
+        effects = (*self.datapath.expire(timers_now), *self.datapath.renew_leases(now))
         if effects and self._queue is not None:
             self._queue.carry_out(effects)
         if self._context.reports:

@@ -21,6 +21,8 @@ REST_FACTOR = 8
 MAX_REST_S = 0.1
 """A turn takes long where the enforcer had to wait for the CPU: the honest among a queue's clients do not pay for that
 with seconds."""
+MAX_LAG_S = 2.0
+"""How far the timers of a pod may be behind, seconds: a flood does not hold them back any longer."""
 _LEAST_REFUSED_PART = 0.25
 """What is refused rests as if others had so much to do: it then has a third of the enforcer's time, which is enough for
 what the kernel's rate leaves of one source."""
@@ -38,6 +40,10 @@ class Queue(Protocol):
     @property
     def is_in_vain(self) -> bool:
         """Whether hardly any of the last packets released a flow."""
+
+    @property
+    def has_more(self) -> bool:
+        """Whether the last turn ended at its limit, so that more packets may wait."""
 
     def fileno(self) -> int:
         """Return the descriptor that is readable when packets wait."""
@@ -68,7 +74,7 @@ class Work:
 class QueueService:
     """The turns of one queue. For the event loop's thread alone."""
 
-    __slots__ = ("_fd", "_loop", "_owed_s", "_queue", "_rest", "_work", "rests")
+    __slots__ = ("_behind_since", "_fd", "_loop", "_owed_s", "_queue", "_rest", "_work", "rests")
 
     def __init__(self, queue: Queue, loop: asyncio.AbstractEventLoop, work: Work) -> None:
         """Serve the queue from now on; `work` is that of all queues of the loop."""
@@ -77,10 +83,19 @@ class QueueService:
         self._work = work
         self._fd = queue.fileno()
         self._owed_s = 0.0
+        self._behind_since: float | None = None
         self._rest: asyncio.TimerHandle | None = None
         self.rests = 0
         """How often the queue had to rest."""
         loop.add_reader(self._fd, self._serve)
+
+    def timers_now(self, now: float) -> float:
+        """Return the time, monotonic seconds, by which timers of the pod's flows end.
+
+        What a flow waits for may have arrived, and wait in the queue. So no time passes for timers while the queue is
+        behind, as on a machine that is too slow for its load, up to a limit.
+        """
+        return now if self._behind_since is None else max(min(self._behind_since, now), now - MAX_LAG_S)
 
     def close(self) -> None:
         """Serve it no longer; call it before the queue is closed."""
@@ -94,6 +109,10 @@ class QueueService:
         started = time.perf_counter()
         self._queue.read_turn()
         now = time.perf_counter()
+        if not self._queue.has_more:
+            self._behind_since = None
+        elif self._behind_since is None:
+            self._behind_since = time.monotonic()
         if self._queue.is_mostly_refused:
             self._owe((now - started) * max(_LEAST_REFUSED_PART, self._work.part(now)))
         elif self._queue.is_in_vain:

@@ -185,6 +185,11 @@ class PacketQueue:
         """How many packets wait in the kernel for an effect that settles them."""
         return len(self._held)
 
+    @property
+    def has_more(self) -> bool:
+        """Whether the last turn ended at its limit, so that more packets may wait."""
+        return self._turn.left <= 0
+
     def fileno(self) -> int:
         """Return the descriptor that is readable when packets wait; -1 after `close`."""
         return self._sock.fileno()

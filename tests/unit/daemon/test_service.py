@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 
 import pytest
 
-from enforcer_daemon.daemon.service import MAX_REST_S, MIN_REST_S, REST_FACTOR, QueueService, Work
+from enforcer_daemon.daemon.service import MAX_LAG_S, MAX_REST_S, MIN_REST_S, REST_FACTOR, QueueService, Work
 
 _TURN_S = 5 * MIN_REST_S / REST_FACTOR
 """Long enough that a rest is due after each turn, also of a queue that rests least."""
@@ -23,6 +23,7 @@ class PipeQueue:
 
     is_mostly_refused: bool = False
     is_in_vain: bool = False
+    has_more: bool = False
     turn_s: float = _TURN_S
     turns: int = 0
     turn_over: asyncio.Semaphore = field(default_factory=lambda: asyncio.Semaphore(0))
@@ -134,3 +135,26 @@ def test_the_work_of_others_is_a_part_of_the_time_and_soon_forgotten() -> None:
     assert work.part(now) == pytest.approx(0.5, rel=0.1)
     assert work.part(now + 0.01) == pytest.approx(work.part(now) / 2)
     assert work.part(now + 1.0) == 0.0
+
+
+def test_no_timer_ends_for_what_waits_in_a_queue_that_is_behind(queue: PipeQueue) -> None:
+    async def serve() -> None:
+        started = time.monotonic()
+        service = QueueService(queue, asyncio.get_running_loop(), Work())
+        assert service.timers_now(started + 1) == started + 1
+        queue.has_more = True
+        queue.send(2)
+        await until(queue, 2)
+        await asyncio.sleep(0)
+        read_until = service.timers_now(started + 1)
+        assert started <= read_until < started + 1
+        assert service.timers_now(started + 1.5) == read_until
+        assert service.timers_now(started + 60) == started + 60 - MAX_LAG_S
+        queue.has_more = False
+        queue.send(1)
+        await until(queue, 1)
+        await asyncio.sleep(0)
+        assert service.timers_now(started + 60) == started + 60
+        service.close()
+
+    asyncio.run(serve())
