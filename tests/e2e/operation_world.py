@@ -60,8 +60,8 @@ def block(*cidrs: str) -> list[Mapping[str, object]]:
     return [{"ipBlock": {"cidr": cidr}} for cidr in cidrs]
 
 
-def outcome(lab: Lab, source: str, target: str, port: int, version: int = 4, *, timeout_s: float = 3.0) -> Outcome:
-    """Try one connection and say what came of it."""
+def outcome(lab: Lab, source: str, target: str, port: int, version: int = 4, *, timeout_s: float = 10.0) -> Outcome:
+    """Try one connection and say what came of it; what is allowed may take an emulated processor seconds."""
     return lab.probe_all([replace(lab.request(source, target, port, version), timeout_s=timeout_s)])[0].outcome
 
 

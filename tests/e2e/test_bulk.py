@@ -83,7 +83,7 @@ def test_two_thousand_connections_one_after_another(lab: Lab, source: str) -> No
 
 @pytest.mark.parametrize("version", VERSIONS)
 def test_two_hundred_connections_at_once(lab: Lab, version: int) -> None:
-    request = replace(lab.request("x/client", "x/server", HTTP.number, version), timeout_s=10.0)
+    request = replace(lab.request("x/client", "x/server", HTTP.number, version), timeout_s=20.0)
     start = threading.Barrier(50)
 
     def many(_: int) -> set[Outcome]:
@@ -173,7 +173,7 @@ def test_a_client_whose_first_packet_is_data(lab: Lab, bytes_first: int, version
     ):
         client.sendall(payload)
         with listener.accept()[0] as server:
-            server.settimeout(5)
+            server.settimeout(20)
             assert read_all(server, len(payload)) == payload
             transfer(server, client, 1)
         port = listener.getsockname()[1]

@@ -34,8 +34,9 @@ RESOLVERS = ("x/dns-a", "x/dns-b")
 """On the client's own node, and on the other."""
 ON_STOCK_KERNEL = pytest.param(SERVICE, marks=pytest.mark.stock_kernel)
 VERSIONS = [4, 6]
-LATE_ANSWER_S = 5.0
-"""A resolver's own patience, after which it asks again: an answer before that came to the first question."""
+ONCE = "timeout:30 attempts:1"
+"""The most patience that glibc has, however slow the machine, for an answer to the first question alone."""
+PATIENT = "timeout:30 attempts:5"
 IN_FLIGHT = 50
 PLAIN_CLIENT, PLAIN_RESOLVER = "host:client", "host:dns"
 """On the same nodes as x/client and x/dns-b, and not enforced: the same network without the agent."""
@@ -69,9 +70,9 @@ def musl_lookup(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.parametrize("options", ["", "single-request", "single-request-reopen"])
 def test_glibc_finds_both_families_at_the_first_try(servers: Servers, target: str, version: int, options: str) -> None:
     """A and AAAA leave one socket at the same moment, unless the options say otherwise; WIDE is asked by TCP, too."""
-    files = files_for(servers.lab, [servers.lab.address_of(target, version)], options)
+    files = files_for(servers.lab, [servers.lab.address_of(target, version)], f"{ONCE} {options}")
     found = look_up(servers.lab, CLIENT, files, [name(1), WIDE])
-    assert all(lookup.is_right and lookup.seconds < LATE_ANSWER_S for lookup in found), found
+    assert all(lookup.is_right for lookup in found), found
 
 
 @pytest.mark.parametrize("version", VERSIONS)
@@ -107,14 +108,13 @@ def test_nobody_else_is_heard(servers: Servers, musl_lookup: Path, target: str, 
 @pytest.mark.parametrize("version", VERSIONS)
 def test_2000_questions_with_50_at_once_are_all_answered(servers: Servers, version: int) -> None:
     lab = servers.lab
-    files = files_for(lab, [lab.address_of(SERVICE, version)])
+    files = files_for(lab, [lab.address_of(SERVICE, version)], PATIENT)
     found = look_up(lab, CLIENT, files, [name(number) for number in range(NAMES)], in_flight=IN_FLIGHT)
     assert [lookup for lookup in found if not lookup.is_right] == []
     assert all(servers.questions(resolver) for resolver in RESOLVERS)
 
 
 @pytest.mark.slow
-@pytest.mark.stock_kernel
 def test_five_percent_loss_each_way_costs_no_more_lookups_than_without_the_agent(servers: Servers) -> None:
     """A lookup asks twice, with five seconds for each try. What is lost of the handshakes must not add to that."""
     lab = servers.lab

@@ -37,7 +37,7 @@ from trireme_lab.world import Manifest
 
 pytestmark = pytest.mark.kernel
 
-WITHIN_S = 2.0
+WITHIN_S = 20.0
 """Far more than it takes; benchmarks measure that."""
 IDLE = 1_000
 OUTSIDE = HostSpec("outside", (ip_address("203.0.113.7"), ip_address("2001:db8::7")), (HTTP,))
@@ -133,8 +133,7 @@ CHANGES: dict[str, tuple[Manifest, Callable[[Lab], object]]] = {
 }
 
 
-@pytest.mark.stock_kernel
-@pytest.mark.parametrize("version", VERSIONS)
+@pytest.mark.parametrize("version", [pytest.param(4, marks=pytest.mark.stock_kernel), 6])
 @pytest.mark.parametrize("change", CHANGES)
 def test_what_is_no_longer_allowed_is_cut_at_both_ends(lab: Lab, change: str, version: int) -> None:
     before, act = CHANGES[change]
@@ -196,7 +195,7 @@ def test_behind_a_service_the_pod_and_its_port_are_judged(lab: Lab, version: int
         assert echoes(client)
         lab.apply(egress(*pods, port=80))
         assert is_cut(client)
-    assert outcome(lab, "x/client", "service:x/server", 80, version).is_denied
+    assert outcome(lab, "x/client", "service:x/server", 80, version, timeout_s=1.0).is_denied
 
 
 @pytest.mark.parametrize("version", VERSIONS)

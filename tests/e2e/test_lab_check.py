@@ -42,7 +42,6 @@ def _own_case(name: str) -> dict[str, Any]:
     return next(case for case in cases if case["name"] == name)
 
 
-@pytest.mark.stock_kernel
 def test_own_cases_of_both_families_nodes_and_pods_that_dial_themselves(plugin: Path) -> None:
     status, lines = _check(plugin, OWN_CASES)
     probes = [probe for line in OWN_CASES.read_text().splitlines() for probe in json.loads(line)["probes"]]

@@ -49,7 +49,7 @@ ALLOWED = {
 }
 """Names of the pods that a protocol reaches, and of those that may send it."""
 NAMES = ("open", "closed", *RULES)
-PATIENCE_S = 10.0
+PATIENCE_S = 20.0
 LATE_S = 0.05
 REPEATED_AFTER_S = 3.5
 """The kernel repeats the first packet of an association after three seconds (RFC 9260, RTO.Initial)."""

@@ -33,8 +33,10 @@ PODS = ("x/client", "x/near", "x/server")
 DENY = policy("deny-all", ingress=[])
 ALLOW = policy("allow", "server", ingress=[{"from": [app("client")]}])
 ENDINGS = [signal.SIGKILL, signal.SIGTERM]
-_REPEATED_FOR_S = 40.0
-"""A SYN is repeated after 1, 3, 7, 15 and 31 s; an emulated machine takes more than ten to start two enforcers."""
+_AS_BY_A_CRASH = pytest.param(signal.SIGKILL, marks=pytest.mark.stock_kernel)
+_REPEATED_FOR_S = 110.0
+"""A SYN is retransmitted after 1, 3, 7, 15, 31 and 63 s; an emulated machine may take half a minute to start two
+enforcers."""
 
 
 @pytest.fixture(scope="module")
@@ -58,9 +60,8 @@ def _without_enforcers(lab: Lab, ending: signal.Signals = signal.SIGKILL, nodes:
             lab.node(name).wait_ready()
 
 
-@pytest.mark.stock_kernel
 @pytest.mark.parametrize("version", [4, 6])
-@pytest.mark.parametrize("ending", ENDINGS)
+@pytest.mark.parametrize("ending", [_AS_BY_A_CRASH, signal.SIGTERM])
 def test_flows_go_on_probes_pass_and_new_flows_wait(lab: Lab, ending: signal.Signals, version: int) -> None:
     with connection(lab, "x/client", "x/server", version) as ends, Stream(*ends) as stream:
         stream.wait_for_rounds(3)
@@ -106,7 +107,7 @@ def test_flows_are_judged_by_the_policies_that_changed_meanwhile(lab: Lab) -> No
             assert server.recv(100) == b"still"
         try:
             for end in (client, server):
-                end.settimeout(2.0)
+                end.settimeout(20.0)
                 with pytest.raises(ConnectionError):
                     end.recv(100)
         finally:

@@ -57,7 +57,7 @@ VIA_SERVICES = ("service:x/web", "service:x/web-a", "service:x/web-b")
 @pytest.fixture(scope="module")
 def lab(plugin: Path) -> Iterator[Lab]:
     world = WorldSpec(NODES, {"x": {}}, PODS, (OUTSIDE,), SERVICES, MANIFESTS, RESET)
-    with Lab(world, Tools(plugin=plugin)) as lab:
+    with Lab(world, Tools(plugin=plugin, probe_timeout_s=20.0)) as lab:
         yield lab
 
 
