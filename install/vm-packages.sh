@@ -1,8 +1,9 @@
 #!/bin/sh
-# Install what tests/vm/boot.py needs to boot Debian's own kernel in software emulation.
+# Install what tests/vm/boot.py needs to boot Debian's own kernel in software emulation, and what only that kernel has
+# a use for (IPVS).
 set -eu
 
-packages="qemu-system-x86 busybox-static cpio squashfs-tools"
+packages="qemu-system-x86 busybox-static cpio squashfs-tools ipvsadm ipset"
 missing=""
 for package in $packages; do
     [ "$(dpkg-query -W -f='${db:Status-Status}' "$package" 2>/dev/null)" = installed ] || missing="$missing $package"

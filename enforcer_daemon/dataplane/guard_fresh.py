@@ -7,7 +7,8 @@ or from a plain socket past an enforcer that has not answered, sends what the no
 
 - TCP that is neither SYN nor RST passes only in a connection with a whole handshake behind it. A stale peer's socket
   answers a SYN with an ACK that shows its numbers, so a reply alone does not count.
-- A stale peer's own segments are refused with RST, which ends its socket; else they would show the numbers.
+- A stale peer's own segments are refused with RST, which ends its socket; else they would show the numbers. What IPVS
+  sends on does not pass the forward hook, but the output hook, without a socket.
 - UDP without a message passes with the marker, which the guard puts in, also where it opens a flow: not every datagram
   has room for a message, and a stale peer's own datagrams look like those of a peer without an enforcer. With the
   marker the peer's enforcer sees what the release would keep from it; a peer without an enforcer takes no notice. The
@@ -44,6 +45,8 @@ CHAINS = (
     "fresh_seen",
     "fresh_sent",
     "fresh_reached",
+    "fresh_sent_on",
+    "fresh_refused",
     "segment_sent",
     "datagram_sent",
     "datagram_arrived",
@@ -57,6 +60,7 @@ STRAY = "stray"
 _SEEN_HOOK = "type filter hook prerouting priority -148; policy accept;"  # before any translation
 _SENT_HOOK = "type filter hook postrouting priority 98; policy accept;"  # behind all but source NAT, which is at 100
 _ARRIVED_HOOK = "type filter hook forward priority -2; policy accept;"
+_SENT_ON_HOOK = "type filter hook output priority -2; policy accept;"
 _FAMILIES = ((4, "ipv4_addr", "ip"), (6, "ipv6_addr", "ip6"))
 _SETS: Mapping[str, float] = {"fresh_tcp": TCP_LAPSE_S, "fresh_udp": UDP_LAPSE_S, "unclean": TCP_LAPSE_S}
 _FRESH = "fresh_tcp", "fresh_udp"
@@ -91,8 +95,12 @@ def skeleton() -> list[str]:
     lines += [f"add rule {TABLE} fresh_seen {rule}" for rule in _seen_rules()]
     lines.append(f"add chain {TABLE} fresh_sent {{ {_SENT_HOOK} }}")
     lines += [f"add rule {TABLE} fresh_sent {rule}" for rule in _dispatch_rules()]
+    lines += refill(TABLE, "fresh_refused", tuple(_refusal_rules()))
     lines.append(f"add chain {TABLE} fresh_reached {{ {_ARRIVED_HOOK} }}")
-    return lines + [f"add rule {TABLE} fresh_reached {rule}" for rule in _refusal_rules()]
+    lines.append(f"add rule {TABLE} fresh_reached jump fresh_refused")
+    lines.append(f"add chain {TABLE} fresh_sent_on {{ {_SENT_ON_HOOK} }}")
+    lines.append(f"add rule {TABLE} fresh_sent_on meta skuid >= 0 accept")  # of a socket of the node
+    return [*lines, f"add rule {TABLE} fresh_sent_on meta l4proto tcp jump fresh_refused"]
 
 
 def _seen_rules() -> Iterable[str]:

@@ -114,19 +114,19 @@ class Sender:
 class Witness:
     """Notes, behind all rules of a place, from which source ports packets came to its sockets. A context manager."""
 
-    _TABLE = "inet attack_witness"
-
-    def __init__(self, lab: Lab, place: str) -> None:
-        self._lab, self._place = lab, place
+    def __init__(
+        self, lab: Lab, place: str, *, table: str = "inet attack_witness", hook: str = "input priority 300"
+    ) -> None:
+        self._lab, self._place, self._table, self._hook = lab, place, table, hook
 
     def __enter__(self) -> Witness:
         lines = (
-            f"add table {self._TABLE}",
-            f"delete table {self._TABLE}",
-            f"add table {self._TABLE}",
-            f"add set {self._TABLE} seen {{ type inet_service; size 65535; flags dynamic; }}",
-            f"add chain {self._TABLE} input {{ type filter hook input priority 300; }}",
-            f"add rule {self._TABLE} input meta l4proto {{ tcp, udp }} update @seen {{ th sport }}",
+            f"add table {self._table}",
+            f"delete table {self._table}",
+            f"add table {self._table}",
+            f"add set {self._table} seen {{ type inet_service; size 65535; flags dynamic; }}",
+            f"add chain {self._table} arrived {{ type filter hook {self._hook}; }}",
+            f"add rule {self._table} arrived meta l4proto {{ tcp, udp }} update @seen {{ th sport }}",
         )
         self._lab.run(self._place, "nft", "; ".join(lines))
         return self
@@ -134,14 +134,19 @@ class Witness:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._lab.run(self._place, "nft", f"delete table {self._TABLE}")
+        self._lab.run(self._place, "nft", f"delete table {self._table}")
+
+    def seen(self) -> set[int]:
+        """Return the source ports so far."""
+        listing = self._lab.run(self._place, "nft", "-n", "list", "set", *self._table.split(), "seen")
+        _, _, elements = listing.partition("elements = {")
+        return {int(word) for word in elements.partition("}")[0].replace(",", " ").split()}
 
     def has_seen(self, port: int) -> bool:
-        listing = self._lab.run(self._place, "nft", "-n", "list", "set", *self._TABLE.split(), "seen")
-        return str(port) in listing.replace(",", " ").split()
+        return port in self.seen()
 
     def has_seen_any(self) -> bool:
-        return "elements" in self._lab.run(self._place, "nft", "-n", "list", "set", *self._TABLE.split(), "seen")
+        return bool(self.seen())
 
     def sees(self, port: int) -> bool:
         """Wait for a packet from a port, as long as a busy machine may need."""

@@ -30,6 +30,8 @@ class Front:
     node_port: int = 0
     external: tuple[IPAddress, ...] = ()
     """External addresses; clients of these are masqueraded."""
+    keeps_source: bool = False
+    """Whether clients of the node port keep their address (externalTrafficPolicy: Local); for IPVS alone."""
 
     def targets_of(self, version: int) -> list[Target]:
         return [target for target in self.targets if target[0].version == version]

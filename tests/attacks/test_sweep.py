@@ -8,46 +8,32 @@ TRIREME_SWEEP_PACKETS is the number of attempts of the caged pod with CAP_NET_RA
 from __future__ import annotations
 
 import os
-import random
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from tests.attacks import origins, sweep
 from tests.attacks import world as places
-from tests.attacks.conftest import SWEPT
 from tests.attacks.expectations import (
     FROM_CAGED,
     FROM_LABELLED,
     FROM_PARTLY,
     IMPOSSIBLE,
     TO_SHUT,
-    NotClaimed,
-    unexplained,
 )
 from tests.attacks.links import LINK_FORMS
-from tests.attacks.origins import Origin, Target
-from tests.attacks.sweep import Attempt, Outcome, Sweep, Transmit
-from tests.attacks.witness import Witness
+from tests.attacks.sweep import Sweep
+from tests.attacks.swept import EVERYWHERE, FIXED_SEED, FRESH_SEED, SHOWN, SHUT, Record, assert_nothing, swept
 from tests.attacks.world import AttackWorld, Variant
 from trireme_lab import Lab, Tools
 
 pytestmark = pytest.mark.kernel
 
 ATTEMPTS = int(os.environ.get("TRIREME_SWEEP_PACKETS", "100000"))
-FRESH_SEED = int(os.environ.get("TRIREME_SWEEP_SEED", "0")) or random.SystemRandom().getrandbits(32)
-FIXED_SEED = 20_260
 SHARE_OF_FRESH = 0.25
 VARIANTS = [Variant(proxy, is_filtered) for proxy in ("iptables", "nft") for is_filtered in (True, False)]
-EVERYWHERE = (
-    *(places.NEAR, places.FAR, places.ISOLATED, places.FAR_ISOLATED),
-    *(places.NEIGHBOR, places.OUTSIDE, places.EXTERNAL, "node:a", "node:b", places.FABRIC),
-)
-SHUT = (places.ISOLATED, places.FAR_ISOLATED)
-_SHOWN = 40
 _FEWEST_ALLOWED_FORMS = 4
-Record = Callable[[str, object], None]
 _ROUNDS, _TRIES = 12, 4
 
 
@@ -69,52 +55,6 @@ def world(running: AttackWorld, variant: Variant) -> Iterator[AttackWorld]:
         yield running
 
 
-def _swept(
-    world: AttackWorld,
-    origin: Origin,
-    targets: Sequence[Target],
-    at: Sequence[str],
-    seeds: dict[int, int],
-    *,
-    spoofing: float = 0.25,
-    link_share: float = 0.06,
-    is_raw_ip: bool = False,
-) -> Outcome:
-    """Send random attempts, so many for each seed; return what arrived at the places."""
-    tag, total = sweep.fresh_tag(), Outcome()
-    channel = sweep.by_raw_socket if is_raw_ip else sweep.by_packet_socket
-    with places.witnesses(world, tag, *at) as witnesses, channel(world, origin) as transmit:
-        number = 0
-        known: dict[int, Attempt] = {}
-        for seed, count in seeds.items():
-            maker = Sweep(world, origin, targets, tag, seed, first=number)
-            attempts = (maker.random_attempt(spoofing, link_share) for _ in range(count))
-            outcome, sent = sweep.run(transmit, attempts, witnesses)
-            total.packets += outcome.packets
-            total.refused_by_link += outcome.refused_by_link
-            known |= sent
-            number += count
-        sweep.settle(world, witnesses, tag)
-        _follow(maker, transmit, witnesses, known)
-        sweep.settle(world, witnesses, tag)
-        return sweep.gather(total, known, witnesses)
-
-
-def _follow(maker: Sweep, transmit: Transmit, witnesses: Mapping[str, Witness], known: dict[int, Attempt]) -> None:
-    """Send data in the flows that a handshake's first packet may have opened in some conntrack on the way."""
-    opened = [attempt for attempt in known.values() if attempt.form in sweep.OPENING][:2_000]
-    followers = [maker.follower(attempt, "tcp-data" if attempt.form.startswith("tcp") else "udp") for attempt in opened]
-    _, sent = sweep.run(transmit, followers, witnesses)
-    known |= sent
-
-
-def _assert_nothing(outcome: Outcome, variant: Variant, accepted: Sequence[NotClaimed], record: Record) -> None:
-    left = unexplained(outcome.arrivals, variant, accepted)
-    record(SWEPT, f"{outcome.packets} packets, {len(left)} arrived; random seed {FRESH_SEED}")
-    shown = "\n".join(map(str, left[:_SHOWN]))
-    assert not left, f"{len(left)} arrivals (random seed {FRESH_SEED}):\n{shown}"
-
-
 def _seeds(count: int) -> dict[int, int]:
     fresh = int(count * SHARE_OF_FRESH)
     return {FIXED_SEED: count - fresh, FRESH_SEED: fresh}
@@ -123,8 +63,8 @@ def _seeds(count: int) -> dict[int, int]:
 def test_no_packet_of_a_caged_pod_arrives(world: AttackWorld, variant: Variant, record_property: Record) -> None:
     count = ATTEMPTS // len(VARIANTS)
     origin = origins.pod_origin(world, places.CAGED)
-    outcome = _swept(world, origin, origins.targets(world), EVERYWHERE, _seeds(count))
-    _assert_nothing(outcome, variant, FROM_CAGED, record_property)
+    outcome = swept(world, origin, origins.targets(world), EVERYWHERE, _seeds(count))
+    assert_nothing(outcome, variant, FROM_CAGED, record_property)
     assert outcome.packets > count * 0.9
 
 
@@ -134,8 +74,8 @@ def test_a_pod_with_one_address_rule_reaches_what_it_allows_alone(
     """Whatever a packet's headers look like, the port that policy compares is the one that the receiver reads."""
     count = 5_000
     origin = origins.pod_origin(world, places.PARTLY)
-    outcome = _swept(world, origin, origins.targets(world), EVERYWHERE, _seeds(count))
-    _assert_nothing(outcome, variant, FROM_PARTLY, record_property)
+    outcome = swept(world, origin, origins.targets(world), EVERYWHERE, _seeds(count))
+    assert_nothing(outcome, variant, FROM_PARTLY, record_property)
     allowed = {arrival.attempt.form for arrival in outcome.arrivals if arrival.place == places.OUTSIDE}
     assert len(allowed) > _FEWEST_ALLOWED_FORMS
 
@@ -145,18 +85,8 @@ def test_a_pod_whose_rules_name_pods_reaches_no_other_kind_of_address(
 ) -> None:
     """Its frames go to pods, whose enforcers decide; they lead nowhere else."""
     origin = origins.pod_origin(world, places.LABELLED)
-    outcome = _swept(world, origin, origins.targets(world), EVERYWHERE, _seeds(5_000))
-    _assert_nothing(outcome, variant, FROM_LABELLED, record_property)
-
-
-@pytest.mark.stock_kernel
-def test_few_packets_of_a_caged_pod_on_any_kernel(running: AttackWorld, record_property: Record) -> None:
-    """The backend of the pods' rules is the one that the kernel has: nft where it has the queue expression."""
-    variant = Variant("nft")
-    with places.applied(running, variant):
-        origin = origins.pod_origin(running, places.CAGED)
-        outcome = _swept(running, origin, origins.targets(running), EVERYWHERE, {FIXED_SEED: 3_000})
-    _assert_nothing(outcome, variant, FROM_CAGED, record_property)
+    outcome = swept(world, origin, origins.targets(world), EVERYWHERE, _seeds(5_000))
+    assert_nothing(outcome, variant, FROM_LABELLED, record_property)
 
 
 def test_no_packet_of_a_caged_pod_arrives_by_its_own_kernel(
@@ -165,8 +95,8 @@ def test_no_packet_of_a_caged_pod_arrives_by_its_own_kernel(
     """By a raw socket of IP, past TCP and UDP of the pod's kernel, but through its rules and its enforcer."""
     count = 4_000
     origin = origins.pod_origin(world, places.CAGED)
-    outcome = _swept(world, origin, origins.targets(world), EVERYWHERE, _seeds(count), link_share=0.0, is_raw_ip=True)
-    _assert_nothing(outcome, variant, (), record_property)
+    outcome = swept(world, origin, origins.targets(world), EVERYWHERE, _seeds(count), link_share=0.0, is_raw_ip=True)
+    assert_nothing(outcome, variant, (), record_property)
     assert outcome.packets > count // 3
 
 
@@ -176,8 +106,8 @@ def test_nothing_of_a_neighbor_reaches_an_isolated_pod(
     count = 12_000
     origin = origins.pod_origin(world, places.NEIGHBOR)
     targets = origins.shut_targets(world, is_outside=False)
-    outcome = _swept(world, origin, targets, SHUT, _seeds(count), spoofing=0.8, link_share=0.0)
-    _assert_nothing(outcome, variant, TO_SHUT, record_property)
+    outcome = swept(world, origin, targets, SHUT, _seeds(count), spoofing=0.8, link_share=0.0)
+    assert_nothing(outcome, variant, TO_SHUT, record_property)
     assert outcome.packets > count * 0.9
 
 
@@ -187,8 +117,8 @@ def test_nothing_from_outside_reaches_an_isolated_pod(
     count = 12_000
     origin = origins.outside_origin(world)
     targets = origins.shut_targets(world, is_outside=True)
-    outcome = _swept(world, origin, targets, SHUT, _seeds(count), spoofing=0.9, link_share=0.0)
-    _assert_nothing(outcome, variant, TO_SHUT, record_property)
+    outcome = swept(world, origin, targets, SHUT, _seeds(count), spoofing=0.9, link_share=0.0)
+    assert_nothing(outcome, variant, TO_SHUT, record_property)
     assert outcome.packets > count * 0.9
 
 
@@ -217,7 +147,7 @@ def test_every_form_of_an_unrestricted_pod_arrives(world: AttackWorld) -> None:
                 missing.pop((found.form, found.target, found.version), None)
             if not missing:
                 return
-    assert not missing, f"{len(missing)} of {len(pairs)} never arrived (seed {FRESH_SEED}): {list(missing)[:_SHOWN]}"
+    assert not missing, f"{len(missing)} of {len(pairs)} never arrived (seed {FRESH_SEED}): {list(missing)[:SHOWN]}"
 
 
 def test_every_form_on_the_link_of_an_unenforced_neighbor_arrives(world: AttackWorld) -> None:

@@ -12,12 +12,13 @@ import socket
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
-from ipaddress import IPv6Address, ip_address
+from ipaddress import IPv6Address, ip_address, ip_network
 
 from enforcer_daemon.dataplane.addresses import Interface, interface
 from enforcer_daemon.handshake.frames import SYN_ACK_OVERHEAD, SYN_OVERHEAD, is_frame
 from enforcer_daemon.model import IPAddress, PodRef, Protocol
 from enforcer_daemon.packet.tcp import SYN, SYN_ACK
+from tests.attacks.ipvs_nodes import ipvs_services
 from tests.attacks.kube_proxy import Front, iptables_text, nft_text, removal
 from tests.attacks.witness import Witness, is_any, is_link_level, listening
 from tests.e2e.attackers import Listener, Wire, grow_old
@@ -68,6 +69,7 @@ _VIRTUAL = [
     *(f"{address}/{address.max_prefixlen}" for address in _EXTERNAL.addresses),
 ]
 """What an operator may have allowed at most: node ports, and an address that a Service lists as external."""
+_CLUSTERS = (ip_network("10.244.0.0/16"), ip_network("fd00:10:244::/48"))
 _BRIDGE_SETTINGS = tuple(f"net/bridge/bridge-nf-call-{tool}" for tool in ("iptables", "ip6tables"))
 
 
@@ -76,7 +78,7 @@ class Variant:
     """How the nodes of the world are set up."""
 
     proxy: str = "iptables"
-    """Form of kube-proxy's rules: iptables or nft."""
+    """Form of kube-proxy's rules: iptables, nft, or ipvs where the kernel has it."""
     is_bridge_filtered: bool = True
     """Whether bridged packets pass the node's rules (bridge-nf-call-iptables)."""
 
@@ -221,7 +223,6 @@ def fronts(world: AttackWorld) -> list[Front]:
 @contextmanager
 def applied(world: AttackWorld, variant: Variant) -> Iterator[None]:
     """Set the nodes up as the variant says for the time of the block."""
-    text = iptables_text if variant.proxy == "iptables" else nft_text
     bridged = {name: str(int(variant.is_bridge_filtered)) for name in _BRIDGE_SETTINGS}
     with ExitStack() as stack:
         for node in ("node:a", "node:b"):
@@ -229,12 +230,20 @@ def applied(world: AttackWorld, variant: Variant) -> Iterator[None]:
             write_sysctls(netns, bridged)
             stack.callback(write_sysctls, netns, dict.fromkeys(_BRIDGE_SETTINGS, "1"))
             stack.callback(_forget_flows, world, node)
-            for version in (4, 6):
-                rendered = text(fronts(world), [*LOCAL_DNS, *DNS_SERVICE], version)
-                stack.callback(_remove_proxy, netns, variant.proxy, version)
-                run([*exec_prefix(netns), *_loader(variant.proxy, version)], rendered)
+            if variant.proxy != "ipvs":
+                _apply_proxy(stack, world, netns, variant.proxy)
             _forget_flows(world, node)
+        if variant.proxy == "ipvs":
+            stack.enter_context(ipvs_services(world.lab, fronts(world), _CLUSTERS))
         yield
+
+
+def _apply_proxy(stack: ExitStack, world: AttackWorld, netns: str, proxy: str) -> None:
+    text = iptables_text if proxy == "iptables" else nft_text
+    for version in (4, 6):
+        rendered = text(fronts(world), [*LOCAL_DNS, *DNS_SERVICE], version)
+        stack.callback(_remove_proxy, netns, proxy, version)
+        run([*exec_prefix(netns), *_loader(proxy, version)], rendered)
 
 
 def _loader(proxy: str, version: int) -> list[str]:

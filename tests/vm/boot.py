@@ -48,6 +48,8 @@ _PRELOADED_MODULES = (
         "cls_matchall",
         "cls_u32",
     ),
+    *("ip_vs", "ip_vs_rr", "xt_set", "ip_set_bitmap_port", "ip_set_hash_ip", "ip_set_hash_ipport"),
+    *("ip_set_hash_ipportip", "nfnetlink_log"),
     *("nfnetlink_queue", "nf_conntrack_netlink", "nft_chain_nat", "nft_compat", "nft_ct", "nft_fib_inet", "nft_limit"),
     *("nft_masq", "nft_nat", "nft_numgen", "nft_queue", "nft_redir", "nft_reject_inet", "nft_dup_netdev"),
     *("xt_CT", "xt_MASQUERADE", "xt_NFQUEUE", "xt_REDIRECT", "xt_addrtype", "xt_comment", "xt_connmark"),

@@ -16,7 +16,8 @@ from pathlib import Path
 
 _TOOLS = (
     *("bash", "bsdutils", "conntrack", "containernetworking-plugins", "coreutils", "dash", "dnsmasq-base", "grep"),
-    *("hostname", "iperf3", "iproute2", "iptables", "libc-bin", "mount", "nftables", "procps", "sed", "util-linux"),
+    *("hostname", "iperf3", "iproute2", "ipset", "iptables", "ipvsadm", "libc-bin"),
+    *("mount", "nftables", "procps", "sed", "util-linux"),
 )
 """Packages whose programs tests run in the guest."""
 _PASSED_OVER = frozenset(
