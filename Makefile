@@ -31,7 +31,7 @@ test: plugin lint ## all tests that this kernel can run (as root)
 
 test-vm: plugin ## tests marked stock_kernel, on Debian's own kernel under qemu (as root)
 	install/vm-packages.sh
-	$(BIN)/python tests/vm/suite.py --compile
+	$(BIN)/python tests/vm/suite.py --prepare
 	$(BIN)/python tests/vm/boot.py --timeout $(VM_TIMEOUT) .venv/bin/python tests/vm/suite.py
 
 check: lint ## format, lint, types, import rules, unit tests: seconds, no root
