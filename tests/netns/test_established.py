@@ -24,7 +24,7 @@ from enforcer_daemon.marks import MAX_INDEX, released_mark
 from enforcer_daemon.model import Direction
 from enforcer_daemon.settings import RulesBackend
 from enforcer_daemon.verdict import DROP, Action, Verdict
-from tests.netns.lab import NODE, POD, REMOTE, Lab, Recorder, open_lab, serve, wait_until
+from tests.netns.lab import NODE, PATIENCE_S, POD, REMOTE, Lab, Recorder, open_lab, serve, wait_until
 
 pytestmark = pytest.mark.kernel
 
@@ -70,13 +70,13 @@ def flow(
         client.connect((address, port))
         server, _ = listener.accept()
         with server:
-            server.settimeout(5)
+            server.settimeout(PATIENCE_S)
             yield (server, client) if direction is Direction.INGRESS else (client, server)
 
 
 def is_cut(end: socket.socket) -> bool:
     """Return whether an end has had a RST, or its own kernel's word that it is over."""
-    end.settimeout(2)
+    end.settimeout(PATIENCE_S)
     try:
         end.recv(1)
     except ConnectionError:

@@ -16,7 +16,7 @@ from enforcer_daemon.errors import PacketError
 from enforcer_daemon.packet.ip import decode_ip
 from tests.netns.lab import NODE_OUTSIDE, REMOTE, SYN, Lab, open_lab, tcp_packet, wait_until
 
-pytestmark = pytest.mark.kernel
+pytestmark = [pytest.mark.kernel, pytest.mark.stock_kernel]
 
 _AUTHENTICATION = 51
 CHAINS: list[tuple[int, ...]] = [

@@ -35,9 +35,9 @@ from enforcer_daemon.handshake.frames import (
 from enforcer_daemon.model import AttachmentId
 from enforcer_daemon.packet.tcp import ACK, PSH, build
 from enforcer_daemon.packet.udp import UDP_HEADER, build_udp, decode_udp, encode_option, is_marked, with_marker
-from tests.netns.lab import FAMILIES, NODE_OUTSIDE, POD, REMOTE, Lab, open_lab
+from tests.netns.lab import FAMILIES, NODE_OUTSIDE, PATIENCE_S, POD, REMOTE, Lab, open_lab
 
-pytestmark = pytest.mark.kernel
+pytestmark = [pytest.mark.kernel, pytest.mark.stock_kernel]
 
 T = TypeVar("T")
 NETWORKS = [ip_network("10.88.0.0/24"), ip_network("fd88::/64"), ip_network("10.77.0.0/24"), ip_network("fd77::/64")]
@@ -147,7 +147,7 @@ def test_a_datagram_without_a_message_is_marked(lab: Lab, guard: Guard, pod: Wir
 
     def passed(text: bytes) -> bytes:
         pod.send(pod.datagram(text.ljust(size), ports=(next(port), 5353)))
-        found = remote.find(text, 3)
+        found = remote.find(text, PATIENCE_S)
         assert found is not None
         assert decode_udp(found).payload == text.ljust(size)
         return found
@@ -167,11 +167,11 @@ def test_a_message_passes_as_it_is(lab: Lab, guard: Guard, pod: Wire, remote: Wi
     with on_node(lab, DropLog) as log:
         for marker in (MARKER_ID, PROOF_MARKER_ID):
             pod.send(with_marker(decode_udp(pod.datagram(b"marked")), marker))
-            found = remote.find(b"marked", 3)
+            found = remote.find(b"marked", PATIENCE_S)
             assert found is not None
             assert is_marked(found, marker)
         pod.send(pod.message(TYPE_OFFER, (4445, 5353)))
-        lone = remote.find(b"\xd3TRI", 3)
+        lone = remote.find(b"\xd3TRI", PATIENCE_S)
         assert lone is not None
         assert not is_marked(lone, MARKER_ID)
         assert log.read(64) == []
@@ -195,9 +195,9 @@ def test_only_one_program_hears_of_drops(lab: Lab, guard: Guard) -> None:
 
 def test_what_answers_a_peer_that_showed_no_message_is_marked(lab: Lab, guard: Guard, pod: Wire, remote: Wire) -> None:
     remote.send(remote.datagram(b"stale?", ports=PORTS[::-1]))
-    assert pod.find(b"stale?", 3) is not None
+    assert pod.find(b"stale?", PATIENCE_S) is not None
     pod.send(pod.datagram(b"answer-1"))
-    answer = remote.find(b"answer-1", 3)
+    answer = remote.find(b"answer-1", PATIENCE_S)
     assert answer is not None
     assert is_marked(answer, MARKER_ID)
     assert decode_udp(answer).payload == b"answer-1"
@@ -209,13 +209,13 @@ def test_what_follows_an_answer_of_the_peers_enforcer_is_not_marked(
 ) -> None:
     """Another message of it may be had by asking, and says nothing."""
     pod.send(pod.message(TYPE_OFFER))
-    assert remote.find(b"\xd3TRI", 3) is not None
+    assert remote.find(b"\xd3TRI", PATIENCE_S) is not None
     remote.send(remote.message(kind, PORTS[::-1]))
-    assert pod.find(b"\xd3TRI", 3) is not None
+    assert pod.find(b"\xd3TRI", PATIENCE_S) is not None
     remote.send(remote.datagram(b"reply", ports=PORTS[::-1]))
-    assert pod.find(b"reply", 3) is not None
+    assert pod.find(b"reply", PATIENCE_S) is not None
     pod.send(pod.datagram(b"next"))
-    found = remote.find(b"next", 3)
+    found = remote.find(b"next", PATIENCE_S)
     assert found is not None
     assert is_marked(found, MARKER_ID) is (kind not in (TYPE_ANSWER, TYPE_PROOF))
 
@@ -226,9 +226,9 @@ def test_a_proof_beside_the_peers_datagram_is_told_by_its_marker(
 ) -> None:
     """An offer that an unproven request gets has another one."""
     remote.send(with_marker(decode_udp(remote.datagram(b"opened", ports=PORTS[::-1])), marker))
-    assert pod.find(b"opened", 3) is not None
+    assert pod.find(b"opened", PATIENCE_S) is not None
     pod.send(pod.datagram(b"reply"))
-    found = remote.find(b"reply", 3)
+    found = remote.find(b"reply", PATIENCE_S)
     assert found is not None
     assert is_marked(found, MARKER_ID) is (marker != PROOF_MARKER_ID)
 
@@ -249,13 +249,13 @@ def test_a_connection_needs_a_handshake(lab: Lab, guard: Guard, pod: Wire, remot
             assert client.recv(6) == b"answer"
     grow_old(lab)
     pod.send(data((4445, 80)))
-    assert remote.find(b"injected", 3) is not None
+    assert remote.find(b"injected", PATIENCE_S) is not None
 
 
 def test_a_stale_segment_is_refused(lab: Lab, guard: Guard, pod: Wire, remote: Wire) -> None:
     remote.send(build(*remote.ends, (80, 4444), (1_000, 2_000), ACK, 500))
     reset = (4444).to_bytes(2, "big") + (80).to_bytes(2, "big") + (2_000).to_bytes(4, "big")
-    assert remote.find(reset, 3) is not None
+    assert remote.find(reset, PATIENCE_S) is not None
     assert pod.find((80).to_bytes(2, "big") + (4444).to_bytes(2, "big"), 0.2) is None
 
 
@@ -272,9 +272,9 @@ def test_what_an_unclean_address_sends_in_a_flow_of_before_its_pod(
         tool = "iptables" if version == 4 else "ip6tables"
         run_in(place, (tool, "-I", "OUTPUT", "-p", "tcp", "--tcp-flags", "RST", "RST", "-j", "DROP"))
     remote.send(build(*remote.ends, (80, 4444), (1_000, 2_000), ACK, 500, b"stale-1"))
-    assert pod.find(b"stale-1", 3) is not None
+    assert pod.find(b"stale-1", PATIENCE_S) is not None
     remote.send(with_marker(decode_udp(remote.datagram(b"stale-2", ports=PORTS[::-1])), PROOF_MARKER_ID))
-    assert pod.find(b"stale-2", 3) is not None
+    assert pod.find(b"stale-2", PATIENCE_S) is not None
     addresses = [ip_address(POD[version])]
     on_node(lab, lambda: guard.freshen(addresses, is_clean=is_clean))
     on_node(lab, lambda: guard.freshen(addresses))  # What its pod does later does not make it clean.
@@ -282,7 +282,7 @@ def test_what_an_unclean_address_sends_in_a_flow_of_before_its_pod(
         pod.send(build(*pod.ends, (4444, 80), (2_000 + 8 * n, 1_007), ACK | PSH, 500, b"injected"))
         assert (remote.find(b"injected", 0.3) is not None) is is_clean
     pod.send(pod.datagram(b"plain"))
-    plain = remote.find(b"plain", 3)
+    plain = remote.find(b"plain", PATIENCE_S)
     assert plain is not None
     assert is_marked(plain, MARKER_ID) is not is_clean
     if not is_clean:
@@ -297,21 +297,21 @@ def test_an_unclean_address_has_flows_of_its_own(
     on_node(lab, lambda: guard.freshen([ip_address(POD[version])], is_clean=False))
     here, there, address = (lab.pod, lab.remote, REMOTE) if opener == "pod" else (lab.remote, lab.pod, POD)
     with lab.listen(there, version, 80) as listener, lab.socket(here, version) as client:
-        client.settimeout(3)
+        client.settimeout(PATIENCE_S)
         client.connect((address[version], 80))
         server, _ = listener.accept()
         with server:
-            server.settimeout(3)
+            server.settimeout(PATIENCE_S)
             client.sendall(b"by right")
             assert server.recv(8) == b"by right"
             server.sendall(b"answer")
             assert client.recv(6) == b"answer"
     pod.send(pod.message(TYPE_OFFER))
-    assert remote.find(b"\xd3TRI", 3) is not None
+    assert remote.find(b"\xd3TRI", PATIENCE_S) is not None
     remote.send(remote.message(TYPE_ANSWER, PORTS[::-1]))
-    assert pod.find(b"\xd3TRI", 3) is not None
+    assert pod.find(b"\xd3TRI", PATIENCE_S) is not None
     pod.send(pod.datagram(b"next"))
-    found = remote.find(b"next", 3)
+    found = remote.find(b"next", PATIENCE_S)
     assert found is not None
     assert not is_marked(found, MARKER_ID)
 
@@ -324,7 +324,7 @@ def test_entries_of_flows_with_a_reply_alone_are_removed(
         remote.send(remote.datagram(b"one", ports=(5353, port)))
     _await(lambda: _count(lab) == 6)
     pod.send(pod.datagram(b"reply", ports=(4449, 5353)))
-    assert remote.find(b"reply", 3) is not None
+    assert remote.find(b"reply", PATIENCE_S) is not None
     addresses = [ip_address(POD[version])]
     assert on_node(lab, lambda: remove_of(addresses, is_answered=True)) in (1, 2)  # IPv4 is asked for by each end.
     assert _count(lab) == 5

@@ -42,7 +42,7 @@ from tests.netns.lab import (
     wait_until,
 )
 
-pytestmark = pytest.mark.kernel
+pytestmark = [pytest.mark.kernel, pytest.mark.stock_kernel]
 
 T = TypeVar("T")
 ATTACHMENT = AttachmentId("c1", "eth0")

@@ -19,7 +19,7 @@ from enforcer_daemon.errors import DataplaneError
 from enforcer_daemon.model import AttachmentId
 from tests.netns.lab import BACKENDS, LIMITS, QUEUE
 
-pytestmark = pytest.mark.kernel
+pytestmark = [pytest.mark.kernel, pytest.mark.stock_kernel]
 
 ENDPOINT = GuardedEndpoint(AttachmentId("c1", "eth0"), (ip_address("10.77.0.2"), ip_address("fd77::2")), ())
 FLUSHES = {"iptables-nft": ("nft", "flush", "ruleset"), "iptables-legacy": ("iptables-legacy", "-t", "mangle", "-F")}
