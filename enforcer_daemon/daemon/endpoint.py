@@ -371,6 +371,11 @@ class Endpoint:
             self._leases.save(self.leases.worked(time.monotonic()))
             await self._free(indexes)
 
+    def save_leases(self) -> None:
+        """Write how long peers have been silent, if that changed, for a daemon that comes after a crash of this one."""
+        if self._has_looked and self.is_open:
+            self._leases.save(self.leases.worked(time.monotonic()))
+
     async def _free(self, in_kernel: Set[int]) -> None:
         """Free the entries of the index that no flow bears any longer."""
         async with self._index_turn:

@@ -22,6 +22,8 @@ _TICK_S = 0.1
 """How often events are looked for, seconds."""
 _LOOK_S = 1.0
 """How often it is asked whose flows are to be read, seconds, at most."""
+_SAVE_S = 5.0
+"""How often the silence of peers is written, seconds: so much of it a crash may lose."""
 
 
 class LeaseKeeper:
@@ -42,6 +44,7 @@ class LeaseKeeper:
         async with asyncio.TaskGroup() as tasks:
             tasks.create_task(self._follow())
             tasks.create_task(self._look_at_all())
+            tasks.create_task(self._save_all())
 
     async def _follow(self) -> None:
         while True:
@@ -67,6 +70,12 @@ class LeaseKeeper:
             self._look_at = look_at
             self._metrics.unanswered_leases.set(sum(endpoint.leases.unanswered() for endpoint in self._endpoints))
             await asyncio.sleep(every_s)
+
+    async def _save_all(self) -> None:
+        while True:
+            await asyncio.sleep(min(_SAVE_S, self._times.lease_s))
+            for endpoint in self._endpoints:
+                endpoint.save_leases()
 
     async def _look(self, endpoint: Endpoint) -> None:
         try:

@@ -18,6 +18,7 @@ from enforcer_daemon.handshake.allowance import TokenBucket
 from enforcer_daemon.handshake.bounds import Bound, BoundHits
 from enforcer_daemon.handshake.leaseframes import (
     NO_ID,
+    NO_NONCE,
     LeaseFlag,
     LeaseMessage,
     decode_lease,
@@ -97,11 +98,14 @@ class Leases:
         """Return the pairs with released flows of which a message has come through, for the next daemon.
 
         Of each, its silence in seconds; that of a live pair is 0, so that what is written seldom changes, but not if
-        it is written for the last time.
+        it is written for the last time. A pair of which this daemon heard nothing yet is not live: a daemon that is
+        killed again and again counts its silence all the same.
         """
         pairs = (pair for pair in self._pairs if pair.protocols and pair.worked)
-        silences = ((pair.key, now - pair.heard_at) for pair in pairs)
-        return {key: silence if is_last or silence >= self._times.silent_s else 0.0 for key, silence in silences}
+        silences = ((pair.key, now - pair.heard_at, is_last or pair.heard == NO_NONCE) for pair in pairs)
+        return {
+            key: silence if is_kept or silence >= self._times.silent_s else 0.0 for key, silence, is_kept in silences
+        }
 
     def take_events(self) -> list[LeaseEvent]:
         """Return what happened since the last call."""

@@ -42,11 +42,14 @@ class FakeEndpoint:
         self.identity = SimpleNamespace(pod=PodRef("x", "pod"))
         self.is_open = True
         self.has_flows = has_flows
-        self.looks = 0
+        self.looks = self.saves = 0
         self.done: list[object] = []
         self.events = list(events)
         self.refusals = refusals
         self.leases = self
+
+    def save_leases(self) -> None:
+        self.saves += 1
 
     # As leases.
 
@@ -119,6 +122,7 @@ def test_flows_are_read_once_in_a_leases_time_and_only_where_there_may_be_some()
     run(endpoint)
     run(idle)
     assert 2 <= endpoint.looks <= 11
+    assert endpoint.saves >= 2
     assert idle.looks == 0
 
 

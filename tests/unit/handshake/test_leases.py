@@ -489,6 +489,22 @@ def test_silence_before_each_restart_counts(open_world: World) -> None:
     assert ran_s >= TCP_LAPSE_S
 
 
+@pytest.mark.parametrize("killed_every_s", [25.0, 50.0])
+def test_silence_counts_however_often_the_enforcer_is_killed(open_world: World, killed_every_s: float) -> None:
+    """What it wrote last counts: five seconds before its end, at most."""
+    silence(open_world)
+    a, ran_s = open_world.a, 0.0
+    while not a.leases.take_events():
+        assert ran_s < 2 * TCP_LAPSE_S + 200.0, "the flows of a dead pair last"
+        worked = a.leases.worked(open_world.now - 5.0)
+        a.restart()
+        a.leases.answered = worked
+        open_world.in_use(Protocol.TCP)
+        open_world.pass_time(killed_every_s, only=a)
+        ran_s += killed_every_s
+    assert ran_s >= TCP_LAPSE_S
+
+
 def test_one_that_was_silent_before_a_restart_and_answers_after_it_loses_nothing(open_world: World) -> None:
     a = open_world.a
     silence(open_world)
