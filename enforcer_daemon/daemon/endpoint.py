@@ -128,6 +128,10 @@ class Endpoint:
         self._repeat_at = math.inf
         self._repeating: asyncio.TimerHandle | None = None
 
+    def keep_fresh(self, left_s: float) -> None:
+        """Be fresh for what an earlier daemon left of the time, and no longer."""
+        self._context.fresh_until = min(self._context.fresh_until, time.monotonic() + left_s)
+
     def open(self, log: Logger) -> None:
         """Bind the queue inside the namespace and serve it from the running loop; raise DataplaneError."""
         for message in tune_conntrack(self.sandbox.netns_fd):

@@ -308,6 +308,7 @@ class Endpoints:
     async def _adopt(self, sandbox: Sandbox) -> None:
         try:
             endpoint = await self._open(sandbox)
+            endpoint.keep_fresh(self._kernel.fresh_udp_s(endpoint.identity.ips))
             await self._kernel.remove_earlier_rules(sandbox.netns_fd)
         except EnforcerError as err:
             self._adoption.give_up(sandbox, err)

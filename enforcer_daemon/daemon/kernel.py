@@ -4,15 +4,17 @@
 from __future__ import annotations
 
 import asyncio
+import hashlib
+import json
 from collections.abc import Iterable
-from functools import partial
+from functools import lru_cache, partial
 
 from enforcer_daemon.daemon.endpoint import Endpoint
 from enforcer_daemon.daemon.sandbox import Sandbox
 from enforcer_daemon.dataplane.backends import RulesBackend
 from enforcer_daemon.dataplane.guard import Guard
 from enforcer_daemon.dataplane.guard_rules import GuardedEndpoint
-from enforcer_daemon.model import AttachmentId, IPAddress
+from enforcer_daemon.model import AttachmentId, Identity, IPAddress
 from enforcer_daemon.policy.evaluate import PodPolicy
 from enforcer_daemon.settings import NetworkSettings
 from enforcer_daemon.virtual import VirtualChange
@@ -72,6 +74,10 @@ class Kernel:
         async with self._guarding:
             await asyncio.to_thread(partial(self._guard.freshen, tuple(addresses), is_clean=is_clean))
 
+    def fresh_udp_s(self, addresses: Iterable[IPAddress]) -> float:
+        """Return how long some of these addresses is fresh for UDP yet, seconds; 0 if none is."""
+        return self._guard.fresh_udp_s(addresses)
+
     async def guard_node(self, addresses: Iterable[IPAddress]) -> None:
         """Let nobody pass for the node under these addresses; raise DataplaneError."""
         async with self._guarding:
@@ -102,7 +108,17 @@ def guarded(sandbox: Sandbox, policy: PodPolicy) -> GuardedEndpoint:
     """Return what the guard must know of a pod."""
     ingress, egress = policy.ingress.address_rules(), policy.egress.address_rules()
     links, by_identity = sandbox.links, policy.egress.names_pods
-    return GuardedEndpoint(guard_name(sandbox), sandbox.ips, ingress, egress, links, by_identity)
+    life = _life(guard_name(sandbox), policy.identity)
+    return GuardedEndpoint(guard_name(sandbox), sandbox.ips, ingress, egress, links, by_identity, life)
+
+
+@lru_cache(maxsize=4_096)
+def _life(name: AttachmentId, identity: Identity) -> str:
+    """Name a pod's life under one identity, which the next daemon compares. Identities are told apart by object."""
+    stated = (str(name), str(identity.pod), identity.service_account, sorted(identity.labels.items()))
+    ports = sorted((port.name, port.protocol.value, port.number) for port in identity.named_ports)
+    text = json.dumps([*stated, sorted(identity.namespace_labels.items()), ports])
+    return hashlib.sha256(text.encode()).hexdigest()[:32]
 
 
 def guard_name(sandbox: Sandbox) -> AttachmentId:

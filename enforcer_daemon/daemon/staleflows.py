@@ -86,9 +86,8 @@ class StaleFlows:
         self._newcomers.pop(netns, None)
 
     def note_change(self, old: Identity, new: Identity) -> None:
-        """Take note of a pod whose identity changed."""
+        """Take note of a pod whose identity changed; the guard makes its addresses fresh by itself."""
         self._add(self._changes, ((old, new),))
-        self._add(self._fresh, new.ips)
 
     def note_gone(self, identity: Identity) -> None:
         """Take note of a pod that went."""

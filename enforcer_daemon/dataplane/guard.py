@@ -15,7 +15,9 @@ from __future__ import annotations
 import json
 import shutil
 import socket
+import time
 from collections.abc import Container, Iterable, Mapping
+from contextlib import suppress
 from dataclasses import replace
 from typing import TypedDict
 
@@ -29,6 +31,7 @@ from enforcer_daemon.dataplane import (
     guard_spoofing,
     guard_virtual,
 )
+from enforcer_daemon.dataplane.freshtimes import FreshTimes
 from enforcer_daemon.dataplane.guard_rules import LOG_GROUP, NAME, GuardedEndpoint, without_log
 from enforcer_daemon.dataplane.guard_sets import new_sets, old_sets
 from enforcer_daemon.dataplane.guard_shares import endpoint_sets, first_portion
@@ -150,6 +153,7 @@ class Guard:
 
     __slots__ = (
         "_applied",
+        "_fresh",
         "_generation",
         "_has_log",
         "_has_nft",
@@ -171,6 +175,7 @@ class Guard:
         self._node_addresses: frozenset[IPAddress] = frozenset()
         self._virtual = NOTHING_VIRTUAL
         self._applied: dict[AttachmentId, GuardedEndpoint] = {}
+        self._fresh = FreshTimes()
         self._has_nft = True
         self._on_links = self._on_bridges = self._has_log = True
         self._left: tuple[bytes | None, ...] = ()
@@ -222,6 +227,9 @@ class Guard:
         """Put exactly these endpoints in place, whatever an earlier daemon left; call it once before the others."""
         self._look_at_kernel()
         whole = {endpoint.attachment: endpoint for endpoint in endpoints}
+        if self._has_nft and not self._left:
+            self._recover_times()
+        self._note_times(whole.values())
         if not self._has_nft:
             return
         wanted = {endpoint.attachment: endpoint for endpoint in first_portion(whole.values())}
@@ -250,8 +258,10 @@ class Guard:
         return _text(new_sets(tables, before, after)) + text + _text(old_sets(tables, before, after))
 
     def _replacement(self, wanted: Mapping[AttachmentId, GuardedEndpoint]) -> str:
-        """Render all of it; every address is fresh, since nobody saw what passed while the tables were not there."""
+        """Render all of it; an address that was watched before is fresh for what is left of its time."""
         absent = _absent(wanted.values())
+        now = time.monotonic()
+        addresses = [address for endpoint in wanted.values() for address in endpoint.addresses]
         text = render_replace(
             wanted.values(),
             self._networks,
@@ -263,6 +273,7 @@ class Guard:
             syns_per_s=self._syns_per_s,
             virtual=self._virtual,
         )
+        text += _text(line for each in addresses for line in guard_fresh.keep_lines(each, self._fresh.left(each, now)))
         return text if self._has_log else _text(without_log(text.splitlines()))
 
     def _look_at_kernel(self) -> None:
@@ -286,12 +297,28 @@ class Guard:
             problems.append(f"the kernel does not log to user space: drops of the guard are not told ({log_problem})")
         self.problem = "; ".join(problems)
 
+    def _recover_times(self) -> None:
+        """Find out for how long an earlier daemon's addresses are fresh yet; if the kernel does not say, all are."""
+        with suppress(DataplaneError):
+            self._fresh.recover(time.monotonic())
+
+    def _note_times(self, endpoints: Iterable[GuardedEndpoint]) -> None:
+        present = tuple(endpoints)
+        self._fresh.take(present, time.monotonic())
+        self._fresh.keep(address for endpoint in present for address in endpoint.addresses)
+
+    def fresh_udp_s(self, addresses: Iterable[IPAddress]) -> float:
+        """Return how long some of these addresses is fresh for UDP yet, seconds; 0 if none is."""
+        now = time.monotonic()
+        return max((self._fresh.left(address, now).get("fresh_udp", 0.0) for address in addresses), default=0.0)
+
     def freshen(self, addresses: Iterable[IPAddress], *, is_clean: bool = True) -> None:
         """Let the time of guarded addresses begin; `is_clean` is false where entries of before their pod are left."""
         guarded = {address for endpoint in self._applied.values() for address in endpoint.addresses}
-        lines = guard_fresh.freshen_lines((each for each in addresses if each in guarded), is_clean=is_clean)
-        if lines and self._has_nft:
-            self._bring(_text(lines), dict(self._applied))
+        found = [address for address in addresses if address in guarded]
+        if found and self._has_nft:
+            self._fresh.begin(found, time.monotonic(), is_clean=is_clean)  # First: the tables may be made anew.
+            self._bring(_text(guard_fresh.freshen_lines(found, is_clean=is_clean)), dict(self._applied))
 
     def apply(self, *endpoints: GuardedEndpoint) -> None:
         """Bring endpoints to their present addresses, rules and links, all at once; what is so already is not touched.
@@ -317,6 +344,7 @@ class Guard:
         except DataplaneError:
             self.replace(wanted.values())
         self._applied = wanted
+        self._note_times(wanted.values())
         self._note()
 
     def restore(self) -> bool:

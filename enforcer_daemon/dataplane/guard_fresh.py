@@ -22,21 +22,21 @@ the pod's kernel holds a release that the node's conntrack has lost, and whoever
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping
 
+from enforcer_daemon.dataplane.freshtimes import FRESH_S, OWN, TIMES_S
 from enforcer_daemon.dataplane.guard_rules import (
     LONE_MESSAGE,
     MARKERS,
     NAME,
     GuardedEndpoint,
     counted_drops,
-    difference,
     drop,
     logged,
     refill,
 )
 from enforcer_daemon.handshake.frames import MARKER_ID, PROOF_MARKER_ID, TYPE_ANSWER, TYPE_PROOF
-from enforcer_daemon.handshake.lapse import TCP_LAPSE_S, UDP_LAPSE_S
 from enforcer_daemon.model import IPAddress
 from enforcer_daemon.reasons import Reason
 
@@ -62,8 +62,6 @@ _SENT_HOOK = "type filter hook postrouting priority 98; policy accept;"  # behin
 _ARRIVED_HOOK = "type filter hook forward priority -2; policy accept;"
 _SENT_ON_HOOK = "type filter hook output priority -2; policy accept;"
 _FAMILIES = ((4, "ipv4_addr", "ip"), (6, "ipv6_addr", "ip6"))
-_SETS: Mapping[str, float] = {"fresh_tcp": TCP_LAPSE_S, "fresh_udp": UDP_LAPSE_S, "unclean": TCP_LAPSE_S}
-_FRESH = "fresh_tcp", "fresh_udp"
 _BEGUN = 125
 """Label of a conntrack entry: made while its address was unclean already, so not of before its pod."""
 _TOLD = 126
@@ -81,8 +79,8 @@ def skeleton() -> list[str]:
     """Return what the addresses hang on."""
     lines = counted_drops(TABLE, (Reason.UNKNOWN_FLOW,), is_logged=True)
     for version, kind, _ in _FAMILIES:
-        lines.append(f"add set {TABLE} own{version} {{ type {kind}; }}")
-        lines += [f"add set {TABLE} {name}{version} {{ type {kind}; flags timeout; }}" for name in _SETS]
+        lines.append(f"add set {TABLE} {OWN}{version} {{ type {kind}; }}")
+        lines += [f"add set {TABLE} {name}{version} {{ type {kind}; flags timeout; }}" for name in TIMES_S]
     lines += refill(TABLE, "segment_sent", tuple(_segment_rules()))
     lines += refill(TABLE, "unclean_sent", (f"ct label {_BEGUN} return", drop(Reason.UNKNOWN_FLOW)))
     lines += refill(TABLE, "unclean_reached", (f"ct label {_BEGUN} return", _REFUSE))
@@ -156,37 +154,56 @@ def _refusal_rules() -> Iterable[str]:
 
 def apply_lines(before: GuardedEndpoint | None, after: GuardedEndpoint) -> list[str]:
     """Bring an endpoint from what was applied before (None: nothing) to `after`; what is new of it is fresh."""
-    known = () if before is None else before.addresses
-    new = [address for address in after.addresses if address not in known]
-    gone = [address for address in known if address not in after.addresses]
-    return difference(TABLE, _elements(known), _elements(after.addresses)) + forget_lines(gone) + freshen_lines(new)
+    known, wanted = _owners(before), _owners(after)
+    gone = [address for address, life in known.items() if wanted.get(address) != life]
+    new = [address for address, life in wanted.items() if known.get(address) != life]
+    lines = [_disown(address) for address in gone] + [_own(address, after.life) for address in new]
+    return lines + forget_lines(address for address in gone if address not in wanted) + freshen_lines(new)
 
 
 def remove_lines(before: GuardedEndpoint) -> list[str]:
     """Take an endpoint away."""
-    return difference(TABLE, _elements(before.addresses), {}) + forget_lines(before.addresses)
+    return [_disown(address) for address in before.addresses] + forget_lines(before.addresses)
 
 
-def _elements(addresses: Iterable[IPAddress]) -> dict[str, str]:
-    return {f"own{address.version} {address}": "" for address in addresses}
+def _owners(endpoint: GuardedEndpoint | None) -> dict[IPAddress, str]:
+    return {} if endpoint is None else dict.fromkeys(endpoint.addresses, endpoint.life)
+
+
+def _own(address: IPAddress, life: str) -> str:
+    comment = f' comment "{life}"' if life else ""
+    return f"add element {TABLE} {OWN}{address.version} {{ {address}{comment} }}"
+
+
+def _disown(address: IPAddress) -> str:
+    return f"delete element {TABLE} {OWN}{address.version} {{ {address} }}"
 
 
 def freshen_lines(addresses: Iterable[IPAddress], *, is_clean: bool = True) -> list[str]:
     """Let the time of addresses begin, also where it runs already; an unclean one stays so for its time."""
-    names = _FRESH if is_clean else tuple(_SETS)
-    return [line for address in addresses for line in (*_gone(address, names), *_begun(address, names))]
+    times = FRESH_S if is_clean else TIMES_S
+    return [line for address in addresses for line in (*_gone(address, times), *_begun(address, times))]
+
+
+def keep_lines(address: IPAddress, left_s: Mapping[str, float]) -> list[str]:
+    """Let an address be in these sets alone, for so many seconds yet."""
+    return [*_gone(address, TIMES_S), *_begun(address, left_s)]
 
 
 def forget_lines(addresses: Iterable[IPAddress]) -> list[str]:
     """Let addresses be fresh no longer."""
-    return [line for address in addresses for line in _gone(address, _SETS)]
+    return [line for address in addresses for line in _gone(address, TIMES_S)]
 
 
-def _begun(address: IPAddress, names: Iterable[str]) -> list[str]:
-    return [f"add element {TABLE} {name}{address.version} {{ {address} timeout {_SETS[name]:.0f}s }}" for name in names]
+def _begun(address: IPAddress, times_s: Mapping[str, float]) -> list[str]:
+    return [
+        f"add element {TABLE} {name}{address.version} {{ {address} timeout {math.ceil(seconds)}s }}"
+        for name, seconds in times_s.items()
+    ]
 
 
-def _gone(address: IPAddress, names: Iterable[str]) -> list[str]:
+def _gone(address: IPAddress, names: Mapping[str, float]) -> list[str]:
     """An element that is not there, as after its time, is no error only where it was added before."""
+    added = _begun(address, {name: TIMES_S[name] for name in names})
     taken = [f"delete element {TABLE} {name}{address.version} {{ {address} }}" for name in names]
-    return [line for pair in zip(_begun(address, names), taken, strict=True) for line in pair]
+    return [line for pair in zip(added, taken, strict=True) for line in pair]

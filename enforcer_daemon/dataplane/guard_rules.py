@@ -70,6 +70,9 @@ class GuardedEndpoint:
     by_identity: bool = True
     """Whether a rule for egress names pods, so that the pod's enforcer may send identities; the guard believes no frame
     of a pod whose rules name addresses alone, or nothing."""
+    life: str = ""
+    """What tells the pod from one that had its addresses before, and from itself under another identity; for nft, a
+    comment."""
 
     def addresses_of(self, version: int) -> tuple[IPAddress, ...]:
         """Return the addresses of one family."""

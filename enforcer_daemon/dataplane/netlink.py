@@ -51,15 +51,22 @@ def encode_attribute(kind: int, value: bytes) -> bytes:
 
 def decode_attributes(data: bytes) -> dict[int, bytes]:
     """Decode a row of attributes; raise DataplaneError if a length does not hold."""
-    attributes: dict[int, bytes] = {}
+    return dict(_attributes(data))
+
+
+def decode_nested(data: bytes) -> list[bytes]:
+    """Decode a list, whose attributes all are of one kind; raise DataplaneError if a length does not hold."""
+    return [value for _, value in _attributes(data)]
+
+
+def _attributes(data: bytes) -> Iterator[tuple[int, bytes]]:
     offset = 0
     while offset + 4 <= len(data):
         length, kind = _ATTRIBUTE.unpack_from(data, offset)
         if length < 4 or offset + length > len(data):
             raise DataplaneError(f"netlink: attribute {kind} has length {length} of {len(data) - offset} bytes")
-        attributes[kind & _NLA_TYPE_MASK] = data[offset + 4 : offset + length]
+        yield kind & _NLA_TYPE_MASK, data[offset + 4 : offset + length]
         offset += (length + 3) & ~3
-    return attributes
 
 
 @dataclass(frozen=True, slots=True)

@@ -3,9 +3,11 @@
 
 from __future__ import annotations
 
+import json
 import socket
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from ipaddress import ip_address, ip_network
 from typing import TypeVar
 
@@ -42,7 +44,7 @@ pytestmark = [pytest.mark.kernel, pytest.mark.stock_kernel]
 T = TypeVar("T")
 NETWORKS = [ip_network("10.88.0.0/24"), ip_network("fd88::/64"), ip_network("10.77.0.0/24"), ip_network("fd77::/64")]
 POD_SIDE = GuardedEndpoint(
-    AttachmentId("c1", "eth0"), (ip_address(POD[4]), ip_address(POD[6])), ALLOWS_ALL, by_identity=True
+    AttachmentId("c1", "eth0"), (ip_address(POD[4]), ip_address(POD[6])), ALLOWS_ALL, by_identity=True, life="web-1"
 )
 PORTS = 4444, 5353
 
@@ -373,3 +375,63 @@ def _await(is_so: Callable[[], bool]) -> None:
     while not is_so():
         assert time.monotonic() < deadline
         time.sleep(0.02)
+
+
+def left_of(lab: Lab, name: str) -> dict[str, float]:
+    """Return how long the elements of a set last yet, seconds."""
+    listing = json.loads(run_in(lab.node, ("nft", "-j", "list", "set", "inet", "trireme_guard", name)))
+    elements = next(entry["set"] for entry in listing["nftables"] if "set" in entry).get("elem", [])
+    return {each["elem"]["val"]: float(each["elem"]["expires"]) for each in elements}
+
+
+def shorten(lab: Lab, name: str, address: str, seconds: int) -> None:
+    for verb, timeout in (("delete", ""), ("add", f" timeout {seconds}s")):
+        command = f"{verb} element inet trireme_guard {name} {{ {address}{timeout} }}"
+        run_in(lab.node, ("nft", command))
+
+
+def test_a_restart_keeps_what_is_left_of_the_fresh_time(lab: Lab, guard: Guard, version: int) -> None:
+    """The kernel's elements count, also after a crash: the daemon that comes next asks the tables themselves."""
+    shorten(lab, f"fresh_tcp{version}", POD[version], 100)
+    run_in(lab.node, ("nft", "flush", "set", "inet", "trireme_guard", f"fresh_udp{version}"))
+    other, later = 10 - version, Guard(NETWORKS)
+    on_node(lab, lambda: later.replace([POD_SIDE]))
+    assert 90 < left_of(lab, f"fresh_tcp{version}")[POD[version]] <= 101
+    assert left_of(lab, f"fresh_udp{version}") == {}
+    assert left_of(lab, f"fresh_tcp{other}")[POD[other]] > 500
+    assert later.fresh_udp_s([ip_address(POD[version])]) == 0.0
+    assert 100 < later.fresh_udp_s(POD_SIDE.addresses) <= 120
+
+
+def test_an_unclean_address_stays_so_over_a_restart(lab: Lab, guard: Guard, version: int) -> None:
+    on_node(lab, lambda: guard.freshen([ip_address(POD[version])], is_clean=False))
+    on_node(lab, lambda: Guard(NETWORKS).replace([POD_SIDE]))
+    assert left_of(lab, f"unclean{version}")[POD[version]] > 500
+
+
+@pytest.mark.parametrize("life", ["", "another"])
+def test_an_address_of_which_the_earlier_tables_do_not_tell_is_fresh(lab: Lab, guard: Guard, life: str) -> None:
+    """Another pod has it, its pod has another identity, or an earlier version did not write whose it was."""
+    on_node(lab, lambda: guard.apply(replace(POD_SIDE, life="one")))
+    if not life:
+        command = (
+            f"delete element inet trireme_guard own4 {{ {POD[4]} }}; add element inet trireme_guard own4 {{ {POD[4]} }}"
+        )
+        run_in(lab.node, ("nft", command))
+    grow_old(lab)
+    on_node(lab, lambda: Guard(NETWORKS).replace([replace(POD_SIDE, life=life or "one")]))
+    assert POD[4] in left_of(lab, "fresh_tcp4")
+    assert (POD[6] in left_of(lab, "fresh_tcp6")) is bool(life)
+
+
+def test_tables_that_are_made_anew_keep_the_times(lab: Lab, guard: Guard) -> None:
+    later = Guard(NETWORKS)
+    shorten(lab, "fresh_tcp4", POD[4], 100)
+    on_node(lab, lambda: later.replace([POD_SIDE]))
+    run_in(lab.node, ("nft", "flush", "ruleset"))
+    assert on_node(lab, later.restore)
+    assert 90 < left_of(lab, "fresh_tcp4")[POD[4]] <= 101
+    on_node(lab, lambda: later.apply(replace(POD_SIDE, life="another")))
+    assert left_of(lab, "fresh_tcp4")[POD[4]] > 500
+    on_node(lab, lambda: later.remove(POD_SIDE.attachment))
+    assert left_of(lab, "fresh_tcp4") == {}

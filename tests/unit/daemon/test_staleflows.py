@@ -111,18 +111,18 @@ def test_peers_beside_are_told_of_a_change_and_of_an_end(world: World) -> None:
         ("x/one", "gone", None),
         ("x/two", "one", {"app": "new"}),
         ("x/two", "gone", None),
-        ("fresh", ["10.0.0.1"]),
         ("entries", ["10.0.0.3"]),
     ]
 
 
 def test_what_the_kernel_refuses_is_kept_and_tried_again(world: World) -> None:
     world.refused = 1
-    world.stale.note_change(identity("one", 1), identity("one", 1))
+    world.endpoints.pop()
+    world.stale.note_ended(world.endpoints[0], [released("10.0.0.1", "10.0.0.9")])  # type: ignore[arg-type]
     assert asyncio.run(world.stale.settle_or_leave()) is False
     assert world.done[-1] == "error"
     assert asyncio.run(world.stale.settle_or_leave()) is True
-    assert world.done[-1] == ("fresh", ["10.0.0.1"])
+    assert world.done[-2:] == [("fresh", ["10.0.0.1"]), ("flows", [("10.0.0.1", "10.0.0.9")])]
 
 
 def test_a_newcomer_starts_clean_or_not_at_all(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
