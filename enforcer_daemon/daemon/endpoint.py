@@ -36,6 +36,7 @@ from enforcer_daemon.dataplane.established import (
     indexes_in_use,
     take_back,
 )
+from enforcer_daemon.dataplane.liveflows import list_live
 from enforcer_daemon.dataplane.netns import tune_conntrack
 from enforcer_daemon.dataplane.nodeflows import SentTuple
 from enforcer_daemon.dataplane.queue import MAX_COPIED_BYTES, PacketQueue
@@ -46,7 +47,7 @@ from enforcer_daemon.dataplane.tampering import RulesWatch
 from enforcer_daemon.errors import IdentityTooLargeError
 from enforcer_daemon.handshake.leasepairs import Lapse
 from enforcer_daemon.handshake.leases import Leases
-from enforcer_daemon.model import Direction, Identity, JudgedFlow
+from enforcer_daemon.model import Direction, Identity, IPAddress, JudgedFlow
 from enforcer_daemon.policy.compile import PolicySnapshot
 from enforcer_daemon.policy.evaluate import PodPolicy
 from enforcer_daemon.settings import DataplaneSettings
@@ -103,6 +104,8 @@ class Endpoint:
         """Why the endpoint cannot open connections at present; empty if it can."""
         self.on_ended: Callable[[Endpoint, Sequence[ReleasedFlow]], None] = lambda _endpoint, _flows: None
         """Hears of flows that were ended in the pod, and must end on the node as well."""
+        self.endings = 0
+        """How often flows were ended in the pod."""
         self._node = node
         self._queue: PacketQueue | None = None
         self._service: QueueService | None = None
@@ -217,7 +220,7 @@ class Endpoint:
             return end_flows(netns_fd, question)
 
         ended = await self._in_netns(end)
-        self.on_ended(self, ended)
+        self._note_ended(ended)
         return ended
 
     async def end_masqueraded(self) -> list[ReleasedFlow]:
@@ -232,7 +235,7 @@ class Endpoint:
                 return end_masqueraded(netns_fd, flows.is_ended)
 
         ended = await self._in_netns(end)
-        self.on_ended(self, ended)
+        self._note_ended(ended)
         return ended
 
     async def reevaluate_peer(self, old: Identity, new: Identity | None) -> list[ReleasedFlow]:
@@ -304,8 +307,12 @@ class Endpoint:
             return []
         ended = await self._in_netns(lambda netns_fd: end_flows(netns_fd, EndedIndexes(indexes)))
         self.flows.note_ended(gone)
-        self.on_ended(self, ended)
+        self._note_ended(ended)
         return ended
+
+    def _note_ended(self, ended: Sequence[ReleasedFlow]) -> None:
+        self.endings += bool(ended)
+        self.on_ended(self, ended)
 
     def _may_reach(self, flow: JudgedFlow, peer: Identity) -> bool:
         """Return whether the pod's own policy allows a flow with a peer under a new identity."""
@@ -323,6 +330,18 @@ class Endpoint:
             if effects and self._queue is not None:
                 self._queue.carry_out(effects)
         return await self._in_netns(lambda netns_fd: take_back(netns_fd, wanted))
+
+    async def live_flows(self) -> frozenset[SentTuple]:
+        """Return the released connections that have a socket, by what the node sees the pod send in them."""
+        own = frozenset(self.identity.ips)
+        return frozenset(self._as_sent(flow, own) for flow in await self._in_netns(list_live))
+
+    def _as_sent(self, flow: ReleasedFlow, own: frozenset[IPAddress]) -> SentTuple:
+        """Return a flow by its true peer: behind a Service the pod's kernel knows it by what was dialed alone."""
+        sent, judged = flow.sent_by(own), self.flows.get(flow.index)
+        if judged is None or not judged.port or judged.direction is not Direction.EGRESS:
+            return sent
+        return sent._replace(destination=judged.address, destination_port=judged.port)
 
     async def _in_netns(self, work: Callable[[int], T]) -> T:
         """Let a thread work in the pod's namespace; the endpoint may be closed meanwhile."""

@@ -14,6 +14,7 @@ from enforcer_daemon.daemon.sandbox import Sandbox
 from enforcer_daemon.dataplane.backends import RulesBackend
 from enforcer_daemon.dataplane.guard import Guard
 from enforcer_daemon.dataplane.guard_rules import GuardedEndpoint
+from enforcer_daemon.dataplane.nodeflows import SentTuple
 from enforcer_daemon.model import AttachmentId, Identity, IPAddress
 from enforcer_daemon.policy.evaluate import PodPolicy
 from enforcer_daemon.settings import NetworkSettings
@@ -73,6 +74,11 @@ class Kernel:
         """
         async with self._guarding:
             await asyncio.to_thread(partial(self._guard.freshen, tuple(addresses), is_clean=is_clean))
+
+    async def vouch(self, live: Iterable[SentTuple], refused: Iterable[SentTuple]) -> None:
+        """Let connections pass that the node lost, and refuse what comes in those no pod has; raise DataplaneError."""
+        async with self._guarding:
+            await asyncio.to_thread(self._guard.vouch, tuple(live), tuple(refused))
 
     def fresh_udp_s(self, addresses: Iterable[IPAddress]) -> float:
         """Return how long some of these addresses is fresh for UDP yet, seconds; 0 if none is."""

@@ -4,17 +4,18 @@
 A pod's kernel lets a released UDP flow go on without a look. If the node's conntrack loses the flow meanwhile, as when
 kube-proxy deletes the entries of a backend that is gone, the guard sees a datagram that opens a flow without a message.
 The release is then taken back, so that the pod's next datagram goes to its enforcer, and the handshake is done again
-with whatever is behind the address now.
+with whatever is behind the address now. A TCP connection that the pod still has is vouched for (daemon/vouching.py).
 """
 
 from __future__ import annotations
 
 import asyncio
 from collections import defaultdict
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from ipaddress import ip_address
 
 from enforcer_daemon.daemon.endpoint import Endpoint
+from enforcer_daemon.daemon.vouching import Vouching
 from enforcer_daemon.datapath.context import FlowReport
 from enforcer_daemon.dataplane.droplog import DropLog, Notice
 from enforcer_daemon.dataplane.guard_fresh import STRAY
@@ -22,6 +23,7 @@ from enforcer_daemon.dataplane.nodeflows import SentTuple
 from enforcer_daemon.errors import DataplaneError, NetnsError, PacketError
 from enforcer_daemon.model import Direction, Protocol
 from enforcer_daemon.packet.ip import decode_ip
+from enforcer_daemon.packet.tcp import SYN
 from enforcer_daemon.reasons import Reason
 from enforcer_daemon.telemetry.logs import Logger
 
@@ -30,13 +32,18 @@ MAX_AT_ONCE = 64
 PACE_S = 0.05
 """Between two turns, seconds. So at most 1,280 notices a second cost the enforcer time, from all pods together."""
 _PORT_BYTES = 4
+_FLAGS_OFFSET = 13
+"""Of a TCP header."""
+_SEGMENTS = frozenset({Reason.UNKNOWN_FLOW.value, Reason.EGRESS_DENIED.value})
+"""Why segments of a connection are dropped that the node's conntrack lost."""
 
 
 class Notices:
     """Reads the guard's log. For the event loop's thread alone."""
 
-    def __init__(self, endpoints: Callable[[], Iterable[Endpoint]], log: Logger) -> None:
+    def __init__(self, endpoints: Callable[[], Iterable[Endpoint]], vouching: Vouching, log: Logger) -> None:
         self._endpoints = endpoints
+        self._vouching = vouching
         self._log = log
 
     async def run(self) -> None:
@@ -62,20 +69,24 @@ class Notices:
                 await asyncio.sleep(PACE_S)
 
     async def handle(self, notices: Iterable[Notice]) -> None:
-        """Report what was dropped, and take back the releases of the UDP flows."""
+        """Report what was dropped; vouch for connections that the node lost, take back the releases of UDP flows."""
         by_address = {ip.packed: endpoint for endpoint in self._endpoints() for ip in endpoint.identity.ips}
         sent: defaultdict[Endpoint, dict[SentTuple, None]] = defaultdict(dict)
+        asked: defaultdict[Endpoint, dict[SentTuple, Direction]] = defaultdict(dict)
         for notice in notices:
             flow = sent_tuple(notice.packet)
             if flow is None:
                 continue
-            endpoint, direction = by_address.get(flow.source.packed), Direction.EGRESS
-            if endpoint is None:
-                endpoint, direction = by_address.get(flow.destination.packed), Direction.INGRESS
-            if endpoint is not None:
+            ends = _ends(flow, by_address)
+            for endpoint, direction in ends[:1]:
                 _report(endpoint, direction, flow, notice.prefix)
                 if direction is Direction.EGRESS and flow.protocol == Protocol.UDP:
                     sent[endpoint][flow] = None
+            if notice.prefix in _SEGMENTS and is_in_connection(notice.packet):
+                for endpoint, direction in ends:  # Either may be the one that is fresh.
+                    asked[endpoint][flow if direction is Direction.EGRESS else _reversed(flow)] = direction
+        for endpoint, segments in asked.items():
+            await self._vouching.look(endpoint, segments)
         for endpoint, flows in sent.items():
             await self._take_back(endpoint, flows)
 
@@ -90,6 +101,26 @@ class Notices:
             return
         if taken:
             self._log.info("releases of flows taken back that the node has lost", pod=pod, flows=len(taken))
+
+
+def is_in_connection(packet: bytes) -> bool:
+    """Return whether a packet, of which only the beginning is at hand, is a TCP segment that opens nothing."""
+    try:
+        header = decode_ip(packet)
+    except PacketError:
+        return False
+    flags = packet[header.offset + _FLAGS_OFFSET : header.offset + _FLAGS_OFFSET + 1]
+    return header.protocol == Protocol.TCP and len(flags) == 1 and not flags[0] & SYN
+
+
+def _ends(flow: SentTuple, by_address: Mapping[bytes, Endpoint]) -> list[tuple[Endpoint, Direction]]:
+    """Return the pods of this node that have a flow, its sender first."""
+    ways = (flow.source, Direction.EGRESS), (flow.destination, Direction.INGRESS)
+    return [(endpoint, way) for ip, way in ways if (endpoint := by_address.get(ip.packed)) is not None]
+
+
+def _reversed(flow: SentTuple) -> SentTuple:
+    return SentTuple(flow.protocol, *flow[3:], *flow[1:3])
 
 
 def sent_tuple(packet: bytes) -> SentTuple | None:

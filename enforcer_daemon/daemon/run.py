@@ -27,6 +27,7 @@ from enforcer_daemon.daemon.notices import Notices
 from enforcer_daemon.daemon.placement import PlacementGuard
 from enforcer_daemon.daemon.registrar import Registrar
 from enforcer_daemon.daemon.status import Status
+from enforcer_daemon.daemon.vouching import Vouching
 from enforcer_daemon.daemon.world import CompiledWorld, compile_world, with_large_namespaces
 from enforcer_daemon.dataplane.addresses import watch_addresses
 from enforcer_daemon.dataplane.backends import choose_backend
@@ -114,6 +115,7 @@ class Daemon:
             self._node.context.placement = check.open(settings)
             check.placement.has_namespace = self._cluster.has_namespace
             self._placement = PlacementGuard(check, self._endpoints, self._announcements)
+        self._notices = Notices(self._endpoints.__iter__, Vouching(self._kernel, log), log)
         self._leases = LeaseKeeper(self._endpoints, limits.leases, log, self._metrics)
         self._registrar = Registrar(self._endpoints, settings, self._cluster)
         results = settings.registration.cni_results_dir
@@ -179,7 +181,7 @@ class Daemon:
             tasks.create_task(self._upkeep(), name="upkeep")
             tasks.create_task(self._keep_rules(), name="rules")
             tasks.create_task(self._endpoints.stale.run(), name="stale flows")
-            tasks.create_task(Notices(self._endpoints.__iter__, self._log).run(), name="guard's log")
+            tasks.create_task(self._notices.run(), name="guard's log")
             tasks.create_task(self._follow_addresses(addresses), name="addresses")
 
     async def _adopt(self) -> None:

@@ -27,15 +27,18 @@ from enforcer_daemon.dataplane import (
     guard_egress,
     guard_forged,
     guard_fresh,
+    guard_live,
     guard_masquerade,
     guard_spoofing,
     guard_virtual,
 )
 from enforcer_daemon.dataplane.freshtimes import FreshTimes
+from enforcer_daemon.dataplane.guard_live import ToldFlows
 from enforcer_daemon.dataplane.guard_rules import LOG_GROUP, NAME, GuardedEndpoint, without_log
 from enforcer_daemon.dataplane.guard_sets import new_sets, old_sets
 from enforcer_daemon.dataplane.guard_shares import endpoint_sets, first_portion
 from enforcer_daemon.dataplane.netlink import NETLINK_NETFILTER, open_netlink
+from enforcer_daemon.dataplane.nodeflows import SentTuple
 from enforcer_daemon.dataplane.tampering import NFPROTO_BRIDGE, NFPROTO_INET, NFPROTO_NETDEV, common_state, generation
 from enforcer_daemon.dataplane.tools import run
 from enforcer_daemon.errors import DataplaneError
@@ -81,6 +84,7 @@ def render_replace(
     node_addresses: Iterable[IPAddress] = (),
     syns_per_s: int = SYNS_PER_S,
     virtual: VirtualEntries = NOTHING_VIRTUAL,
+    is_logged: bool = True,
 ) -> str:
     """Return the transaction that replaces whatever is there by exactly these endpoints.
 
@@ -91,7 +95,8 @@ def render_replace(
     lines = [f"{verb} table {table}" for table in _tables(on_links, on_bridges) for verb in ("add", "delete", "add")]
     lines += [line for table in _virtual_tables(on_links) for line in guard_virtual.skeleton(table, virtual)]
     lines += guard_forged.skeleton(node) + guard_arrivals.skeleton()
-    lines += guard_masquerade.skeleton() + guard_egress.skeleton(known, pods) + guard_fresh.skeleton()
+    lines += guard_live.skeleton() + guard_masquerade.skeleton() + guard_egress.skeleton(known, pods)
+    lines += guard_fresh.skeleton(is_logged=is_logged)
     lines += guard_spoofing.skeleton(known, syns_per_s, node, pods) if on_links else []
     lines += guard_bridge.skeleton(node, on_links=on_links) if on_bridges else []
     listed = tuple(endpoints)
@@ -164,6 +169,7 @@ class Guard:
         "_on_links",
         "_pod_networks",
         "_syns_per_s",
+        "_told",
         "_virtual",
         "problem",
     )
@@ -176,6 +182,7 @@ class Guard:
         self._virtual = NOTHING_VIRTUAL
         self._applied: dict[AttachmentId, GuardedEndpoint] = {}
         self._fresh = FreshTimes()
+        self._told = ToldFlows()
         self._has_nft = True
         self._on_links = self._on_bridges = self._has_log = True
         self._left: tuple[bytes | None, ...] = ()
@@ -242,6 +249,7 @@ class Guard:
                 raise
             _nft(second)
         self._applied = wanted
+        self._told.clear()
         self._note()
         for attachment, endpoint in whole.items():
             if endpoint != wanted[attachment]:
@@ -272,6 +280,7 @@ class Guard:
             node_addresses=self._node_addresses,
             syns_per_s=self._syns_per_s,
             virtual=self._virtual,
+            is_logged=self._has_log,
         )
         text += _text(line for each in addresses for line in guard_fresh.keep_lines(each, self._fresh.left(each, now)))
         return text if self._has_log else _text(without_log(text.splitlines()))
@@ -318,7 +327,15 @@ class Guard:
         found = [address for address in addresses if address in guarded]
         if found and self._has_nft:
             self._fresh.begin(found, time.monotonic(), is_clean=is_clean)  # First: the tables may be made anew.
-            self._bring(_text(guard_fresh.freshen_lines(found, is_clean=is_clean)), dict(self._applied))
+            lines = guard_fresh.freshen_lines(found, is_clean=is_clean) + self._told.remove_lines(found)
+            self._bring(_text(lines), dict(self._applied))
+
+    def vouch(self, live: Iterable[SentTuple], refused: Iterable[SentTuple]) -> None:
+        """Let connections pass that the node's conntrack lost, and refuse what comes in those that no pod has."""
+        now, told = time.monotonic(), ((guard_live.LIVE, live), (guard_live.REFUSED, refused))
+        lines = [line for name, flows in told for line in self._told.add_lines(name, flows, now)]
+        if lines and self._has_nft:
+            self._bring(_text(lines), dict(self._applied))
 
     def apply(self, *endpoints: GuardedEndpoint) -> None:
         """Bring endpoints to their present addresses, rules and links, all at once; what is so already is not touched.
@@ -335,6 +352,8 @@ class Guard:
             render_apply(self._applied.get(e.attachment), e, absent=absent, **self._reach)
             for e in (*losers, *changed.values())
         )
+        others = [a for e in changed.values() for a in e.addresses if self._fresh.is_another(a, e.life)]
+        text += _text(self._told.remove_lines(others))
         self._bring(text, self._applied | {loser.attachment: loser for loser in losers} | changed)
 
     def _bring(self, text: str, wanted: dict[AttachmentId, GuardedEndpoint]) -> None:
@@ -399,7 +418,7 @@ class Guard:
         before = self._applied.get(attachment)
         if before is not None:
             left = {name: endpoint for name, endpoint in self._applied.items() if name != attachment}
-            self._bring(render_remove(before, **self._reach), left)
+            self._bring(render_remove(before, **self._reach) + _text(self._told.remove_lines(before.addresses)), left)
 
     def remove_tables(self) -> None:
         """Take the guard away as a whole, as when the product is removed from the node; not when the daemon stops."""

@@ -7,8 +7,10 @@ or from a plain socket past an enforcer that has not answered, sends what the no
 
 - TCP that is neither SYN nor RST passes only in a connection with a whole handshake behind it. A stale peer's socket
   answers a SYN with an ACK that shows its numbers, so a reply alone does not count.
-- A stale peer's own segments are refused with RST, which ends its socket; else they would show the numbers. What IPVS
-  sends on does not pass the forward hook, but the output hook, without a socket.
+- A stale peer's own segments are dropped, and refused with RST once the daemon has looked, which ends its socket; else
+  they would show the numbers.
+  What IPVS sends on does not pass the forward hook, but the output hook, without a socket.
+- A connection that the pod has passes, also where the node's conntrack lost it (guard_live).
 - UDP without a message passes with the marker, which the guard puts in, also where it opens a flow: not every datagram
   has room for a message, and a stale peer's own datagrams look like those of a peer without an enforcer. With the
   marker the peer's enforcer sees what the release would keep from it; a peer without an enforcer takes no notice. The
@@ -26,6 +28,7 @@ import math
 from collections.abc import Iterable, Mapping
 
 from enforcer_daemon.dataplane.freshtimes import FRESH_S, OWN, TIMES_S
+from enforcer_daemon.dataplane.guard_live import REACHED_LIVE, REACHED_REFUSED, SENT_LIVE
 from enforcer_daemon.dataplane.guard_rules import (
     LONE_MESSAGE,
     MARKERS,
@@ -48,6 +51,7 @@ CHAINS = (
     "fresh_sent_on",
     "fresh_refused",
     "segment_sent",
+    "segment_reached",
     "datagram_sent",
     "datagram_arrived",
     "doubted_sent",
@@ -75,13 +79,14 @@ _NO_ENTRY = "ct status & confirmed == 0"
 _REFUSE = "counter name unknown_flow reject with tcp reset"
 
 
-def skeleton() -> list[str]:
-    """Return what the addresses hang on."""
+def skeleton(*, is_logged: bool = True) -> list[str]:
+    """Return what the addresses hang on; if nothing is logged, nobody vouches for a segment: a peer's is refused."""
     lines = counted_drops(TABLE, (Reason.UNKNOWN_FLOW,), is_logged=True)
     for version, kind, _ in _FAMILIES:
         lines.append(f"add set {TABLE} {OWN}{version} {{ type {kind}; }}")
         lines += [f"add set {TABLE} {name}{version} {{ type {kind}; flags timeout; }}" for name in TIMES_S]
     lines += refill(TABLE, "segment_sent", tuple(_segment_rules()))
+    lines += refill(TABLE, "segment_reached", tuple(_reached_rules(is_logged=is_logged)))
     lines += refill(TABLE, "unclean_sent", (f"ct label {_BEGUN} return", drop(Reason.UNKNOWN_FLOW)))
     lines += refill(TABLE, "unclean_reached", (f"ct label {_BEGUN} return", _REFUSE))
     lines += refill(TABLE, "doubted_sent", (f"ip id set {MARKER_ID:#x}", f"ip6 flowlabel set {MARKER_ID:#x}", "accept"))
@@ -127,7 +132,18 @@ def _dispatch_rules() -> Iterable[str]:
 
 def _segment_rules() -> Iterable[str]:
     yield "ct direction reply ct state established accept"  # the other end opened it, by a SYN
+    yield from (f"{live} accept" for live in SENT_LIVE)
     yield drop(Reason.UNKNOWN_FLOW)
+
+
+def _reached_rules(*, is_logged: bool) -> Iterable[str]:
+    """Refuse what the daemon found to belong to no connection of the pod; until it has looked, drop."""
+    yield from (f"{live} accept" for live in REACHED_LIVE)
+    if is_logged:
+        yield from (f"{refused} {_REFUSE}" for refused in REACHED_REFUSED)
+        yield drop(Reason.UNKNOWN_FLOW)
+    else:
+        yield _REFUSE
 
 
 def _datagram_rules() -> Iterable[str]:
@@ -148,7 +164,7 @@ def _arrival_rules() -> Iterable[str]:
 def _refusal_rules() -> Iterable[str]:
     for version, _, family in _FAMILIES:
         match = f"{family} saddr @enforced{version} {family} daddr"
-        yield f"{match} @fresh_tcp{version} {_NO_SYN} ct state new {_REFUSE}"
+        yield f"{match} @fresh_tcp{version} {_NO_SYN} ct state new goto segment_reached"
         yield f"{match} @unclean{version} {_NO_SYN} jump unclean_reached"
 
 

@@ -13,6 +13,7 @@ from __future__ import annotations
 from collections.abc import Container, Iterable
 from itertools import cycle
 
+from enforcer_daemon.dataplane.guard_live import SENT_LIVE
 from enforcer_daemon.dataplane.guard_rules import FIRST_SYN, INTO_ENFORCED, LONE_MESSAGE, network_sets
 from enforcer_daemon.dataplane.guard_virtual import INTO_NODE_PORTS, INTO_VIRTUAL
 from enforcer_daemon.handshake.frames import MAGIC
@@ -54,6 +55,8 @@ def skeleton(table: str, networks: Iterable[IPNetwork], pod_networks: Iterable[I
                 f"{into} meta l4proto {{ tcp, udp }} ct state established ct direction original accept"
                 for into in places
             ),
+            # Of an established connection, too, which the node's conntrack lost.
+            *(f"tcp flags & syn == 0 {live} accept" for live in SENT_LIVE),
         ],
     }
     for chain, rules in chains.items():

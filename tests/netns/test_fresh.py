@@ -254,11 +254,50 @@ def test_a_connection_needs_a_handshake(lab: Lab, guard: Guard, pod: Wire, remot
     assert remote.find(b"injected", PATIENCE_S) is not None
 
 
-def test_a_stale_segment_is_refused(lab: Lab, guard: Guard, pod: Wire, remote: Wire) -> None:
+def in_connection(version: int) -> SentTuple:
+    """Return the connection of the pod's port 4444 with port 80, by what the pod sends in it."""
+    return SentTuple(6, ip_address(POD[version]), 4444, ip_address(REMOTE[version]), 80)
+
+
+def test_a_stale_segment_is_dropped_and_refused_once_the_daemon_has_looked(
+    lab: Lab, guard: Guard, pod: Wire, remote: Wire, version: int
+) -> None:
+    reset = (4444).to_bytes(2, "big") + (80).to_bytes(2, "big") + (2_000).to_bytes(4, "big")
+    for is_looked_at in (False, True):
+        remote.send(build(*remote.ends, (80, 4444), (1_000, 2_000), ACK, 500))
+        assert (remote.find(reset, PATIENCE_S if is_looked_at else 0.3) is not None) is is_looked_at
+        on_node(lab, lambda: guard.vouch([], [in_connection(version)]))
+    assert pod.find((80).to_bytes(2, "big") + (4444).to_bytes(2, "big"), 0.2) is None
+
+
+def test_without_a_log_a_stale_segment_is_refused_at_once(lab: Lab, guard: Guard, remote: Wire) -> None:
+    guard._has_log = False
+    text = guard._replacement({POD_SIDE.attachment: POD_SIDE})
+    run_in(lab.node, ("nft", "-f", "-"), text)
     remote.send(build(*remote.ends, (80, 4444), (1_000, 2_000), ACK, 500))
     reset = (4444).to_bytes(2, "big") + (80).to_bytes(2, "big") + (2_000).to_bytes(4, "big")
     assert remote.find(reset, PATIENCE_S) is not None
-    assert pod.find((80).to_bytes(2, "big") + (4444).to_bytes(2, "big"), 0.2) is None
+
+
+@pytest.mark.parametrize("direction", ["sent", "reached"])
+def test_segments_of_a_connection_that_is_vouched_for_pass(
+    lab: Lab, guard: Guard, pod: Wire, remote: Wire, version: int, direction: str
+) -> None:
+    """As long as nothing of the address ends, and those of no other."""
+    one, other, ports = (pod, remote, (4444, 80)) if direction == "sent" else (remote, pod, (80, 4444))
+
+    def passes(timeout_s: float) -> bool:
+        run_in(lab.node, ("sh", "-c", f"conntrack -D -p tcp -f ipv{version} 2>&1 || true"))  # No entry is an error.
+        one.send(build(*one.ends, ports, (1_000, 2_000), ACK | PSH, 500, b"again"))
+        return other.find(b"again", timeout_s) is not None
+
+    assert not passes(0.3)
+    on_node(lab, lambda: guard.vouch([in_connection(version)._replace(source_port=4445)], []))
+    assert not passes(0.3)
+    on_node(lab, lambda: guard.vouch([in_connection(version)], []))
+    assert passes(PATIENCE_S)
+    on_node(lab, lambda: guard.freshen([ip_address(POD[version])]))
+    assert not passes(0.3)
 
 
 @pytest.mark.parametrize("is_clean", [False, True], ids=["unclean", "clean"])

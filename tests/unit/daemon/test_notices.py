@@ -10,12 +10,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from enforcer_daemon.daemon.notices import sent_tuple
+from enforcer_daemon.daemon.notices import is_in_connection, sent_tuple
 from enforcer_daemon.dataplane.droplog import Notice, decode_notices
 from enforcer_daemon.dataplane.netlink import encode_attribute
 from enforcer_daemon.dataplane.nodeflows import SentTuple
 from enforcer_daemon.errors import DataplaneError
-from enforcer_daemon.packet.tcp import SYN, build
+from enforcer_daemon.packet.tcp import ACK, RST, SYN, build
 from enforcer_daemon.packet.udp import build_udp
 
 ENDS = {4: ("10.0.0.1", "10.0.0.2"), 6: ("fd00::1", "fd00::2")}
@@ -39,9 +39,20 @@ def test_what_has_no_ports_gives_none() -> None:
     assert sent_tuple(b"") is None
 
 
+@pytest.mark.parametrize("version", [4, 6])
+def test_only_a_segment_that_opens_nothing_is_one_of_a_connection(version: int) -> None:
+    source, destination = (ip_address(end).packed for end in ENDS[version])
+    for flags, is_wanted in ((ACK, True), (RST | ACK, True), (SYN, False), (SYN | ACK, False)):
+        packet = build(source, destination, (4444, 80), (1, 0), flags, 100)
+        assert is_in_connection(packet) is is_wanted
+        assert not is_in_connection(packet[: (20 if version == 4 else 40) + 13])
+    assert not is_in_connection(build_udp(source, destination, (4444, 53), bytes(20)))
+
+
 @given(st.binary(max_size=200))
 def test_any_bytes_give_a_flow_or_none(packet: bytes) -> None:
     sent_tuple(packet)
+    is_in_connection(packet)
 
 
 def _message(kind: int, body: bytes) -> bytes:
