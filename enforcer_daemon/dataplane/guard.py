@@ -16,24 +16,30 @@ import json
 import shutil
 import socket
 import time
-from collections.abc import Container, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from dataclasses import replace
 from typing import TypedDict
 
 from enforcer_daemon.dataplane import (
-    guard_arrivals,
     guard_bridge,
-    guard_egress,
     guard_forged,
     guard_fresh,
     guard_live,
-    guard_masquerade,
     guard_spoofing,
     guard_virtual,
 )
 from enforcer_daemon.dataplane.freshtimes import FreshTimes
 from enforcer_daemon.dataplane.guard_live import ToldFlows
+from enforcer_daemon.dataplane.guard_render import (
+    SYNS_PER_S,
+    render_apply,
+    render_remove,
+    render_replace,
+    rule_tables,
+    script,
+    tables,
+)
 from enforcer_daemon.dataplane.guard_rules import LOG_GROUP, NAME, GuardedEndpoint, without_log
 from enforcer_daemon.dataplane.guard_sets import new_sets, old_sets
 from enforcer_daemon.dataplane.guard_shares import endpoint_sets, first_portion
@@ -43,10 +49,8 @@ from enforcer_daemon.dataplane.tampering import NFPROTO_BRIDGE, NFPROTO_INET, NF
 from enforcer_daemon.dataplane.tools import run
 from enforcer_daemon.errors import DataplaneError
 from enforcer_daemon.model import AttachmentId, IPAddress, IPNetwork
-from enforcer_daemon.virtual import NOTHING_VIRTUAL, VirtualChange, VirtualEntries
+from enforcer_daemon.virtual import NOTHING_VIRTUAL, VirtualChange
 
-_PARTS = guard_masquerade, guard_egress, guard_forged, guard_arrivals, guard_fresh
-"""What works on every node."""
 _CHAINS = (
     *(
         (NFPROTO_INET, NAME, chain)
@@ -58,8 +62,6 @@ _CHAINS = (
     *((NFPROTO_BRIDGE, NAME, chain) for chain in ("arrived", "switched")),
 )
 """Chains whose rules no endpoint changes: that they are as they were stands for the rest of their tables."""
-SYNS_PER_S = 8_000
-"""SYNs and SYN-ACKs of a pod that its interface on the node lets pass in a second, unless another rate is given."""
 _UNSUPPORTED = "not supported"
 """What the kernel says of a family or hook that it was built without; any other failure is no reason to do less."""
 _NO_MODULE = "No such file"
@@ -71,75 +73,6 @@ _LOG_PROBE = "".join(
     for kind in ("inet", "netdev")
 )
 _PROBE_TABLE = "trireme_probe"
-
-
-def render_replace(
-    endpoints: Iterable[GuardedEndpoint],
-    networks: Iterable[IPNetwork],
-    *,
-    on_links: bool,
-    on_bridges: bool = True,
-    absent: Container[str] = (),
-    pod_networks: Iterable[IPNetwork] | None = None,
-    node_addresses: Iterable[IPAddress] = (),
-    syns_per_s: int = SYNS_PER_S,
-    virtual: VirtualEntries = NOTHING_VIRTUAL,
-    is_logged: bool = True,
-) -> str:
-    """Return the transaction that replaces whatever is there by exactly these endpoints.
-
-    `networks` are those that frames are sent to; `pod_networks` those of them where pods are (None: all of them).
-    """
-    known, node = tuple(networks), tuple(node_addresses)
-    pods = known if pod_networks is None else tuple(pod_networks)
-    lines = [f"{verb} table {table}" for table in _tables(on_links, on_bridges) for verb in ("add", "delete", "add")]
-    lines += [line for table in _virtual_tables(on_links) for line in guard_virtual.skeleton(table, virtual)]
-    lines += guard_forged.skeleton(node) + guard_arrivals.skeleton()
-    lines += guard_live.skeleton() + guard_masquerade.skeleton() + guard_egress.skeleton(known, pods)
-    lines += guard_fresh.skeleton(is_logged=is_logged)
-    lines += guard_spoofing.skeleton(known, syns_per_s, node, pods) if on_links else []
-    lines += guard_bridge.skeleton(node, on_links=on_links) if on_bridges else []
-    listed = tuple(endpoints)
-    lines += new_sets(_virtual_tables(on_links), {}, endpoint_sets(listed))
-    parts = (
-        render_apply(None, endpoint, on_links=on_links, on_bridges=on_bridges, absent=absent) for endpoint in listed
-    )
-    return _text(lines) + "".join(parts)
-
-
-def render_apply(
-    before: GuardedEndpoint | None,
-    after: GuardedEndpoint,
-    *,
-    on_links: bool,
-    on_bridges: bool = True,
-    absent: Container[str] = (),
-) -> str:
-    """Return the change of an endpoint from what was applied before (None: nothing) to `after`, without its sets."""
-    lines = [line for part in _PARTS for line in part.apply_lines(before, after)]
-    lines += guard_bridge.apply_lines(before, after) if on_bridges else []
-    return _text(lines + (guard_spoofing.apply_lines(before, after, absent) if on_links else []))
-
-
-def render_remove(before: GuardedEndpoint, *, on_links: bool, on_bridges: bool = True) -> str:
-    """Return the transaction that takes an endpoint away."""
-    lines = [line for part in _PARTS for line in part.remove_lines(before)]
-    lines += guard_bridge.remove_lines(before) if on_bridges else []
-    return _text(lines + (guard_spoofing.remove_lines(before) if on_links else []))
-
-
-def _tables(on_links: bool, on_bridges: bool) -> tuple[str, ...]:
-    on = (guard_spoofing.TABLE,) if on_links else ()
-    return *on, guard_masquerade.TABLE, *((guard_bridge.TABLE,) if on_bridges else ())
-
-
-def _text(lines: Iterable[str]) -> str:
-    return "".join(f"{line}\n" for line in lines)
-
-
-def _virtual_tables(on_links: bool) -> tuple[str, ...]:
-    """Return the tables with rules by address, and with what Services make virtual."""
-    return _tables(on_links, on_bridges=False)
 
 
 class _Reach(TypedDict):
@@ -205,7 +138,7 @@ class Guard:
         if not self._left:
             return  # `replace` brings them to the kernel.
         try:
-            self._bring(_text(self._address_lines()), dict(self._applied))
+            self._bring(script(self._address_lines()), dict(self._applied))
         except DataplaneError:
             self._left = (None,)  # `restore` tries again.
             raise
@@ -221,11 +154,9 @@ class Guard:
         self._virtual = change.applied_to(self._virtual)
         if not self._left or not self._has_nft or change.is_empty:
             return  # `replace` brings it to the kernel.
-        lines = [
-            line for table in _virtual_tables(self._on_links) for line in guard_virtual.change_lines(table, change)
-        ]
+        lines = [line for table in rule_tables(self._on_links) for line in guard_virtual.change_lines(table, change)]
         try:
-            self._bring(_text(lines), dict(self._applied))
+            self._bring(script(lines), dict(self._applied))
         except DataplaneError:
             self._left = (None,)  # `restore` tries again.
             raise
@@ -261,9 +192,9 @@ class Guard:
 
     def _with_sets(self, text: str, wanted: Mapping[AttachmentId, GuardedEndpoint]) -> str:
         """Make what the rules of a change use before it, and take away after it what none uses any longer."""
-        tables = _virtual_tables(self._on_links)
+        tables = rule_tables(self._on_links)
         before, after = endpoint_sets(self._applied.values()), endpoint_sets(wanted.values())
-        return _text(new_sets(tables, before, after)) + text + _text(old_sets(tables, before, after))
+        return script(new_sets(tables, before, after)) + text + script(old_sets(tables, before, after))
 
     def _replacement(self, wanted: Mapping[AttachmentId, GuardedEndpoint]) -> str:
         """Render all of it; an address that was watched before is fresh for what is left of its time."""
@@ -282,8 +213,8 @@ class Guard:
             virtual=self._virtual,
             is_logged=self._has_log,
         )
-        text += _text(line for each in addresses for line in guard_fresh.keep_lines(each, self._fresh.left(each, now)))
-        return text if self._has_log else _text(without_log(text.splitlines()))
+        text += script(line for each in addresses for line in guard_fresh.keep_lines(each, self._fresh.left(each, now)))
+        return text if self._has_log else script(without_log(text.splitlines()))
 
     def _look_at_kernel(self) -> None:
         if shutil.which("nft") is None:
@@ -328,14 +259,14 @@ class Guard:
         if found and self._has_nft:
             self._fresh.begin(found, time.monotonic(), is_clean=is_clean)  # First: the tables may be made anew.
             lines = guard_fresh.freshen_lines(found, is_clean=is_clean) + self._told.remove_lines(found)
-            self._bring(_text(lines), dict(self._applied))
+            self._bring(script(lines), dict(self._applied))
 
     def vouch(self, live: Iterable[SentTuple], refused: Iterable[SentTuple]) -> None:
         """Let connections pass that the node's conntrack lost, and refuse what comes in those that no pod has."""
         now, told = time.monotonic(), ((guard_live.LIVE, live), (guard_live.REFUSED, refused))
         lines = [line for name, flows in told for line in self._told.add_lines(name, flows, now)]
         if lines and self._has_nft:
-            self._bring(_text(lines), dict(self._applied))
+            self._bring(script(lines), dict(self._applied))
 
     def apply(self, *endpoints: GuardedEndpoint) -> None:
         """Bring endpoints to their present addresses, rules and links, all at once; what is so already is not touched.
@@ -353,7 +284,7 @@ class Guard:
             for e in (*losers, *changed.values())
         )
         others = [a for e in changed.values() for a in e.addresses if self._fresh.is_another(a, e.life)]
-        text += _text(self._told.remove_lines(others))
+        text += script(self._told.remove_lines(others))
         self._bring(text, self._applied | {loser.attachment: loser for loser in losers} | changed)
 
     def _bring(self, text: str, wanted: dict[AttachmentId, GuardedEndpoint]) -> None:
@@ -418,19 +349,19 @@ class Guard:
         before = self._applied.get(attachment)
         if before is not None:
             left = {name: endpoint for name, endpoint in self._applied.items() if name != attachment}
-            self._bring(render_remove(before, **self._reach) + _text(self._told.remove_lines(before.addresses)), left)
+            self._bring(render_remove(before, **self._reach) + script(self._told.remove_lines(before.addresses)), left)
 
     def remove_tables(self) -> None:
         """Take the guard away as a whole, as when the product is removed from the node; not when the daemon stops."""
         self._look_at_kernel()
         if self._has_nft:
-            _nft(_text(f"{verb} table {table}" for table in _tables(**self._reach) for verb in ("add", "delete")))
+            _nft(script(f"{verb} table {table}" for table in tables(**self._reach) for verb in ("add", "delete")))
         self._applied, self._left = {}, ()
 
     def drops(self) -> dict[str, int]:
         """Count the packets that were dropped since the guard was put in place, by reason."""
         found: dict[str, int] = {}
-        for table in _tables(**self._reach) if self._has_nft else ():
+        for table in tables(**self._reach) if self._has_nft else ():
             listing = json.loads(run(("nft", "-j", "list", "counters", "table", *table.split())))
             for entry in listing["nftables"]:
                 if counter := entry.get("counter"):

@@ -8,10 +8,10 @@ from dataclasses import replace
 from ipaddress import IPv6Address, ip_address, ip_network
 
 from enforcer_daemon.dataplane import guard_egress, guard_fresh, guard_masquerade, guard_spoofing, guard_vouched
-from enforcer_daemon.dataplane.guard import first_portion, render_apply, render_remove, render_replace
+from enforcer_daemon.dataplane.guard_render import render_apply, render_remove, render_replace
 from enforcer_daemon.dataplane.guard_rules import ALLOWS_ALL, GuardedEndpoint, Links, without_log
 from enforcer_daemon.dataplane.guard_sets import new_sets, old_sets
-from enforcer_daemon.dataplane.guard_shares import endpoint_sets
+from enforcer_daemon.dataplane.guard_shares import endpoint_sets, first_portion
 from enforcer_daemon.model import AttachmentId, Protocol
 from enforcer_daemon.policy.evaluate import AddressRule
 
