@@ -38,6 +38,11 @@ how often all files are compared where the kernel reports no changes (no inotify
 COMPARE_EVERY = 10
 """At how many of these times all files are compared none the less: a network file system reports only own changes."""
 
+KEEP_AFTER_S = 0.1
+"""How long no change may follow before what is in force is kept on disk, seconds: to write it takes the interpreter for
+some milliseconds, which the next change or a new connection would wait for."""
+MAX_UNKEPT_S = 1.0
+"""How long it is not kept if changes follow one another without end, seconds."""
 SETTLED_NS = 1_000_000_000
 """A file whose times are this much older than its last reading cannot have changed since within the clock's grain."""
 
@@ -146,14 +151,23 @@ class DirectorySource:
         world = await asyncio.to_thread(self.read)
         yield world
         async with aclosing(self._changes()) as changes:
-            # What is in force is kept after it is in force: policy does not wait for the disk.
             is_told = await asyncio.to_thread(self.keep)
-            async for _ in changes:
+            kept_at, is_due = time.monotonic(), False
+            while True:
+                following = asyncio.ensure_future(anext(changes))
+                try:
+                    # What is in force is kept when no change follows: neither policy nor the next change waits for it.
+                    if is_due and not await _is_done(following, kept_at + MAX_UNKEPT_S - time.monotonic()):
+                        is_told |= await asyncio.to_thread(self.keep)
+                        kept_at, is_due = time.monotonic(), False
+                    await following
+                finally:
+                    await _cancelled(following)
                 newer = await asyncio.to_thread(self.read)
                 if newer != world or is_told:
-                    world = newer
+                    world, is_told = newer, False
+                    kept_at, is_due = (kept_at if is_due else time.monotonic()), True
                     yield world
-                    is_told = await asyncio.to_thread(self.keep)
 
     async def _changes(self) -> AsyncGenerator[None, None]:
         """Stop at each moment at which the files may have changed, and once at the beginning."""
@@ -205,6 +219,18 @@ class DirectorySource:
         entries = manifest_entries(self._directory)
         self._links = [Path(entry.path) for entry in entries if entry.is_symlink()]
         return {entry.path: _stamp(entry) for entry in entries}
+
+
+async def _is_done(following: asyncio.Future[None], left_s: float) -> bool:
+    """Return whether a change follows soon; not once what is in force has waited for too long."""
+    done, _ = await asyncio.wait({following}, timeout=max(0.0, min(KEEP_AFTER_S, left_s)))
+    return bool(done) and left_s > 0
+
+
+async def _cancelled(following: asyncio.Future[None]) -> None:
+    if not following.done():
+        following.cancel()
+        await asyncio.wait({following})
 
 
 def _stamp(entry: os.DirEntry[str] | Path) -> _Stamp | None:

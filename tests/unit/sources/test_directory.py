@@ -433,3 +433,35 @@ def test_a_problem_says_whether_an_earlier_version_is_in_force(tmp_path: Path):
     assert str(told["b.yaml"]).endswith("(no version of it is in force)")
     (tmp_path / "a.yaml").write_text("{")
     assert [problem.has_earlier for problem in source.read().problems if problem.file.endswith("a.yaml")] == [True]
+
+
+def test_a_change_does_not_wait_until_the_one_before_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """What is in force is kept when no change follows, or at the latest after a second."""
+    source = DirectorySource(tmp_path)
+    keeps: list[float] = []
+    monkeypatch.setattr(source, "keep", lambda: keeps.append(time.monotonic()) is not None)
+
+    async def scenario() -> None:
+        async with aclosing(source.watch()) as worlds:
+            await anext(worlds)
+            for number in range(3):
+                write(tmp_path / "a.yaml", policy(f"a{number}"))
+                await asyncio.wait_for(anext(worlds), 5)
+                assert len(keeps) <= 1
+            following = asyncio.ensure_future(anext(worlds))
+            while len(keeps) < 2:
+                await asyncio.wait({following}, timeout=0.01)
+                assert not following.done()
+            began = time.monotonic()
+            number = 3
+            while len(keeps) < 4:
+                assert time.monotonic() < began + 10
+                write(tmp_path / "a.yaml", policy(f"a{number}"))
+                number += 1
+                await asyncio.wait({following}, timeout=0.05)
+                if following.done():
+                    following = asyncio.ensure_future(anext(worlds))
+            following.cancel()
+            await asyncio.wait({following})
+
+    asyncio.run(scenario())
