@@ -258,8 +258,10 @@ class Guard:
         found = [address for address in addresses if address in guarded]
         if found and self._has_nft:
             self._fresh.begin(found, time.monotonic(), is_clean=is_clean)  # First: the tables may be made anew.
-            lines = guard_fresh.freshen_lines(found, is_clean=is_clean) + self._told.remove_lines(found)
-            self._bring(script(lines), dict(self._applied))
+            told = self._told.remove_lines(found)
+            if told or not guard_fresh.is_freshened(found, is_clean=is_clean):
+                lines = guard_fresh.freshen_lines(found, is_clean=is_clean) + told
+                self._bring(script(lines), dict(self._applied))
 
     def vouch(self, live: Iterable[SentTuple], refused: Iterable[SentTuple]) -> None:
         """Let connections pass that the node's conntrack lost, and refuse what comes in those that no pod has."""

@@ -39,6 +39,8 @@ from enforcer_daemon.dataplane.guard_rules import (
     logged,
     refill,
 )
+from enforcer_daemon.dataplane.setwrites import Renewal, renew
+from enforcer_daemon.errors import DataplaneError
 from enforcer_daemon.handshake.frames import MARKER_ID, PROOF_MARKER_ID, TYPE_ANSWER, TYPE_PROOF
 from enforcer_daemon.model import IPAddress
 from enforcer_daemon.reasons import Reason
@@ -199,6 +201,16 @@ def freshen_lines(addresses: Iterable[IPAddress], *, is_clean: bool = True) -> l
     """Let the time of addresses begin, also where it runs already; an unclean one stays so for its time."""
     times = FRESH_S if is_clean else TIMES_S
     return [line for address in addresses for line in (*_gone(address, times), *_begun(address, times))]
+
+
+def is_freshened(addresses: Iterable[IPAddress], *, is_clean: bool = True) -> bool:
+    """Do the same without nft; return whether that worked, as it does not where somebody removed the tables."""
+    times_s = FRESH_S if is_clean else TIMES_S
+    try:
+        renew(NAME, [Renewal(name, address, s) for address in addresses for name, s in times_s.items()])
+    except DataplaneError:
+        return False
+    return True
 
 
 def keep_lines(address: IPAddress, left_s: Mapping[str, float]) -> list[str]:

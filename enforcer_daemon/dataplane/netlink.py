@@ -104,7 +104,7 @@ def ask(sock: socket.socket, kind: int, body: bytes, sequence: int) -> bytes | N
                 continue
             if message.kind != NLMSG_ERROR:
                 return message.body
-            code = _error(message.body)
+            code = error_code(message.body)
             if code == errno.ENOENT:
                 return None
             raise DataplaneError(f"netlink: request {kind:#x}: {os.strerror(code)}")
@@ -114,7 +114,7 @@ def acknowledged(sock: socket.socket, kind: int, body: bytes, tolerated: Contain
     """Send one request and wait for the kernel's word; raise DataplaneError unless it is success or tolerated."""
     sock.send(_HEADER.pack(16 + len(body), kind, NLM_F_REQUEST | NLM_F_ACK, 0, 0) + body)
     for message in decode_messages(sock.recv(_RECEIVE_BYTES)):
-        code = _error(message.body) if message.kind == NLMSG_ERROR else 0
+        code = error_code(message.body) if message.kind == NLMSG_ERROR else 0
         if code and code not in tolerated:
             raise DataplaneError(f"netlink: request {kind:#x}: {os.strerror(code)}")
 
@@ -146,7 +146,7 @@ def _receive_dump(sock: socket.socket, kind: int, containing: bytes, limit: int)
             if message.kind == NLMSG_DONE:
                 return None if is_interrupted else bodies
             if message.kind == NLMSG_ERROR:
-                raise DataplaneError(f"netlink: dump {kind:#x}: {os.strerror(_error(message.body))}")
+                raise DataplaneError(f"netlink: dump {kind:#x}: {os.strerror(error_code(message.body))}")
             if containing in message.body:
                 bodies.append(message.body)
                 if len(bodies) >= limit:
@@ -164,7 +164,8 @@ def _has_news(data: bytes) -> bool:
     return False
 
 
-def _error(body: bytes) -> int:
+def error_code(body: bytes) -> int:
+    """Return the code of an NLMSG_ERROR, 0 for an acknowledgment; raise DataplaneError if it has none."""
     if len(body) < 4:
         raise DataplaneError("netlink: error message without a code")
     (code,) = struct.unpack_from("=i", body)

@@ -13,6 +13,7 @@ from typing import TypeVar
 
 import pytest
 
+from enforcer_daemon.dataplane import guard as guard_module
 from enforcer_daemon.dataplane import nodeflows
 from enforcer_daemon.dataplane.droplog import DropLog, Notice
 from enforcer_daemon.dataplane.guard import Guard
@@ -474,3 +475,19 @@ def test_tables_that_are_made_anew_keep_the_times(lab: Lab, guard: Guard) -> Non
     assert left_of(lab, "fresh_tcp4")[POD[4]] > 500
     on_node(lab, lambda: later.remove(POD_SIDE.attachment))
     assert left_of(lab, "fresh_tcp4") == {}
+
+
+def test_an_address_is_fresh_without_a_new_program_or_with_it(
+    lab: Lab, guard: Guard, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    grow_old(lab)
+    addresses = [ip_address(POD[4]), ip_address(POD[6])]
+    with monkeypatch.context() as patched:
+        patched.setattr(guard_module, "run", lambda *_: pytest.fail("nft is started"))
+        on_node(lab, lambda: guard.freshen(addresses))
+    for name, address in (("fresh_tcp4", POD[4]), ("fresh_udp6", POD[6])):
+        assert left_of(lab, name)[address] > 100
+    assert not on_node(lab, guard.restore)  # Nothing was touched but the elements.
+    run_in(lab.node, ("nft", "flush", "ruleset"))
+    on_node(lab, lambda: guard.freshen(addresses))
+    assert left_of(lab, "fresh_tcp6")[POD[6]] > 100
