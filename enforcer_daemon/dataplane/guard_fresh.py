@@ -8,8 +8,7 @@ or from a plain socket past an enforcer that has not answered, sends what the no
 - TCP that is neither SYN nor RST passes only in a connection with a whole handshake behind it. A stale peer's socket
   answers a SYN with an ACK that shows its numbers, so a reply alone does not count.
 - A stale peer's own segments are dropped, and refused with RST once the daemon has looked, which ends its socket; else
-  they would show the numbers.
-  What IPVS sends on does not pass the forward hook, but the output hook, without a socket.
+  they would show the numbers. What IPVS sends on does not pass the forward hook, but the output hook, without a socket.
 - A connection that the pod has passes, also where the node's conntrack lost it (guard_live).
 - UDP without a message passes with the marker, which the guard puts in, also where it opens a flow: not every datagram
   has room for a message, and a stale peer's own datagrams look like those of a peer without an enforcer. With the
