@@ -8,14 +8,13 @@ the pod's: a guard on the wrong one would cut off somebody else.
 from __future__ import annotations
 
 import socket
-import struct
 from collections.abc import Mapping
 from ipaddress import IPv6Address
 from pathlib import Path
 
-from enforcer_daemon.dataplane.addresses import Interface, interfaces, own_interface, own_interfaces
+from enforcer_daemon.dataplane.addresses import interfaces
 from enforcer_daemon.dataplane.guard_rules import Links
-from enforcer_daemon.dataplane.netlink import NETLINK_ROUTE, decode_attributes, dump
+from enforcer_daemon.dataplane.rtnetlink import Interface, RouteReader, read_routes
 
 _BRIDGE_HOOKS = ("bridge-nf-call-iptables", "bridge-nf-call-ip6tables")
 _PAIRS = ("veth", "netkit")
@@ -24,9 +23,6 @@ _UPPER = ("vlan", "macvlan")
 """Devices that take packets from a bridge; what stands on them does the same from them, which no CNI plugin makes."""
 _MAX_MASTERS = 3
 """A bridge in a VRF, and one to spare."""
-_RTM_GETQDISC = 38
-_TCMSG = struct.Struct("=BxxxiIII")  # family, index, handle, parent, information
-_TCA_KIND = 1
 _BEFORE_US = ("ingress", "clsact")
 """Queueing disciplines whose filters see a packet before nft does, and can send it on elsewhere."""
 
@@ -37,16 +33,20 @@ def find_links(netns_fd: int, ends: Mapping[str, tuple[str, ...]]) -> Links:
     `ends` gives, by interface of the pod, what the primary plugin named; nothing: the kernel alone is asked.
     """
     pods = {interface.name: interface for interface in interfaces(netns_fd)}
+    return read_routes(lambda node: _find_links(node, pods, ends))
+
+
+def _find_links(node: RouteReader, pods: Mapping[str, Interface], ends: Mapping[str, tuple[str, ...]]) -> Links:
     names, problems, link_locals, ways = [], [], [], []
     for ifname, named in ends.items():
         inner = pods.get(ifname)
-        outer = None if inner is None else _other_end(inner, named)
+        outer = None if inner is None else _other_end(node, inner, named)
         if inner is None or outer is None:
             problems.append(f"{ifname} has no end of its own on the node: raw packets from it are not checked")
             continue
         names.append(outer.name)
         link_locals += _link_locals(inner)
-        ways.append(_devices(outer))
+        ways.append(_devices(node, outer))
         problems += _bridge_problems(outer)
         if ways[-1] is None:
             problems.append(
@@ -62,25 +62,24 @@ def find_links(netns_fd: int, ends: Mapping[str, tuple[str, ...]]) -> Links:
     )
 
 
-def _devices(outer: Interface) -> tuple[str, ...] | None:
+def _devices(node: RouteReader, outer: Interface) -> tuple[str, ...] | None:
     """Return what the IP stack shows as the input interface of packets from a port; None if that cannot be told."""
     found: list[str] = []
     if not outer.master:
         return ()
-    known = own_interfaces()
-    by_index, above = {each.index: each for each in known}, outer.master
+    upper, above = [each for each in node.links(_UPPER) if each.kind in _UPPER], outer.master
     for _ in range(_MAX_MASTERS):
-        master = by_index.get(above)
+        master = node.link(above)
         if master is None or master.kind not in _MASTERS:
             return None
-        found += [master.name, *(each.name for each in known if each.peer == master.index and each.kind in _UPPER)]
+        found += [master.name, *(each.name for each in upper if each.peer == master.index)]
         if not (above := master.master):
             return tuple(found)
     return None
 
 
-def _other_end(inner: Interface, named: tuple[str, ...]) -> Interface | None:
-    outer = own_interface(inner.peer) if inner.peer else None
+def _other_end(node: RouteReader, inner: Interface, named: tuple[str, ...]) -> Interface | None:
+    outer = node.link(inner.peer) if inner.peer else None
     if outer is None or outer.peer != inner.index or inner.kind not in _PAIRS or outer.kind != inner.kind:
         return None
     return outer if not named or outer.name in named else None
@@ -112,10 +111,5 @@ def _bridge_problems(outer: Interface) -> list[str]:
 def passed_by_tc() -> frozenset[str]:
     """Name the interfaces of the current namespace where tc sees packets first."""
     names = dict(socket.if_nameindex())
-    found = set()
-    for body in dump(NETLINK_ROUTE, _RTM_GETQDISC, bytes(_TCMSG.size)):
-        _, index, _, _, _ = _TCMSG.unpack_from(body)
-        kind = decode_attributes(body[_TCMSG.size :]).get(_TCA_KIND, b"").rstrip(b"\0").decode()
-        if kind in _BEFORE_US and index in names:
-            found.add(names[index])
-    return frozenset(found)
+    found = read_routes(lambda reader: reader.interfaces_with(_BEFORE_US))
+    return frozenset(names[index] for index in found if index in names)

@@ -14,7 +14,8 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from ipaddress import IPv6Address, ip_address, ip_network
 
-from enforcer_daemon.dataplane.addresses import Interface, interface
+from enforcer_daemon.dataplane.addresses import interface
+from enforcer_daemon.dataplane.rtnetlink import Interface
 from enforcer_daemon.handshake.frames import SYN_ACK_OVERHEAD, SYN_OVERHEAD, is_frame
 from enforcer_daemon.model import IPAddress, PodRef, Protocol
 from enforcer_daemon.packet.tcp import SYN, SYN_ACK

@@ -7,14 +7,16 @@ import asyncio
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from ipaddress import ip_address
 from pathlib import Path
 
 import pytest
+import uvloop
 
 from enforcer_daemon.dataplane.addresses import interface, node_addresses, watch_addresses
 from enforcer_daemon.dataplane.backends import choose_backend
+from enforcer_daemon.dataplane.guard_links import passed_by_tc
 from enforcer_daemon.dataplane.netns import (
     current_netns,
     new_netns,
@@ -158,7 +160,8 @@ def test_node_addresses_hold_the_bridges_link_local_one_but_no_loopback_no_servi
     assert not found & {ip_address("10.96.0.1"), ip_address("::1")}
 
 
-def test_a_change_of_addresses_is_seen(netns: int) -> None:
+@pytest.mark.parametrize("loop_factory", [uvloop.new_event_loop, asyncio.new_event_loop], ids=["uvloop", "asyncio"])
+def test_a_change_of_addresses_is_seen(netns: int, loop_factory: Callable[[], asyncio.AbstractEventLoop]) -> None:
     async def story() -> list[frozenset[IPAddress]]:
         seen: list[frozenset[IPAddress]] = []
         async for addresses in watch_addresses():
@@ -171,8 +174,29 @@ def test_a_change_of_addresses_is_seen(netns: int) -> None:
                 break
         return seen
 
-    seen = open_in(netns, lambda: asyncio.run(asyncio.wait_for(story(), 10)))
+    def watch() -> list[frozenset[IPAddress]]:
+        with asyncio.Runner(loop_factory=loop_factory) as runner:
+            return runner.run(asyncio.wait_for(story(), 10))
+
+    seen = open_in(netns, watch)
     assert seen == [frozenset(), frozenset({ip_address("10.5.0.1")}), frozenset()]
+
+
+def test_interfaces_are_read_while_a_loop_runs_and_no_descriptor_is_left(netns: int) -> None:
+    """The daemon reads them on its own loop's thread too, again and again for weeks."""
+    directory = Path("/proc/self/fd")
+
+    async def read() -> None:
+        assert interface(netns, "eth0").kind == "veth"
+        assert open_in(netns, passed_by_tc) == frozenset()
+        node_addresses()
+
+    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+        runner.run(read())
+        before = sorted(path.name for path in directory.iterdir())
+        for _ in range(50):
+            runner.run(read())
+        assert sorted(path.name for path in directory.iterdir()) == before
 
 
 def test_a_tool_that_fails_or_is_missing_is_named() -> None:
