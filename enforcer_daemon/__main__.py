@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import os
 import sys
 import time
@@ -14,8 +15,6 @@ import click
 import uvloop
 
 from enforcer_daemon.daemon.preflight import find_problems
-from enforcer_daemon.daemon.run import serve
-from enforcer_daemon.daemon.withdrawal import withdraw as withdraw_all
 from enforcer_daemon.errors import EnforcerError
 from enforcer_daemon.settings import Settings
 from enforcer_daemon.settings_file import load_settings
@@ -63,6 +62,13 @@ def main(config: Path, node: str | None, *, check_config: bool, withdraw: bool) 
     if withdraw:
         _withdraw(settings, log)
         return
+    # The collector would walk over all that the modules make several times, and all of it stays. Frozen, it is not
+    # walked over later either, when packets wait.
+    gc.disable()
+    from enforcer_daemon.daemon.run import serve
+
+    gc.freeze()
+    gc.enable()
     try:
         with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
             runner.run(serve(settings, log))
@@ -82,8 +88,10 @@ def _check(config: Path, settings: Settings) -> None:
 
 
 def _withdraw(settings: Settings, log: Logger) -> None:
+    from enforcer_daemon.daemon.withdrawal import withdraw
+
     try:
-        left = withdraw_all(settings, log)
+        left = withdraw(settings, log)
     except EnforcerError as err:
         left = [str(err)]
     for problem in left:
