@@ -7,29 +7,26 @@ source that the flow came with. Source: linux/netfilter/nfnetlink_conntrack.h.
 
 from __future__ import annotations
 
-import ipaddress
 import socket
-import struct
 from types import TracebackType
 from typing import Self
 
 from enforcer_daemon.dataplane.netlink import (
+    CT_GET,
+    CTA_TUPLE_ORIG,
+    CTA_TUPLE_REPLY,
+    FAMILIES,
     NETLINK_NETFILTER,
-    NLA_F_NESTED,
     ask,
-    decode_attributes,
-    encode_attribute,
+    decode_tuple,
+    encode_tuple,
+    netfilter_attributes,
+    netfilter_head,
     open_netlink,
 )
 from enforcer_daemon.errors import DataplaneError
 from enforcer_daemon.model import IPAddress
 
-_GET = 0x0101  # NFNL_SUBSYS_CTNETLINK << 8 | IPCTNL_MSG_CT_GET
-_CTA_TUPLE_ORIG, _CTA_TUPLE_REPLY = 1, 2
-_CTA_TUPLE_IP, _CTA_TUPLE_PROTO = 1, 2
-_CTA_IP_V4_SRC, _CTA_IP_V4_DST, _CTA_IP_V6_SRC, _CTA_IP_V6_DST = 1, 2, 3, 4
-_CTA_PROTO_NUM, _CTA_PROTO_SRC_PORT, _CTA_PROTO_DST_PORT = 1, 2, 3
-_NFGENMSG_BYTES = 4  # family, version, resource
 _ANSWER_TIMEOUT_S = 1.0  # the kernel answers before send returns
 
 
@@ -65,7 +62,7 @@ class Conntrack:
         request = encode_request(protocol, source, source_port, destination, destination_port)
         self._sequence = (self._sequence + 1) & 0xFFFF_FFFF
         try:
-            answer = ask(self._sock, _GET, request, self._sequence)
+            answer = ask(self._sock, CT_GET, request, self._sequence)
         except OSError as err:
             raise DataplaneError(f"conntrack: {err}") from err
         return None if answer is None else decode_original_source(answer)
@@ -75,29 +72,11 @@ def encode_request(
     protocol: int, source: IPAddress, source_port: int, destination: IPAddress, destination_port: int
 ) -> bytes:
     """Encode the request for the entry whose replies go back from `destination` to `source`."""
-    family, kinds = (
-        (socket.AF_INET, (_CTA_IP_V4_SRC, _CTA_IP_V4_DST))
-        if source.version == 4
-        else (socket.AF_INET6, (_CTA_IP_V6_SRC, _CTA_IP_V6_DST))
-    )
-    reply_ip = encode_attribute(kinds[0], destination.packed) + encode_attribute(kinds[1], source.packed)
-    reply_ports = (
-        encode_attribute(_CTA_PROTO_NUM, bytes((protocol,)))
-        + encode_attribute(_CTA_PROTO_SRC_PORT, destination_port.to_bytes(2, "big"))
-        + encode_attribute(_CTA_PROTO_DST_PORT, source_port.to_bytes(2, "big"))
-    )
-    return struct.pack("=BBH", family, 0, 0) + encode_attribute(
-        _CTA_TUPLE_REPLY | NLA_F_NESTED,
-        encode_attribute(_CTA_TUPLE_IP | NLA_F_NESTED, reply_ip)
-        + encode_attribute(_CTA_TUPLE_PROTO | NLA_F_NESTED, reply_ports),
-    )
+    replies = encode_tuple(CTA_TUPLE_REPLY, protocol, (destination, destination_port), (source, source_port))
+    return netfilter_head(FAMILIES[source.version]) + replies
 
 
 def decode_original_source(answer: bytes) -> IPAddress:
     """Decode the source of the original direction from an entry; raise DataplaneError if it is not there."""
-    entry = decode_attributes(answer[_NFGENMSG_BYTES:])
-    addresses = decode_attributes(decode_attributes(entry.get(_CTA_TUPLE_ORIG, b"")).get(_CTA_TUPLE_IP, b""))
-    packed = addresses.get(_CTA_IP_V4_SRC, addresses.get(_CTA_IP_V6_SRC))
-    if packed is None or len(packed) not in (4, 16):
-        raise DataplaneError("conntrack: the entry states no original source")
-    return ipaddress.ip_address(packed)
+    _, (source, _), _ = decode_tuple(netfilter_attributes(answer).get(CTA_TUPLE_ORIG, b""))
+    return source

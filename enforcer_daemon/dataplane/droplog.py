@@ -14,20 +14,25 @@ from typing import NamedTuple, Self
 
 from enforcer_daemon.dataplane.guard_rules import LOG_GROUP, LOGGED_BYTES
 from enforcer_daemon.dataplane.netlink import (
+    LOG_CONFIG,
+    LOG_PACKET,
     NETLINK_NETFILTER,
+    NFULA_CFG_CMD,
+    NFULA_CFG_MODE,
+    NFULA_CFG_QTHRESH,
+    NFULA_PAYLOAD,
+    NFULA_PREFIX,
+    NFULNL_CFG_CMD_BIND,
+    NFULNL_COPY_PACKET,
     acknowledged,
-    decode_attributes,
     decode_messages,
     encode_attribute,
+    netfilter_attributes,
+    netfilter_head,
     open_netlink,
 )
 from enforcer_daemon.errors import DataplaneError
 
-_PACKET, _CONFIG = 0x0400, 0x0401  # NFNL_SUBSYS_ULOG << 8 | NFULNL_MSG_PACKET, _CONFIG
-_CFG_CMD, _CFG_MODE, _CFG_QTHRESH = 1, 2, 5
-_CMD_BIND, _COPY_PACKET = 1, 2
-_PAYLOAD, _PREFIX = 9, 10
-_NFGENMSG = struct.Struct("=BBH")
 _RECEIVE_BYTES = 65_536
 
 
@@ -52,7 +57,7 @@ class DropLog:
         except OSError as err:
             raise DataplaneError(f"log of the guard: {err}") from err
         try:
-            acknowledged(self._sock, _CONFIG, _bind_request())
+            acknowledged(self._sock, LOG_CONFIG, _bind_request())
             self._sock.setblocking(False)
         except (OSError, DataplaneError) as err:
             self._sock.close()
@@ -85,18 +90,18 @@ class DropLog:
 
 def _bind_request() -> bytes:
     """One message for all settings: packets may come right after the first."""
-    mode = struct.pack("!IBB", LOGGED_BYTES, _COPY_PACKET, 0)
-    body = encode_attribute(_CFG_CMD, bytes((_CMD_BIND,))) + encode_attribute(_CFG_MODE, mode)
-    body += encode_attribute(_CFG_QTHRESH, struct.pack("!I", 1))  # Each at once: the default waits for a second.
-    return _NFGENMSG.pack(socket.AF_UNSPEC, 0, socket.htons(LOG_GROUP)) + body
+    mode = struct.pack("!IBB", LOGGED_BYTES, NFULNL_COPY_PACKET, 0)
+    body = encode_attribute(NFULA_CFG_CMD, bytes((NFULNL_CFG_CMD_BIND,))) + encode_attribute(NFULA_CFG_MODE, mode)
+    body += encode_attribute(NFULA_CFG_QTHRESH, struct.pack("!I", 1))  # Each at once: the default waits for a second.
+    return netfilter_head(socket.AF_UNSPEC, LOG_GROUP) + body
 
 
 def decode_notices(data: bytes) -> list[Notice]:
     """Decode one read of the socket; raise DataplaneError if a length does not hold."""
     found = []
     for message in decode_messages(data):
-        if message.kind == _PACKET:
-            attributes = decode_attributes(message.body[_NFGENMSG.size :])
-            prefix = attributes.get(_PREFIX, b"").rstrip(b"\0").decode("ascii", "replace")
-            found.append(Notice(prefix, attributes.get(_PAYLOAD, b"")))
+        if message.kind == LOG_PACKET:
+            attributes = netfilter_attributes(message.body)
+            prefix = attributes.get(NFULA_PREFIX, b"").rstrip(b"\0").decode("ascii", "replace")
+            found.append(Notice(prefix, attributes.get(NFULA_PAYLOAD, b"")))
     return found

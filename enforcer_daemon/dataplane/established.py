@@ -11,54 +11,53 @@ from __future__ import annotations
 
 import errno
 import socket
-import struct
 from collections.abc import Callable, Container, Iterable
 from dataclasses import dataclass
-from ipaddress import ip_address
 from pathlib import Path
 from typing import Protocol as Interface
 
 from enforcer_daemon.dataplane.netlink import (
+    ATTRIBUTE,
+    CT_GET,
+    CT_NEW,
+    CTA_MARK,
+    CTA_TUPLE_ORIG,
+    CTA_TUPLE_REPLY,
+    DIAG_ANSWER,
+    DIAG_ANY_STATE,
+    DIAG_NO_COOKIE,
+    DIAG_REQUEST,
+    DIAG_SOCKET,
+    FAMILIES,
+    NETFILTER,
     NETLINK_NETFILTER,
-    NLA_F_NESTED,
+    NETLINK_SOCK_DIAG,
+    SOCK_DESTROY,
+    SOCK_DIAG_BY_FAMILY,
+    TCP_LISTEN,
+    End,
     acknowledged,
     ask,
-    decode_attributes,
+    decode_tuple,
     dump,
-    encode_attribute,
+    encode_mark,
+    encode_nested,
+    netfilter_attributes,
+    netfilter_head,
     open_netlink,
 )
 from enforcer_daemon.dataplane.netns import open_in
-from enforcer_daemon.dataplane.nodeflows import SentTuple, encode_tuple
+from enforcer_daemon.dataplane.nodeflows import SentTuple, encode_flow
 from enforcer_daemon.errors import DataplaneError
 from enforcer_daemon.marks import INDEX_MASK, INDEX_SHIFT, NODE, OWN_MASK, RELEASED
 from enforcer_daemon.model import IPAddress, Protocol
 
-_NETLINK_SOCK_DIAG = 4
-_SOCK_DIAG_BY_FAMILY, _SOCK_DESTROY = 20, 21
-_CT_NEW, _CT_GET = 0x0100, 0x0101  # NFNL_SUBSYS_CTNETLINK << 8 | IPCTNL_MSG_CT_NEW, _GET
-_CTA_TUPLE_ORIG, _CTA_TUPLE_REPLY, _CTA_MARK, _CTA_MARK_MASK = 1, 2, 8, 21
-_CTA_TUPLE_IP, _CTA_TUPLE_PROTO = 1, 2
-_CTA_IP_SRC, _CTA_IP_DST = (1, 3), (2, 4)  # IPv4, IPv6
-_CTA_PROTO_NUM, _CTA_PROTO_SRC_PORT, _CTA_PROTO_DST_PORT = 1, 2, 3
-_NFGENMSG_BYTES = 4
-_NLA_HEADER = struct.Struct("=HH")
-_DIAG = struct.Struct("=BBBBI48s")  # inet_diag_req_v2
-_DIAG_ID = struct.Struct("=2s2s16s16sIII")  # inet_diag_sockid
-_DIAG_ANSWER = struct.Struct("=BBBB48s")  # the beginning of inet_diag_msg
-_ANY_STATE = 0xFFFF_FFFF
-_NO_COOKIE = 0xFFFF_FFFF
-_TCP_LISTEN = 10  # net/tcp_states.h
-_FAMILIES = {4: socket.AF_INET, 6: socket.AF_INET6}
 # The socket has ended meanwhile, or the kernel cannot do it (built without INET_DIAG_DESTROY).
 _HARMLESS = (errno.ENOENT, errno.ESTALE, errno.EOPNOTSUPP)
 
 
 _COUNT = Path("/proc/sys/net/netfilter/nf_conntrack_count")
 """Entries of the namespace of the thread that reads it."""
-
-_End = tuple[IPAddress, int]
-"""Address and port."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,7 +71,7 @@ class ReleasedFlow:
     destination_port: int
     index: int
     """What it was judged by: an index of the endpoint's flow table."""
-    answering: _End
+    answering: End
     """Who answers: the destination, or the sidecar in the pod that the flow is redirected to."""
     tuple_attribute: bytes
     """CTA_TUPLE_ORIG, to name the entry again."""
@@ -153,8 +152,7 @@ def take_back(netns_fd: int, flows: Iterable[SentTuple]) -> list[SentTuple]:
 
 
 def _take_back(sock: socket.socket, flow: SentTuple) -> bool:
-    request = struct.pack("=BBH", _FAMILIES[flow.source.version], 0, 0) + encode_tuple(flow)
-    body = ask(sock, _CT_GET, request, 1)
+    body = ask(sock, CT_GET, encode_flow(flow), 1)
     found = None if body is None else decode_flow(body)
     if found is None or found.sent_by((found.source,)) != flow:
         return False
@@ -195,7 +193,7 @@ def _end_flows(judge: FlowJudge) -> list[ReleasedFlow]:
 def _end_all(flows: list[ReleasedFlow]) -> None:
     failures: list[Exception] = []
     try:
-        with open_netlink(_NETLINK_SOCK_DIAG) as diag, open_netlink(NETLINK_NETFILTER) as conntrack:
+        with open_netlink(NETLINK_SOCK_DIAG) as diag, open_netlink(NETLINK_NETFILTER) as conntrack:
             for flow in flows:
                 for end, sock in ((_destroy, diag), (_clear_mark, conntrack)):
                     try:
@@ -217,11 +215,9 @@ def _dump(opened_by: int = RELEASED) -> list[bytes]:
     """
     if not _has_entries():
         return []
-    request = struct.pack("=BBH", socket.AF_UNSPEC, 0, 0)
-    request += encode_attribute(_CTA_MARK, struct.pack(">I", opened_by))
-    request += encode_attribute(_CTA_MARK_MASK, struct.pack(">I", RELEASED | NODE))
     try:
-        return dump(NETLINK_NETFILTER, _CT_GET, request)
+        request = netfilter_head(socket.AF_UNSPEC) + encode_mark(opened_by, RELEASED | NODE)
+        return dump(NETLINK_NETFILTER, CT_GET, request)
     except OSError as err:
         raise DataplaneError(f"conntrack: {err}") from err
 
@@ -238,10 +234,10 @@ def _index_of(body: bytes, opened_by: int = RELEASED) -> int | None:
 
     The kernel's filter by mark is a hint only: old kernels do not know it.
     """
-    offset = _NFGENMSG_BYTES
+    offset: int = NETFILTER.size
     while offset + 8 <= len(body):
-        length, kind = _NLA_HEADER.unpack_from(body, offset)
-        if kind == _CTA_MARK:
+        length, kind = ATTRIBUTE.unpack_from(body, offset)
+        if kind == CTA_MARK:
             mark = int.from_bytes(body[offset + 4 : offset + 8], "big")
             return (mark & INDEX_MASK) >> INDEX_SHIFT if mark & (RELEASED | NODE) == opened_by else None
         if length < 4:
@@ -255,36 +251,17 @@ def decode_flow(body: bytes, opened_by: int = RELEASED) -> ReleasedFlow | None:
     index = _index_of(body, opened_by)
     if index is None:
         return None
-    entry = decode_attributes(body[_NFGENMSG_BYTES:])
-    original = entry.get(_CTA_TUPLE_ORIG, b"")
-    protocol, source, destination = _decode_tuple(original)
-    _, answering, _ = _decode_tuple(entry.get(_CTA_TUPLE_REPLY, b""))
-    return ReleasedFlow(
-        protocol, *source, *destination, index, answering, encode_attribute(_CTA_TUPLE_ORIG | NLA_F_NESTED, original)
-    )
-
-
-def _decode_tuple(data: bytes) -> tuple[int, _End, _End]:
-    """Decode protocol, source and destination of a direction."""
-    parts = decode_attributes(data)
-    addresses = decode_attributes(parts.get(_CTA_TUPLE_IP, b""))
-    transport = decode_attributes(parts.get(_CTA_TUPLE_PROTO, b""))
-    source = next((addresses[kind] for kind in _CTA_IP_SRC if kind in addresses), b"")
-    destination = next((addresses[kind] for kind in _CTA_IP_DST if kind in addresses), b"")
-    if len(source) not in (4, 16) or len(destination) != len(source):
-        raise DataplaneError("conntrack: the entry states no addresses")
-    protocol, source_port, destination_port = (
-        int.from_bytes(transport.get(kind, b"")[:size], "big")
-        for kind, size in ((_CTA_PROTO_NUM, 1), (_CTA_PROTO_SRC_PORT, 2), (_CTA_PROTO_DST_PORT, 2))
-    )
-    return protocol, (ip_address(source), source_port), (ip_address(destination), destination_port)
+    entry = netfilter_attributes(body)
+    original = entry.get(CTA_TUPLE_ORIG, b"")
+    protocol, source, destination = decode_tuple(original)
+    _, answering, _ = decode_tuple(entry.get(CTA_TUPLE_REPLY, b""))
+    return ReleasedFlow(protocol, *source, *destination, index, answering, encode_nested(CTA_TUPLE_ORIG, original))
 
 
 def _clear_mark(sock: socket.socket, flow: ReleasedFlow) -> None:
     """Take our bits from the connection; one that has ended meanwhile is no error."""
-    body = struct.pack("=BBH", _FAMILIES[flow.source.version], 0, 0) + flow.tuple_attribute
-    body += encode_attribute(_CTA_MARK, bytes(4)) + encode_attribute(_CTA_MARK_MASK, struct.pack(">I", OWN_MASK))
-    acknowledged(sock, _CT_NEW, body, (errno.ENOENT,))
+    body = netfilter_head(FAMILIES[flow.source.version]) + flow.tuple_attribute + encode_mark(0, OWN_MASK)
+    acknowledged(sock, CT_NEW, body, (errno.ENOENT,))
 
 
 def _destroy(sock: socket.socket, flow: ReleasedFlow) -> None:
@@ -296,14 +273,14 @@ def _destroy(sock: socket.socket, flow: ReleasedFlow) -> None:
     pairs = {(one, other): None, (other, one): None, (flow.answering, one): None}
     for (local, local_port), (remote, remote_port) in pairs:
         ports = local_port.to_bytes(2, "big"), remote_port.to_bytes(2, "big")
-        wanted = _DIAG_ID.pack(*ports, local.packed, remote.packed, 0, _NO_COOKIE, _NO_COOKIE)
-        head = _FAMILIES[local.version], flow.protocol, 0, 0, _ANY_STATE
-        found = ask(sock, _SOCK_DIAG_BY_FAMILY, _DIAG.pack(*head, wanted), 1)
+        wanted = DIAG_SOCKET.pack(*ports, local.packed, remote.packed, 0, DIAG_NO_COOKIE, DIAG_NO_COOKIE)
+        head = FAMILIES[local.version], flow.protocol, 0, 0, DIAG_ANY_STATE
+        found = ask(sock, SOCK_DIAG_BY_FAMILY, DIAG_REQUEST.pack(*head, wanted), 1)
         if found is None:
             continue
-        family, state, _, _, identifier = _DIAG_ANSWER.unpack_from(found)
+        family, state, _, _, identifier = DIAG_ANSWER.unpack_from(found)
         # Where no socket has the flow any more, the kernel finds the one that listens on its port, which must live on.
         # The cookie in the identifier makes sure that what is destroyed is what was found.
-        if state != _TCP_LISTEN:
+        if state != TCP_LISTEN:
             # A socket for both families says AF_INET6 of its IPv4 connections too, and is named that way.
-            acknowledged(sock, _SOCK_DESTROY, _DIAG.pack(family, *head[1:], identifier), _HARMLESS)
+            acknowledged(sock, SOCK_DESTROY, DIAG_REQUEST.pack(family, *head[1:], identifier), _HARMLESS)

@@ -9,28 +9,34 @@ nfnetlink_queue.c, nf_ct_drop_unconfirmed). Uncut, a send is one packet, and its
 
 from __future__ import annotations
 
-from struct import Struct
+import socket
 
-from enforcer_daemon.dataplane.netlink import encode_attribute
+from enforcer_daemon.dataplane.netlink import (
+    ATTRIBUTE,
+    HEADER,
+    NETFILTER,
+    NFQA_CFG_F_GSO,
+    NFQA_CFG_FLAGS,
+    NFQA_CFG_MASK,
+    NFQA_PAYLOAD,
+    NFQA_SKB_INFO,
+    NLM_F_REQUEST,
+    QUEUE_CONFIG,
+    encode_attribute,
+    netfilter_head,
+)
 from enforcer_daemon.marks import CUT, UNSUMMED
 
-_HEADER = Struct("=IHHII")
-_ATTRIBUTE = Struct("=HH")
-_FAMILY_VERSION_QUEUE = Struct("!BBH")
-_NLM_F_REQUEST = 1  # linux/netlink.h
-_CONFIG = 3 << 8 | 2  # linux/netfilter/nfnetlink_queue.h: NFNL_SUBSYS_QUEUE, NFQNL_MSG_CONFIG
-_CFG_MASK, _CFG_FLAGS, _CFG_F_GSO = 4, 5, 4
-_NFQA_PAYLOAD, _NFQA_SKB_INFO = 10, 14
-_INFO = _ATTRIBUTE.pack(8, _NFQA_SKB_INFO)
-_FIRST_ATTRIBUTE = _HEADER.size + _FAMILY_VERSION_QUEUE.size
+_INFO = ATTRIBUTE.pack(8, NFQA_SKB_INFO)
+_FIRST_ATTRIBUTE = HEADER.size + NETFILTER.size
 
 
 def encode_uncut(queue_number: int) -> bytes:
     """Write the request that sends come to the queue as they are."""
-    flag = _CFG_F_GSO.to_bytes(4, "big")
-    body = _FAMILY_VERSION_QUEUE.pack(0, 0, queue_number)
-    body += encode_attribute(_CFG_MASK, flag) + encode_attribute(_CFG_FLAGS, flag)
-    return _HEADER.pack(_HEADER.size + len(body), _CONFIG, _NLM_F_REQUEST, 0, 0) + body
+    flag = NFQA_CFG_F_GSO.to_bytes(4, "big")
+    body = netfilter_head(socket.AF_UNSPEC, queue_number)
+    body += encode_attribute(NFQA_CFG_MASK, flag) + encode_attribute(NFQA_CFG_FLAGS, flag)
+    return HEADER.pack(HEADER.size + len(body), QUEUE_CONFIG, NLM_F_REQUEST, 0, 0) + body
 
 
 def offloads(message: bytes) -> int:
@@ -40,11 +46,11 @@ def offloads(message: bytes) -> int:
     at: int = _FIRST_ATTRIBUTE
     length: int
     kind: int
-    while at + _ATTRIBUTE.size <= len(message):
-        length, kind = _ATTRIBUTE.unpack_from(message, at)
-        if kind == _NFQA_SKB_INFO:
+    while at + ATTRIBUTE.size <= len(message):
+        length, kind = ATTRIBUTE.unpack_from(message, at)
+        if kind == NFQA_SKB_INFO:
             return message[at + length - 1] & (UNSUMMED | CUT)
-        if kind == _NFQA_PAYLOAD or length < _ATTRIBUTE.size:
+        if kind == NFQA_PAYLOAD or length < ATTRIBUTE.size:
             return 0
         at += length + 3 & ~3
     return 0

@@ -2,7 +2,7 @@
 """Notices cheaply that somebody else changed rules: `nft flush ruleset`, a firewall's restart, `iptables -F`.
 
 What is read costs one or a few system calls, so it can be read every second for every pod. A change of it is a reason
-to compare the rules, not proof that ours were touched. Source: linux/netfilter/nf_tables.h, linux/netfilter/x_tables.h.
+to compare the rules, not proof that ours were touched. Source: linux/netfilter/x_tables.h.
 """
 
 from __future__ import annotations
@@ -10,22 +10,32 @@ from __future__ import annotations
 import ctypes
 import os
 import socket
-import struct
 from collections.abc import Callable, Iterable
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 
-from enforcer_daemon.dataplane.netlink import NETLINK_NETFILTER, ask, decode_attributes, encode_attribute, open_netlink
+from enforcer_daemon.dataplane.netlink import (
+    NETFILTER,
+    NETLINK_NETFILTER,
+    NFT_GETCHAIN,
+    NFT_GETGEN,
+    NFT_GETTABLE,
+    NFTA_CHAIN_NAME,
+    NFTA_CHAIN_TABLE,
+    NFTA_GEN_ID,
+    NFTA_TABLE_HANDLE,
+    NFTA_TABLE_NAME,
+    ask,
+    decode_attributes,
+    encode_attribute,
+    netfilter_head,
+    open_netlink,
+)
 from enforcer_daemon.dataplane.netns import open_in
 from enforcer_daemon.errors import DataplaneError
 
-NFPROTO_INET, NFPROTO_NETDEV, NFPROTO_BRIDGE = 1, 5, 7
-_GETTABLE, _GETCHAIN, _GETGEN = ((10 << 8) | message for message in (1, 4, 16))  # of NFNL_SUBSYS_NFTABLES
-_GENMSG = struct.Struct("=BBH")
-_TABLE_NAME, _TABLE_HANDLE = 1, 4
-_CHAIN_TABLE, _CHAIN_NAME = 1, 3
-_GENERATION = 1
+NFPROTO_INET, NFPROTO_NETDEV, NFPROTO_BRIDGE = 1, 5, 7  # linux/netfilter.h
 _LEGACY_TABLES = (b"raw", b"mangle", b"filter")
 _LEGACY_LEVELS = {socket.AF_INET: socket.IPPROTO_IP, socket.AF_INET6: socket.IPPROTO_IPV6}
 _GET_INFO = 64  # IPT_SO_GET_INFO and IP6T_SO_GET_INFO
@@ -74,22 +84,22 @@ def watch_legacy(netns_fd: int) -> RulesWatch:
 
 def generation(sock: socket.socket) -> bytes:
     """Return the generation of the rules in the socket's namespace; raise DataplaneError."""
-    answer = _ask(sock, _GETGEN, _GENMSG.pack(0, 0, 0))
-    return b"" if answer is None else decode_attributes(answer).get(_GENERATION, b"")
+    answer = _ask(sock, NFT_GETGEN, netfilter_head(socket.AF_UNSPEC))
+    return b"" if answer is None else decode_attributes(answer).get(NFTA_GEN_ID, b"")
 
 
 def table_handle(sock: socket.socket, family: int, name: str) -> bytes | None:
     """Return what tells a table from one that was made anew under its name; None if there is none."""
-    body = _GENMSG.pack(family, 0, 0) + encode_attribute(_TABLE_NAME, name.encode() + b"\0")
-    answer = _ask(sock, _GETTABLE, body)
-    return None if answer is None else decode_attributes(answer).get(_TABLE_HANDLE)
+    body = netfilter_head(family) + encode_attribute(NFTA_TABLE_NAME, name.encode() + b"\0")
+    answer = _ask(sock, NFT_GETTABLE, body)
+    return None if answer is None else decode_attributes(answer).get(NFTA_TABLE_HANDLE)
 
 
 def chain_state(sock: socket.socket, family: int, table: str, name: str) -> bytes | None:
     """Return a chain's handle, hook and number of rules and references, to be compared; None if there is none."""
-    names = ((_CHAIN_TABLE, table), (_CHAIN_NAME, name))
+    names = ((NFTA_CHAIN_TABLE, table), (NFTA_CHAIN_NAME, name))
     attributes = b"".join(encode_attribute(kind, text.encode() + b"\0") for kind, text in names)
-    return _ask(sock, _GETCHAIN, _GENMSG.pack(family, 0, 0) + attributes)
+    return _ask(sock, NFT_GETCHAIN, netfilter_head(family) + attributes)
 
 
 def common_state(
@@ -106,7 +116,7 @@ def _ask(sock: socket.socket, kind: int, body: bytes) -> bytes | None:
         answer = ask(sock, kind, body, 1)
     except OSError as err:
         raise DataplaneError(f"netlink: request {kind:#x}: {err.strerror}") from err
-    return None if answer is None else answer[_GENMSG.size :]
+    return None if answer is None else answer[NETFILTER.size :]
 
 
 def _raw(family: int) -> socket.socket:

@@ -17,6 +17,7 @@ import pytest
 from enforcer_daemon.dataplane import established
 from enforcer_daemon.dataplane.backends import choose_backend
 from enforcer_daemon.dataplane.established import ReleasedFlow, end_flows, highest_index, list_released
+from enforcer_daemon.dataplane.netlink import SOCK_DESTROY
 from enforcer_daemon.dataplane.netns import open_in
 from enforcer_daemon.dataplane.tools import run_in
 from enforcer_daemon.errors import DataplaneError
@@ -232,7 +233,7 @@ def test_the_mark_goes_also_where_the_kernel_destroys_no_sockets(
     real = established.acknowledged
 
     def refusing(sock: socket.socket, kind: int, body: bytes, tolerated: Container[int] = ()) -> None:
-        if kind != established._SOCK_DESTROY:
+        if kind != SOCK_DESTROY:
             real(sock, kind, body, tolerated)
         elif code not in tolerated:
             raise DataplaneError(os.strerror(code))

@@ -9,8 +9,18 @@ from ipaddress import ip_address
 import pytest
 
 from enforcer_daemon.dataplane.conntrack import decode_original_source, encode_request
-from enforcer_daemon.dataplane.netlink import Message, decode_attributes, decode_messages, encode_attribute
-from enforcer_daemon.dataplane.nodeflows import SentTuple, decode_entry, encode_filter, encode_tuple
+from enforcer_daemon.dataplane.netlink import (
+    CTA_TUPLE_ORIG,
+    CTA_TUPLE_REPLY,
+    End,
+    Message,
+    decode_attributes,
+    decode_messages,
+    decode_tuple,
+    encode_attribute,
+    encode_tuple,
+)
+from enforcer_daemon.dataplane.nodeflows import decode_entry, encode_filter
 from enforcer_daemon.errors import DataplaneError
 
 
@@ -49,20 +59,32 @@ def test_the_question_is_the_tuple_that_replies_have() -> None:
 
 
 def test_the_answer_states_the_original_source() -> None:
-    def answer(kind: int, packed: bytes) -> bytes:
-        return bytes(4) + encode_attribute(1, encode_attribute(1, encode_attribute(kind, packed)))
-
-    assert decode_original_source(answer(1, bytes((10, 0, 0, 3)))) == ip_address("10.0.0.3")
-    assert decode_original_source(answer(3, ip_address("fd00::3").packed)) == ip_address("fd00::3")
-    for useless in (b"", bytes(4), answer(2, bytes(4)), answer(1, bytes(5))):
-        with pytest.raises(DataplaneError, match="no original source"):
+    for source, destination in (("10.0.0.3", "10.0.0.4"), ("fd00::3", "fd00::4")):
+        ends = (ip_address(source), 4000), (ip_address(destination), 80)
+        assert decode_original_source(bytes(4) + encode_tuple(CTA_TUPLE_ORIG, 6, *ends)) == ip_address(source)
+        with pytest.raises(DataplaneError, match="no addresses"):
+            decode_original_source(bytes(4) + encode_tuple(CTA_TUPLE_REPLY, 6, *ends))
+    for useless in (b"", bytes(4)):
+        with pytest.raises(DataplaneError, match="no addresses"):
             decode_original_source(useless)
 
 
+@pytest.mark.parametrize("addresses", ["10.0.0.1 10.96.0.1", "fd00::1 fd00:96::1"])
+def test_a_tuple_is_found_again(addresses: str) -> None:
+    source, destination = map(ip_address, addresses.split())
+    ends: tuple[End, End] = (source, 4000), (destination, 80)
+    assert decode_tuple(decode_attributes(encode_tuple(CTA_TUPLE_ORIG, 17, *ends))[1]) == (17, *ends)
+
+
+@pytest.mark.parametrize("ip", [{1: bytes(4)}, {2: bytes(4)}, {1: bytes(5), 2: bytes(5)}, {1: bytes(4), 4: bytes(16)}])
+def test_a_tuple_without_two_addresses_of_one_family_is_refused(ip: dict[int, bytes]) -> None:
+    with pytest.raises(DataplaneError, match="no addresses"):
+        decode_tuple(encode_attribute(1, b"".join(encode_attribute(*each) for each in ip.items())))
+
+
 def _tuple(protocol: int, source: str, destination: str, ports: tuple[int, int]) -> bytes:
-    return decode_attributes(
-        encode_tuple(SentTuple(protocol, ip_address(source), ports[0], ip_address(destination), ports[1]))
-    )[1]
+    ends = (ip_address(source), ports[0]), (ip_address(destination), ports[1])
+    return decode_attributes(encode_tuple(CTA_TUPLE_ORIG, protocol, *ends))[1]
 
 
 def test_an_entry_is_named_by_its_tuple_zone_and_identifier() -> None:
