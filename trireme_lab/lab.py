@@ -28,23 +28,26 @@ from trireme_lab.authority import write_authority
 from trireme_lab.capture import Capture
 from trireme_lab.datagrams import ask_all
 from trireme_lab.errors import LabError
+from trireme_lab.links import SetUp, Step
 from trireme_lab.manifests import ObjectRef, namespace_manifest, pod_manifest, pod_ref
 from trireme_lab.netns import (
+    add_netns,
     delete_all,
     exec_prefix,
-    ip_batch,
     load_bridge_filter,
+    netns_path,
     open_socket,
     run,
+    set_up,
     write_sysctls,
 )
 from trireme_lab.network import (
     ROUTED_BRIDGE_SYSCTLS,
     ROUTER_SYSCTLS,
-    fabric_lines,
+    fabric_steps,
     node_rules,
-    routed_bridge_lines,
-    uplink_lines,
+    routed_bridge_steps,
+    uplink_steps,
 )
 from trireme_lab.node import Node, NodeDirectories
 from trireme_lab.probe import Outcome, Probe, ProbeResult, run_probe
@@ -122,21 +125,22 @@ class Lab:
             *(Place(f"node:{node.name}", self._netns("node", node.name), node.addresses) for node in self.world.nodes),
             *(Place(f"host:{host.name}", self._host_netns(host), host.addresses) for host in outside),
         ]
-        ip_batch(f"netns add {name}" for name in (fabric, *(place.netns for place in places)))
+        for name in (fabric, *(place.netns for place in places)):
+            add_netns(name)
         networks = {f"node:{node.name}": node.pod_networks for node in self.world.nodes}
         for name in (fabric, *(place.netns for place in places if place.name in networks)):
             write_sysctls(name, ROUTER_SYSCTLS)
-        lines = ["link set lo up"]
+        steps: list[Step] = [SetUp("lo")]
         for number, place in enumerate(places):
-            lines += fabric_lines(number, place.netns, place.addresses, networks.get(place.name, ()))
-        ip_batch(lines, fabric)
+            steps += fabric_steps(number, netns_path(place.netns), place.addresses, networks.get(place.name, ()))
+        set_up(fabric, steps)
         for place in places:
-            ip_batch(uplink_lines(place.addresses), place.netns)
+            set_up(place.netns, uplink_steps(place.addresses))
             self._places[place.name] = place
         for node in self.world.nodes:
             if node.is_routed:
                 netns = self.place(f"node:{node.name}").netns
-                ip_batch(routed_bridge_lines(node), netns)
+                set_up(netns, routed_bridge_steps(node))
                 write_sysctls(netns, ROUTED_BRIDGE_SYSCTLS)
         for host in outside:
             self._serve(self.place(f"host:{host.name}"), host.ports)

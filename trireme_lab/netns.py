@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import socket
 import subprocess
@@ -10,14 +11,18 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TypeVar
 
-from enforcer_daemon.dataplane.netns import open_in
+from pyroute2 import netns
+
+from enforcer_daemon.dataplane.netns import new_netns, open_in
 from trireme_lab.errors import LabError
+from trireme_lab.links import Step, carry_out
 
 NETNS_DIR = Path("/run/netns")
 _BRIDGE_FILTER = Path("/proc/sys/net/bridge")
 _COMMAND_TIMEOUT_S = 180.0
 
 T = TypeVar("T")
+_libc = ctypes.CDLL(None, use_errno=True)
 
 
 def netns_path(name: str) -> Path:
@@ -82,14 +87,25 @@ def run(argv: Sequence[str], stdin: str = "") -> str:
     return done.stdout
 
 
-def ip_batch(lines: Iterable[str], name: str | None = None) -> None:
-    """Give ip(8) the lines, all in one process; inside the namespace, if one is named."""
-    inside = [] if name is None else ["-netns", name]
-    run(["ip", *inside, "-batch", "-"], "".join(line + "\n" for line in lines))
+def add_netns(name: str) -> None:
+    """Make a namespace with that name."""
+    descriptor = new_netns()
+    try:
+        # pyroute2's `create` would fork, which a process with threads must not.
+        open_in(descriptor, lambda: netns.attach(str(netns_path(name)), "thread-self", _libc))
+    except OSError as err:
+        raise LabError(f"network namespace {name}: {os.strerror(err.errno or 0)}") from err
+    finally:
+        os.close(descriptor)
+
+
+def set_up(name: str, steps: Iterable[Step]) -> None:
+    """Make links, addresses and routes in the namespace."""
+    in_netns(name, lambda: carry_out(steps))
 
 
 def delete_all(names: Iterable[str]) -> None:
     """Remove the namespaces that exist among `names`, with every link inside them."""
-    present = [name for name in names if netns_path(name).exists()]
-    if present:
-        run(["ip", "-force", "-batch", "-"], "".join(f"netns delete {name}\n" for name in present))
+    for name in names:
+        if netns_path(name).exists():
+            netns.remove(str(netns_path(name)), _libc)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How nodes and hosts are connected: pure; the lines for `ip -batch` and `nft -f`.
+"""How nodes and hosts are connected: pure; steps for links.py, and lines for `nft -f`.
 
 The fabric is a router. Each node and host hangs on a point-to-point link of its own, owns its addresses as /32 and
 /128, and sends everything to the fabric; the fabric has a route for each address and for each node's pod networks.
@@ -9,13 +9,17 @@ No link, address or route is ever in the machine's own namespace, so that severa
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from ipaddress import ip_interface, ip_network
+from pathlib import Path
 
 from enforcer_daemon.model import IPAddress, IPNetwork
+from trireme_lab.links import AddAddress, AddBridge, AddRoute, AddVeth, SetUp, Step
 from trireme_lab.world import NodeSpec, ServicePort, ServiceSpec
 
 UPLINK = "eth0"
-_GATEWAY_V4 = "169.254.0.1"
-_GATEWAY_V6 = "fe80::1"
+_FABRIC_V4 = ip_interface("169.254.0.1/32")
+_FABRIC_V6 = ip_interface("fe80::1/64")
+"""The fabric's addresses on each of its links: the gateways of nodes and hosts."""
 POD_BRIDGE = "trireme0"
 """The bridge of conf/10-trireme.conflist."""
 ROUTED_GATEWAY_V6 = "fe80::2"
@@ -40,49 +44,41 @@ ROUTER_SYSCTLS = {
 """To be set before a router has links, which take over the defaults."""
 
 
-def fabric_lines(port: int, netns: str, addresses: Sequence[IPAddress], networks: Sequence[IPNetwork]) -> list[str]:
-    """Connect `netns` to the fabric's link number `port`; to be run in the fabric's namespace."""
+def fabric_steps(port: int, netns: Path, addresses: Sequence[IPAddress], networks: Sequence[IPNetwork]) -> list[Step]:
+    """Connect a namespace to the fabric's link number `port`; to be carried out in the fabric's namespace."""
     link = f"port{port}"
-    lines = [
-        f"link add {link} type veth peer name {UPLINK} netns {netns}",
-        f"address add {_GATEWAY_V4}/32 dev {link}",
-        f"address add {_GATEWAY_V6}/64 dev {link} nodad",
-        f"link set {link} up",
-    ]
-    lines += [f"route add {address} dev {link}" for address in addresses]
+    steps: list[Step] = [AddVeth(link, UPLINK, netns)]
+    steps += [AddAddress(address, link) for address in (_FABRIC_V4, _FABRIC_V6)]
+    steps.append(SetUp(link))
+    steps += [AddRoute(ip_network(address), link) for address in addresses]
     for network in networks:
         via = next((a for a in addresses if a.version == network.version), None)
         if via is not None:
-            lines.append(f"route add {network} via {via} dev {link} onlink")
-    return lines
+            steps.append(AddRoute(network, link, via, is_onlink=True))
+    return steps
 
 
-def uplink_lines(addresses: Sequence[IPAddress]) -> list[str]:
-    """Set up a node's or host's end of its link; to be run in its own namespace."""
-    lines = ["link set lo up"]
-    for address in addresses:
-        nodad = " nodad" if address.version == 6 else ""
-        lines.append(f"address add {address}/{address.max_prefixlen} dev {UPLINK}{nodad}")
-    lines.append(f"link set {UPLINK} up")
+def uplink_steps(addresses: Sequence[IPAddress]) -> list[Step]:
+    """Set up a node's or host's end of its link; to be carried out in its own namespace."""
+    steps: list[Step] = [SetUp("lo")]
+    steps += [AddAddress(ip_interface(address), UPLINK) for address in addresses]
+    steps.append(SetUp(UPLINK))
     if any(address.version == 4 for address in addresses):
-        lines.append(f"route add {_GATEWAY_V4} dev {UPLINK}")
-        lines.append(f"route add default via {_GATEWAY_V4} dev {UPLINK}")
+        steps.append(AddRoute(ip_network(_FABRIC_V4.ip), UPLINK))
+        steps.append(AddRoute(ip_network("0.0.0.0/0"), UPLINK, _FABRIC_V4.ip))
     if any(address.version == 6 for address in addresses):
-        lines.append(f"route add default via {_GATEWAY_V6} dev {UPLINK}")
-    return lines
+        steps.append(AddRoute(ip_network("::/0"), UPLINK, _FABRIC_V6.ip))
+    return steps
 
 
-def routed_bridge_lines(node: NodeSpec) -> list[str]:
-    """Make the bridge of a node whose pods have routes of their own; to be run in the node's namespace."""
-    lines = [
-        f"link add {POD_BRIDGE} type bridge",
-        f"address add {ROUTED_GATEWAY_V6}/64 dev {POD_BRIDGE} nodad",
-        f"link set {POD_BRIDGE} up",
-    ]
+def routed_bridge_steps(node: NodeSpec) -> list[Step]:
+    """Make the bridge of a node whose pods have routes of their own; to be carried out in the node's namespace."""
+    gateway = ip_interface(f"{ROUTED_GATEWAY_V6}/64")
+    steps: list[Step] = [AddBridge(POD_BRIDGE), AddAddress(gateway, POD_BRIDGE), SetUp(POD_BRIDGE)]
     for network in node.pod_networks:
-        source = next((f" src {a}" for a in node.addresses if a.version == network.version), "")
-        lines.append(f"route add {network} dev {POD_BRIDGE}{source}")
-    return lines
+        source = next((a for a in node.addresses if a.version == network.version), None)
+        steps.append(AddRoute(network, POD_BRIDGE, source=source))
+    return steps
 
 
 def node_rules(services: Sequence[tuple[ServiceSpec, Sequence[IPAddress]]]) -> str:

@@ -13,7 +13,8 @@ from enforcer_daemon.model import IPAddress
 from trireme_lab.chain import load_conflist, node_conflist
 from trireme_lab.cni_runtime import CniError, CniRuntime
 from trireme_lab.errors import LabError
-from trireme_lab.netns import delete_all, exec_prefix, ip_batch, netns_path
+from trireme_lab.links import SetUp
+from trireme_lab.netns import add_netns, delete_all, exec_prefix, netns_path, set_up
 from trireme_lab.node import Node
 from trireme_lab.tools import Tools
 
@@ -76,8 +77,8 @@ class Runtime:
     def add(self, request: SandboxRequest) -> Sandbox:
         """Make the namespace and run ADD; raise LabError with the plugin's own words."""
         container_id = secrets.token_hex(32)
-        ip_batch([f"netns add {request.netns}"])
-        ip_batch(["link set lo up"], request.netns)
+        add_netns(request.netns)
+        set_up(request.netns, [SetUp("lo")])
         prefix = {n.version: n.prefixlen for n in self._node.spec.pod_networks}
         capabilities = {"ips": [f"{a}/{prefix[a.version]}" for a in request.addresses]} if request.addresses else {}
         try:

@@ -48,7 +48,7 @@ from tests.e2e.sidecar import Sidecar
 from trireme_lab import Lab, LabError, Outcome, PodSpec, Tools
 from trireme_lab.capture import Capture
 from trireme_lab.chain import load_conflist
-from trireme_lab.netns import ip_batch, open_socket, run
+from trireme_lab.netns import open_socket, run
 from trireme_lab.network import POD_BRIDGE, UPLINK
 
 pytestmark = pytest.mark.kernel
@@ -103,6 +103,10 @@ def test_a_sidecar_that_is_not_there_yet_refuses(lab: Lab, version: int) -> None
         assert outcome(lab, "x/client", "x/server", HTTP.number, version) is Outcome.REFUSED
 
 
+def ip(netns: str, arguments: str) -> None:
+    run(["ip", "-n", netns, *arguments.split()])
+
+
 # Fragments.
 
 
@@ -116,11 +120,11 @@ def small_path(lab: Lab) -> Iterator[None]:
     (network,) = (network for network in NODES[1].pod_networks if network.version == 4)
     route = run(["ip", "-n", fabric, "route", "show", str(network)]).strip()
     with sysctls(lab, "x/client", {"net/ipv4/ip_no_pmtu_disc": "1"}):
-        ip_batch([f"route replace {route} mtu lock {SMALL_PATH_BYTES}"], fabric)
+        ip(fabric, f"route replace {route} mtu lock {SMALL_PATH_BYTES}")
         try:
             yield
         finally:
-            ip_batch([f"route replace {route}"], fabric)
+            ip(fabric, f"route replace {route}")
 
 
 def test_a_path_that_cuts_handshake_and_data_into_fragments(lab: Lab) -> None:
@@ -149,11 +153,13 @@ def narrow_path(lab: Lab) -> Iterator[None]:
     fabric = f"{lab.name}-fabric"
     networks = [network for node in NODES for network in node.pod_networks if network.version == 4]
     routes = [run(["ip", "-n", fabric, "route", "show", str(network)]).strip() for network in networks]
-    ip_batch([f"route replace {route} mtu lock {NARROW_BYTES}" for route in routes], fabric)
+    for route in routes:
+        ip(fabric, f"route replace {route} mtu lock {NARROW_BYTES}")
     try:
         yield
     finally:
-        ip_batch([f"route replace {route}" for route in routes], fabric)
+        for route in routes:
+            ip(fabric, f"route replace {route}")
 
 
 def test_a_path_that_is_narrower_than_a_handshake_packet(lab: Lab) -> None:
@@ -280,8 +286,8 @@ def test_jumbo_frames(plugin: Path, tmp_path: Path) -> None:
     changed.write_text(json.dumps(conflist))
     with odd_world(plugin, conflist=changed) as lab:
         for node, port in (("node:a", "port0"), ("node:b", "port1")):
-            ip_batch([f"link set {UPLINK} mtu {JUMBO_BYTES}"], lab.place(node).netns)
-            ip_batch([f"link set {port} mtu {JUMBO_BYTES}"], f"{lab.name}-fabric")
+            ip(lab.place(node).netns, f"link set {UPLINK} mtu {JUMBO_BYTES}")
+            ip(f"{lab.name}-fabric", f"link set {port} mtu {JUMBO_BYTES}")
         for version in VERSIONS:
             with (
                 lab.capture("x/server") as capture,

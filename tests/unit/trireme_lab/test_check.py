@@ -20,7 +20,8 @@ from trireme_lab.check.plan import SharedWorld, layout_of, sample, share_worlds,
 from trireme_lab.check.run import Attempt, CaseResult
 from trireme_lab.check.score import Score
 from trireme_lab.errors import ScenarioError
-from trireme_lab.network import POD_BRIDGE, routed_bridge_lines
+from trireme_lab.links import AddRoute
+from trireme_lab.network import POD_BRIDGE, routed_bridge_steps
 from trireme_lab.probe import Outcome, ProbeResult
 from trireme_lab.why import Denial
 from triremectl.cases import Case, decode_case
@@ -257,7 +258,7 @@ def test_a_routed_node_leaves_addresses_to_the_runtime() -> None:
     assert not bridge["isGateway"]
     assert bridge["ipam"] == {"type": "static", "routes": [{"dst": "0.0.0.0/0"}, {"dst": "::/0", "gw": "fe80::2"}]}
     assert bridge["bridge"] == POD_BRIDGE
-    assert routed_bridge_lines(node)[3:] == [
-        f"route add 172.20.0.9/32 dev {POD_BRIDGE} src 192.168.60.11",
-        f"route add fd00::9/128 dev {POD_BRIDGE} src {node.addresses[1]}",
+    assert routed_bridge_steps(node)[3:] == [
+        AddRoute(ip_network("172.20.0.9/32"), POD_BRIDGE, source=ip_address("192.168.60.11")),
+        AddRoute(ip_network("fd00::9/128"), POD_BRIDGE, source=node.addresses[1]),
     ]

@@ -13,8 +13,9 @@ from enforcer_daemon.model import PodRef
 from enforcer_daemon.settings_file import decode_settings
 from trireme_lab.chain import ADD_TIMEOUT_S, SHIPPED_CONFLIST, load_conflist, node_conflist
 from trireme_lab.errors import LabError, ScenarioError
+from trireme_lab.links import AddRoute, AddVeth
 from trireme_lab.manifests import ObjectRef, object_ref, put_manifest, remove_manifest
-from trireme_lab.network import fabric_lines, node_rules, uplink_lines
+from trireme_lab.network import fabric_steps, node_rules, uplink_steps
 from trireme_lab.node import NodeDirectories
 from trireme_lab.settings import daemon_settings, overlay
 from trireme_lab.world import NodeSpec, PodSpec, ServicePort, ServiceSpec, WorldSpec
@@ -23,15 +24,16 @@ NODE = NodeSpec.numbered("a", 1)
 
 
 def test_the_fabric_routes_a_nodes_pods_through_its_address_of_the_same_family() -> None:
-    lines = fabric_lines(0, "n", NODE.addresses, NODE.pod_networks)
-    assert lines[0] == "link add port0 type veth peer name eth0 netns n"
-    assert "route add 10.244.1.0/24 via 192.168.60.11 dev port0 onlink" in lines
-    assert "route add fd00:10:244:1::/64 via fd00:60::b dev port0 onlink" in lines
+    steps = fabric_steps(0, Path("/n"), NODE.addresses, NODE.pod_networks)
+    assert steps[0] == AddVeth("port0", "eth0", Path("/n"))
+    for network, gateway in (("10.244.1.0/24", "192.168.60.11"), ("fd00:10:244:1::/64", "fd00:60::b")):
+        assert AddRoute(ip_network(network), "port0", ip_address(gateway), is_onlink=True) in steps
 
 
 def test_a_host_with_one_family_gets_one_default_route() -> None:
-    lines = uplink_lines([ip_address("203.0.113.1")])
-    assert [line for line in lines if "default" in line] == ["route add default via 169.254.0.1 dev eth0"]
+    steps = uplink_steps([ip_address("203.0.113.1")])
+    routes = [step for step in steps if isinstance(step, AddRoute) and step.destination.prefixlen == 0]
+    assert routes == [AddRoute(ip_network("0.0.0.0/0"), "eth0", ip_address("169.254.0.1"))]
 
 
 def test_service_rules_are_made_where_both_ends_have_the_family() -> None:
