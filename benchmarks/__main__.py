@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from benchmarks import changes, cluster, connections, decisions, dns, floods, tenants
+from benchmarks import changes, cluster, connections, decisions, dns, floods, netlink, tenants
 
 if __name__ == "__main__":
     connections.main()
@@ -19,3 +19,5 @@ if __name__ == "__main__":
     cluster.main()
     print()
     tenants.main()
+    print()
+    netlink.main()
