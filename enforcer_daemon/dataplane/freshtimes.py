@@ -8,7 +8,6 @@ address that another pod had, or its pod under another identity, is fresh from t
 
 from __future__ import annotations
 
-import struct
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from ipaddress import ip_address
@@ -16,10 +15,20 @@ from ipaddress import ip_address
 from enforcer_daemon.dataplane.guard_rules import NAME, GuardedEndpoint
 from enforcer_daemon.dataplane.netlink import (
     NETLINK_NETFILTER,
+    NFT_GETSETELEM,
+    NFTA_DATA_VALUE,
+    NFTA_LIST_ELEMENTS,
+    NFTA_LIST_SET,
+    NFTA_LIST_TABLE,
+    NFTA_SET_ELEM_EXPIRATION,
+    NFTA_SET_ELEM_KEY,
+    NFTA_SET_ELEM_USERDATA,
     decode_attributes,
     decode_nested,
     dump,
     encode_attribute,
+    netfilter_attributes,
+    netfilter_head,
 )
 from enforcer_daemon.dataplane.tampering import NFPROTO_INET
 from enforcer_daemon.errors import DataplaneError
@@ -33,11 +42,6 @@ TIMES_S: Mapping[str, float] = {**FRESH_S, **UNCLEAN_S}
 OWN = "own"
 """The set of all guarded addresses, without its family."""
 
-_GETSETELEM = (10 << 8) | 13  # NFNL_SUBSYS_NFTABLES, NFT_MSG_GETSETELEM
-_GENMSG = struct.Struct("=BBH")
-_LIST_TABLE, _LIST_SET, _LIST_ELEMENTS = 1, 2, 3
-_ELEM_KEY, _ELEM_EXPIRATION, _ELEM_USERDATA = 1, 5, 6
-_DATA_VALUE = 1
 _UDATA_COMMENT = 0  # NFTNL_UDATA_SET_ELEM_COMMENT
 
 
@@ -108,24 +112,24 @@ def _begun(now: float) -> dict[str, float]:
 def _elements(name: str) -> Iterator[tuple[bytes, float, str]]:
     """Yield key, seconds left and comment of the elements of a set of both families."""
     for version in (4, 6):
-        names = ((_LIST_TABLE, NAME), (_LIST_SET, f"{name}{version}"))
+        names = ((NFTA_LIST_TABLE, NAME), (NFTA_LIST_SET, f"{name}{version}"))
         request = b"".join(encode_attribute(kind, text.encode() + b"\0") for kind, text in names)
         try:
-            bodies = dump(NETLINK_NETFILTER, _GETSETELEM, _GENMSG.pack(NFPROTO_INET, 0, 0) + request)
+            bodies = dump(NETLINK_NETFILTER, NFT_GETSETELEM, netfilter_head(NFPROTO_INET) + request)
         except OSError as err:
             raise DataplaneError(f"elements of {name}{version}: {err}") from err
         for body in bodies:
-            listed = decode_attributes(body[_GENMSG.size :]).get(_LIST_ELEMENTS, b"")
+            listed = netfilter_attributes(body).get(NFTA_LIST_ELEMENTS, b"")
             yield from map(_decode_element, decode_nested(listed))
 
 
 def _decode_element(data: bytes) -> tuple[bytes, float, str]:
     element = decode_attributes(data)
-    key = decode_attributes(element.get(_ELEM_KEY, b"")).get(_DATA_VALUE, b"")
+    key = decode_attributes(element.get(NFTA_SET_ELEM_KEY, b"")).get(NFTA_DATA_VALUE, b"")
     if len(key) not in (4, 16):
         raise DataplaneError(f"nf_tables: an element of {len(key)} bytes is no address")
-    left_ms = int.from_bytes(element.get(_ELEM_EXPIRATION, b""), "big")
-    return key, left_ms / 1e3, _comment(element.get(_ELEM_USERDATA, b""))
+    left_ms = int.from_bytes(element.get(NFTA_SET_ELEM_EXPIRATION, b""), "big")
+    return key, left_ms / 1e3, _comment(element.get(NFTA_SET_ELEM_USERDATA, b""))
 
 
 def _comment(userdata: bytes) -> str:

@@ -9,23 +9,17 @@ net/tcp_states.h.
 from __future__ import annotations
 
 import socket
-import struct
 from collections.abc import Iterator
 from ipaddress import IPv6Address, ip_address
 
 from enforcer_daemon.dataplane.established import ReleasedFlow, list_released
-from enforcer_daemon.dataplane.netlink import dump
+from enforcer_daemon.dataplane.netlink import DIAG_ENDS, DIAG_REQUEST, NETLINK_SOCK_DIAG, SOCK_DIAG_BY_FAMILY, End, dump
 from enforcer_daemon.dataplane.netns import open_in
 from enforcer_daemon.errors import DataplaneError
-from enforcer_daemon.model import IPAddress, Protocol
+from enforcer_daemon.model import Protocol
 
-_NETLINK_SOCK_DIAG = 4
-_SOCK_DIAG_BY_FAMILY = 20
-_REQUEST = struct.Struct("=BBBBI48s")  # inet_diag_req_v2
-_FOUND = struct.Struct("=BBBB2s2s16s16s")  # the beginning of inet_diag_msg
 _LIVE_STATES = sum(1 << state for state in (1, 4, 5, 8, 9, 11))
 """ESTABLISHED, FIN_WAIT1, FIN_WAIT2, CLOSE_WAIT, LAST_ACK, CLOSING: both ends have agreed to the connection."""
-_End = tuple[IPAddress, int]
 
 
 def list_live(netns_fd: int) -> list[ReleasedFlow]:
@@ -42,25 +36,25 @@ def _list_live() -> list[ReleasedFlow]:
     return [flow for flow in flows if not sockets.isdisjoint(_places(flow))]
 
 
-def _places(flow: ReleasedFlow) -> tuple[tuple[_End, _End], ...]:
+def _places(flow: ReleasedFlow) -> tuple[tuple[End, End], ...]:
     """Return local and remote end of the sockets that may have a flow: of its opener, its target, or a sidecar."""
     one, other = (flow.source, flow.source_port), (flow.destination, flow.destination_port)
     return (one, other), (other, one), (flow.answering, one)
 
 
-def _connections() -> Iterator[tuple[_End, _End]]:
+def _connections() -> Iterator[tuple[End, End]]:
     for family in (socket.AF_INET, socket.AF_INET6):
-        request = _REQUEST.pack(family, Protocol.TCP, 0, 0, _LIVE_STATES, bytes(48))
+        request = DIAG_REQUEST.pack(family, Protocol.TCP, 0, 0, _LIVE_STATES, bytes(48))
         try:
-            bodies = dump(_NETLINK_SOCK_DIAG, _SOCK_DIAG_BY_FAMILY, request)
+            bodies = dump(NETLINK_SOCK_DIAG, SOCK_DIAG_BY_FAMILY, request)
         except OSError as err:
             raise DataplaneError(f"sockets of a pod: {err}") from err
         for body in bodies:
-            found, _, _, _, local_port, remote_port, local, remote = _FOUND.unpack_from(body)
+            found, _, _, _, local_port, remote_port, local, remote = DIAG_ENDS.unpack_from(body)
             yield _end(found, local, local_port), _end(found, remote, remote_port)
 
 
-def _end(family: int, address: bytes, port: bytes) -> _End:
+def _end(family: int, address: bytes, port: bytes) -> End:
     found = ip_address(address[:4] if family == socket.AF_INET else address)
     if isinstance(found, IPv6Address) and found.ipv4_mapped is not None:
         found = found.ipv4_mapped  # A socket of both families.

@@ -25,6 +25,7 @@ NETLINK_NETFILTER = 12
 NLM_F_REQUEST = 0x01
 NLM_F_ACK = 0x04
 NLM_F_DUMP = 0x300
+NLM_F_CREATE = 0x400
 NLM_F_DUMP_INTR = 0x10
 NLMSG_ERROR = 2
 NLMSG_DONE = 3
@@ -36,6 +37,7 @@ FAMILIES = {4: socket.AF_INET, 6: socket.AF_INET6}
 
 # linux/netfilter/nfnetlink.h: a subsystem's number << 8 | its message.
 NETFILTER = struct.Struct("=BBH")  # family, version, resource in network order
+BATCH_BEGIN, BATCH_END = 16, 17
 
 # linux/netfilter/nfnetlink_conntrack.h
 CT_NEW, CT_GET, CT_DELETE = 0x0100, 0x0101, 0x0102
@@ -49,10 +51,15 @@ CTA_FILTER_SOURCE = 1 << 0  # CTA_FILTER_FLAG(CTA_IP_SRC)
 IPS_SEEN_REPLY = 1 << 1
 
 # linux/netfilter/nf_tables.h
+NFNL_SUBSYS_NFTABLES = 10
 NFT_GETTABLE, NFT_GETCHAIN, NFT_GETGEN = 0x0A01, 0x0A04, 0x0A10
+NFT_NEWSETELEM, NFT_GETSETELEM, NFT_DELSETELEM = 0x0A0C, 0x0A0D, 0x0A0E
 NFTA_TABLE_NAME, NFTA_TABLE_HANDLE = 1, 4
 NFTA_CHAIN_TABLE, NFTA_CHAIN_NAME = 1, 3
 NFTA_GEN_ID = 1
+NFTA_LIST_TABLE, NFTA_LIST_SET, NFTA_LIST_ELEMENTS, NFTA_LIST_ELEM = 1, 2, 3, 1
+NFTA_SET_ELEM_KEY, NFTA_SET_ELEM_TIMEOUT, NFTA_SET_ELEM_EXPIRATION, NFTA_SET_ELEM_USERDATA = 1, 4, 5, 6
+NFTA_DATA_VALUE = 1
 
 # linux/netfilter/nfnetlink_queue.h
 QUEUE_CONFIG = 0x0302
@@ -70,6 +77,7 @@ SOCK_DIAG_BY_FAMILY, SOCK_DESTROY = 20, 21
 DIAG_REQUEST = struct.Struct("=BBBBI48s")  # inet_diag_req_v2: family, protocol, 2 unused, states, inet_diag_sockid
 DIAG_SOCKET = struct.Struct("=2s2s16s16sIII")  # inet_diag_sockid: ports, addresses, interface, cookie
 DIAG_ANSWER = struct.Struct("=BBBB48s")  # the beginning of inet_diag_msg: family, state, 2 unused, inet_diag_sockid
+DIAG_ENDS = struct.Struct("=BBBB2s2s16s16s")  # the same, with ports and addresses of the socket instead
 DIAG_ANY_STATE = DIAG_NO_COOKIE = 0xFFFF_FFFF
 TCP_LISTEN = 10
 

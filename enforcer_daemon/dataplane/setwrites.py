@@ -8,33 +8,40 @@ new connections are about to be evaluated. Source: linux/netfilter/nfnetlink.h (
 from __future__ import annotations
 
 import os
-import struct
 from collections.abc import Iterable
+from socket import AF_UNSPEC
 from typing import NamedTuple
 
 from enforcer_daemon.dataplane.netlink import (
+    BATCH_BEGIN,
+    BATCH_END,
+    HEADER,
     NETLINK_NETFILTER,
-    NLA_F_NESTED,
+    NFNL_SUBSYS_NFTABLES,
+    NFT_DELSETELEM,
+    NFT_NEWSETELEM,
+    NFTA_DATA_VALUE,
+    NFTA_LIST_ELEM,
+    NFTA_LIST_ELEMENTS,
+    NFTA_LIST_SET,
+    NFTA_LIST_TABLE,
+    NFTA_SET_ELEM_KEY,
+    NFTA_SET_ELEM_TIMEOUT,
     NLM_F_ACK,
+    NLM_F_CREATE,
     NLM_F_REQUEST,
     NLMSG_ERROR,
     decode_messages,
     encode_attribute,
+    encode_nested,
     error_code,
+    netfilter_head,
     open_netlink,
 )
 from enforcer_daemon.dataplane.tampering import NFPROTO_INET
 from enforcer_daemon.errors import DataplaneError
 from enforcer_daemon.model import IPAddress
 
-_SUBSYSTEM = 10  # NFNL_SUBSYS_NFTABLES
-_BATCH_BEGIN, _BATCH_END = 16, 17  # NFNL_MSG_BATCH_BEGIN, _END
-_NEW, _DELETE = (_SUBSYSTEM << 8) | 12, (_SUBSYSTEM << 8) | 14  # NFT_MSG_NEWSETELEM, NFT_MSG_DELSETELEM
-_LIST_TABLE, _LIST_SET, _LIST_ELEMENTS = 1, 2, 3
-_LIST_ELEMENT, _KEY, _TIMEOUT, _VALUE = 1, 1, 4, 1
-_HEADER = struct.Struct("=IHHII")  # length, type, flags, sequence, port
-_GENMSG = struct.Struct("!BBH")  # family, version, resource
-_NLM_F_CREATE = 0x400
 _RECEIVE_BYTES = 65_536
 
 
@@ -51,16 +58,16 @@ def renew(table: str, renewals: Iterable[Renewal]) -> None:
     messages: list[tuple[int, int, bytes]] = []
     for each in renewals:
         added = _element(table, each, with_timeout=True)
-        messages.append((_NEW, _NLM_F_CREATE, added))  # Else to delete one that expired is an error.
-        messages.append((_DELETE, 0, _element(table, each, with_timeout=False)))
-        messages.append((_NEW, _NLM_F_CREATE, added))
+        messages.append((NFT_NEWSETELEM, NLM_F_CREATE, added))  # Else to delete one that expired is an error.
+        messages.append((NFT_DELSETELEM, 0, _element(table, each, with_timeout=False)))
+        messages.append((NFT_NEWSETELEM, NLM_F_CREATE, added))
     if not messages:
         return
-    batch = [_message(_BATCH_BEGIN, 0, 0, _GENMSG.pack(0, 0, _SUBSYSTEM))]
+    batch = [_message(BATCH_BEGIN, 0, 0, netfilter_head(AF_UNSPEC, NFNL_SUBSYS_NFTABLES))]
     for number, (kind, flags, body) in enumerate(messages, 1):
         is_last = number == len(messages)
         batch.append(_message(kind, flags | (NLM_F_ACK if is_last else 0), number, body))
-    batch.append(_message(_BATCH_END, 0, 0, _GENMSG.pack(0, 0, _SUBSYSTEM)))
+    batch.append(_message(BATCH_END, 0, 0, netfilter_head(AF_UNSPEC, NFNL_SUBSYS_NFTABLES)))
     _transact(b"".join(batch), len(messages))
 
 
@@ -81,16 +88,16 @@ def _transact(batch: bytes, last: int) -> None:
 
 
 def _message(kind: int, flags: int, sequence: int, body: bytes) -> bytes:
-    return _HEADER.pack(16 + len(body), kind, NLM_F_REQUEST | flags, sequence, 0) + body
+    return HEADER.pack(HEADER.size + len(body), kind, NLM_F_REQUEST | flags, sequence, 0) + body
 
 
 def _element(table: str, renewal: Renewal, *, with_timeout: bool) -> bytes:
-    value = encode_attribute(_VALUE, renewal.address.packed)
-    content = encode_attribute(_KEY | NLA_F_NESTED, value)
+    value = encode_attribute(NFTA_DATA_VALUE, renewal.address.packed)
+    content = encode_nested(NFTA_SET_ELEM_KEY, value)
     if with_timeout:
-        content += encode_attribute(_TIMEOUT, round(renewal.timeout_s * 1e3).to_bytes(8, "big"))
-    element = encode_attribute(_LIST_ELEMENT | NLA_F_NESTED, content)
-    body = _GENMSG.pack(NFPROTO_INET, 0, 0)
-    for kind, text in ((_LIST_TABLE, table), (_LIST_SET, f"{renewal.set_name}{renewal.address.version}")):
+        content += encode_attribute(NFTA_SET_ELEM_TIMEOUT, round(renewal.timeout_s * 1e3).to_bytes(8, "big"))
+    element = encode_nested(NFTA_LIST_ELEM, content)
+    body = netfilter_head(NFPROTO_INET)
+    for kind, text in ((NFTA_LIST_TABLE, table), (NFTA_LIST_SET, f"{renewal.set_name}{renewal.address.version}")):
         body += encode_attribute(kind, text.encode() + b"\0")
-    return body + encode_attribute(_LIST_ELEMENTS | NLA_F_NESTED, element)
+    return body + encode_nested(NFTA_LIST_ELEMENTS, element)
