@@ -13,7 +13,6 @@ from __future__ import annotations
 from typing import NamedTuple
 
 from enforcer_daemon.errors import PacketError
-from enforcer_daemon.packet.checksum import complement, ones_sum
 
 IPV4_MIN_HEADER = 20
 IPV6_HEADER = 40
@@ -45,21 +44,18 @@ class IPHeader(NamedTuple):
 
 def decode_ip(packet: bytes) -> IPHeader:
     """Read the header; raise PacketError for anything truncated, inconsistent, or a fragment that is not the first."""
-    if len(packet) >= IPV4_MIN_HEADER and packet[0] >> 4 == 4:
-        return _decode_ipv4(packet)
-    if len(packet) >= IPV6_HEADER and packet[0] >> 4 == 6:
+    length = len(packet)
+    if length >= IPV4_MIN_HEADER and packet[0] >> 4 == 4:
+        offset = (packet[0] & 0x0F) * 4
+        end = packet[2] << 8 | packet[3]
+        if offset < IPV4_MIN_HEADER or end < offset or offset > length:
+            raise PacketError("IPv4 lengths contradict each other")
+        if packet[6] & 0x3F or packet[7]:
+            raise PacketError("IPv4 fragment")
+        return IPHeader(packet[12:16], packet[16:20], packet[9], offset, end)
+    if length >= IPV6_HEADER and packet[0] >> 4 == 6:
         return _decode_ipv6(packet)
     raise PacketError("neither IPv4 nor IPv6, or shorter than a header")
-
-
-def _decode_ipv4(packet: bytes) -> IPHeader:
-    offset = (packet[0] & 0x0F) * 4
-    end = packet[2] << 8 | packet[3]
-    if offset < IPV4_MIN_HEADER or end < offset or offset > len(packet):
-        raise PacketError("IPv4 lengths contradict each other")
-    if packet[6] & 0x3F or packet[7]:
-        raise PacketError("IPv4 fragment")
-    return IPHeader(packet[12:16], packet[16:20], packet[9], offset, end)
 
 
 def _decode_ipv6(packet: bytes) -> IPHeader:
@@ -96,4 +92,5 @@ def with_length(packet: bytes, offset: int, length: int, fragmentation: bytes = 
         return packet[:4] + (offset - IPV6_HEADER + length).to_bytes(2, "big") + packet[6:offset]
     head = packet[:2] + (offset + length).to_bytes(2, "big") + (fragmentation or packet[4:8]) + packet[8:10]
     tail = packet[12:offset]
-    return head + complement(ones_sum(head + tail)).to_bytes(2, "big") + tail
+    checksum = 0xFFFF - int.from_bytes(head + tail, "big") % 0xFFFF  # As `ones_sum` does; a header has no odd end.
+    return head + checksum.to_bytes(2, "big") + tail

@@ -35,6 +35,12 @@ FAST_OPEN_EXID = b"\xf9\x89"
 """The experimental Fast Open option of RFC 7413, section 4.1.1."""
 
 _HEADER = Struct("!HHIIBBHHH")
+_PLAIN = Struct("!BxHxxHxBxx4s4sHHIIBBH")
+"""Version and IHL, length, fragment, protocol, addresses; ports, numbers, data offset, flags, window."""
+_PLAIN_VERSION, _FRAGMENT = 0x45, 0x3FFF
+_REWRITTEN = Struct("!2sH4s2sH4s4s12sB3sH")
+"""IPv4 and TCP header as far as the checksum: version and TOS, length, fragmentation, TTL and protocol, checksum,
+addresses; ports and numbers, data offset, flags and window, checksum."""
 
 
 class Segment(NamedTuple):
@@ -79,19 +85,39 @@ def decode_tcp(packet: bytes) -> Segment:
 def decode_segment(packet: bytes, header: IPHeader) -> Segment:
     """Read the TCP header of a packet whose IP header is known to announce one; raise PacketError."""
     src, dst, _, offset, end = header
-    if offset + TCP_MIN_HEADER > min(end, len(packet)):
+    at_hand = len(packet)
+    at_hand = end if end < at_hand else at_hand
+    if offset + TCP_MIN_HEADER > at_hand:
         raise PacketError("TCP header is truncated")
     sport, dport, seq, ack, data_offset, flags, window, _, _ = _HEADER.unpack_from(packet, offset)
     data = offset + (data_offset >> 4) * 4
-    if data < offset + TCP_MIN_HEADER or data > min(end, len(packet)):
+    if data < offset + TCP_MIN_HEADER or data > at_hand:
         raise PacketError("TCP data offset points outside the segment")
     return Segment(packet, src, dst, offset, data, end, sport, dport, seq, ack, flags, window)
 
 
-def with_options_and_payload(segment: Segment, options: bytes, payload: bytes, fragmentation: bytes = b"") -> bytes:
+def decode_plain_segment(packet: bytes) -> Segment | None:
+    """Read a segment in IPv4 without options; None for all else, which `decode_ip` and `decode_segment` read."""
+    at_hand = len(packet)
+    if at_hand < IPV4_MIN_HEADER + TCP_MIN_HEADER:
+        return None
+    first, end, fragment, protocol, src, dst, sport, dport, seq, ack, data_offset, flags, window = _PLAIN.unpack_from(
+        packet
+    )
+    data = IPV4_MIN_HEADER + (data_offset >> 4) * 4
+    is_whole = IPV4_MIN_HEADER + TCP_MIN_HEADER <= data <= end and data <= at_hand and not fragment & _FRAGMENT
+    if first != _PLAIN_VERSION or protocol != TCP or not is_whole:
+        return None
+    return Segment(packet, src, dst, IPV4_MIN_HEADER, data, end, sport, dport, seq, ack, flags, window)
+
+
+def with_options_and_payload(
+    segment: Segment, options: bytes, payload: bytes, fragmentation: bytes = b"", payload_sum: int | None = None
+) -> bytes:
     """Write the segment again with these options (a multiple of 4 bytes, at most 40) and this payload.
 
-    `fragmentation` is that of `with_length`. Raise PacketError if only the beginning of the packet is at hand.
+    `fragmentation` is that of `with_length`, `payload_sum` the payload's `ones_sum` if it is known. Raise PacketError
+    if only the beginning of the packet is at hand.
     """
     packet, offset = segment.packet, segment.offset
     if segment.end > len(packet):
@@ -99,19 +125,26 @@ def with_options_and_payload(segment: Segment, options: bytes, payload: bytes, f
     header_length = TCP_MIN_HEADER + len(options)
     length = header_length + len(payload)
     data_offset = header_length << 2 & 0xF0 | packet[offset + 12] & 0x0F
-    fixed = packet[offset : offset + 12] + bytes((data_offset,)) + packet[offset + 13 : offset + 16]
+    first, second = packet[offset : offset + 12], packet[offset + 13 : offset + 16]
     urgent = packet[offset + 18 : offset + 20]
-    total = ones_sum(segment.src + segment.dst + fixed + urgent + options) + ones_sum(payload) + TCP + length
-    return b"".join(
-        (
-            with_length(packet, offset, length, fragmentation),
-            fixed,
-            complement(total).to_bytes(2, "big"),
-            urgent,
-            options,
-            payload,
-        )
-    )
+    rest = urgent + options + payload
+    addresses = int.from_bytes(segment.src + segment.dst, "big") % 0xFFFF
+    summed, payload_sum = (rest, 0) if payload_sum is None else (urgent + options, payload_sum)
+    # All before the payload is even.
+    total = addresses + ones_sum(first + bytes((data_offset,)) + second + summed) + payload_sum + TCP + length
+    checksum = 0xFFFF - total % 0xFFFF
+    if offset != IPV4_MIN_HEADER:  # IPv6, or IPv4 with options.
+        fixed = first + bytes((data_offset,)) + second
+        return with_length(packet, offset, length, fragmentation) + fixed + checksum.to_bytes(2, "big") + rest
+    fragmentation = fragmentation or packet[4:8]
+    total = addresses + (packet[0] << 8 | packet[1]) + offset + length + (packet[8] << 8 | packet[9])
+    header_checksum = 0xFFFF - (total + int.from_bytes(fragmentation, "big")) % 0xFFFF
+    return (
+        _REWRITTEN.pack(
+            packet[:2], offset + length, fragmentation, packet[8:10], header_checksum, segment.src, segment.dst,
+            first, data_offset, second, checksum,
+        ) + rest
+    )  # fmt: skip
 
 
 def with_payload(segment: Segment, payload: bytes) -> bytes:

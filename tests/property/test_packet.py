@@ -16,9 +16,11 @@ from enforcer_daemon.packet.ip import decode_ip
 from enforcer_daemon.packet.tcp import (
     announced_mss,
     build,
+    decode_plain_segment,
     decode_tcp,
     walk_options,
     with_options_and_payload,
+    with_payload,
     without_fast_open,
 )
 from enforcer_daemon.packet.transport import decode_datagram
@@ -108,6 +110,27 @@ def test_what_is_read_lies_inside_the_packet(packet: bytes) -> None:
     assert 20 <= found.offset < found.data <= min(found.end, len(packet))
     assert len(found.options) <= 40
     assert len(found.options) % 4 == 0
+
+
+@given(packets | st.binary(min_size=40, max_size=80).map(lambda rest: b"\x45" + rest))
+def test_the_short_way_reads_what_the_long_way_reads(packet: bytes) -> None:
+    found = decode_plain_segment(packet)
+    if found is not None:
+        assert found == decode_tcp(packet)
+
+
+@given(
+    addresses, st.tuples(ports, ports), st.tuples(numbers, numbers), st.integers(0, 255), options, st.binary(max_size=9)
+)
+def test_the_short_way_is_that_of_every_plain_segment(
+    ends: tuple[bytes, bytes], both: tuple[int, int], seq_ack: tuple[int, int], flags: int, extra: bytes, text: bytes
+) -> None:
+    packet = with_payload(decode_tcp(build(*ends, both, seq_ack, flags, 1, extra)), text)
+    assert with_options_and_payload(decode_tcp(packet), extra, text, payload_sum=ones_sum(text)) == packet
+    found = decode_plain_segment(packet)
+    assert (found is None) == (len(ends[0]) == 16)
+    for cut in range(len(packet)):
+        assert decode_plain_segment(packet[:cut]) is None or decode_tcp(packet[:cut])
 
 
 @given(addresses, st.tuples(ports, ports), st.tuples(numbers, numbers), st.integers(0, 255), ports, options)
