@@ -8,12 +8,14 @@ from dataclasses import dataclass, field
 from enum import Enum, IntEnum
 from ipaddress import IPv4Address, IPv4Network, IPv6Address, IPv6Network
 
+from enforcer_daemon.enums import with_plain_members
 from enforcer_daemon.reasons import Reason
 
 IPAddress = IPv4Address | IPv6Address
 IPNetwork = IPv4Network | IPv6Network
 
 
+@with_plain_members
 class Direction(Enum):
     """Which way a packet or a rule goes, seen from the pod."""
 
@@ -24,6 +26,7 @@ class Direction(Enum):
     __hash__ = object.__hash__
 
 
+@with_plain_members
 class Protocol(IntEnum):
     """The protocols that a NetworkPolicy can name; the value is the IP protocol number."""
 
