@@ -1,17 +1,20 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the datapath wants done with a packet, and beside it: values that the dataplane carries out."""
+"""What the datapath wants done with a packet: values that the dataplane applies."""
 
 from __future__ import annotations
 
 from enum import IntEnum
 from typing import NamedTuple
 
+from enforcer_daemon.enums import with_plain_members
 
+
+@with_plain_members
 class Action(IntEnum):
     """What becomes of the queued packet itself."""
 
     ACCEPT = 0
-    """It goes on, as `payload` where one is given; the flow's next packet is queued again. A `mark` only says that the
+    """It goes on, as `payload` if there is one; the flow's next packet is queued again. A `mark` only says that the
     flow has come about."""
     DROP = 1
     RELEASE = 2
@@ -23,7 +26,19 @@ class Action(IntEnum):
     CONSUME = 5
     """Repeat the hook: the packet ends there. Its flow is released with `mark`; 0 takes an earlier release back."""
     TAKE = 6
-    """It ends here, since it was meant for the enforcer, which is the better for it: nothing was refused."""
+    """It ends here, since it was meant for the enforcer: nothing was refused."""
+
+
+class Verdict(NamedTuple):
+    """The answer to one packet."""
+
+    action: Action
+    payload: bytes | None = None
+    mark: int = 0
+    hold_id: int = 0
+    when_drained: bool = False
+    """Whether `mark` is set only if no more packets wait in the queue: some may be of the same flow, and what comes
+    after the mark would overtake them."""
 
 
 class Settle(NamedTuple):
@@ -41,19 +56,7 @@ class Inject(NamedTuple):
     """Whether it is kept out of the pod's conntrack."""
 
 
-class Verdict(NamedTuple):
-    """The answer to one packet. Effects are carried out in order, after the packet's own action."""
-
-    action: Action
-    payload: bytes | None = None
-    mark: int = 0
-    hold_id: int = 0
-    effects: tuple[Settle | Inject, ...] = ()
-    when_drained: bool = False
-    """Whether `mark` is set only if no more packets wait in the queue: some may be of the same flow, and what comes
-    after the mark would overtake them."""
-
-
+Effect = Settle | Inject
 ACCEPT = Verdict(Action.ACCEPT)
 DROP = Verdict(Action.DROP)
 TAKEN = Verdict(Action.TAKE)

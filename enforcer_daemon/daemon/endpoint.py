@@ -21,9 +21,9 @@ from enforcer_daemon.daemon.service import QueueService
 from enforcer_daemon.daemon.slices import batches, in_slices
 from enforcer_daemon.daemon.world import CompiledWorld
 from enforcer_daemon.datapath.context import EndpointContext
-from enforcer_daemon.datapath.endpoint import EndpointDatapath
+from enforcer_daemon.datapath.decisions import FlowPolicy
+from enforcer_daemon.datapath.endpoint import EndpointDatapath, Output
 from enforcer_daemon.datapath.flowindex import JudgedBy, is_of
-from enforcer_daemon.datapath.judging import Judge
 from enforcer_daemon.dataplane.addresses import interface
 from enforcer_daemon.dataplane.backends import RulesBackend
 from enforcer_daemon.dataplane.conntrack import Conntrack
@@ -53,12 +53,11 @@ from enforcer_daemon.policy.evaluate import PodPolicy
 from enforcer_daemon.settings import DataplaneSettings
 from enforcer_daemon.telemetry.flowlog import FlowLog
 from enforcer_daemon.telemetry.logs import Logger
-from enforcer_daemon.verdict import Verdict
 
 T = TypeVar("T")
 
-_REPEAT_SLACK_S = 0.005
-"""Answers that are due within so short a time are repeated together, seconds."""
+_WAKE_SLACK_S = 0.005
+"""Timers that are due within so short a time run together, seconds."""
 
 
 PeerChange = tuple[Identity, Identity | None]
@@ -116,8 +115,8 @@ class Endpoint:
         self.identity_bytes, self.budget_bytes = require_room(token, self.mtu)
         self.store = store
         self.flows = store.load(highest_index(sandbox.netns_fd))
-        judge = Judge(identity.pod, identity.trust_domain, policy, self.flows)
-        self._context = EndpointContext(identity.pod, node.context, judge, token, self.mtu)
+        flow_policy = FlowPolicy(node.context, identity.pod, identity.trust_domain, policy, self.flows)
+        self._context = EndpointContext(identity.pod, node.context, flow_policy, token, self.mtu)
         self._context.fresh_until = time.monotonic() + node.context.lease_times.udp_lapse_s
         self._leases = LeaseStore(store)
         self._context.leases.answered = self._leases.load()
@@ -128,8 +127,8 @@ class Endpoint:
         """Held by whoever works on the flow index in slices."""
         self._in_threads = 0
         """Threads at work in the namespace, which may know flows by their index."""
-        self._repeat_at = math.inf
-        self._repeating: asyncio.TimerHandle | None = None
+        self._wake_at = math.inf
+        self._waking: asyncio.TimerHandle | None = None
 
     def keep_fresh(self, left_s: float) -> None:
         """Be fresh for what an earlier daemon left of the time, and no longer."""
@@ -144,7 +143,7 @@ class Endpoint:
             log.error("packet dropped by an internal error", error=repr(err))
 
         queue = PacketQueue.open(
-            self.sandbox.netns_fd, QUEUE_NUMBER, self._node.limits.queue, self._judge, on_error=on_error
+            self.sandbox.netns_fd, QUEUE_NUMBER, self._node.limits.queue, self._evaluate, on_error=on_error
         )
         self._service = QueueService(queue, asyncio.get_running_loop(), self._node.work)
         self._queue = queue
@@ -204,7 +203,7 @@ class Endpoint:
             self._context.fresh_until = time.monotonic() + self._node.context.lease_times.udp_lapse_s
             self.sign()
         before, self.policy = self.policy, snapshot.pod_policy(self.identity)
-        self._context.judge.replace_rules(self.policy)
+        self._context.policy.replace_rules(self.policy)
         is_same = self.policy.ingress.is_same(before.ingress) and self.policy.egress.is_same(before.egress)
         are_addresses_new = not is_same and _by_address(before) != _by_address(self.policy)
         return Change(is_identity_new, not is_same, are_addresses_new)
@@ -283,9 +282,7 @@ class Endpoint:
             yield
 
     def _forget(self, is_denied: Callable[[JudgedBy], bool]) -> None:
-        effects = self.datapath.forget_unfinished(is_denied)
-        if effects and self._queue is not None:
-            self._queue.carry_out(effects)
+        self._apply(self.datapath.end_denied(is_denied))
 
     async def end_strangers(self, newcomer: Identity) -> list[ReleasedFlow]:
         """End all flows with pods that had an address before which is a newcomer's now; raises as the others do."""
@@ -326,9 +323,7 @@ class Endpoint:
         wanted = tuple(flows)
         for flow in wanted:
             remote, own = (flow.destination.packed, flow.destination_port), (flow.source.packed, flow.source_port)
-            effects = self.datapath.forget_opened(remote, own)
-            if effects and self._queue is not None:
-                self._queue.carry_out(effects)
+            self._apply(self.datapath.end_opened(remote, own))
         return await self._in_netns(lambda netns_fd: take_back(netns_fd, wanted))
 
     async def live_flows(self) -> frozenset[SentTuple]:
@@ -363,7 +358,7 @@ class Endpoint:
         """Give up the handshakes that are no longer allowed; call it before `reconsider`, on the loop."""
         question = self._reconsideration(world, change)
         if change.is_identity_new:
-            self.datapath.forget_opening()
+            self._apply(self.datapath.end_opening())
         self._forget(question.is_index_denied)
 
     @property
@@ -432,7 +427,7 @@ class Endpoint:
             self.identity_bytes, self.budget_bytes = require_room(token, self.mtu)
         except IdentityTooLargeError as err:
             self.problem = str(err)
-            self._context.local.expires_at = 0.0  # It must not be shown any longer, and the new one cannot be.
+            self._context.withheld = self._context.local  # It must not be shown any longer; the new one cannot be.
         else:
             self.problem = ""
             self._context.local = token
@@ -445,12 +440,8 @@ class Endpoint:
 
     def tend(self, now: float) -> None:
         """Give up what took too long; call it a few times a second."""
-        timers_now = now if self._service is None else self._service.timers_now(now)
-        effects = (*self.datapath.expire(timers_now), *self.datapath.renew_leases(now))
-        if effects and self._queue is not None:
-            self._queue.carry_out(effects)
-        if self._context.reports:
-            self.flow_log.take(self.datapath.take_reports())
+        read_until = now if self._service is None else self._service.timers_now(now)
+        self._apply(self.datapath.run_timers(now, read_until))
 
     def close(self) -> None:
         """Stop serving and let go of the namespace; its rules stay, so that nothing passes unjudged."""
@@ -462,39 +453,46 @@ class Endpoint:
                 self._service = None
             self._queue.close()
             self._queue = None
-            if self._repeating is not None:
-                self._repeating.cancel()
-                self._repeating = None
+            if self._waking is not None:
+                self._waking.cancel()
+                self._waking = None
             if self._watch is not None:
                 self._watch.close()
                 self._watch = None
             os.close(self.sandbox.netns_fd)
 
-    def _judge(self, packet: bytes, direction: Direction, mark: int) -> Verdict:
-        verdict = self.datapath.process(packet, direction, mark, time.monotonic())
-        if self.flows.has_fresh:
-            self.store.append(self.flows.take_fresh())
-        if self._context.reports:
-            self.flow_log.take(self.datapath.take_reports())
-        repeat_at = self.datapath.repeat_at
-        if repeat_at is not None and repeat_at < self._repeat_at:
-            self._await_repetition(repeat_at)
-        return verdict
+    def _evaluate(self, packet: bytes, direction: Direction, mark: int) -> Output:
+        """Return what the queue does with a packet, when everything else of the output has been applied."""
+        output = self.datapath.process(packet, direction, mark, time.monotonic())
+        self._note(output)
+        return output
 
-    def _await_repetition(self, repeat_at: float) -> None:
-        if self._repeating is not None:
-            self._repeating.cancel()
-        self._repeat_at = repeat_at
-        wait_s = repeat_at - time.monotonic() + _REPEAT_SLACK_S
-        self._repeating = asyncio.get_running_loop().call_later(max(0.0, wait_s), self._repeat_answers)
+    def _apply(self, output: Output) -> None:
+        """Apply an output that belongs to no packet."""
+        self._note(output)
+        if output.effects and self._queue is not None:
+            self._queue.apply(output.effects)
 
-    def _repeat_answers(self) -> None:
-        self._repeating, self._repeat_at = None, math.inf
-        effects = self.datapath.repeat_answers(time.monotonic())
-        if effects and self._queue is not None:
-            self._queue.carry_out(effects)
-        if (repeat_at := self.datapath.repeat_at) is not None:
-            self._await_repetition(repeat_at)
+    def _note(self, output: Output) -> None:
+        """Log decisions, keep index entries, and wait for the next timer."""
+        _, _, reports, entries, wake_at = output
+        if entries:
+            self.store.append(entries)
+        if reports:
+            self.flow_log.take(reports)
+        if wake_at is not None and wake_at < self._wake_at and self._queue is not None:
+            self._wake(wake_at)
+
+    def _wake(self, wake_at: float) -> None:
+        if self._waking is not None:
+            self._waking.cancel()
+        self._wake_at = wake_at
+        wait_s = wake_at - time.monotonic() + _WAKE_SLACK_S
+        self._waking = asyncio.get_running_loop().call_later(max(0.0, wait_s), self._run_timers)
+
+    def _run_timers(self) -> None:
+        self._waking, self._wake_at = None, math.inf
+        self.tend(time.monotonic())
 
 
 def _by_address(policy: PodPolicy) -> tuple[object, ...]:

@@ -13,8 +13,8 @@ from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
 
 from enforcer_daemon.daemon.limits import DEFAULT_LIMITS, DaemonLimits
 from enforcer_daemon.daemon.service import Work
-from enforcer_daemon.datapath.context import NodeContext
-from enforcer_daemon.datapath.judging import Networks
+from enforcer_daemon.datapath.networks import Networks
+from enforcer_daemon.datapath.node import NodeContext
 from enforcer_daemon.dataplane.conntrack import Conntrack
 from enforcer_daemon.errors import DataplaneError
 from enforcer_daemon.handshake.local import LocalToken, sign_local_token

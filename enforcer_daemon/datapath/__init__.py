@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The per-packet pipeline of one endpoint: packet, direction and time in, verdict and reports out. Pure; never raises.
+"""The datapath of one endpoint: packet, direction and time in, one Output out. Pure; never raises.
 
-`endpoint` takes every packet and is the one place where bad input becomes a drop with a reason; `initiator` and
-`responder` are the two sides of the handshake; `judging` asks policy and remembers its answers; `context` holds what
-they share.
+`endpoint` takes every packet, timer and change, and is the one place where bad input becomes a drop with a reason;
+`engine` is the handshake of both roles, `tcp` and `udp` carry it; `decisions` asks policy; `context` is what all share.
 """

@@ -1,239 +1,197 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One endpoint's packets: told apart by direction and flags, handed to a side of the handshake, never raising."""
+"""One endpoint's datapath: a packet, a timer or a change in, one Output out. Pure; `process` never raises."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import math
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
+from typing import NamedTuple
 
-from enforcer_daemon.datapath.context import EndpointContext, FlowReport, reset_local
-from enforcer_daemon.datapath.datagrams import Datagrams
+from enforcer_daemon.datapath.context import EndpointContext, FlowReport
 from enforcer_daemon.datapath.flowindex import JudgedBy, judged_by
-from enforcer_daemon.datapath.initiator import Initiator
-from enforcer_daemon.datapath.responder import Responder
-from enforcer_daemon.datapath.rivals import Rival
+from enforcer_daemon.datapath.tcp import TCPFlows
+from enforcer_daemon.datapath.udp import UDPFlows
 from enforcer_daemon.errors import PacketError, PeerError
-from enforcer_daemon.handshake.flows import Flow
+from enforcer_daemon.handshake.flowkey import FlowKey, Role
 from enforcer_daemon.handshake.machine import Event, State
-from enforcer_daemon.marks import NODE, RELEASED, REPLY
+from enforcer_daemon.handshake.session import Grant, Session
 from enforcer_daemon.model import Decision, Direction, JudgedFlow
 from enforcer_daemon.packet.ip import IPHeader, decode_ip
-from enforcer_daemon.packet.tcp import ACK, FIN, RST, SYN, SYN_ACK, TCP, Segment, build, decode_segment
+from enforcer_daemon.packet.tcp import SYN_ACK, TCP, decode_plain_segment, decode_segment
 from enforcer_daemon.packet.transport import decode_datagram
-from enforcer_daemon.packet.udp import UDP, decode_udp_datagram
+from enforcer_daemon.packet.udp import UDP
 from enforcer_daemon.reasons import Reason
-from enforcer_daemon.verdict import ACCEPT, DROP, Action, Inject, Settle, Verdict
+from enforcer_daemon.verdict import DROP, Effect, Verdict
 
-_RELEASE_NODE = Verdict(Action.RELEASE, mark=RELEASED | NODE)
+
+class Output(NamedTuple):
+    """All that is to be done after a packet, a timer or a change."""
+
+    verdict: Verdict = DROP
+    """Of the packet; without one it means nothing."""
+    effects: Sequence[Effect] = ()
+    """To apply in order, after the packet's own verdict."""
+    reports: Sequence[FlowReport] = ()
+    """Decisions to log and count."""
+    entries: Sequence[tuple[int, JudgedFlow]] = ()
+    """New entries of the flow index, to keep for the next daemon."""
+    wake_at: float | None = None
+    """When to call `run_timers`, monotonic seconds; None: nothing is due as things stand."""
 
 
 class EndpointDatapath:
-    """The pipeline of one endpoint."""
+    """The datapath of one endpoint."""
 
     def __init__(self, context: EndpointContext) -> None:
         self._context = context
-        self._initiator = Initiator(context)
-        self._responder = Responder(context)
-        self._datagrams = Datagrams(context)
-
-    @property
-    def context(self) -> EndpointContext:
-        """Policy, token and reports of the endpoint."""
-        return self._context
+        self._tcp = TCPFlows(context)
+        self._udp = UDPFlows(context)
+        self._carriers = self._tcp, self._udp
 
     @property
     def half_open_flows(self) -> int:
         """Unfinished handshakes, both ways."""
-        return len(self._initiator.flows) + len(self._responder.flows) + len(self._datagrams)
+        tables = sum(map(len, self._context.tables.values()))
+        return tables + len(self._udp.rehandshakes.asked) + len(self._udp.responder.rivals)
 
     @property
     def held_packets(self) -> int:
         """Packets that wait for proofs."""
         return self._context.held_packets
 
-    def process(self, packet: bytes, direction: Direction, mark: int, now: float) -> Verdict:
-        """Judge one packet; `mark` is the connection's earlier release as the rules restored it, `now` monotonic.
+    def process(self, packet: bytes, direction: Direction, mark: int, now: float) -> Output:
+        """Evaluate one packet; `mark` is the connection's earlier release as the rules restored it, `now` monotonic.
 
         Whatever is wrong with the packet or its sender becomes a drop with a report, here alone.
         """
-        header: IPHeader | None = None
         try:
-            header = decode_ip(packet)
-            if header.protocol == TCP:
-                return self._segment(decode_segment(packet, header), direction, mark, now)
-            if header.protocol == UDP:
-                return self._datagrams.process(decode_udp_datagram(packet, header), direction, mark, now)
-            return self._datagram(packet, header, direction)
+            segment = decode_plain_segment(packet)
+            if segment is not None:
+                verdict = self._tcp.process(segment, direction, mark, now)
+            else:
+                verdict = self._evaluate(packet, decode_ip(packet), direction, mark, now)
         except PeerError as err:
-            return self._drop(header, packet, direction, err.reason, err.detail)
+            verdict = self._drop(packet, direction, err.reason, err.detail)
         except PacketError as err:
-            return self._drop(header, packet, direction, Reason.MALFORMED_PACKET, str(err))
+            verdict = self._drop(packet, direction, Reason.MALFORMED_PACKET, str(err))
         except Exception as err:  # noqa: BLE001 - the boundary: fails closed, is counted and logged
-            return self._drop(header, packet, direction, Reason.INTERNAL_ERROR, f"{type(err).__name__}: {err}")
+            verdict = self._drop(packet, direction, Reason.INTERNAL_ERROR, f"{type(err).__name__}: {err}")
+        return self._output(verdict)
 
-    def expire(self, now: float) -> tuple[Settle | Inject, ...]:
-        """Give up handshakes and held packets whose time is over; call it a few times a second."""
-        effects: list[Settle | Inject] = []
-        for flow, settle in self._context.expire_held(now):
-            effects.append(settle)
-            self._context.report_flow(flow, flow.overdue)
-        for table in (self._initiator.flows, self._responder.flows):
-            for flow in table.expire(now):
-                flow.advance(Event.EXPIRED)
-                self._context.report_flow(flow, Reason.HANDSHAKE_TIMEOUT)
-        return (*effects, *self._datagrams.expire(now))
+    def _evaluate(self, packet: bytes, header: IPHeader, direction: Direction, mark: int, now: float) -> Verdict:
+        if header.protocol == TCP:
+            return self._tcp.process(decode_segment(packet, header), direction, mark, now)
+        if header.protocol == UDP:
+            return self._udp.process(packet, header, direction, mark, now)
+        return self._other(packet, header, direction)
 
-    def renew_leases(self, now: float) -> tuple[Inject, ...]:
-        """Return the lease messages that are due; call it a few times a second."""
-        return self._context.send_leases(self._context.leases.tick(self._context.local, now))
+    def run_timers(self, now: float, read_until: float = math.inf) -> Output:
+        """Retransmit what was lost, end what took too long, and renew leases.
 
-    @property
-    def repeat_at(self) -> float | None:
-        """When `repeat_answers` has something to do next, monotonic seconds; None: nothing as things stand."""
-        return self._responder.unproven.due_at
+        `read_until` is when the packets read last arrived, if they waited: what a flow waits for may be among those not
+        read yet, so nothing ends later than that. Call it when the last Output wants it, and a few times a second.
+        """
+        context, ends_at = self._context, min(now, read_until)
+        context.expire_held(ends_at)
+        for session in context.timers.take(now):
+            carrier = self._tcp if session.facts is self._tcp.facts else self._udp
+            carrier.on_timer(session, now)
+        for carrier in self._carriers:
+            for side in (carrier.initiator, carrier.responder):
+                for session in side.sessions.expired(ends_at):
+                    side.expire(session)
+            carrier.responder.expire_rivals(ends_at)
+        for session in self._udp.rehandshakes.asked.expired(ends_at):
+            context.end(self._udp.rehandshakes.asked, session, Event.EXPIRED)
+        self._udp.messages.send_leases(context.leases.tick(context.local, now))
+        return self._output(DROP)
 
-    def repeat_answers(self, now: float) -> tuple[Inject, ...]:
-        """Repeat the SYN-ACKs whose proof should have come by now."""
-        return self._responder.repeat_answers(now)
+    def end_denied(self, is_denied: Callable[[JudgedBy], bool]) -> Output:
+        """End the flows that were decided by a policy which no longer allows them, by what it allowed.
 
-    def forget_unfinished(self, is_denied: Callable[[JudgedBy], bool]) -> tuple[Settle | Inject, ...]:
-        """Give up the flows that were judged by a policy which no longer allows them, by what it judged.
-
-        Both ends of an unfinished one are reset: connect() may have returned, and must not wait for ever. The released
-        ones that are remembered are forgotten too: their next packet must not be released again.
+        Both ends of an unfinished connection are reset. The released flows that are remembered end too: their next
+        packet must not be released again.
         """
 
-        def denied(flow: Flow | Rival) -> bool:
-            return (judged := judged_by(flow)) is not None and is_denied(judged)
+        def denied(session: Session) -> bool:
+            return (allowed := judged_by(session)) is not None and is_denied(allowed)
 
-        effects: list[Settle | Inject] = []
-        self._responder.rivals.refuse(denied)
-        for side in (self._initiator, self._responder):
-            for flow in side.flows.known():
-                if denied(flow):
-                    effects += side.abort(flow)  # type: ignore[arg-type]
-        return (*effects, *self._datagrams.forget_unfinished(is_denied))
+        for carrier in self._carriers:
+            carrier.responder.end_denied_rivals(denied)
+            for side in (carrier.initiator, carrier.responder):
+                for session in filter(denied, side.sessions.known()):
+                    carrier.abort(session)
+        return self._output(DROP)
+
+    def end_opening(self) -> Output:
+        """End the handshakes whose offer shows an identity that the pod no longer has.
+
+        No answer has been evaluated yet: the pod sends again, and then shows the new identity.
+        """
+        for carrier in self._carriers:
+            carrier.initiator.end_opening()
+        return self._output(DROP)
+
+    def end_opened(self, remote: tuple[bytes, int], own: tuple[bytes, int]) -> Output:
+        """End a UDP flow that the pod opened and whose release is taken back (packed addresses and ports)."""
+        key = FlowKey(remote[0], own[0], remote[1], own[1], UDP, Role.INITIATOR)
+        table = self._udp.initiator.sessions
+        session = table.get(key)
+        if session is not None and session.state in (State.RELEASED, State.DOUBTED):
+            self._context.end(table, session, Event.TAKEN_BACK)
+        return self._output(DROP)
 
     def replace_peers(self, replaced: Callable[[JudgedFlow], JudgedFlow]) -> None:
         """Let unfinished handshakes be those of another identity of the same peer pod."""
-        for flow in self._known():
-            if flow.judged is not None:
-                flow.judged = replaced(flow.judged)
+        for session in self.sessions():
+            grant = session.grant
+            if session.release is None and grant is not None and grant.evaluated is not None:
+                session.grant = Grant(grant.verdict, replaced(grant.evaluated))
 
     def judged_by(self) -> set[JudgedBy]:
-        """Return what all flows that are remembered were allowed by: an index where they are released."""
-        return {judged for flow in self._known() if (judged := judged_by(flow)) is not None}
+        """Return what all flows that are remembered were allowed by: an index if they are released."""
+        return {allowed for session in self.sessions() if (allowed := judged_by(session)) is not None}
 
-    def _known(self) -> Iterator[Flow]:
-        for side in (self._initiator, self._responder):
-            yield from side.flows.known()
-        yield from (rival for rival in self._responder.rivals.known() if isinstance(rival, Flow))
-        yield from self._datagrams.known()
+    def sessions(self) -> Iterator[Session]:
+        """Yield all sessions, those that rival with another among them."""
+        for table in self._context.tables.values():
+            yield from table.known()
+        for carrier in self._carriers:
+            yield from carrier.responder.rivals.known()
 
-    def forget_opening(self) -> None:
-        """Give up the connections whose SYN shows an identity that the pod no longer has.
-
-        No answer has been judged yet: the pod's kernel repeats its SYN, which then shows the new identity.
-        """
-        for flow in self._initiator.flows.known():
-            if flow.state is State.OPENING:
-                self._initiator.flows.discard(flow)
-        self._datagrams.initiator.forget_opening()
-
-    def forget_opened(self, remote: tuple[bytes, int], own: tuple[bytes, int]) -> tuple[Settle | Inject, ...]:
-        """Forget a UDP flow that the pod opened and whose release is taken back (packed addresses and ports)."""
-        ports = remote[1].to_bytes(2, "big") + own[1].to_bytes(2, "big")
-        return self._datagrams.forget_opened(remote[0] + own[0] + ports)
-
-    def take_reports(self) -> list[FlowReport]:
-        """Give the decisions since the last call."""
-        reports, self._context.reports = self._context.reports, []
-        return reports
-
-    def _segment(self, segment: Segment, direction: Direction, mark: int, now: float) -> Verdict:
-        key = _flow_key(segment, direction)
-        kind = segment.flags & (SYN | ACK | RST | FIN)
-        if kind == SYN:
-            if direction is Direction.EGRESS:
-                return self._initiator.syn_out(segment, key, mark, now)
-            # Conntrack knows the pod's SYN longer than we do, and also one that an earlier daemon judged.
-            is_answer = bool(mark & REPLY) or self._initiator.awaits_answer(key)
-            return self._responder.syn_in(segment, key, mark & ~REPLY, now, is_answer=is_answer)
-        if kind == SYN_ACK:
-            if direction is Direction.INGRESS:
-                return self._initiator.syn_ack_in(segment, key, mark, now)
-            return self._responder.syn_ack_out(segment, key, mark, now)
-        if kind & SYN:
-            raise PacketError("SYN together with RST or FIN")
-        return self._later_segment(segment, direction, key, mark, now)
-
-    def _later_segment(self, segment: Segment, direction: Direction, key: bytes, mark: int, now: float) -> Verdict:
-        if direction is Direction.EGRESS:
-            opened = self._initiator.flows.get(key)
-            if opened is not None:
-                verdict = self._initiator.segment_out(opened, segment, mark, now)
-                return self._released(verdict, key, self._responder)
-            if self._context.is_injected(key, segment):
-                return ACCEPT
-            answered = self._responder.answered(segment, key)
-            if answered is not None:
-                return self._responder.segment_out(answered, segment)
-        else:
-            answered = self._responder.flows.get(key)
-            if answered is not None:
-                verdict = self._responder.segment_in(answered, segment, now)
-                return self._released(verdict, key, self._initiator)
-            opened = self._initiator.flows.get(key)
-            if opened is not None:
-                return self._initiator.segment_in(opened, segment)
-        return self._unknown(segment, direction, key)
-
-    def _released(self, verdict: Verdict, key: bytes, other: Initiator | Responder) -> Verdict:
-        """Both ends may have opened the connection at once: what one side's handshake released, the other's will not.
-
-        Both ends have shown who they are by then, each by its SYN's frame and by its SYN-ACK's.
-        """
-        if verdict.action is Action.RELEASE:
-            other.forget(key)
-        return verdict
-
-    def _unknown(self, segment: Segment, direction: Direction, key: bytes) -> Verdict:
-        """End at both sides a connection that nobody judged; stray segments without data are only dropped."""
-        if segment.data == segment.end or segment.flags & RST:
-            raise PeerError(Reason.UNKNOWN_FLOW, "segment without data")
-        decision = Decision(False, Reason.UNKNOWN_FLOW, direction)
-        remote = segment.src if direction is Direction.INGRESS else segment.dst
-        self._context.report(direction, remote, segment.dport, decision, detail="ended at both sides")
-        ports = segment.sport, segment.dport
-        onward = build(segment.src, segment.dst, ports, (segment.seq, segment.ack), RST | ACK, 0)
-        if direction is Direction.INGRESS:
-            return Verdict(Action.ACCEPT, onward, effects=(self._context.reset_remote(key, segment, direction),))
-        # The RST has the pod's own ports and numbers: where policy denies everything, it would carry messages out.
-        onwards = Verdict(Action.ACCEPT, onward) if self._initiator.may_reach(segment) else DROP
-        return onwards._replace(effects=(Inject(reset_local(segment)),))
-
-    def _datagram(self, packet: bytes, header: IPHeader, direction: Direction) -> Verdict:
-        """Judge what carries no identity by its address; replies follow the release of their flow."""
-        datagram = decode_datagram(packet, header)
+    def _output(self, verdict: Verdict) -> Output:
         context = self._context
+        effects, reports, fresh = context.effects, context.reports, context.policy.flows.fresh
+        if effects:
+            context.effects = []
+        if reports:
+            context.reports = []
+        entries = context.policy.flows.take_fresh() if fresh else ()
+        return Output(verdict, effects, reports, entries, context.timers.next_at if context.timers.is_set else None)
+
+    def _other(self, packet: bytes, header: IPHeader, direction: Direction) -> Verdict:
+        """Decide on what carries no identity by its address; replies follow the release of their flow."""
+        datagram = decode_datagram(packet, header)
+        context, protocol = self._context, datagram.protocol
         if direction is Direction.EGRESS:
-            remote, is_node = datagram.dst, False
-            decision, release, _ = context.judge.egress(None, remote, datagram.dport, datagram.protocol)
+            remote, evaluation = (
+                datagram.dst,
+                context.policy.outbound(datagram.dst, datagram.dport, protocol).evaluation,
+            )
         else:
             context.refuse_reflection(datagram.src, datagram.dst)
-            source, destination = (datagram.src, datagram.sport or 0), (datagram.dst, datagram.dport or 0)
-            remote, is_node = context.node.trace(datagram.protocol, source, destination)
-            decision, release, _ = context.judge.ingress(None, remote, datagram.dport, datagram.protocol)
-            release = context.let_in(datagram.dst, release)
-        if is_node:
-            decision, release = Decision(True, Reason.NODE, Direction.INGRESS), _RELEASE_NODE
-        context.report(direction, remote, datagram.dport, decision, protocol=datagram.protocol)
-        return release if decision.is_allowed else DROP
+            remote, evaluation = context.policy.inbound(datagram, protocol)
+        context.report(direction, remote, datagram.dport, evaluation.decision, protocol)
+        if evaluation.grant is None:
+            return DROP
+        release = evaluation.grant.verdict
+        return release if direction is Direction.EGRESS else context.let_in(datagram.dst, release)
 
-    def _drop(
-        self, header: IPHeader | None, packet: bytes, direction: Direction, reason: Reason, detail: str
-    ) -> Verdict:
+    def _drop(self, packet: bytes, direction: Direction, reason: Reason, detail: str) -> Verdict:
         remote, port, protocol = b"", None, 0
-        if header is not None:
+        with suppress(PacketError):
+            header = decode_ip(packet)
             remote = header.src if direction is Direction.INGRESS else header.dst
             protocol = header.protocol
             at = header.offset + 2
@@ -243,20 +201,10 @@ class EndpointDatapath:
                 at = header.offset
             if at + 2 <= min(header.end, len(packet)):
                 port = packet[at] << 8 | packet[at + 1]
-        self._context.report(
-            direction, remote, port, Decision(False, reason, direction), protocol=protocol, detail=detail
-        )
+        self._context.report(direction, remote, port, Decision(False, reason, direction), protocol, detail=detail)
         return DROP
 
 
 def _is_syn_ack(packet: bytes, header: IPHeader) -> bool:
     at = header.offset + 13
     return header.protocol == TCP and at < min(header.end, len(packet)) and packet[at] & SYN_ACK == SYN_ACK
-
-
-def _flow_key(segment: Segment, direction: Direction) -> bytes:
-    """Name a flow from the pod's side: remote address, own address, remote port, own port."""
-    packet, offset = segment.packet, segment.offset
-    if direction is Direction.INGRESS:
-        return segment.src + segment.dst + packet[offset : offset + 4]
-    return segment.dst + segment.src + packet[offset + 2 : offset + 4] + packet[offset : offset + 2]

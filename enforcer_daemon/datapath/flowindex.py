@@ -9,12 +9,11 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Set
 from dataclasses import replace
-from typing import Protocol as Interface
 
-from enforcer_daemon.handshake.peers import Peer
-from enforcer_daemon.marks import INDEX_MASK, INDEX_SHIFT, MAX_INDEX, NODE
-from enforcer_daemon.model import Direction, Identity, IPAddress, JudgedFlow, PodRef, Protocol
-from enforcer_daemon.verdict import Verdict
+from enforcer_daemon.handshake.session import Grant, Session
+from enforcer_daemon.marks import INDEX_MASK, INDEX_SHIFT, MAX_INDEX, NODE, released_mark
+from enforcer_daemon.model import Identity, JudgedFlow, PodRef
+from enforcer_daemon.verdict import Action, Verdict
 
 UNKNOWN = 0
 """Index of flows for which the table had no room: every change ends them."""
@@ -34,19 +33,10 @@ JudgedBy = int | JudgedFlow
 """What a flow was allowed by: an index where it is released, else what will have one."""
 
 
-class _Judged(Interface):
-    @property
-    def release(self) -> Verdict: ...
-
-    @property
-    def judged(self) -> JudgedFlow | None: ...
-
-
-def judged_by(flow: _Judged) -> JudgedBy | None:
-    """Return what policy allowed a flow by; None where it has allowed nothing yet."""
-    if flow.judged is not None:
-        return flow.judged
-    return (flow.release.mark & INDEX_MASK) >> INDEX_SHIFT if flow.release.mark else None
+def judged_by(session: Session) -> JudgedBy | None:
+    """Return what policy allowed a flow by; None if it has allowed nothing yet."""
+    allowed = session.allowed_by
+    return (allowed & INDEX_MASK) >> INDEX_SHIFT if isinstance(allowed, int) else allowed
 
 
 def is_by_address(mark: int) -> bool:
@@ -68,7 +58,8 @@ class FlowIndex:
         self._next = max(self._flows | {highest_in_use: None, FIRST - 1: None}) + 1
         self.is_complete = len(self._flows) == self._next - FIRST
         """Whether all flows judged by an identity have an entry: not after a loss, nor when the table was full."""
-        self._fresh: list[tuple[int, JudgedFlow]] = []
+        self.fresh: list[tuple[int, JudgedFlow]] = []
+        """Entries that `take_fresh` has not returned yet."""
         self._ended: set[int] = set()
         self._free: list[int] = []
         self._gaps = set(range(FIRST, self._next)) - self._flows.keys()
@@ -111,10 +102,6 @@ class FlowIndex:
         """Find what an index stands for."""
         return self._flows.get(number)
 
-    def number(self, direction: Direction, peer: Peer, address: IPAddress, port: int, protocol: Protocol) -> int:
-        """Give the index of a flow with a peer; UNKNOWN where the table is full."""
-        return self.add(JudgedFlow(direction, peer.identity, address, port, protocol))
-
     def add(self, flow: JudgedFlow) -> int:
         """Give the index of flows that are released; UNKNOWN where the table is full."""
         number = self._add(flow)
@@ -123,6 +110,21 @@ class FlowIndex:
         else:
             self._given[number] = self._round
         return number
+
+    def release(self, grant: Grant) -> Verdict:
+        """Return how a flow that has been proven is released, under the index of what policy allowed it by."""
+        evaluated, entry = grant.evaluated, grant.entry
+        if evaluated is None:
+            return grant.verdict
+        if entry is not None and self._flows.get(grant.number) is entry:  # As for the last flow of this grant.
+            self._given[grant.number] = self._round
+            self._ended.discard(grant.number)
+            return grant.verdict
+        number = self.add(evaluated)
+        found = self._flows.get(number)
+        grant.number, grant.entry = number, found if found is not None and found.port == evaluated.port else None
+        grant.verdict = Verdict(Action.RELEASE, mark=released_mark(number))
+        return grant.verdict
 
     def _add(self, flow: JudgedFlow) -> int:
         content = _content(flow)
@@ -141,7 +143,7 @@ class FlowIndex:
                 number, self._next = self._next, self._next + 1
             self._numbers[content] = number
             self._flows[number] = flow
-            self._fresh.append((number, flow))
+            self.fresh.append((number, flow))
             self._note_addresses(number, flow.peer)
             self._count(flow.peer, 1)
         return number
@@ -223,14 +225,9 @@ class FlowIndex:
             self._numbers.setdefault(_content(flow), number)
         return changed
 
-    @property
-    def has_fresh(self) -> bool:
-        """Whether there are entries that `take_fresh` has not given yet."""
-        return bool(self._fresh)
-
     def take_fresh(self) -> list[tuple[int, JudgedFlow]]:
         """Give the entries since the last call, to be kept for the next daemon."""
-        fresh, self._fresh = self._fresh, []
+        fresh, self.fresh = self.fresh, []
         return fresh
 
 

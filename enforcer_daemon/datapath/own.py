@@ -30,6 +30,8 @@ class OwnPackets:
 
     def take(self, packet: Hashable) -> bool:
         """Tell whether this packet was sent, and count it as passed."""
+        if not self._sent:
+            return False
         key = hash(packet)
         count = self._sent.pop(key, 0)
         if count > 1:

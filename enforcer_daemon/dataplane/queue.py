@@ -11,10 +11,10 @@ import errno
 import os
 import socket
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from typing import cast
+from typing import Protocol, cast
 
 from netfilterqueue import NetfilterQueue, Packet
 
@@ -26,15 +26,26 @@ from enforcer_daemon.dataplane.queuemessages import encode_uncut, offloads
 from enforcer_daemon.errors import DataplaneError
 from enforcer_daemon.marks import CONSUME, CUT, FORGET, OWN_MASK, RELEASED
 from enforcer_daemon.model import Direction
-from enforcer_daemon.verdict import Action, Inject, Settle, Verdict
+from enforcer_daemon.verdict import Action, Effect, Inject, Verdict
 
 MAX_COPIED_BYTES = 4_016
 """What NetfilterQueue gives of a packet: the end of a jumbo frame, or of a send that is not cut yet, is missing."""
 _MESSAGE_BYTES = MAX_COPIED_BYTES + 512
 """Room for that and for what stands before it, which is more than NetfilterQueue asks for."""
 
-Judge = Callable[[bytes, Direction, int], Verdict]
-"""Judges a packet: its bytes (MAX_COPIED_BYTES at most), its direction, and our bits of
+
+class Answer(Protocol):
+    """What is to be done with a packet, and beside it."""
+
+    @property
+    def verdict(self) -> Verdict: ...
+
+    @property
+    def effects(self) -> Sequence[Effect]: ...
+
+
+Evaluate = Callable[[bytes, Direction, int], Answer]
+"""Evaluates a packet: its bytes (MAX_COPIED_BYTES at most), its direction, and our bits of
 its mark: of a packet with SYN, or of a datagram with a handshake's message, what its connection was released with
 before; of a datagram, or a SYN that arrives, also REPLY; else 0. Of any packet UNSUMMED and CUT."""
 
@@ -87,7 +98,7 @@ class QueueSizes:
 class PacketQueue:
     """One endpoint's queue, bound inside its network namespace. For the event loop's thread alone."""
 
-    __slots__ = ("_counters", "_fruitful", "_held", "_injector", "_is_backlogged", "_judge", "_looked_at",
+    __slots__ = ("_counters", "_evaluate", "_fruitful", "_held", "_injector", "_is_backlogged", "_looked_at",
                  "_on_error", "_overflow", "_packets_per_turn", "_queue", "_refused", "_sock", "_turn", "errors",
                  "is_in_vain", "is_mostly_refused", "lost")  # fmt: skip
 
@@ -95,7 +106,7 @@ class PacketQueue:
         self,
         queue: NetfilterQueue,
         injector: Injector,
-        judge: Judge,
+        evaluate: Evaluate,
         on_error: Callable[[Exception], None],
         packets_per_turn: int,
     ) -> None:
@@ -104,7 +115,7 @@ class PacketQueue:
         self._sock = socket.socket(fileno=os.dup(queue.get_fd()))
         self._turn = _Turn(self._sock)
         self._injector = injector
-        self._judge = judge
+        self._evaluate = evaluate
         self._on_error = on_error
         self._packets_per_turn = packets_per_turn
         self._is_backlogged = False
@@ -126,7 +137,7 @@ class PacketQueue:
         netns_fd: int,
         number: int,
         sizes: QueueSizes,
-        judge: Judge,
+        evaluate: Evaluate,
         *,
         on_error: Callable[[Exception], None],
         ifindex: int = 0,
@@ -140,7 +151,7 @@ class PacketQueue:
         try:
             # The library's netlink socket belongs to the namespace in which it is made, wherever it is used.
             queue = open_in(netns_fd, NetfilterQueue)
-            self = cls(queue, injector, judge, on_error, sizes.batch)
+            self = cls(queue, injector, evaluate, on_error, sizes.batch)
         except OSError as err:
             injector.close()
             raise DataplaneError(f"queue {number}: {err}") from err
@@ -221,13 +232,13 @@ class PacketQueue:
     def _waiting_bytes(self) -> int:
         return int.from_bytes(self._sock.getsockopt(socket.SOL_SOCKET, _SO_MEMINFO, _MEMINFO_BYTES), sys.byteorder)
 
-    def carry_out(self, effects: tuple[Settle | Inject, ...]) -> None:
-        """Carry out effects that come from a deadline instead of a packet."""
+    def apply(self, effects: Sequence[Effect]) -> None:
+        """Apply effects in order: of a packet after its own verdict, of a timer, or of a change."""
         for effect in effects:
             if isinstance(effect, Inject):
                 self._injector.send(
                     effect.packet, is_untracked=effect.is_untracked
-                )  # Our rules queue it too; the judge knows its own packets.
+                )  # Our rules queue it too; the datapath knows its own packets.
             else:
                 packet = self._held.pop(effect.hold_id, None)
                 if packet is not None:
@@ -252,21 +263,22 @@ class PacketQueue:
             left_to_do = offloads(self._turn.message)
             mark = packet.mark & OWN_MASK | left_to_do
             if packet.hook == _PREROUTING:
-                verdict = self._judge(payload, Direction.INGRESS, mark)
+                output = self._evaluate(payload, Direction.INGRESS, mark)
             else:
-                verdict = self._judge(payload, Direction.EGRESS, mark)
+                output = self._evaluate(payload, Direction.EGRESS, mark)
+            verdict = output.verdict
             if left_to_do & CUT and verdict.payload is not None:
                 raise DataplaneError("a send that is not cut yet cannot be rewritten")
             self._answer(packet, verdict)
             if verdict.action is Action.DROP:
                 self._refused += 1
-            if verdict.effects:
-                self.carry_out(verdict.effects)
+            if output.effects:
+                self.apply(output.effects)
         except Exception as err:  # noqa: BLE001 - the boundary: whatever goes wrong, this packet does not pass
             self._fail(packet, err)
 
     def _answer(self, packet: Packet, verdict: Verdict) -> None:
-        action, payload, mark, hold_id, _, when_drained = verdict
+        action, payload, mark, hold_id, when_drained = verdict
         self._fruitful += _is_fruit(mark, packet.mark)
         if when_drained and self._has_more():
             action = Action.TAKE if action is Action.CONSUME else Action.ACCEPT

@@ -13,7 +13,10 @@ from collections.abc import Hashable, Iterator
 from enum import Enum
 from typing import Generic, NamedTuple, TypeVar
 
+from enforcer_daemon.enums import with_plain_members
 
+
+@with_plain_members
 class Bound(Enum):
     """What can be full; the value is the label `limit` of trireme_limit_reached_total."""
 
@@ -111,7 +114,8 @@ class FairTable(Generic[_Key, _Value]):
 
         An entry under the same key is replaced, and makes room for nobody else.
         """
-        self.pop(key)
+        if key in self._entries:
+            self.pop(key)
         own = self._by_source.get(source)
         count = 0 if own is None else len(own)
         evicted: Evicted[_Value] | None = None
@@ -127,6 +131,12 @@ class FairTable(Generic[_Key, _Value]):
         self._entries[key] = value, source
         self._recount(source, count, count + 1)
         return evicted
+
+    def replace(self, key: _Key, value: _Value) -> None:
+        """Change an entry's value in its place, if there is such an entry."""
+        entry = self._entries.get(key)
+        if entry is not None:
+            self._entries[key] = value, entry[1]
 
     def pop(self, key: _Key) -> _Value | None:
         """Take an entry out."""
@@ -152,6 +162,12 @@ class FairTable(Generic[_Key, _Value]):
         by_count = self._by_count
         if before:
             peers = by_count[before]
+            if len(peers) == 1 and after and after not in by_count:  # Alone before and after: as a busy source is.
+                del by_count[before]
+                by_count[after] = peers
+                if before == self._most:
+                    self._most = after
+                return
             del peers[source]
             if not peers:
                 del by_count[before]

@@ -41,6 +41,8 @@ PROOF_MARKER_ID = 0x5453
 _HEAD = Struct("!4sBBH16s")
 _ANSWER = Struct("!16sH16s")
 _LENGTHS = Struct("!HH")
+_MAPPED = b"\0" * 10 + b"\xff\xff"
+"""Before an IPv4 address that travels as an IPv6 address (RFC 4291, section 2.5.5.2)."""
 SYN_OVERHEAD = _HEAD.size
 SYN_ACK_OVERHEAD = _HEAD.size + _ANSWER.size
 MAX_FRAME_BYTES = 9_000
@@ -120,6 +122,13 @@ def without_proof(payload: bytes) -> bytes:
     return payload[: SYN_ACK_OVERHEAD - PROOF_BYTES] + payload[SYN_ACK_OVERHEAD:]
 
 
+def answer_head(kind: int, nonce: bytes, end: tuple[bytes, int], block: bytes) -> bytes:
+    """Write an answer's frame as far as its proof, which the block follows; `end` is the responder's own."""
+    address, port = end
+    head = _HEAD.pack(MAGIC, VERSION, kind, SYN_ACK_OVERHEAD + len(block), nonce)
+    return head + (address if len(address) == 16 else _MAPPED + address) + port.to_bytes(2, "big")
+
+
 def is_frame(payload: bytes) -> bool:
     """Tell a handshake frame, well formed or not, from any other data."""
     return payload[:4] == MAGIC
@@ -180,12 +189,11 @@ def decode_head(payload: bytes, expected_type: int) -> bytes:
 
 
 def _mapped(address: bytes) -> bytes:
-    """IPv4 travels as an IPv4-mapped IPv6 address (RFC 4291, section 2.5.5.2)."""
-    return address if len(address) == 16 else b"\0" * 10 + b"\xff\xff" + address
+    return address if len(address) == 16 else _MAPPED + address
 
 
 def _unmapped(address: bytes) -> bytes:
-    return address[12:] if address[:12] == b"\0" * 10 + b"\xff\xff" else address
+    return address[12:] if address[:12] == _MAPPED else address
 
 
 def proof_option(proof: bytes, *, is_lone: bool) -> bytes:

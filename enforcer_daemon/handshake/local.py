@@ -12,6 +12,7 @@ from enforcer_daemon.handshake.proofs import frame_hash, pair_key
 from enforcer_daemon.identity.credential import Credential
 from enforcer_daemon.identity.tokens import Claims, encode_token
 from enforcer_daemon.model import Identity
+from enforcer_daemon.packet.checksum import ones_sum
 
 _MAX_PAIR_KEYS = 16_384
 """Pair keys of one token; when there are more, all are made again on need."""
@@ -20,13 +21,15 @@ _MAX_PAIR_KEYS = 16_384
 class LocalToken:
     """One signed token of an endpoint with its ephemeral key. Flows pin it, so that a rotation changes nothing."""
 
-    __slots__ = ("_key", "_pair_keys", "block", "expires_at", "identity", "token_hash")
+    __slots__ = ("_key", "_pair_keys", "block", "block_sum", "expires_at", "identity", "token_hash")
 
     def __init__(
         self, identity: Identity, key: X25519PrivateKey, wire: bytes, credential: bytes, expires_at: float
     ) -> None:
         self.identity = identity
         self.block = encode_block(credential, wire)
+        self.block_sum = ones_sum(self.block)
+        """Of its 16-bit words, for the checksums of the packets that carry it."""
         self.token_hash = frame_hash(wire)
         self.expires_at = expires_at
         self._key = key

@@ -80,17 +80,21 @@ class PeerVerifier:
         for table in (self._peers, self._refused, self._refused_credentials, self._credentials):
             table.clear()
 
+    def known(self, block: bytes, wall_now: float) -> Peer | None:
+        """Return the peer of a block that was verified before; raise TokenError if it has expired since."""
+        peer = self._peers.get(block)
+        if peer is not None and wall_now > peer.not_after + self._settings.clock_leeway_s:
+            del self._peers[block]
+            raise TokenError(Reason.TOKEN_EXPIRED, str(peer.identity.pod))
+        return peer
+
     def verify(self, block: bytes, source: bytes, now: float, wall_now: float, *, is_pod: bool = True) -> Peer:
         """Give the peer of an identity block; raise PeerError with the reason where it does not hold.
 
         `source` is the packed address that the work is charged to, `is_pod` whether it lies in the pods' networks.
         """
-        peer = self._peers.get(block)
+        peer = self.known(block, wall_now)
         if peer is not None:
-            leeway_s = self._settings.clock_leeway_s
-            if wall_now > peer.not_after + leeway_s:
-                del self._peers[block]
-                raise TokenError(Reason.TOKEN_EXPIRED, str(peer.identity.pod))
             return peer
         der, token = decode_block(block)
         is_known = der in self._credentials

@@ -2,8 +2,9 @@
 """Keys and MACs of the handshake (docs/protocol.md, Proofs).
 
 pair key  PK = HKDF-SHA256(ECDH(epk_i, epk_r), salt = SHA256(token_i) | SHA256(token_r), info = version)
-proof_r   = HMAC(PK, "syn-ack" | isn_i | isn_r | nonce_i | nonce_r | SHA256(SYN frame) | SYN-ACK frame w/o proof)[:16]
-proof_i   = HMAC(PK, "ack" | isn_i | isn_r | nonce_i | nonce_r | proof_r)[:16]
+proof_r   = HMAC(PK, label_r | T | SHA256(offer) | answer without its proof)[:16]
+proof_i   = HMAC(PK, label_i | T | proof_r)[:16]
+T         = nonce_i | nonce_r, after isn_i | isn_r if the protocol has such numbers
 """
 
 from __future__ import annotations
@@ -18,24 +19,28 @@ from cryptography.hazmat.primitives.hashes import SHA256
 from cryptography.hazmat.primitives.kdf.hkdf import HKDF
 
 from enforcer_daemon.errors import ProofError
-from enforcer_daemon.handshake.frames import PROOF_BYTES, without_proof
+from enforcer_daemon.handshake.frames import PROOF_BYTES
 from enforcer_daemon.reasons import Reason
 
 _INFO = b"trireme handshake version 1"
 _NUMBERS = Struct("!II")
 
 
-class Transcript(NamedTuple):
-    """What both proofs of one handshake cover."""
+class ProofLabels(NamedTuple):
+    """What tells the proofs of the two roles apart, and those of one protocol from those of another."""
 
-    isn_i: int
-    isn_r: int
-    nonce_i: bytes
-    nonce_r: bytes
+    answer: bytes
+    proof: bytes
 
-    def encode(self) -> bytes:
-        """Give the bytes that both MACs begin with, after their label."""
-        return _NUMBERS.pack(self.isn_i, self.isn_r) + self.nonce_i + self.nonce_r
+
+TCP_LABELS = ProofLabels(b"syn-ack", b"ack")
+UDP_LABELS = ProofLabels(b"datagram-answer", b"datagram-proof")
+
+
+def transcript(numbers: tuple[int, int] | None, nonce_i: bytes, nonce_r: bytes) -> bytes:
+    """Return what both proofs of one handshake cover; `numbers` are the ISNs, if the protocol has any."""
+    nonces = nonce_i + nonce_r
+    return nonces if numbers is None else _NUMBERS.pack(*numbers) + nonces
 
 
 def pair_key(own: X25519PrivateKey, peer: bytes, token_hash_i: bytes, token_hash_r: bytes) -> bytes:
@@ -47,15 +52,14 @@ def pair_key(own: X25519PrivateKey, peer: bytes, token_hash_i: bytes, token_hash
     return HKDF(algorithm=SHA256(), length=32, salt=token_hash_i + token_hash_r, info=_INFO).derive(shared)
 
 
-def responder_proof(key: bytes, transcript: Transcript, syn_hash: bytes, syn_ack_frame: bytes) -> bytes:
-    """Compute proof_r; the proof field of `syn_ack_frame` is not covered."""
-    message = b"syn-ack" + transcript.encode() + syn_hash + without_proof(syn_ack_frame)
-    return hmac.digest(key, message, "sha256")[:PROOF_BYTES]
+def responder_proof(key: bytes, labels: ProofLabels, covered: bytes, offer_hash: bytes, answer: bytes) -> bytes:
+    """Compute proof_r over the transcript, the offer and the answer's frame without its proof field."""
+    return hmac.digest(key, labels.answer + covered + offer_hash + answer, "sha256")[:PROOF_BYTES]
 
 
-def initiator_proof(key: bytes, transcript: Transcript, proof_r: bytes) -> bytes:
-    """Compute proof_i."""
-    return hmac.digest(key, b"ack" + transcript.encode() + proof_r, "sha256")[:PROOF_BYTES]
+def initiator_proof(key: bytes, labels: ProofLabels, covered: bytes, proof_r: bytes) -> bytes:
+    """Compute proof_i over the transcript and proof_r."""
+    return hmac.digest(key, labels.proof + covered + proof_r, "sha256")[:PROOF_BYTES]
 
 
 def require_equal(expected: bytes, received: bytes) -> None:

@@ -25,15 +25,18 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
 from cryptography.hazmat.primitives.serialization import Encoding, load_pem_private_key
 
-from enforcer_daemon.handshake.flows import InitiatorFlow
+from enforcer_daemon.handshake import carriers
+from enforcer_daemon.handshake.flowkey import FlowKey, Role
 from enforcer_daemon.handshake.frames import decode_block, decode_syn_ack, encode_block, is_frame, proof_option
 from enforcer_daemon.handshake.limits import HandshakeLimits
 from enforcer_daemon.handshake.local import LocalToken, sign_local_token
+from enforcer_daemon.handshake.machine import State
 from enforcer_daemon.handshake.peers import PeerVerifier
+from enforcer_daemon.handshake.session import Session
 from enforcer_daemon.identity.authority import Authority, issue_credential, node_spiffe_id
 from enforcer_daemon.identity.credential import Credential, TrustBundle, decode_credential
 from enforcer_daemon.identity.dictionary import TOKEN_DICTIONARY
-from enforcer_daemon.model import Identity, IPAddress, PodRef
+from enforcer_daemon.model import Identity, IPAddress, PodRef, Protocol
 from enforcer_daemon.packet.tcp import ACK, PSH, RST, SYN, SYN_ACK, Segment, build, decode_tcp, with_options_and_payload
 from enforcer_daemon.reasons import Reason
 from trireme_lab import Lab
@@ -256,10 +259,12 @@ class FramedClient(RawClient):
         self, wire: Wire, target: IPAddress, port: int, token: LocalToken, source: IPAddress | None = None
     ) -> None:
         super().__init__(wire, target, port, source)
-        self.flow = InitiatorFlow(b"", token, os.urandom(16), self.isn, 0.0)
+        key = FlowKey(b"", b"", 0, 0, Protocol.TCP, Role.INITIATOR)
+        self.session = Session(key, carriers.TCP, token, State.OPENING, 0.0)
+        self.session.offer(os.urandom(16), self.isn)
 
     def send_framed_syn(self, options: bytes = SYN_OPTIONS) -> None:
-        self.send_syn(self.flow.frame, options)
+        self.send_syn(self.session.frame, options)
 
     def prove(self, answer: Segment, authority: Authority) -> bytes:
         """Verify the SYN-ACK as an enforcer would, and give the option with the right proof."""
@@ -268,8 +273,8 @@ class FramedClient(RawClient):
         frame = decode_syn_ack(payload)
         verifier = PeerVerifier(TrustBundle([authority.certificate]), HandshakeLimits())
         peer = verifier.verify(frame.block, answer.src, 0.0, time.time())
-        self.flow.verify(payload, frame, answer.seq, peer)
-        return proof_option(self.flow.proof, is_lone=False)
+        self.session.verify_answer(payload, frame, answer.seq, peer)
+        return proof_option(self.session.proof, is_lone=False)
 
 
 # The witness: what the server's application and its enforcer saw.

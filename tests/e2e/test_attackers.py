@@ -174,7 +174,7 @@ def test_changed_labels(world: Lab, port: int, host: str, version: int) -> None:
         authority = read_authority(world)
         rogue = Signer.make(authority, "made-up").token(identity([attack.wire.ip], "made-up", "shop/rogue", "rogue"))
         client = attack.framed(rogue)
-        client.send_syn(encode_syn(decode_syn(client.flow.frame)._replace(
+        client.send_syn(encode_syn(decode_syn(client.session.frame)._replace(
             block=with_changed_labels(rogue.block, b'"app":"rogue"', b'"app":"web"')
         )))  # fmt: skip
         attack.refused_for(Reason.TOKEN_SIGNATURE)
@@ -221,7 +221,7 @@ def test_a_token_under_another_nodes_credential(world: Lab, port: int, host: str
         authority = read_authority(world)
         one, other = Signer.make(authority, "one"), Signer.make(authority, "other")
         client = attack.framed(one.token(identity([attack.wire.ip], "one")))
-        frame = decode_syn(client.flow.frame)
+        frame = decode_syn(client.session.frame)
         token = frame.block[4 + len(one.credential.der) :]
         client.send_syn(encode_syn(frame._replace(block=encode_block(other.credential.der, token))))
         attack.refused_for(Reason.CREDENTIAL_MISMATCH)

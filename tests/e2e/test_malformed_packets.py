@@ -186,7 +186,7 @@ def await_quiet(lab: Lab, pod: str) -> dict[str, int]:
 def test_packets_to_a_server(world: Lab, port: int, version: int, maker: Maker) -> None:
     dice = random.Random(SEED)
     with attack_from(world, "host:near", port, version) as attack:
-        frame = attack.framed(attack.pod_token()).flow.frame
+        frame = attack.framed(attack.pod_token()).session.frame
         before = await_quiet(world, DB)
         for _ in range(2):
             send_burst(world, version, [maker(dice, attack, frame) for _ in range(BURST)])
@@ -247,7 +247,7 @@ def test_sources_without_number(world: Lab, port: int) -> None:
     dice = random.Random(SEED)
     memory = memory_of(world.node("a"))
     with attack_from(world, "host:near", port) as attack:
-        frame = attack.framed(attack.pod_token()).flow.frame
+        frame = attack.framed(attack.pod_token()).session.frame
         for start in range(0, 10_000, 1_000):
             packets = [
                 RawClient(attack.wire, *attack.target, source=ip_address((100 << 24) + start + number)).segment(

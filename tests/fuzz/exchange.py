@@ -13,15 +13,16 @@ import random
 from collections.abc import Callable
 from datetime import UTC, datetime
 
-from enforcer_daemon.datapath.context import NodeContext
+from enforcer_daemon.datapath.node import NodeContext
 from enforcer_daemon.errors import PacketError
-from enforcer_daemon.handshake.flows import InitiatorFlow, ResponderFlow
+from enforcer_daemon.handshake.flowkey import Role
 from enforcer_daemon.handshake.frames import find_proof, proof_option
 from enforcer_daemon.handshake.machine import State
 from enforcer_daemon.handshake.peers import PeerVerifier
+from enforcer_daemon.handshake.session import Session
 from enforcer_daemon.identity.authority import make_authority
 from enforcer_daemon.identity.credential import TrustBundle
-from enforcer_daemon.model import Direction
+from enforcer_daemon.model import Direction, Protocol
 from enforcer_daemon.packet.tcp import ACK, FIN, PSH, RST, SYN_ACK, Segment, build, decode_tcp, with_options_and_payload
 from enforcer_daemon.reasons import Reason
 from enforcer_daemon.verdict import Action, Inject, Verdict
@@ -34,6 +35,7 @@ from tests.unit.datapath.pair import (
     Endpoint,
     FakePolicy,
     Node,
+    Result,
     Rules,
 )
 
@@ -219,12 +221,12 @@ class Exchange:
     def wait(self) -> None:
         self.now += (0.01, 0.5, 1.5, 80.0)[self.script.number(4)]
         for endpoint in (self.client, self.server):
-            for effect in endpoint.datapath.expire(self.now):
+            for effect in endpoint.expire(self.now):
                 self.settle(endpoint, effect)
 
     def change_policy(self) -> None:
         receiver = self.receiver()
-        for effect in receiver.datapath.forget_unfinished(lambda _: True):
+        for effect in receiver.end_denied(lambda _: True):
             self.settle(receiver, effect)
 
     # Carrying it out, and what must hold.
@@ -245,14 +247,13 @@ class Exchange:
 
     def arrive(self, endpoint: Endpoint, packet: bytes, mark: int = 0) -> None:
         self.carry_out(endpoint, packet, endpoint.verdict(packet, Direction.INGRESS, self.now, mark))
-        for flow in self.client.datapath._initiator.flows.known():
+        for flow in self.client.sessions(Protocol.TCP, Role.INITIATOR):
             if flow.proof and flow.proof not in self.answered:
                 assert decode_tcp(packet).payload in self.frames, "an answer that the server's enforcer never gave"
                 self.answered.add(flow.proof)
 
-    def carry_out(self, endpoint: Endpoint, packet: bytes, verdict: Verdict) -> list[bytes]:
-        assert isinstance(verdict, Verdict)
-        for report in endpoint.datapath.take_reports():
+    def carry_out(self, endpoint: Endpoint, packet: bytes, verdict: Result | Verdict) -> list[bytes]:
+        for report in endpoint.take_reports():
             assert report.reason is not Reason.INTERNAL_ERROR, report.detail
         passed = []
         if verdict.action is Action.HOLD:
@@ -262,7 +263,7 @@ class Exchange:
             passed.append(packet if verdict.payload is None else verdict.payload)
         if verdict.action is Action.RELEASE:
             self.check_release(endpoint, packet)
-        for effect in verdict.effects:
+        for effect in verdict.effects if isinstance(verdict, Result) else ():
             passed += self.settle(endpoint, effect)
         return passed
 
@@ -279,24 +280,24 @@ class Exchange:
         ports = {segment.sport, segment.dport}
         flows = [
             flow
-            for table in (endpoint.datapath._initiator.flows, endpoint.datapath._responder.flows)
-            for flow in table.known()
-            if flow.state is State.RELEASED and {_port(flow.key, -4), _own_port(flow)} == ports
+            for role in Role
+            for flow in endpoint.sessions(Protocol.TCP, role)
+            if flow.state is State.RELEASED and {flow.key.remote_port, (flow.alias or flow.key).own_port} == ports
         ]
         assert flows, "released without a flow"
         for flow in flows:
             self.check_proven(endpoint, flow)
 
-    def check_proven(self, endpoint: Endpoint, flow: InitiatorFlow | ResponderFlow) -> None:
-        if isinstance(flow, InitiatorFlow):
+    def check_proven(self, endpoint: Endpoint, flow: Session) -> None:
+        assert flow.peer is not None
+        if flow.key.role is Role.INITIATOR:
             assert endpoint is self.client, "the server opened a connection that policy denies"
-            assert flow.peer is not None
             assert flow.peer.identity.pod == self.server.identity.pod
         else:
             assert endpoint is self.server, "the client took a connection that policy denies"
             assert flow.peer.identity.pod == self.client.identity.pod
             assert flow.nonce_r in {frame[_NONCE] for frame in self.frames}
-            assert flow.expected in self.proofs, "released without the initiator's proof"
+            assert flow.proof in self.proofs, "released without the initiator's proof"
 
 
 def exchange(content: bytes) -> None:
@@ -326,16 +327,6 @@ def _later(connection: Connection, flags: int, payload: bytes, options: bytes) -
     ports = connection.sport, connection.dport
     bare = build(connection.client.address, connection.server.address, ports, numbers, flags, 502, options)
     return with_options_and_payload(decode_tcp(bare), options, payload)
-
-
-def _own_port(flow: InitiatorFlow | ResponderFlow) -> int:
-    """Give the pod's own port; what the script made up may answer from another than was dialled."""
-    answers_from = flow.answers_from if isinstance(flow, ResponderFlow) else b""
-    return _port(answers_from or flow.key, -2)
-
-
-def _port(key: bytes, at: int) -> int:
-    return key[at] << 8 | key[at + 1]
 
 
 def _tcp(packet: bytes) -> Segment | None:

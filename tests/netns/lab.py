@@ -22,6 +22,7 @@ from pathlib import Path
 
 import pytest
 
+from enforcer_daemon.datapath.endpoint import Output
 from enforcer_daemon.dataplane.addresses import node_addresses
 from enforcer_daemon.dataplane.backends import IptablesBackend, NftBackend, RulesBackend, choose_backend
 from enforcer_daemon.dataplane.netns import new_netns, open_in
@@ -157,25 +158,31 @@ def ip(place: int, arguments: str) -> None:
     run_in(place, ("ip", *arguments.split()))
 
 
-class Recorder:
-    """A judge that notes what it saw and answers by a function of the test."""
+Answer = Callable[[bytes, Direction, int], Verdict | Output]
 
-    def __init__(self, answer: Callable[[bytes, Direction, int], Verdict] = lambda *_: ACCEPT) -> None:
+
+def as_output(answer: Verdict | Output) -> Output:
+    """Return an output with a verdict alone, if that is all that a test answers."""
+    return answer if isinstance(answer, Output) else Output(answer)
+
+
+class Recorder:
+    """Notes what it saw, and answers by a function of the test."""
+
+    def __init__(self, answer: Answer = lambda *_: ACCEPT) -> None:
         self.answer = answer
         self.seen: list[tuple[bytes, Direction, int]] = []
 
-    def __call__(self, packet: bytes, direction: Direction, mark: int) -> Verdict:
+    def __call__(self, packet: bytes, direction: Direction, mark: int) -> Output:
         self.seen.append((packet, direction, mark))
-        return self.answer(packet, direction, mark)
+        return as_output(self.answer(packet, direction, mark))
 
 
 @contextmanager
-def serve(
-    lab: Lab, judge: Callable[[bytes, Direction, int], Verdict], sizes: QueueSizes = SIZES
-) -> Iterator[PacketQueue]:
+def serve(lab: Lab, answer: Answer, sizes: QueueSizes = SIZES) -> Iterator[PacketQueue]:
     """Serve the pod's queue from a thread of its own, as the event loop would."""
     errors: list[Exception] = []
-    queue = PacketQueue.open(lab.pod, QUEUE, sizes, judge, on_error=errors.append)
+    queue = PacketQueue.open(lab.pod, QUEUE, sizes, lambda *args: as_output(answer(*args)), on_error=errors.append)
     stop_read, stop_write = os.pipe()
 
     def loop() -> None:

@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 import uvloop
 
+from enforcer_daemon.datapath.endpoint import Output
 from enforcer_daemon.dataplane.inject import Injector
 from enforcer_daemon.dataplane.netns import open_in
 from enforcer_daemon.dataplane.queue import MAX_COPIED_BYTES, WINDOW, PacketQueue
@@ -98,11 +99,11 @@ def test_a_payload_of_the_judge_takes_the_packets_place(lab: Lab) -> None:
 
 
 def test_held_packets_are_settled_in_the_order_of_the_effects(lab: Lab) -> None:
-    def hold_until_three(packet: bytes, *_: object) -> Verdict:
+    def hold_until_three(packet: bytes, *_: object) -> Verdict | Output:
         number = packet[28] - ord("0")
         if number < 3:
             return Verdict(Action.HOLD, hold_id=number)
-        return Verdict(Action.DROP, effects=(Settle(2, ACCEPT), Settle(1, ACCEPT), Settle(9, ACCEPT)))
+        return Output(effects=(Settle(2, ACCEPT), Settle(1, ACCEPT), Settle(9, ACCEPT)))
 
     with (
         serve(lab, hold_until_three) as queue,
@@ -120,7 +121,7 @@ def test_a_flow_is_released_when_nothing_more_waits(lab: Lab) -> None:
     """So that what comes after the release overtakes nothing that came before it."""
     released = Verdict(Action.RELEASE, mark=released_mark(0), when_drained=True)
     one_a_turn = dataclasses.replace(SIZES, batch=1)
-    queue = PacketQueue.open(lab.pod, QUEUE, one_a_turn, lambda *_: released, on_error=silent)
+    queue = PacketQueue.open(lab.pod, QUEUE, one_a_turn, Recorder(lambda *_: released), on_error=silent)
     try:
         with (
             lab.socket(lab.pod, 4, socket.SOCK_DGRAM) as service,
@@ -161,7 +162,7 @@ def test_a_send_that_the_kernel_will_cut_comes_whole_and_nothing_of_it_is_lost(l
             assert [(decode_udp(packet).payload, mark) for packet, _, mark in judge.seen] == [
                 (b"".join(send), UNSUMMED | CUT) for send in sends
             ]
-            queue.carry_out(tuple(Settle(hold_id, ACCEPT) for hold_id in (1, 2, 3)))
+            queue.apply(tuple(Settle(hold_id, ACCEPT) for hold_id in (1, 2, 3)))
             assert sorted(service.recv(1_000) for _ in range(12)) == sorted(part for send in sends for part in send)
     finally:
         queue.close()
@@ -219,7 +220,7 @@ def test_a_judge_that_fails_lets_nothing_pass(lab: Lab) -> None:
 def test_an_effect_that_fails_is_reported(lab: Lab) -> None:
     errors: list[Exception] = []
     hold = Verdict(Action.HOLD, hold_id=1)
-    queue = PacketQueue.open(lab.pod, QUEUE, SIZES, lambda *_: hold, on_error=errors.append)
+    queue = PacketQueue.open(lab.pod, QUEUE, SIZES, Recorder(lambda *_: hold), on_error=errors.append)
     try:
         with lab.socket(lab.remote, 4, socket.SOCK_DGRAM) as client:
             for _ in range(2):
@@ -453,7 +454,7 @@ def test_a_queue_is_served_again_after_its_buffer_was_full(
         is_judged.set()
         return DROP
 
-    queue = PacketQueue.open(lab.pod, QUEUE, sizes, judge, on_error=silent)
+    queue = PacketQueue.open(lab.pod, QUEUE, sizes, Recorder(judge), on_error=silent)
 
     async def serve_floods() -> None:
         loop = asyncio.get_running_loop()
@@ -482,8 +483,8 @@ def test_a_queue_is_served_again_after_its_buffer_was_full(
 def test_our_own_packet_passes_the_queue_like_any_other(lab: Lab, version: int) -> None:
     proof = tcp_packet((POD[version], 8080), (REMOTE[version], 6000), ACK, b"proof")
 
-    def answer(packet: bytes, *_: object) -> Verdict:
-        return Verdict(Action.DROP, effects=(Inject(proof),)) if is_syn(packet) else ACCEPT
+    def answer(packet: bytes, *_: object) -> Verdict | Output:
+        return Output(effects=(Inject(proof),)) if is_syn(packet) else ACCEPT
 
     judge = Recorder(answer)
     kind = socket.AF_PACKET, socket.SOCK_DGRAM, socket.htons(0x0800 if version == 4 else 0x86DD)
@@ -501,14 +502,14 @@ def test_our_own_packet_passes_the_queue_like_any_other(lab: Lab, version: int) 
 
 
 def test_a_reset_of_our_own_reaches_the_pods_process(lab: Lab, version: int) -> None:
-    def refuse(packet: bytes, direction: Direction, _: int) -> Verdict:
+    def refuse(packet: bytes, direction: Direction, _: int) -> Verdict | Output:
         if not is_syn(packet):
             return ACCEPT
         offset = 20 if version == 4 else 40
         port = int.from_bytes(packet[offset : offset + 2], "big")
         isn = int.from_bytes(packet[offset + 4 : offset + 8], "big")
         reset = tcp_packet((REMOTE[version], 8080), (POD[version], port), RST | ACK, ack=isn + 1)
-        return Verdict(Action.DROP, effects=(Inject(reset),))
+        return Output(effects=(Inject(reset),))
 
     with serve(lab, refuse), lab.socket(lab.pod, version) as client, pytest.raises(ConnectionRefusedError):
         client.connect((REMOTE[version], 8080))
@@ -516,7 +517,7 @@ def test_a_reset_of_our_own_reaches_the_pods_process(lab: Lab, version: int) -> 
 
 def test_a_packet_that_cannot_be_sent_is_counted(lab: Lab) -> None:
     with serve(lab, Recorder()) as queue:
-        queue.carry_out((Inject(b""), Inject(b"\x45"), Inject(b"\x60" + bytes(38))))
+        queue.apply((Inject(b""), Inject(b"\x45"), Inject(b"\x60" + bytes(38))))
         assert queue.injection_errors == 3
 
 
@@ -535,7 +536,7 @@ def test_close_leaves_no_descriptor_and_no_namespace() -> None:
         with lab.socket(lab.remote, 4, socket.SOCK_DGRAM) as client:
             client.sendto(b"x", (POD[4], 53))
         assert wait_until(lambda: queue.read_turn() == 0 and queue.held_packets == 1)
-        queue.carry_out((Inject(tcp_packet((POD[4], 1), (REMOTE[4], 2), SYN)),))
+        queue.apply((Inject(tcp_packet((POD[4], 1), (REMOTE[4], 2), SYN)),))
         queue.close()
         queue.close()
         assert (queue.fileno(), queue.read_turn()) == (-1, 0)

@@ -357,7 +357,7 @@ def test_packets_that_wait_survive_new_rules(lab: Lab, backend: RulesBackend, ve
         backend.apply(lab.pod, changed)
         backend.update_node_addresses(lab.pod, changed.node_addresses)
         backend.apply(lab.pod, lab.rules())
-        queue.carry_out((Settle(1, ACCEPT),))
+        queue.apply((Settle(1, ACCEPT),))
         assert wait_until(lambda: client.connect_ex((POD[version], 8080)) in (0, errno.EISCONN))
 
 

@@ -14,16 +14,28 @@ from hypothesis import HealthCheck, event, given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
-from enforcer_daemon.datapath.unproven import MAX_WAIT_S
+from enforcer_daemon.datapath.tcp import MAX_WAIT_S
 from enforcer_daemon.errors import PacketError
+from enforcer_daemon.handshake.flowkey import FlowKey, Role
 from enforcer_daemon.handshake.frames import find_proof, is_frame, proof_option
 from enforcer_daemon.handshake.machine import State
 from enforcer_daemon.identity.authority import make_authority
-from enforcer_daemon.model import Direction
+from enforcer_daemon.model import Direction, Protocol
 from enforcer_daemon.packet.tcp import ACK, FIN, RST, SYN, SYN_ACK, Segment, build, with_options_and_payload
 from enforcer_daemon.reasons import Reason
 from enforcer_daemon.verdict import Action, Inject, Settle, Verdict
-from tests.unit.datapath.pair import ENDING, TIMESTAMPS, WALL, Connection, Endpoint, FakePolicy, Node, Rules, segment
+from tests.unit.datapath.pair import (
+    ENDING,
+    TIMESTAMPS,
+    WALL,
+    Connection,
+    Endpoint,
+    FakePolicy,
+    Node,
+    Result,
+    Rules,
+    segment,
+)
 
 AUTHORITY = make_authority("cluster.local", datetime.fromtimestamp(WALL, UTC))
 NODE = Node("node-1", AUTHORITY)
@@ -141,15 +153,17 @@ class Wire(RuleBasedStateMachine):
     def time_passes(self, seconds: float) -> None:
         self.now += seconds
         for endpoint in (self.client, self.server):
-            for effect in endpoint.datapath.expire(self.now):
-                assert isinstance(effect, Settle)
+            for effect in endpoint.expire(self.now):
+                if isinstance(effect, Inject):  # A SYN-ACK whose proof has not come.
+                    endpoint.injected.append(effect.packet)
+                    continue
                 assert effect.verdict.action in ENDING
                 endpoint.held.pop(effect.hold_id)
 
     @rule(is_server=st.booleans())
     def policy_changes(self, is_server: bool) -> None:
         endpoint = self.server if is_server else self.client
-        for effect in endpoint.datapath.forget_unfinished(lambda index: True):
+        for effect in endpoint.end_denied(lambda index: True):
             if isinstance(effect, Settle):
                 assert effect.verdict.action in ENDING
                 endpoint.held.pop(effect.hold_id)
@@ -157,8 +171,7 @@ class Wire(RuleBasedStateMachine):
     @rule()
     def repeat_answers(self) -> None:
         """Time passes until every awaited proof is overdue."""
-        self.now += MAX_WAIT_S
-        self.server.injected.extend(effect.packet for effect in self.server.datapath.repeat_answers(self.now))
+        self.time_passes(MAX_WAIT_S)
 
     # What the attacker does, with everything that he ever saw.
 
@@ -211,9 +224,9 @@ class Wire(RuleBasedStateMachine):
 
     def is_released(self, packet: bytes) -> bool:
         found = segment(packet)
-        key = found.dst + found.src + found.packet[22:24] + found.packet[20:22]
-        flow = self.server.datapath._responder.flows.get(key)
-        return flow is not None and flow.state is State.RELEASED
+        key = FlowKey(found.dst, found.src, found.dport, found.sport, Protocol.TCP, Role.RESPONDER)
+        session = self.server.context.tables[Protocol.TCP, Role.RESPONDER].get(key)
+        return session is not None and session.state is State.RELEASED
 
     def arrive(self, endpoint: Endpoint, packet: bytes) -> None:
         verdict = endpoint.verdict(packet, Direction.INGRESS, self.now)
@@ -229,15 +242,15 @@ class Wire(RuleBasedStateMachine):
 
     def is_proven(self, sport: int) -> bool:
         """Only a flow whose expected proof the client's enforcer has made may carry anything to the server."""
-        flows = self.server.datapath._responder.flows.known()
+        flows = self.server.sessions(Protocol.TCP, Role.RESPONDER)
         return any(
-            flow.key[-4:-2] == sport.to_bytes(2, "big")
-            and flow.state is State.RELEASED
-            and flow.expected in self.proofs
+            flow.key.remote_port == sport and flow.state is State.RELEASED and flow.proof in self.proofs
             for flow in flows
         )
 
-    def carry_out(self, endpoint: Endpoint, packet: bytes, verdict: Verdict, direction: Direction) -> list[bytes]:
+    def carry_out(
+        self, endpoint: Endpoint, packet: bytes, verdict: Result | Verdict, direction: Direction
+    ) -> list[bytes]:
         passed = []
         if verdict.action is Action.HOLD:
             assert verdict.hold_id not in endpoint.held
@@ -245,13 +258,13 @@ class Wire(RuleBasedStateMachine):
         elif verdict.action not in ENDING:
             passed.append(verdict.payload if verdict.payload is not None else packet)
             assert verdict.action is not Action.RELEASE or verdict.mark
-        for effect in verdict.effects:
+        for effect in verdict.effects if isinstance(verdict, Result) else ():
             if isinstance(effect, Inject):
                 endpoint.injected.append(effect.packet)
                 continue
             waiting = endpoint.held.pop(effect.hold_id)
             passed += self.carry_out(endpoint, waiting, effect.verdict, direction)
-        for report in endpoint.datapath.take_reports():
+        for report in endpoint.take_reports():
             assert report.reason is not Reason.INTERNAL_ERROR, report.detail
         return passed
 
@@ -262,8 +275,7 @@ class Wire(RuleBasedStateMachine):
         for endpoint in (self.client, self.server):
             assert endpoint.datapath.half_open_flows <= 2 * MAX_HALF_OPEN
             assert len(endpoint.held) == len(endpoint.context._held)
-            flows = [*endpoint.datapath._initiator.flows.known(), *endpoint.datapath._responder.flows.known()]
-            assert all(len(flow.held) <= MAX_HELD for flow in flows)
+            assert all(len(session.held) <= MAX_HELD for session in endpoint.datapath.sessions())
 
 
 TestWire = pytest.mark.slow(Wire.TestCase)
@@ -280,5 +292,5 @@ TestWire.settings = settings(max_examples=60, stateful_step_count=50, deadline=N
 def test_process_never_raises(rest: bytes, head: int, direction: Direction, mark: int) -> None:
     endpoint = NODE.endpoint("client", "10.1.0.2", "client")
     verdict = endpoint.verdict(bytes((head,)) + rest, direction, 1.0, mark)
-    assert isinstance(verdict, Verdict)
-    assert all(report.reason is not Reason.INTERNAL_ERROR for report in endpoint.datapath.take_reports())
+    assert isinstance(verdict, Result)
+    assert all(report.reason is not Reason.INTERNAL_ERROR for report in endpoint.take_reports())

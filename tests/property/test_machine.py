@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The table of transitions: each entry as stated, nothing else, and no way to RELEASED around a proof."""
+"""The table of transitions: each end from each state as stated, and no way to RELEASED around a proof or a decision."""
 
 from __future__ import annotations
 
@@ -7,70 +7,105 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from enforcer_daemon.handshake.flows import Flow
+from enforcer_daemon.handshake import carriers
+from enforcer_daemon.handshake.flowkey import FlowKey, Role
 from enforcer_daemon.handshake.machine import (
-    DATAGRAM_TRANSITIONS,
+    REMEMBERED,
     TRANSITIONS,
+    UNVERIFIED,
     Event,
     IllegalEventError,
     State,
     next_state,
 )
+from enforcer_daemon.handshake.session import Session
+from enforcer_daemon.model import Protocol
 from tests.unit.datapath.pair import make_pair
 
-PROOFS = {Event.PROOF_ATTACHED, Event.LONE_PROOF_PASSED, Event.PROOF_VERIFIED, Event.SEGMENT_FOLLOWED}
-ENDS = {Event.REFUSED, Event.RESET, Event.EXPIRED}
-EXPECTED = {
-    (State.OPENING, Event.SYN_ACK_VERIFIED): State.VERIFIED,
-    (State.VERIFIED, Event.SYN_ACK_VERIFIED): State.VERIFIED,
-    (State.VERIFIED, Event.PROOF_ATTACHED): State.RELEASED,
-    (State.VERIFIED, Event.LONE_PROOF_SENT): State.PROVING,
-    (State.PROVING, Event.SYN_ACK_VERIFIED): State.PROVING,
-    (State.PROVING, Event.LONE_PROOF_SENT): State.PROVING,
-    (State.PROVING, Event.LONE_PROOF_PASSED): State.RELEASED,
-    (State.OFFERED, Event.SYN_ACK_SENT): State.ANSWERED,
-    (State.ANSWERED, Event.SYN_ACK_SENT): State.ANSWERED,
-    (State.ANSWERED, Event.PROOF_VERIFIED): State.RELEASED,
-    (State.ANSWERED, Event.LONE_PROOF_VERIFIED): State.PROVEN,
-    (State.PROVEN, Event.LONE_PROOF_VERIFIED): State.PROVEN,
-    (State.PROVEN, Event.PROOF_VERIFIED): State.RELEASED,
-    (State.PROVEN, Event.SEGMENT_FOLLOWED): State.RELEASED,
-    **{(state, event): State.CLOSED for state in State for event in ENDS if state < State.RELEASED},
-    (State.RELEASED, Event.RESET): State.CLOSED,
-    (State.RELEASED, Event.EXPIRED): State.CLOSED,
+KEY = FlowKey(b"peer", b"pod!", 1, 2, Protocol.TCP, Role.INITIATOR)
+OPEN = set(State) - {State.CLOSED}
+UNFINISHED = OPEN - REMEMBERED
+ENDS = {
+    Event.RESET: OPEN,
+    Event.REPLACED: OPEN,
+    Event.POLICY_CHANGED: OPEN,
+    Event.EXPIRED: UNFINISHED,
+    Event.EVICTED: UNFINISHED,
+    Event.FORGOTTEN: REMEMBERED,
+    Event.TAKEN_BACK: REMEMBERED,
+    Event.IDENTITY_CHANGED: UNVERIFIED,
+    Event.REFUSED: UNVERIFIED | REMEMBERED | {State.VERIFIED, State.PROVING},
 }
+"""From which states each end is possible."""
+RELEASES = {
+    (State.REPLIED, Event.TAKEN_AS_ADDRESS),
+    (State.DOUBTED, Event.DOUBT_ENDED),
+    (State.VERIFIED, Event.PROOF_ATTACHED),
+    (State.PROVING, Event.PROOF_PASSED),
+    (State.OFFERED, Event.TAKEN_AS_ADDRESS),
+    (State.ANSWERED, Event.PROOF_VERIFIED),
+    (State.PROVEN, Event.PROOF_VERIFIED),
+    (State.PROVEN, Event.SEGMENT_FOLLOWED),
+}
+BY_ADDRESS = {Event.TAKEN_AS_ADDRESS, Event.DOUBT_ENDED}
+INITIATOR = {*UNVERIFIED, State.DOUBTED, State.VERIFIED, State.PROVING, State.RELEASED, State.CLOSED}
 CLIENT, _ = make_pair()
 
 
 @pytest.mark.parametrize("state", list(State))
 @pytest.mark.parametrize("event", list(Event))
 def test_each_state_and_event(state: State, event: Event) -> None:
-    flow = Flow(b"key", CLIENT.context.local, state, 0.0)
-    follower = EXPECTED.get((state, event))
+    session = Session(KEY, carriers.TCP, CLIENT.context.local, state, 0.0)
+    follower = TRANSITIONS[state].get(event)
     if follower is not None:
-        flow.advance(event)
-        assert flow.state is follower
+        session.advance(event)
+        assert session.state is follower
         return
     with pytest.raises(IllegalEventError, match=f"{event.name} in state {state.name}"):
-        flow.advance(event)
-    assert flow.state is state
+        session.advance(event)
+    assert session.state is state
 
 
-def test_every_state_has_a_row() -> None:
-    assert set(TRANSITIONS) | set(DATAGRAM_TRANSITIONS) == set(State)
+def test_every_state_has_a_row_and_every_event_a_place() -> None:
+    assert set(TRANSITIONS) == set(State)
+    assert {event for row in TRANSITIONS.values() for event in row} == set(Event)
 
 
-@given(st.sampled_from([State.OPENING, State.OFFERED]), st.lists(st.sampled_from(Event), max_size=12))
+def test_sessions_end_by_these_events_alone() -> None:
+    ends = {(state, event) for state, row in TRANSITIONS.items() for event, to in row.items() if to is State.CLOSED}
+    expected = {(state, event) for event, states in ENDS.items() for state in states}
+    assert ends == expected | {(State.CHALLENGED, Event.PROOF_VERIFIED)}  # It ends an earlier release, and itself.
+
+
+def test_flows_are_released_by_these_events_alone() -> None:
+    releases = {
+        (state, event)
+        for state, row in TRANSITIONS.items()
+        for event, to in row.items()
+        if to is State.RELEASED and state is not State.RELEASED
+    }
+    assert releases == RELEASES
+
+
+def test_the_roles_have_no_state_in_common_but_the_last_ones() -> None:
+    for state in INITIATOR - {State.RELEASED, State.CLOSED}:
+        assert set(TRANSITIONS[state].values()) <= INITIATOR
+    for state in set(State) - INITIATOR:
+        assert set(TRANSITIONS[state].values()) <= set(State) - INITIATOR | {State.RELEASED, State.CLOSED}
+
+
+@given(st.sampled_from([State.OPENING, State.ASKED, State.OFFERED]), st.lists(st.sampled_from(Event), max_size=12))
 def test_no_way_leads_to_released_without_the_events_of_both_proofs(start: State, events: list[Event]) -> None:
     state, taken = start, []
     for event in events:
+        before = state
         try:
             state = next_state(state, event)
         except IllegalEventError:
             continue
         taken.append(event)
-        if state is State.RELEASED:
-            first = Event.SYN_ACK_VERIFIED if start is State.OPENING else Event.SYN_ACK_SENT
+        if state is State.RELEASED and before is not State.RELEASED and event not in BY_ADDRESS:
+            first = Event.ANSWER_VERIFIED if start is State.OPENING else Event.ANSWER_SENT
             assert first in taken
-            assert event in PROOFS
-            assert event is not Event.SEGMENT_FOLLOWED or Event.LONE_PROOF_VERIFIED in taken
+            assert (before, event) in RELEASES
+            assert event is not Event.SEGMENT_FOLLOWED or Event.STANDALONE_PROOF_VERIFIED in taken

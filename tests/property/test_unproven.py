@@ -31,7 +31,7 @@ from enforcer_daemon.model import Direction
 from enforcer_daemon.packet.tcp import ACK, RST, SYN, SYN_ACK, TCP, build, with_options_and_payload
 from enforcer_daemon.packet.udp import UDP_HEADER, build_udp, decode_udp, encode_option, with_marker, with_option
 from enforcer_daemon.reasons import Reason
-from enforcer_daemon.verdict import Action, Inject, Settle, Verdict
+from enforcer_daemon.verdict import Action, Inject, Settle
 from tests.unit.datapath.pair import (
     ENDING,
     SYN_OPTIONS,
@@ -40,6 +40,7 @@ from tests.unit.datapath.pair import (
     Endpoint,
     FakePolicy,
     Node,
+    Result,
     Rules,
     release,
     segment,
@@ -72,7 +73,7 @@ class Attacked:
         for proof in self.client.flush_injected():
             self.server.receive(proof)
         if not is_allowed:
-            self.server.context.judge.replace_rules(FakePolicy(Rules(frozenset({"other"}))))
+            self.server.context.policy.replace_rules(FakePolicy(Rules(frozenset({"other"}))))
 
     def _record(self, to_server: bool, endpoint: Endpoint) -> None:
         receive = endpoint.receive
@@ -124,7 +125,7 @@ class Attacked:
         verdict = endpoint.verdict(packet, Direction.INGRESS, self.now, mark | (0 if at_server else REPLY))
         self.check(verdict, mark)
 
-    def check(self, verdict: Verdict, mark: int) -> None:
+    def check(self, verdict: Result, mark: int) -> None:
         assert verdict.action is not Action.FORGET, "a release was taken back"
         if verdict.action in (Action.RELEASE, Action.CONSUME):
             assert verdict.mark == mark, "a mark was changed"
@@ -143,7 +144,7 @@ class Attacked:
         data = self.server.verdict(self.connection.ack(b"data"), Direction.INGRESS, self.now)
         assert (data.action, data.mark) == (Action.RELEASE, TCP_MARK)
         for endpoint in (self.client, self.server):
-            for report in endpoint.datapath.take_reports():
+            for report in endpoint.take_reports():
                 assert report.reason is not Reason.INTERNAL_ERROR, report.detail
 
 
@@ -173,6 +174,6 @@ def test_nothing_unproven_changes_a_released_flow(
         event(kind)
         attacked.arrive(attacked.packet(kind, n, at_server), at_server)
         for endpoint in (attacked.client, attacked.server):
-            attacked.check(Verdict(Action.DROP, effects=endpoint.datapath.expire(attacked.now)), 0)
+            attacked.check(Result(Action.DROP, effects=endpoint.expire(attacked.now)), 0)
     if is_allowed:
         attacked.is_alive()

@@ -8,7 +8,7 @@ import json
 import re
 import textwrap
 import zlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from hashlib import sha256
 from pathlib import Path
 
@@ -23,7 +23,7 @@ from enforcer_daemon.handshake.lapse import TCP_LAPSE_S, UDP_LAPSE_S
 from enforcer_daemon.handshake.leaseframes import LEASE_BYTES, LEASE_PORT
 from enforcer_daemon.handshake.leasepairs import MAX_PAIRS
 from enforcer_daemon.handshake.limits import HandshakeLimits
-from enforcer_daemon.handshake.machine import DATAGRAM_TRANSITIONS, TRANSITIONS, Event, State
+from enforcer_daemon.handshake.machine import TRANSITIONS, State, render_diagram
 from enforcer_daemon.identity.dictionary import TOKEN_DICTIONARY
 from enforcer_daemon.identity.tokens import MAX_CLAIMS_BYTES
 from enforcer_daemon.model import Direction
@@ -146,31 +146,13 @@ def test_named_metrics_exist(path: Path) -> None:
 # The protocol.
 
 
-def render_states(
-    transitions: Mapping[State, Mapping[Event, State]] = TRANSITIONS, responder: State = State.OFFERED
-) -> str:
-    """The table of transitions as a diagram: one arrow for each pair of states, with its events."""
-    arrows = ["stateDiagram-v2", "    [*] --> OPENING", f"    [*] --> {responder.name}"]
-    for state, followers in transitions.items():
-        by_target: dict[State, list[Event]] = {}
-        for event, target in followers.items():
-            by_target.setdefault(target, []).append(event)
-        for target, events in by_target.items():
-            arrows.append(f"    {state.name} --> {target.name}: {', '.join(event.name.lower() for event in events)}")
-    return "\n".join([*arrows, "    CLOSED --> [*]"])
-
-
 def test_state_diagram_is_the_table() -> None:
-    assert fenced(read("docs/protocol.md"), "mermaid") == render_states()
-
-
-def test_state_diagram_of_datagrams_is_the_table() -> None:
-    assert fenced(read("docs/protocol.md"), "mermaid datagrams") == render_states(DATAGRAM_TRANSITIONS, State.ASKED)
+    assert fenced(read("docs/protocol.md"), "mermaid") == render_diagram()
 
 
 def test_first_states_of_the_diagram_have_no_predecessor() -> None:
-    reached = {target for followers in TRANSITIONS.values() for target in followers.values()}
-    assert set(TRANSITIONS) - reached == {State.OPENING, State.OFFERED}
+    reached = {to for state, followers in TRANSITIONS.items() for to in followers.values() if to is not state}
+    assert set(TRANSITIONS) - reached == {State.OPENING, State.ASKED}
 
 
 def test_wire_constants() -> None:

@@ -7,8 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from enforcer_daemon.handshake import datagrams as handshake
-from enforcer_daemon.handshake import flows
+from enforcer_daemon.handshake import session
 from tests.fuzz.datagrams import datagrams
 from tests.fuzz.exchange import exchange
 from tests.fuzz.targets import TARGETS, Target, cost_s, regressions, seeds
@@ -43,7 +42,7 @@ def test_an_exchange_notices_an_enforcer_that_believes_any_proof(
 ) -> None:
     (path,) = (path for path in seeds("exchange") if path.name == seed)
     exchange(path.read_bytes())
-    monkeypatch.setattr(flows, "require_equal", lambda one, other: None)
+    monkeypatch.setattr(session, "require_equal", lambda one, other: None)
     with pytest.raises(AssertionError, match=finding):
         exchange(path.read_bytes())
 
@@ -60,6 +59,6 @@ def test_flows_of_datagrams_notice_an_enforcer_that_believes_any_proof(
 ) -> None:
     (path,) = (path for path in seeds("datagrams") if path.name == seed)
     datagrams(path.read_bytes())
-    monkeypatch.setattr(handshake, "require_equal", lambda one, other: None)
+    monkeypatch.setattr(session, "require_equal", lambda one, other: None)
     with pytest.raises(AssertionError, match=finding):
         datagrams(path.read_bytes())

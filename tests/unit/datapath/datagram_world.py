@@ -9,14 +9,15 @@ from __future__ import annotations
 
 from enforcer_daemon.errors import FrameError, PacketError
 from enforcer_daemon.handshake.datagrams import LONE_EXID, RIDING_EXID, find_message
+from enforcer_daemon.handshake.flowkey import Role
 from enforcer_daemon.handshake.frames import TYPE_PROOF, encode_again, encode_proof, frame_type
 from enforcer_daemon.handshake.machine import State
 from enforcer_daemon.marks import CUT, INDEX_MASK, RELEASED, REPLY
-from enforcer_daemon.model import Direction
+from enforcer_daemon.model import Direction, Protocol
 from enforcer_daemon.packet.udp import UDP_HEADER, UDPDatagram, build_udp, decode_udp, encode_option, with_option
 from enforcer_daemon.reasons import Reason
-from enforcer_daemon.verdict import Action, Inject, Settle, Verdict
-from tests.unit.datapath.pair import ENDING, Endpoint, FakePolicy, Node, Rules
+from enforcer_daemon.verdict import Action, Effect, Inject, Verdict
+from tests.unit.datapath.pair import ENDING, Endpoint, FakePolicy, Node, Result, Rules
 
 MAX_HALF_OPEN, MAX_HELD = 4, 3
 DNS = 53
@@ -104,11 +105,11 @@ class DatagramWorld:
     def time_passes(self, seconds: float) -> None:
         self.now += seconds
         for endpoint in (self.client, self.server):
-            self.settle_all(endpoint, endpoint.datapath.expire(self.now))
+            self.settle_all(endpoint, endpoint.expire(self.now))
 
     def policy_changes(self, is_server: bool) -> None:
         endpoint = self.server if is_server else self.client
-        self.settle_all(endpoint, endpoint.datapath.forget_unfinished(lambda index: True))
+        self.settle_all(endpoint, endpoint.end_denied(lambda index: True))
         self.forget(is_server)
 
     def lose_state(self, port: int) -> None:
@@ -219,7 +220,7 @@ class DatagramWorld:
         reply = REPLY if endpoint is self.client and (released or datagram.sport == DNS) else 0
         mark = (released & (RELEASED | INDEX_MASK)) | reply
         verdict = endpoint.verdict(packet, Direction.INGRESS, self.now, mark)
-        for flow in self.client.datapath._datagrams.initiator.flows.known():
+        for flow in self.client.sessions(Protocol.UDP, Role.INITIATOR):
             if flow.proof and flow.proof not in self.believed:
                 assert message_of(packet) in self.answers, "an answer that the server's enforcer never gave"
                 self.believed.add(flow.proof)
@@ -236,11 +237,11 @@ class DatagramWorld:
 
     def is_proven(self, port: int) -> bool:
         return any(
-            flow.key[-4:-2] == port.to_bytes(2, "big") and flow.state is State.RELEASED and flow.expected in self.proofs
-            for flow in self.server.datapath._datagrams.responder.flows.known()
+            flow.key.remote_port == port and flow.state is State.RELEASED and flow.proof in self.proofs
+            for flow in self.server.sessions(Protocol.UDP, Role.RESPONDER)
         )
 
-    def settle_all(self, endpoint: Endpoint, effects: tuple[Settle | Inject, ...]) -> None:
+    def settle_all(self, endpoint: Endpoint, effects: tuple[Effect, ...]) -> None:
         other = self.server if endpoint is self.client else self.client
         for effect in effects:
             if isinstance(effect, Inject):
@@ -254,7 +255,9 @@ class DatagramWorld:
                 self.note(endpoint, left)
                 self.wire.append((other, left))
 
-    def carry_out(self, endpoint: Endpoint, packet: bytes, verdict: Verdict, key: tuple[str, int]) -> list[bytes]:
+    def carry_out(
+        self, endpoint: Endpoint, packet: bytes, verdict: Result | Verdict, key: tuple[str, int]
+    ) -> list[bytes]:
         passed = []
         if verdict.action is Action.HOLD:
             assert verdict.hold_id not in endpoint.held
@@ -265,7 +268,7 @@ class DatagramWorld:
         if verdict.action in (Action.RELEASE, Action.CONSUME):
             self.check_release(endpoint, verdict, key)
             self.marks[key] = verdict.mark
-        for effect in verdict.effects:
+        for effect in verdict.effects if isinstance(verdict, Result) else ():
             if isinstance(effect, Inject):
                 endpoint.injected.append(effect.packet)
                 continue
@@ -281,37 +284,35 @@ class DatagramWorld:
         return passed
 
     def check_reports(self, endpoint: Endpoint) -> None:
-        for report in endpoint.datapath.take_reports():
+        for report in endpoint.take_reports():
             assert report.reason is not Reason.INTERNAL_ERROR, report.detail
 
-    def check_release(self, endpoint: Endpoint, verdict: Verdict, key: tuple[str, int]) -> None:
+    def check_release(self, endpoint: Endpoint, verdict: Result | Verdict, key: tuple[str, int]) -> None:
         if not verdict.mark:
             return
         if endpoint is self.server:
             assert self.is_proven(key[1]), "released without the initiator's proof"
         elif not self.is_free:
-            flows = self.client.datapath._datagrams.initiator.flows.known()
-            proven = [
-                flow for flow in flows if flow.state is State.RELEASED and flow.key[-2:] == key[1].to_bytes(2, "big")
-            ]
+            flows = self.client.sessions(Protocol.UDP, Role.INITIATOR)
+            proven = [flow for flow in flows if flow.state is State.RELEASED and flow.key.own_port == key[1]]
             assert any(flow.proof in self.believed for flow in proven), "released without an answer"
 
     def check_bounds(self) -> None:
         for endpoint in (self.client, self.server):
             assert endpoint.datapath.half_open_flows <= 3 * MAX_HALF_OPEN
             assert len(endpoint.held) == endpoint.context.held_packets
-            sides = endpoint.datapath._datagrams
-            flows = [*sides.initiator.flows.known(), *sides.responder.flows.known()]
-            assert all(len(flow.held) <= 8 for flow in flows)
+            assert all(len(session.held) <= 8 for session in endpoint.datapath.sessions())
 
     def end(self) -> None:
         """When all has come to its end, nothing is left."""
         for step in range(1, 30):
             for endpoint in (self.client, self.server):
-                self.settle_all(endpoint, endpoint.datapath.expire(self.now + 0.2 * step))
+                self.settle_all(endpoint, endpoint.expire(self.now + 0.2 * step))
         for endpoint in (self.client, self.server):
-            self.settle_all(endpoint, endpoint.datapath.expire(self.now + NEVER_S))
-            sides = endpoint.datapath._datagrams
+            self.settle_all(endpoint, endpoint.expire(self.now + NEVER_S))
             assert endpoint.held == {}
             assert endpoint.context.held_packets == endpoint.datapath.half_open_flows == 0
-            assert sides.initiator._waiting == sides.responder._waiting == {}
+            assert endpoint.wake_at is None
+            named = {session.name for session in endpoint.datapath.sessions()} - {None}
+            assert set(endpoint.datapath._udp.responder.sessions.names) == named
+            assert not endpoint.datapath._udp.rehandshakes.asked.names

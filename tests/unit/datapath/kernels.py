@@ -14,8 +14,8 @@ from dataclasses import dataclass
 
 from enforcer_daemon.model import Direction
 from enforcer_daemon.packet.tcp import ACK, SYN, SYN_ACK, Segment, build, decode_tcp, with_options_and_payload
-from enforcer_daemon.verdict import Action, Inject, Verdict
-from tests.unit.datapath.pair import ENDING, SYN_OPTIONS, Endpoint
+from enforcer_daemon.verdict import Action, Effect, Inject, Verdict
+from tests.unit.datapath.pair import ENDING, SYN_OPTIONS, Endpoint, Result
 
 WIRE_S = 0.001
 _OPENING_S, _DATA_S, _DELAYED_ACK_S, _TEND_S = 1.0, 0.2, 0.04, 0.1
@@ -83,18 +83,21 @@ class Enforcer:
             self._go_on(packet, direction)
             return
         mark = _MARK if self.is_released else 0
-        self._carry_out(packet, direction, self._endpoint.verdict(packet, direction, self._clock.now, mark))
-        repeat_at = self._endpoint.datapath.repeat_at
-        if repeat_at is not None:
-            self._clock.after(repeat_at - self._clock.now, self._repeat)
+        result = self._endpoint.verdict(packet, direction, self._clock.now, mark)
+        self._carry_out(packet, direction, result)
+        self._apply(result.effects)
+        if self._endpoint.wake_at is not None:
+            self._clock.after(self._endpoint.wake_at - self._clock.now, self._run_timers)
 
-    def _carry_out(self, packet: bytes, direction: Direction, verdict: Verdict) -> None:
+    def _carry_out(self, packet: bytes, direction: Direction, verdict: Verdict | Result) -> None:
         if verdict.action is Action.HOLD:
             self._held[verdict.hold_id] = packet, direction
         elif verdict.action not in ENDING:
             self.is_released |= verdict.action is Action.RELEASE
             self._go_on(verdict.payload or packet, direction)
-        for effect in verdict.effects:
+
+    def _apply(self, effects: tuple[Effect, ...]) -> None:
+        for effect in effects:
             if isinstance(effect, Inject):
                 self._pass(effect.packet, Direction.EGRESS)
             else:
@@ -106,14 +109,11 @@ class Enforcer:
         else:
             self.kernel.receive(decode_tcp(packet))
 
-    def _repeat(self) -> None:
-        for effect in self._endpoint.datapath.repeat_answers(self._clock.now):
-            self.send(effect.packet)
+    def _run_timers(self) -> None:
+        self._apply(self._endpoint.expire(self._clock.now))
 
     def _tend(self) -> None:
-        nothing = b"", Direction.EGRESS
-        effects = self._endpoint.datapath.expire(self._clock.now)
-        self._carry_out(*nothing, Verdict(Action.DROP, effects=effects))
+        self._run_timers()
         self._clock.after(_TEND_S, self._tend)
 
 

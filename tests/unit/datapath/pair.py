@@ -4,34 +4,64 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from ipaddress import IPv4Address, IPv4Network, IPv6Network, ip_address
+from typing import NamedTuple
 
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
 from cryptography.hazmat.primitives.serialization import Encoding
 
-from enforcer_daemon.datapath.context import EndpointContext, NodeContext
-from enforcer_daemon.datapath.endpoint import EndpointDatapath
-from enforcer_daemon.datapath.flowindex import FlowIndex
-from enforcer_daemon.datapath.judging import Judge, Networks
+from enforcer_daemon.datapath.context import EndpointContext, FlowReport
+from enforcer_daemon.datapath.decisions import FlowPolicy
+from enforcer_daemon.datapath.endpoint import EndpointDatapath, Output
+from enforcer_daemon.datapath.flowindex import FlowIndex, JudgedBy
+from enforcer_daemon.datapath.networks import Networks
+from enforcer_daemon.datapath.node import NodeContext
+from enforcer_daemon.handshake.flowkey import Role
+from enforcer_daemon.handshake.leaseframes import LEASE_PORT
 from enforcer_daemon.handshake.limits import HandshakeLimits
 from enforcer_daemon.handshake.local import LocalToken, sign_local_token
 from enforcer_daemon.handshake.peers import PeerVerifier
+from enforcer_daemon.handshake.session import Session
 from enforcer_daemon.identity.authority import Authority, issue_credential, make_authority, node_spiffe_id
 from enforcer_daemon.identity.credential import TrustBundle, decode_credential
 from enforcer_daemon.model import Decision, Direction, Identity, IPAddress, PodRef, Protocol, RuleRef
 from enforcer_daemon.packet.tcp import ACK, SYN, SYN_ACK, Segment, build, decode_tcp, with_options_and_payload
+from enforcer_daemon.packet.udp import UDP, build_udp, decode_udp
 from enforcer_daemon.reasons import Reason
 from enforcer_daemon.settings import DenyWith, NetworkSettings
-from enforcer_daemon.verdict import Action, Inject, Settle, Verdict
+from enforcer_daemon.verdict import Action, Effect, Inject, Settle, Verdict
 
 WALL = 1_800_000_000.0
 ENDING = (Action.DROP, Action.CONSUME, Action.TAKE)
 """After these a packet goes no further."""
 TIMESTAMPS = b"\x01\x01\x08\x0a" + bytes(8)
 SYN_OPTIONS = b"\x02\x04\x05\xb4\x04\x02\x08\x0a" + bytes(8) + b"\x01\x03\x03\x07"
+
+
+class Result(NamedTuple):
+    """What an endpoint's datapath wants done with a packet, and beside it."""
+
+    action: Action
+    payload: bytes | None = None
+    mark: int = 0
+    hold_id: int = 0
+    effects: tuple[Effect, ...] = ()
+    when_drained: bool = False
+
+
+ACCEPTED, DROPPED, TAKEN = Result(Action.ACCEPT), Result(Action.DROP), Result(Action.TAKE)
+
+
+def is_lease(packet: bytes) -> bool:
+    """Tell lease messages from other packets of an enforcer's own."""
+    if packet[9 if packet[0] >> 4 == 4 else 6] != UDP:
+        return False
+    datagram = decode_udp(packet)
+    return (datagram.sport, datagram.dport) == (LEASE_PORT, LEASE_PORT)
 
 
 @dataclass
@@ -117,10 +147,14 @@ class Endpoint:
         self.identity = identity
         self.address = identity.ips[0].packed
         self.index = FlowIndex()
-        judge = Judge(identity.pod, identity.trust_domain, policy, self.index)
-        self.context = EndpointContext(identity.pod, node.context, judge, token, 1500)
+        flow_policy = FlowPolicy(node.context, identity.pod, identity.trust_domain, policy, self.index)
+        self.context = EndpointContext(identity.pod, node.context, flow_policy, token, 1500)
         self.datapath = EndpointDatapath(self.context)
         self.held: dict[int, bytes] = {}
+        self.reports: list[FlowReport] = []
+        self.wake_at: float | None = None
+        """When the datapath wants its timers run, by its last output."""
+        self._waiting: tuple[list[Effect], list[Inject]] = [], []
 
     def begun_anew(self) -> Endpoint:
         """Give the same pod, of the same node and token, that has no connections yet."""
@@ -138,20 +172,74 @@ class Endpoint:
         """Give a packet of the wire to the datapath; answer what the pod's kernel gets, in order."""
         return self._carry_out(packet, Direction.INGRESS, now, mark)
 
-    def verdict(self, packet: bytes, direction: Direction, now: float = 1.0, mark: int = 0) -> Verdict:
-        return self.datapath.process(packet, direction, mark, now)
+    def verdict(self, packet: bytes, direction: Direction, now: float = 1.0, mark: int = 0) -> Result:
+        output = self.datapath.process(packet, direction, mark, now)
+        effects = self.note(output)
+        action, payload, released, hold_id, when_drained = output.verdict
+        return Result(action, payload, released, hold_id, effects, when_drained)
+
+    def note(self, output: Output) -> tuple[Effect, ...]:
+        """Take over what an output says beside its effects, as the shell does."""
+        self.reports += output.reports
+        self.wake_at = output.wake_at
+        return tuple(output.effects)
+
+    def take_reports(self) -> list[FlowReport]:
+        """Return the decisions since the last call."""
+        reports, self.reports = self.reports, []
+        return reports
+
+    def expire(self, now: float) -> tuple[Effect, ...]:
+        """Run the timers; return the effects but for lease messages."""
+        self._run_timers(now)
+        effects = tuple(self._waiting[0])
+        self._waiting[0].clear()
+        return effects
+
+    def renew(self, now: float) -> tuple[Inject, ...]:
+        """Run the timers; return the lease messages that are due."""
+        self._run_timers(now)
+        messages = tuple(self._waiting[1])
+        self._waiting[1].clear()
+        return messages
+
+    def _run_timers(self, now: float) -> None:
+        for effect in self.note(self.datapath.run_timers(now)):
+            if isinstance(effect, Inject) and is_lease(effect.packet):
+                self._waiting[1].append(effect)
+            else:
+                self._waiting[0].append(effect)
+
+    def end_denied(self, is_denied: Callable[[JudgedBy], bool]) -> tuple[Effect, ...]:
+        """Change the policy so that it no longer allows some flows."""
+        return self.note(self.datapath.end_denied(is_denied))
+
+    def end_opening(self) -> None:
+        """Change the identity; what waits is dropped."""
+        for effect in self.note(self.datapath.end_opening()):
+            assert isinstance(effect, Settle)
+            assert effect.verdict.action is Action.DROP
+            self.held.pop(effect.hold_id, None)
+
+    def sessions(self, protocol: Protocol, role: Role) -> list[Session]:
+        """Return the sessions of a protocol and role, without rivals."""
+        return self.context.tables[protocol, role].known()
 
     def _carry_out(self, packet: bytes, direction: Direction, now: float, mark: int) -> list[bytes]:
-        verdict = self.verdict(packet, direction, now, mark)
-        return self._apply(packet, verdict)
+        result = self.verdict(packet, direction, now, mark)
+        return self._apply(packet, result) + self._apply_effects(result.effects)
 
-    def _apply(self, packet: bytes, verdict: Verdict) -> list[bytes]:
+    def _apply(self, packet: bytes, verdict: Verdict | Result) -> list[bytes]:
         out: list[bytes] = []
         if verdict.action is Action.HOLD:
             self.held[verdict.hold_id] = packet
         elif verdict.action not in ENDING:
             out.append(verdict.payload or packet)
-        for effect in verdict.effects:
+        return out
+
+    def _apply_effects(self, effects: tuple[Effect, ...]) -> list[bytes]:
+        out: list[bytes] = []
+        for effect in effects:
             match effect:
                 case Settle(hold_id, settled):
                     out += self._apply(self.held.pop(hold_id), settled)
@@ -170,7 +258,7 @@ class Endpoint:
         return [packet for own in waiting for packet in self.send(own, now)]
 
     def reasons(self) -> list[str]:
-        return [report.reason.value for report in self.datapath.take_reports()]
+        return [report.reason.value for report in self.take_reports()]
 
 
 def make_pair(
@@ -224,6 +312,16 @@ def release(connection: Connection) -> None:
     connect(connection)
     (ack,) = connection.client.send(connection.ack())
     connection.server.receive(ack)
+
+
+def release_datagrams(client: Endpoint, server: Endpoint, ports: tuple[int, int]) -> None:
+    """Go through a whole handshake of a UDP flow."""
+    for packet in client.send(build_udp(client.address, server.address, ports, b"query")):
+        server.receive(packet)
+    for answer in server.flush_injected():
+        client.receive(answer)
+    for proof in client.flush_injected():
+        server.receive(proof)
 
 
 def segment(packet: bytes) -> Segment:

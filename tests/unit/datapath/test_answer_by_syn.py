@@ -29,9 +29,9 @@ def plain(back: Connection) -> bytes:
 
 def judged(pod: Endpoint, syn: bytes, mark: int = 0) -> tuple[bool, str]:
     """Give whether a SYN gets in, and why."""
-    pod.datapath.take_reports()
+    pod.take_reports()
     is_in = pod.receive(syn, mark=mark) != []
-    (report,) = pod.datapath.take_reports()
+    (report,) = pod.take_reports()
     return is_in, f"{report.direction.value} {report.port} {report.reason.value}"
 
 

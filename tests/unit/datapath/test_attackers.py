@@ -164,11 +164,11 @@ def test_a_token_from_the_future() -> None:
 
 def test_an_outdated_token_of_our_own_is_not_shown() -> None:
     client, server, _ = guarded()
-    client.context.local.expires_at = 0.0
+    client.context.withheld = client.context.local
     assert client.send(Connection(client, server).syn()) == []
     assert client.reasons() == ["token-expired"]
     fresh, server, _ = guarded()
-    server.context.local.expires_at = 0.0
+    server.context.withheld = server.context.local
     assert refusal(server, framed_syn(fresh, server, clients_frame(fresh, server))) == "token-expired"
 
 

@@ -46,7 +46,7 @@ def test_the_tables_of_handshakes_are_bounded_and_the_oldest_one_is_given_up(
         for syn in client.send(connection.syn()):
             server.receive(syn)
         server.send(connection.syn_ack())
-    reports = client.datapath.take_reports() + server.datapath.take_reports()
+    reports = client.take_reports() + server.take_reports()
     given_up = [(report.direction, report.port) for report in reports if report.reason is Reason.FLOW_TABLE_FULL]
     assert given_up == [(Direction.EGRESS, 80), (Direction.INGRESS, 80)]
     assert [endpoint.datapath.half_open_flows for endpoint in (client, server)] == [2, 2]

@@ -7,9 +7,10 @@ from ipaddress import IPv4Network
 
 import pytest
 
-from enforcer_daemon.datapath import judging
-from enforcer_daemon.datapath.judging import Destination, Networks
-from enforcer_daemon.packet.tcp import ACK, RST, build
+from enforcer_daemon.datapath import decisions, networks
+from enforcer_daemon.datapath.networks import Destination, Networks
+from enforcer_daemon.model import Protocol
+from enforcer_daemon.packet.tcp import ACK, RST, SYN, build
 from enforcer_daemon.settings import NetworkSettings
 from enforcer_daemon.verdict import Inject, Settle
 from tests.unit.datapath.pair import TIMESTAMPS, Connection, Endpoint, make_pair, segment
@@ -25,7 +26,7 @@ def connected() -> Connection:
 
 def resets(endpoint: Endpoint) -> list[tuple[bytes, int, int]]:
     """Forget everything; answer source, sequence number and flags of each RST."""
-    effects = endpoint.datapath.forget_unfinished(lambda index: True)
+    effects = endpoint.end_denied(lambda index: True)
     found = [segment(effect.packet) for effect in effects if isinstance(effect, Inject)]
     assert all(reset.flags & RST for reset in found)
     assert endpoint.datapath.half_open_flows == 0
@@ -52,13 +53,13 @@ def test_before_an_answer_nobody_waits_and_nothing_is_sent() -> None:
     (syn,) = connection.client.send(connection.syn())
     connection.server.receive(syn)
     assert resets(connection.server) == []
-    assert connection.client.datapath.forget_unfinished(lambda index: True) == ()
+    assert connection.client.end_denied(lambda index: True) == ()
 
 
 def test_what_waits_for_a_proof_is_dropped_with_its_flow() -> None:
     connection = connected()
     connection.client.send(connection.ack(b"data", TIMESTAMPS * 2))
-    effects = connection.client.datapath.forget_unfinished(lambda index: True)
+    effects = connection.client.end_denied(lambda index: True)
     assert len([effect for effect in effects if isinstance(effect, Settle)]) == 1
 
 
@@ -99,18 +100,15 @@ def test_a_virtual_network_may_lie_in_an_enforced_one() -> None:
 
 
 def test_remembered_decisions_and_classes_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(judging, "_MAX_DECISIONS", 4)
-    monkeypatch.setattr(judging, "_MAX_DESTINATIONS", 4)
+    monkeypatch.setattr(decisions, "MAX_DECISIONS", 4)
+    monkeypatch.setattr(networks, "_MAX_DESTINATIONS", 4)
     client, _ = make_pair()
-    judge, networks = client.context.judge, client.context.node.networks
+    policy, known = client.context.policy, client.context.node.networks
     for n in range(20):
-        address = bytes((10, 0, 0, n))
-        networks.destination(address)
-        judge.ingress(None, address, 80)
-        judge.egress(None, address, 80)
-        judge.could_allow_egress(Destination.ENFORCED, address, 80)
-        judge.could_allow_egress(Destination.VIRTUAL, bytes((10, 96, 0, n)), 80)
-    for table in (judge._ingress, judge._egress, judge._could, networks._known):
+        policy.outbound(bytes((10, 0, 0, n)), 80, Protocol.TCP)
+        policy.outbound(bytes((10, 96, 0, n)), 80, Protocol.TCP)
+        policy.inbound(segment(build(bytes((10, 0, 0, n)), client.address, (80, 80), (1, 0), SYN, 0)), Protocol.TCP)
+    for table in (policy._ingress, policy._egress, policy._outbound, known._known):
         assert 0 < len(table) <= 4
 
 
@@ -120,7 +118,7 @@ def test_a_released_flow_that_is_remembered_is_forgotten_without_a_word() -> Non
     (ack,) = connection.client.send(connection.ack())
     connection.server.receive(ack)
     for endpoint in (connection.client, connection.server):
-        assert endpoint.datapath.forget_unfinished(lambda index: True) == ()
+        assert endpoint.end_denied(lambda index: True) == ()
         endpoint.reasons()
     assert connection.client.send(connection.ack()) == []
     assert connection.client.reasons() == ["unknown-flow"]
@@ -132,9 +130,9 @@ def test_a_failure_of_our_own_drops_the_packet_and_is_told(monkeypatch: pytest.M
     def fail(*_: object) -> None:
         raise RuntimeError("broken")
 
-    monkeypatch.setattr(client.datapath.context.judge, "could_allow_egress", fail)
+    monkeypatch.setattr(client.context.policy, "outbound", fail)
     assert client.send(Connection(client, server).syn()) == []
-    (report,) = client.datapath.take_reports()
+    (report,) = client.take_reports()
     assert (report.reason.value, report.detail, report.port) == ("internal-error", "RuntimeError: broken", 80)
 
 
@@ -151,7 +149,7 @@ def test_a_syn_under_way_with_the_old_identity_is_sent_anew_with_the_new_one() -
     client, server = connection.client, connection.server
     (old,) = client.send(connection.syn())
     client.context.local = client.node.token(client.identity)
-    client.datapath.forget_opening()
+    client.end_opening()
     (new,) = client.send(connection.syn())
     assert segment(new).payload != segment(old).payload
     assert server.receive(new) == [connection.syn()]

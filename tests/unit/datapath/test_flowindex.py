@@ -11,8 +11,11 @@ import pytest
 from enforcer_daemon.datapath import flowindex
 from enforcer_daemon.datapath.flowindex import BY_ADDRESS, FIRST, UNKNOWN, FlowIndex
 from enforcer_daemon.handshake.peers import Peer
+from enforcer_daemon.handshake.session import Grant
 from enforcer_daemon.identity.tokens import Claims
-from enforcer_daemon.model import Direction, Identity, NamedPort, PodRef, Protocol
+from enforcer_daemon.marks import released_mark
+from enforcer_daemon.model import Direction, Identity, JudgedFlow, NamedPort, PodRef, Protocol
+from enforcer_daemon.verdict import Action, Verdict
 from tests.unit.identity.certificates import authority, credential, new_key
 
 ADDRESS = ip_address("10.0.0.9")
@@ -22,7 +25,7 @@ WEB = Identity(PodRef("shop", "web"), (ADDRESS,), {"app": "web"}, {"team": "a"},
 
 def number(index: FlowIndex, identity: Identity = WEB, port: int = 80, protocol: Protocol = Protocol.TCP) -> int:
     peer = Peer(Claims(identity, bytes(32), 0.0, 0.0), b"token", CREDENTIAL)
-    return index.number(Direction.INGRESS, peer, ADDRESS, port, protocol)
+    return index.add(JudgedFlow(Direction.INGRESS, peer.identity, ADDRESS, port, protocol))
 
 
 def test_numbers_begin_after_the_reserved_ones_and_are_given_once():
@@ -58,9 +61,9 @@ def test_whatever_policy_may_judge_by_makes_another_number(change: dict[str, obj
 
 def test_fresh_entries_are_given_once():
     index = FlowIndex()
-    assert not index.has_fresh
+    assert not index.fresh
     first = number(index)
-    assert index.has_fresh
+    assert index.fresh
     assert [found for found, _ in index.take_fresh()] == [first]
     number(index)
     assert index.take_fresh() == []
@@ -72,7 +75,7 @@ def test_an_index_goes_on_where_an_earlier_one_stopped():
     later = FlowIndex(earlier)
     assert later.is_complete
     assert number(later) == old
-    assert not later.has_fresh
+    assert not later.fresh
     assert number(later, port=81) == old + 1
 
 
@@ -197,3 +200,25 @@ def test_a_flow_without_an_entry_keeps_the_index_incomplete_while_the_kernel_has
         index.begin_look()
         index.unused(in_use)
         assert index.is_complete is is_complete
+
+
+def test_flows_of_one_grant_find_their_entry_again_while_it_stays_theirs():
+    index = FlowIndex()
+    grant = Grant(Verdict(Action.RELEASE), JudgedFlow(Direction.INGRESS, WEB, ADDRESS, 80, Protocol.TCP))
+    first = index.release(grant)
+    assert first.mark == released_mark(FIRST)
+    assert index.release(grant) is first
+    index.replace_peer([FIRST], replace(WEB, labels={"app": "other"}))
+    assert index.release(grant).mark == released_mark(FIRST + 1)
+    by_address = Grant(Verdict(Action.RELEASE, mark=released_mark(BY_ADDRESS)))
+    assert index.release(by_address) is by_address.verdict
+
+
+def test_a_grant_without_an_entry_of_its_own_is_looked_up_for_each_flow(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(flowindex, "MAX_OF_ONE_PEER", 0)
+    index = FlowIndex()
+    grant = Grant(Verdict(Action.RELEASE), JudgedFlow(Direction.INGRESS, WEB, ADDRESS, 80, Protocol.TCP))
+    assert index.release(grant).mark == released_mark(FIRST)  # That of all ports.
+    assert grant.entry is None
+    monkeypatch.setattr(flowindex, "MAX_OF_ONE_PEER", 10)
+    assert index.release(grant).mark == released_mark(FIRST + 1)

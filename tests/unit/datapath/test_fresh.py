@@ -5,15 +5,15 @@ from __future__ import annotations
 
 import pytest
 
-from enforcer_daemon.datapath.udp_initiator import REMEMBERED_S
+from enforcer_daemon.handshake.carriers import UDP
 from enforcer_daemon.handshake.datagrams import LONE_EXID, find_message
 from enforcer_daemon.handshake.frames import MARKER_ID, TYPE_OFFER, encode_again, frame_type
 from enforcer_daemon.handshake.lapse import UDP_LAPSE_S
 from enforcer_daemon.marks import CUT, RELEASED, REPLY
 from enforcer_daemon.model import Direction
 from enforcer_daemon.packet.udp import UDP_HEADER, build_udp, decode_udp, encode_option, is_marked
-from enforcer_daemon.verdict import DROP, Action, Settle, Verdict
-from tests.unit.datapath.pair import Endpoint, FakePolicy, Rules, make_pair, v4
+from enforcer_daemon.verdict import Action, Settle
+from tests.unit.datapath.pair import DROPPED, Endpoint, FakePolicy, Result, Rules, make_pair, v4
 
 PORTS = 40_000, 53
 FRESH_UNTIL = 1.0 + UDP_LAPSE_S
@@ -45,7 +45,7 @@ def take_as_address(pod: Endpoint, source: str = "10.2.0.2") -> None:
     (left,) = pod.send(query(pod, to=source))
     assert offers(left)
     assert pod.receive(reply(pod, source), 1.1, REPLY) == [reply(pod, source)]
-    pod.datapath.expire(1.3)
+    pod.expire(1.3)
 
 
 @pytest.mark.parametrize("source", ["10.2.0.2", "10.96.0.7"])
@@ -89,20 +89,20 @@ def test_one_whose_peer_asks_to_shake_hands_again_shows_its_offer(pod: Endpoint)
     assert (verdict.action, len(verdict.effects)) == (Action.TAKE, 1)
     for _ in range(100):
         verdict = pod.verdict(again, Direction.INGRESS, 1.5, REPLY)
-    assert verdict == DROP
+    assert verdict == DROPPED
 
 
 def test_what_has_no_room_gets_the_marker_and_an_offer_goes_alone_now_and_then(pod: Endpoint) -> None:
     large = query(pod, LARGE)
     assert pod.send(large) == []
-    effects = pod.datapath.expire(1.25)
+    effects = pod.expire(1.25)
     (settled,) = [effect for effect in effects if isinstance(effect, Settle)]
     assert is_marked(settled.verdict.payload or b"", MARKER_ID)
     verdicts = [pod.verdict(large, Direction.EGRESS, now) for now in (1.3, 1.35, 1.7)]
     assert all(is_marked(verdict.payload or b"", MARKER_ID) for verdict in verdicts)
     assert [len(verdict.effects) for verdict in verdicts] == [1, 0, 1]
     cut = pod.verdict(large, Direction.EGRESS, 1.7, CUT)
-    assert cut == Verdict(Action.ACCEPT)
+    assert cut == Result(Action.ACCEPT)
     take_as_address(pod)
     assert is_marked(pod.verdict(large, Direction.EGRESS, 2.0).payload or b"", MARKER_ID)
 
@@ -111,14 +111,14 @@ def test_a_reply_that_comes_late_takes_it_as_an_address_but_not_into_the_kernel(
     assert len(pod.send(query(pod))) == 1
     verdict = pod.verdict(reply(pod), Direction.INGRESS, 2.5, REPLY)
     assert (verdict.action, verdict.mark & RELEASED) == (Action.ACCEPT, RELEASED)
-    assert pod.verdict(query(pod), Direction.EGRESS, 2.5 + REMEMBERED_S).action is Action.ACCEPT
+    assert pod.verdict(query(pod), Direction.EGRESS, 2.5 + UDP.remembered_s).action is Action.ACCEPT
 
 
 def test_what_waits_leaves_with_the_offer_or_the_marker(pod: Endpoint) -> None:
     assert pod.send(query(pod, LARGE)) == []
     assert pod.send(query(pod)) == []
     assert pod.receive(reply(pod), 1.1, REPLY) == [reply(pod)]
-    settled = [effect.verdict.payload or b"" for effect in pod.datapath.expire(1.3) if isinstance(effect, Settle)]
+    settled = [effect.verdict.payload or b"" for effect in pod.expire(1.3) if isinstance(effect, Settle)]
     assert [is_marked(packet, MARKER_ID) for packet in settled] == [True, True]
     assert [offers(packet) for packet in settled] == [False, True]
 
@@ -128,7 +128,7 @@ def test_outside_the_enforced_networks_the_kernel_gets_it_at_once(pod: Endpoint)
 
 
 def test_a_peer_that_policy_wants_to_know_is_no_address(pod: Endpoint) -> None:
-    pod.context.judge.replace_rules(FakePolicy(egress=Rules(frozenset({"server"}), direction=Direction.EGRESS)))
+    pod.context.policy.replace_rules(FakePolicy(egress=Rules(frozenset({"server"}), direction=Direction.EGRESS)))
     assert pod.send(query(pod)) == []
-    pod.datapath.expire(1.3)
+    pod.expire(1.3)
     assert pod.datapath.half_open_flows == 1

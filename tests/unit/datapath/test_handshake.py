@@ -77,7 +77,7 @@ def test_egress_denied_at_the_syn_ack_and_the_server_is_reset() -> None:
 def test_ack_without_proof_is_not_delivered() -> None:
     connection = Connection(*make_pair())
     connect(connection)
-    connection.server.datapath.take_reports()
+    connection.server.take_reports()
     assert connection.server.receive(connection.ack()) == []
     assert connection.server.reasons() == ["proof-missing"]
 

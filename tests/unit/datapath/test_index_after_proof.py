@@ -60,7 +60,7 @@ def test_a_handshake_under_way_follows_its_peers_identity_or_is_given_up(is_deni
     (framed,) = client.send(build_udp(client.address, server.address, PORTS, b"query"))
     server.receive(framed)
     relabelled = replace(client.identity, labels={"app": "other"})
-    server.datapath.forget_unfinished(lambda judged: is_denied and isinstance(judged, JudgedFlow))
+    server.end_denied(lambda judged: is_denied and isinstance(judged, JudgedFlow))
     server.datapath.replace_peers(lambda judged: replace(judged, peer=relabelled))
     client.receive(server.flush_injected()[0])
     for proof in client.flush_injected():

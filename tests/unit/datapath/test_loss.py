@@ -9,7 +9,7 @@ from enforcer_daemon.datapath.context import HOLD_S
 from enforcer_daemon.handshake.bounds import Bound
 from enforcer_daemon.handshake.frames import is_frame
 from enforcer_daemon.packet.tcp import ACK, FIN, build
-from enforcer_daemon.verdict import Settle
+from enforcer_daemon.verdict import Inject, Settle
 from tests.unit.datapath.pair import TIMESTAMPS, Connection, connect, make_pair, segment
 
 CROWDED = TIMESTAMPS * 2
@@ -95,7 +95,7 @@ def test_a_proof_lost_before_our_own_queue_is_made_again() -> None:
     client.injected.clear()  # The raw socket's buffer was full.
     assert client.send(data, now=1.2) == []
     assert client.injected == []  # Data waits; a second proof would tell nothing new.
-    dropped = client.datapath.expire(1.3 + HOLD_S)
+    dropped = client.expire(1.3 + HOLD_S)
     assert [type(effect) for effect in dropped] == [Settle, Settle]
     assert client.send(data, now=3.0) == []
     proof, delivered = client.flush_injected(3.0)
@@ -194,12 +194,12 @@ def test_unfinished_handshakes_end_with_their_deadline() -> None:
     connection = Connection(*make_pair(timeout_s=10.0))
     connect(connection)
     for endpoint, direction in ((connection.client, "egress"), (connection.server, "ingress")):
-        endpoint.datapath.take_reports()
-        assert endpoint.datapath.expire(10.9) == ()
+        endpoint.take_reports()
+        assert all(isinstance(effect, Inject) for effect in endpoint.expire(10.9))
         assert endpoint.datapath.half_open_flows == 1
-        endpoint.datapath.expire(11.1)
+        endpoint.expire(11.1)
         assert endpoint.datapath.half_open_flows == 0
-        (report,) = endpoint.datapath.take_reports()
+        (report,) = endpoint.take_reports()
         assert (report.reason.value, report.direction.value, report.port) == ("handshake-timeout", direction, 80)
 
 
@@ -212,8 +212,8 @@ def test_held_data_is_dropped_after_a_while_and_the_bound_of_a_flow_holds() -> N
         server.receive(connection.ack(b"x", offset=offset))
     assert server.reasons() == ["hold-queue-full"] * 2
     assert len(server.held) == 3
-    assert server.datapath.expire(1.0 + HOLD_S / 2) == ()
-    assert len(server.datapath.expire(1.0 + HOLD_S)) == 3
+    assert not any(isinstance(effect, Settle) for effect in server.expire(1.0 + HOLD_S / 2))
+    assert len(server.expire(1.0 + HOLD_S)) == 3
 
 
 @pytest.mark.parametrize(

@@ -80,9 +80,9 @@ def test_nothing_passes_and_nothing_ends_where_nobody_answers(now: float) -> Non
     assert (first.action, second.action) == (Action.HOLD, Action.HOLD)
     (again,) = [effect.packet for effect in first.effects if isinstance(effect, Inject)]
     assert stranger.verdict(again, Direction.INGRESS, now).action is Action.DROP
-    dropped = server.datapath.expire(now + 1.0)
+    dropped = server.expire(now + 1.0)
     assert {effect.verdict.action for effect in dropped if not isinstance(effect, Inject)} == {Action.DROP}
-    server.datapath.expire(now + 10.0)
+    server.expire(now + 10.0)
     assert server.context.held_packets == server.datapath.half_open_flows == 0
 
 

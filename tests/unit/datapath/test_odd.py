@@ -7,10 +7,12 @@ from collections.abc import Callable
 
 import pytest
 
-from enforcer_daemon.datapath import initiator
+from enforcer_daemon.datapath import strays
+from enforcer_daemon.handshake.flowkey import Role
 from enforcer_daemon.handshake.frames import is_frame
+from enforcer_daemon.handshake.machine import Event
 from enforcer_daemon.marks import RELEASED
-from enforcer_daemon.model import Direction
+from enforcer_daemon.model import Direction, Protocol
 from enforcer_daemon.packet.tcp import ACK, RST, build, with_payload
 from enforcer_daemon.verdict import Action
 from tests.unit.datapath.pair import Connection, Endpoint, connect, make_pair, release, segment
@@ -62,11 +64,11 @@ def test_after_a_refusal_the_next_syn_goes_at_once() -> None:
 
 
 def test_the_memory_of_syns_that_wait_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(initiator, "_MAX_CLEARED", 2)
+    monkeypatch.setattr(strays, "MAX_CLEARED", 2)
     client, server = make_pair()
     for sport in range(40_000, 40_003):
         client.send(Connection(client, server, sport=sport).syn(), mark=RELEASED)
-    assert len(client.datapath._initiator._cleared) == 2
+    assert len(client.datapath._tcp._strays._cleared) == 2
 
 
 # Released flows that are remembered no more.
@@ -103,7 +105,8 @@ def test_a_kernel_that_lost_the_ack_is_heard_by_the_other_kernel() -> None:
     release(connection)
     assert server.send(connection.syn_ack(), now=2.0) == [connection.syn_ack()]
     assert client.receive(connection.syn_ack(), now=2.0, mark=RELEASED) == [connection.syn_ack()]
-    client.datapath._initiator.forget(client.datapath._initiator.flows.known()[0].key)
+    (session,) = client.sessions(Protocol.TCP, Role.INITIATOR)
+    client.context.end(client.context.tables[Protocol.TCP, Role.INITIATOR], session, Event.FORGOTTEN)
     assert client.receive(connection.syn_ack(), now=2.0, mark=RELEASED) == [connection.syn_ack()]
 
 
@@ -202,3 +205,16 @@ def test_a_flow_that_was_answered_covers_no_other_port(connects: Callable[[Conne
     stray = build(connection.server.address, connection.client.address, ports, numbers, flags, 0)
     assert connection.server.send(stray) == []
     assert connection.server.reasons() == ["unknown-flow"]
+
+
+@pytest.mark.parametrize("flags", [ACK, RST])
+def test_what_comes_in_for_a_sidecars_own_port_is_no_part_of_the_flow(flags: int) -> None:
+    """The peer was allowed to reach the dialled port, and no other."""
+    connection = Connection(*make_pair())
+    connect_to_sidecar(connection)
+    connection.server.reasons()
+    ports, numbers = (connection.sport, SIDECAR_PORT), (connection.isn_i + 1, connection.isn_r + 1)
+    stray = build(connection.client.address, connection.server.address, ports, numbers, flags, 0)
+    assert connection.server.receive(stray) == []
+    assert connection.server.reasons() == ["unknown-flow"]
+    assert len(connection.server.sessions(Protocol.TCP, Role.RESPONDER)) == 1

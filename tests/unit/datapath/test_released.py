@@ -61,7 +61,7 @@ def test_a_policy_change_forgets_handshakes_and_remembered_releases() -> None:
     release(released)
     connect(waiting)
     server.receive(waiting.ack(b"data"))
-    effects = server.datapath.forget_unfinished(lambda index: True)
+    effects = server.end_denied(lambda index: True)
     assert [type(effect).__name__ for effect in effects] == ["Settle", "Inject", "Inject"]
     assert server.datapath.half_open_flows == 0
     server.reasons()
@@ -72,6 +72,6 @@ def test_a_policy_change_forgets_handshakes_and_remembered_releases() -> None:
 def test_a_policy_change_that_still_allows_them_changes_nothing() -> None:
     connection = Connection(*make_pair())
     connect(connection)
-    assert connection.server.datapath.forget_unfinished(lambda index: False) == ()
+    assert connection.server.end_denied(lambda index: False) == ()
     (ack,) = connection.client.send(connection.ack())
     assert connection.server.receive(ack) == [connection.ack()]

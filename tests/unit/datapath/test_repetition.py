@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import pytest
 
-from enforcer_daemon.datapath.unproven import LAGS, MAX_LAG_S, MAX_WAIT_S, MIN_WAIT_S
+from enforcer_daemon.datapath.tcp import LAGS, MAX_LAG_S, MAX_WAIT_S, MIN_WAIT_S
 from enforcer_daemon.packet.tcp import RST, build
 from tests.unit.datapath.pair import TIMESTAMPS, Connection, make_pair
 
@@ -25,7 +25,7 @@ def offer(connection: Connection) -> bytes:
 
 def repeated(connection: Connection, now: float) -> list[bytes]:
     """Let the server's enforcer repeat what is due; answer what leaves for the wire."""
-    effects = connection.server.datapath.repeat_answers(now)
+    effects = connection.server.expire(now)
     return [packet for effect in effects for packet in connection.server.send(effect.packet, now)]
 
 
@@ -41,7 +41,7 @@ def connection() -> Connection:
 
 def test_a_lost_syn_ack_is_repeated_as_it_was(connection: Connection) -> None:
     lost = offer(connection)
-    assert connection.server.datapath.repeat_at == DUE
+    assert connection.server.wake_at == DUE
     assert repeated(connection, DUE - 0.001) == []
     (again,) = repeated(connection, DUE)
     assert headless(again) == headless(lost)
@@ -52,7 +52,7 @@ def test_a_lost_syn_ack_is_repeated_as_it_was(connection: Connection) -> None:
 def test_it_is_repeated_once(connection: Connection) -> None:
     offer(connection)
     assert len(repeated(connection, DUE)) == 1
-    assert connection.server.datapath.repeat_at is None
+    assert connection.server.wake_at is None
     assert repeated(connection, DUE + 10) == []
 
 
@@ -91,7 +91,7 @@ def test_a_proven_connection_is_left_alone(connection: Connection) -> None:
     connection.client.receive(offer(connection), NOW)
     (proof,) = connection.client.send(connection.ack(), NOW)
     connection.server.receive(proof, NOW)
-    assert connection.server.datapath.repeat_at is None
+    assert connection.server.wake_at is None
     assert repeated(connection, DUE) == []
 
 
@@ -121,7 +121,7 @@ def test_a_far_peer_has_more_time(round_trip_s: float, wait_s: float | None) -> 
     (proof,) = client.send(first.ack(), NOW)
     server.receive(proof, NOW + round_trip_s)
     offer(second)
-    repeat_at = server.datapath.repeat_at
+    repeat_at = server.wake_at
     assert repeat_at == (None if wait_s is None else pytest.approx(NOW + wait_s))
 
 
@@ -132,7 +132,7 @@ def test_a_queue_that_is_behind_has_more_time(connection: Connection, lag_s: flo
     answered_at = NOW + lag_s
     connection.server.send(connection.syn_ack(), answered_at)
     due_at = answered_at + MIN_WAIT_S + LAGS * counted_s
-    assert connection.server.datapath.repeat_at == pytest.approx(due_at)
+    assert connection.server.wake_at == pytest.approx(due_at)
     assert repeated(connection, due_at - 0.001) == []
     assert len(repeated(connection, due_at + 0.001)) == 1
 
@@ -143,7 +143,7 @@ def test_a_syn_that_had_to_come_again_says_nothing_of_the_queue(connection: Conn
     connection.server.receive(syn, NOW)
     connection.server.receive(syn, NOW + 1.0)
     connection.server.send(connection.syn_ack(), NOW + 1.0)
-    assert connection.server.datapath.repeat_at == pytest.approx(NOW + 1.0 + MIN_WAIT_S)
+    assert connection.server.wake_at == pytest.approx(NOW + 1.0 + MIN_WAIT_S)
 
 
 def test_one_long_round_trip_among_short_ones_counts_little() -> None:
@@ -154,7 +154,7 @@ def test_one_long_round_trip_among_short_ones_counts_little() -> None:
         (proof,) = client.send(connection.ack(), NOW)
         server.receive(proof, NOW + took_s)
     offer(Connection(client, server, sport=41_000))
-    assert server.datapath.repeat_at == pytest.approx(NOW + 2 * (0.02 + 0.08 / 8))
+    assert server.wake_at == pytest.approx(NOW + 2 * (0.02 + 0.08 / 8))
 
 
 def test_what_is_awaited_is_bounded() -> None:

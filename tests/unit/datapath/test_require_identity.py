@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""networks.requireIdentity: inside the enforced networks nobody connects without an identity."""
+"""networks.requireIdentity: from inside the enforced networks nothing comes without an identity, of any protocol."""
 
 from __future__ import annotations
 
@@ -9,10 +9,12 @@ from ipaddress import IPv4Network, ip_address
 
 import pytest
 
-from enforcer_daemon.datapath.judging import Networks
+from enforcer_daemon.datapath.networks import Networks
 from enforcer_daemon.errors import SettingsError
 from enforcer_daemon.identity.authority import make_authority
+from enforcer_daemon.model import Protocol
 from enforcer_daemon.packet.tcp import SYN, build, with_payload
+from enforcer_daemon.packet.udp import build_udp
 from enforcer_daemon.settings import NetworkSettings
 from enforcer_daemon.settings_file import decode_settings
 from tests.unit.datapath.pair import WALL, Connection, Endpoint, Node, segment
@@ -30,6 +32,12 @@ def make_server(settings: NetworkSettings = SETTINGS) -> Endpoint:
 
 def plain_syn(source: str, server: Endpoint) -> bytes:
     return build(ip_address(source).packed, server.address, (40_000, 80), (1_000, 0), SYN, 64_240)
+
+
+def plain_packet(source: str, server: Endpoint, protocol: int) -> bytes:
+    """Make a packet of a protocol that carries no identity, with ports where SCTP has them."""
+    datagram = build_udp(ip_address(source).packed, server.address, (40_000, 9), b"data")
+    return datagram[:9] + bytes((protocol,)) + datagram[10:]
 
 
 @pytest.mark.parametrize("payload", [b"", b"x" * 600])
@@ -67,6 +75,26 @@ def test_a_pod_with_an_identity_passes() -> None:
     server.node.context.networks = Networks(SETTINGS)
     (framed,) = client.send(Connection(client, server).syn())
     assert len(server.receive(framed)) == 1
+
+
+@pytest.mark.parametrize("protocol", [Protocol.SCTP, 47])
+def test_a_protocol_that_carries_no_identity_is_refused_from_inside(protocol: int) -> None:
+    server = make_server()
+    assert server.receive(plain_packet(INSIDE, server, protocol)) == []
+    assert server.reasons() == ["identity-required"]
+    for source in (OUTSIDE, SERVICE):
+        packet = plain_packet(source, server, protocol)
+        assert server.receive(packet) == [packet]
+    server.node.true_sources[ip_address(NODE).packed] = ip_address(NODE).packed
+    packet = plain_packet(NODE, server, protocol)
+    assert server.receive(packet) == [packet]
+
+
+def test_a_datagram_without_an_identity_is_refused_from_inside() -> None:
+    server = make_server()
+    packet = build_udp(ip_address(INSIDE).packed, server.address, (40_000, 53), b"query")
+    assert server.receive(packet) == []
+    assert server.reasons() == ["identity-required"]
 
 
 def test_by_default_policy_alone_decides() -> None:

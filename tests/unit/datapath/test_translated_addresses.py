@@ -66,7 +66,7 @@ def test_a_plain_syn_through_a_node_port_is_judged_by_its_true_source() -> None:
     packet = build(gateway, server.address, (40_000, 80), (1_000, 0), SYN, 64_240)
     node.true_sources[gateway] = outside
     server.receive(packet)
-    (report,) = server.datapath.take_reports()
+    (report,) = server.take_reports()
     assert (report.reason.value, report.remote) == ("unidentified-peer", outside)
     node.true_sources[gateway] = gateway  # The node's own: a probe.
     assert server.receive(packet) == [packet]

@@ -9,16 +9,18 @@ from enum import Enum
 
 import pytest
 
-from enforcer_daemon.datapath.udp_initiator import DRAIN_S, MAX_REPEATS
+from enforcer_daemon.datapath.udp import MAX_TRIES
 from enforcer_daemon.handshake import datagrams
 from enforcer_daemon.handshake.bounds import Bound
+from enforcer_daemon.handshake.carriers import UDP
 from enforcer_daemon.handshake.datagrams import RIDING_EXID, find_message
+from enforcer_daemon.handshake.flowkey import FlowKey, Role
 from enforcer_daemon.handshake.frames import TYPE_OFFER, TYPE_PROOF, encode_again, encode_proof, frame_type
 from enforcer_daemon.marks import CUT, RELEASED, REPLY, UNSUMMED
 from enforcer_daemon.model import Direction
 from enforcer_daemon.packet.udp import UDP_HEADER, build_udp, decode_udp, encode_option, with_option
-from enforcer_daemon.verdict import DROP, Action, Inject, Settle, Verdict
-from tests.unit.datapath.pair import Endpoint, FakePolicy, Rules, make_pair
+from enforcer_daemon.verdict import Action, Inject, Settle
+from tests.unit.datapath.pair import DROPPED, Endpoint, FakePolicy, Result, Rules, make_pair
 
 PORTS = 40_000, 53
 ADMITTING = FakePolicy(ingress=Rules(frozenset({"client"})))
@@ -93,7 +95,7 @@ class Exchange:
         for tick in range(ticks + 1):
             self.now += 0.1 if tick < ticks else max(0.0, seconds - ticks / 10)
             for endpoint, other in ((self.client, self.server), (self.server, self.client)):
-                for effect in endpoint.datapath.expire(self.now):
+                for effect in endpoint.expire(self.now):
                     if isinstance(effect, Settle):
                         held = endpoint.held.pop(effect.hold_id)
                         if effect.verdict.action is not Action.DROP:
@@ -170,7 +172,7 @@ def test_an_offer_that_is_lost_again_and_again_is_sent_so_often_and_no_more() ->
     exchange = make("goes alone", dict.fromkeys(range(100), Fault.LOST))
     exchange.say(b"nobody hears")
     exchange.pass_time(10.0)
-    assert exchange._sent <= 1 + MAX_REPEATS
+    assert exchange._sent <= 1 + MAX_TRIES
     assert exchange.client.held == {}
     assert "handshake-timeout" in exchange.client.reasons()
     assert exchange.client.datapath.half_open_flows == 0
@@ -179,7 +181,7 @@ def test_an_offer_that_is_lost_again_and_again_is_sent_so_often_and_no_more() ->
 def test_a_stranger_is_denied_by_who_he_is() -> None:
     client, server = make_pair(OPEN, FakePolicy(ingress=Rules(frozenset({"other"}))))
     (packet,) = client.send(build_udp(client.address, server.address, PORTS, b"let me in"))
-    assert server.verdict(packet, Direction.INGRESS) == DROP
+    assert server.verdict(packet, Direction.INGRESS) == DROPPED
     assert server.reasons() == ["ingress-denied"]
     # Of a released flow it is answered all the same: a proof would show that the address is another pod's now.
     verdict = server.verdict(packet, Direction.INGRESS, mark=RELEASED)
@@ -209,10 +211,10 @@ def test_a_replay_of_anything_delivers_nothing_more(mode: str) -> None:
     exchange.say(b"once")
     assert len(exchange.delivered) == 1
     for later in (1.5, 4.0, 30.0):
-        exchange.server.datapath.expire(later)
+        exchange.server.expire(later)
         for packet in list(seen):
             assert receive(packet, later) == []
-    assert exchange.server.datapath.expire(60.0) is not None
+    assert exchange.server.expire(60.0) is not None
     assert exchange.server.context.held_packets == 0
 
 
@@ -243,7 +245,7 @@ def test_an_offer_that_is_replayed_is_answered_so_often_and_no_more() -> None:
     assert client.send(build_udp(client.address, server.address, PORTS, b"query")) == []
     (offer,) = client.flush_injected()
     actions = [server.verdict(offer, Direction.INGRESS, 1.0).action for _ in range(20)]
-    assert actions == [Action.TAKE] * (1 + 2 * MAX_REPEATS) + [Action.DROP] * (19 - 2 * MAX_REPEATS)
+    assert actions == [Action.TAKE] * (1 + 2 * MAX_TRIES) + [Action.DROP] * (19 - 2 * MAX_TRIES)
     assert server.reasons()[-1] == "replayed-nonce"
 
 
@@ -252,11 +254,11 @@ def test_a_request_to_shake_hands_again_starts_one_handshake_and_only_for_a_rele
     surplus = encode_option(UDP_HEADER, 0x5453, encode_again(bytes(16)))
     again = build_udp(server.address, client.address, PORTS[::-1], b"", surplus)
     for mark in (0, REPLY, RELEASED, 0x4000_0000 | REPLY):
-        assert client.verdict(again, Direction.INGRESS, mark=mark) == DROP
+        assert client.verdict(again, Direction.INGRESS, mark=mark) == DROPPED
         assert client.reasons() == ["unknown-flow"]
     offered = client.verdict(again, Direction.INGRESS, mark=RELEASED | REPLY)
     assert (offered.action, len(offered.effects)) == (Action.TAKE, 1)
-    assert client.verdict(again, Direction.INGRESS, mark=RELEASED | REPLY) == DROP
+    assert client.verdict(again, Direction.INGRESS, mark=RELEASED | REPLY) == DROPPED
 
 
 def test_a_responder_that_forgot_the_flow_asks_and_keeps_the_datagram() -> None:
@@ -274,8 +276,8 @@ def test_a_responder_that_forgot_the_flow_asks_and_keeps_the_datagram() -> None:
 def test_replies_are_never_judged_as_flows_of_their_own() -> None:
     client, server = make_pair(OPEN, OPEN)
     reply = build_udp(server.address, client.address, PORTS[::-1], b"reply")
-    assert server.verdict(reply, Direction.EGRESS, mark=REPLY) == DROP
-    assert client.verdict(reply, Direction.INGRESS, mark=REPLY) == DROP
+    assert server.verdict(reply, Direction.EGRESS, mark=REPLY) == DROPPED
+    assert client.verdict(reply, Direction.INGRESS, mark=REPLY) == DROPPED
     assert server.reasons() == client.reasons() == ["unknown-flow"]
 
 
@@ -284,11 +286,11 @@ def test_a_message_that_the_pod_makes_itself_does_not_leave() -> None:
     own = with_option(
         decode_udp(build_udp(client.address, server.address, PORTS, b"x")), RIDING_EXID, encode_again(bytes(16))
     )
-    assert client.verdict(own, Direction.EGRESS) == DROP
+    assert client.verdict(own, Direction.EGRESS) == DROPPED
     assert client.reasons() == ["malformed-frame"]
 
 
-def first_verdict(endpoint: Endpoint, packet: bytes, direction: Direction) -> Verdict:
+def first_verdict(endpoint: Endpoint, packet: bytes, direction: Direction) -> Result:
     """Give the verdict for a packet, and settle what waits for it as the queue does."""
     verdict = endpoint.verdict(packet, direction)
     for effect in verdict.effects:
@@ -299,7 +301,7 @@ def first_verdict(endpoint: Endpoint, packet: bytes, direction: Direction) -> Ve
     return verdict
 
 
-def settled(verdict: Verdict) -> list[tuple[Action, bool]]:
+def settled(verdict: Result) -> list[tuple[Action, bool]]:
     """Give what becomes of each packet that waited, in order, and whether it takes the flow with it."""
     return [(e.verdict.action, e.verdict.when_drained) for e in verdict.effects if isinstance(e, Settle)]
 
@@ -332,7 +334,7 @@ def test_an_answer_that_is_repeated_into_a_full_queue_takes_the_flow_with_it_soo
     (framed,) = client.send(build_udp(client.address, server.address, PORTS, b"query"))
     server.receive(framed)
     (answer,) = server.flush_injected()
-    for now, when_drained in ((1.0, True), (1.0 + DRAIN_S / 2, True), (1.0 + DRAIN_S, False)):
+    for now, when_drained in ((1.0, True), (1.0 + UDP.drain_s / 2, True), (1.0 + UDP.drain_s, False)):
         verdict = client.verdict(answer, Direction.INGRESS, now)
         assert (verdict.action, verdict.when_drained) == (Action.CONSUME, when_drained)
 
@@ -390,7 +392,7 @@ def test_where_only_such_a_datagram_waits_the_proof_goes_alone() -> None:
     client, server = make_pair(BOUND, ADMITTING)
     assert client.send(build_udp(client.address, server.address, PORTS, b"query")) == []
     answer = answer_to(client, server)
-    assert [effect.hold_id for effect in client.datapath.expire(2.1)] == [1]  # The query waited too long.
+    assert [effect.hold_id for effect in client.expire(2.1)] == [1]  # The query waited too long.
     client.held.clear()
     early = build_udp(server.address, client.address, PORTS[::-1], b"early")
     assert client.receive(early, 2.2, mark=REPLY) == []
@@ -452,8 +454,8 @@ def test_a_denial_of_what_was_asked_for_its_identity_names_the_policies() -> Non
     exchange.server.reasons()
     exchange.now = 100.0
     assert exchange.server.receive(exchange.query(b"second"), exchange.now) == []
-    exchange.server.datapath.expire(exchange.now + 1.1)
-    (report,) = exchange.server.datapath.take_reports()
+    exchange.server.expire(exchange.now + 1.1)
+    (report,) = exchange.server.take_reports()
     assert (report.reason.value, [str(rule) for rule in report.rules]) == ("unidentified-peer", ["default/fake[0]"])
 
 
@@ -461,7 +463,7 @@ def test_a_queue_that_is_behind_gets_no_more_offers_than_one_that_is_not() -> No
     client, server = make_pair(BOUND, ADMITTING)
 
     def repeats(now: float) -> int:
-        return sum(isinstance(effect, Inject) for effect in client.datapath.expire(now))
+        return sum(isinstance(effect, Inject) for effect in client.expire(now))
 
     def send(port: int, now: float) -> None:
         assert client.send(build_udp(client.address, server.address, (port, 53), b"query"), now) == []
@@ -484,16 +486,24 @@ def test_requests_to_shake_hands_again_are_bounded_and_counted() -> None:
         assert server.receive(stray, 50.0) == []
     assert len(server.held) == len(server.injected) == 20
     assert hits[Bound.HANDSHAKES_AGAIN] == 300 - 20
-    for effect in server.datapath.expire(51.5):
-        assert effect.verdict == DROP
-    server.datapath.expire(54.0)
+    for effect in server.expire(51.5):
+        assert effect.verdict.action is Action.DROP
+    server.expire(54.0)
     assert server.datapath.half_open_flows == 0
+
+
+def sent_alone(endpoint: Endpoint, key: FlowKey, content: bytes) -> bytes:
+    """Have the enforcer send a message of its own; return the packet."""
+    endpoint.datapath._udp.messages.send(key, content)
+    effect = endpoint.context.effects.pop()
+    assert isinstance(effect, Inject)
+    return effect.packet
 
 
 def test_a_message_that_was_sent_twice_before_it_passed_passes_twice() -> None:
     client, server = make_pair(OPEN, ADMITTING)
-    key = server.address + client.address + (53).to_bytes(2, "big") + (4_000).to_bytes(2, "big")
-    sent = [client.context.send_message(key, b"again").packet for _ in range(2)]
+    key = FlowKey(server.address, client.address, 53, 4_000, UDP.protocol, Role.INITIATOR)
+    sent = [sent_alone(client, key, b"again") for _ in range(2)]
     assert [client.verdict(packet, Direction.EGRESS).action for packet in (*sent, sent[0])] == [
         Action.ACCEPT,
         Action.ACCEPT,
@@ -504,7 +514,7 @@ def test_a_message_that_was_sent_twice_before_it_passed_passes_twice() -> None:
 def test_own_messages_that_never_came_to_the_queue_are_bounded_and_counted() -> None:
     client, _ = make_pair(OPEN, ADMITTING, max_own_packets=50)
     for n in range(350):
-        client.context.send_message(bytes(8) + n.to_bytes(4, "big"), b"lost")
+        sent_alone(client, FlowKey(bytes(4), bytes(4), 53, n, UDP.protocol, Role.INITIATOR), b"lost")
     assert client.node.context.bound_hits[Bound.OWN_PACKETS] == 300
 
 

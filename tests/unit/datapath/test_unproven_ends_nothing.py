@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import pytest
 
-from enforcer_daemon.datapath import rivals
+from enforcer_daemon.datapath import engine
 from enforcer_daemon.handshake.bounds import Bound
 from enforcer_daemon.handshake.datagrams import LONE_EXID, RIDING_EXID
 from enforcer_daemon.handshake.frames import MARKER_ID, TYPE_OFFER, SynFrame, encode_proof, encode_syn
@@ -13,8 +13,19 @@ from enforcer_daemon.marks import NODE, RELEASED, REPLY
 from enforcer_daemon.model import Direction
 from enforcer_daemon.packet.tcp import ACK, SYN, build, with_options_and_payload
 from enforcer_daemon.packet.udp import UDP_HEADER, build_udp, decode_udp, encode_option, with_marker, with_option
-from enforcer_daemon.verdict import DROP, Action, Settle, Verdict
-from tests.unit.datapath.pair import SYN_OPTIONS, Connection, Endpoint, FakePolicy, Rules, make_pair, release, segment
+from enforcer_daemon.verdict import Action, Settle
+from tests.unit.datapath.pair import (
+    DROPPED,
+    SYN_OPTIONS,
+    Connection,
+    Endpoint,
+    FakePolicy,
+    Result,
+    Rules,
+    make_pair,
+    release,
+    segment,
+)
 
 ADMITTING = FakePolicy(ingress=Rules(frozenset({"client"})))
 MARK = RELEASED | 2 << 12
@@ -38,7 +49,7 @@ def released() -> Connection:
     return connection
 
 
-def arrive(endpoint: Endpoint, packet: bytes, mark: int, now: float = 1.0) -> Verdict:
+def arrive(endpoint: Endpoint, packet: bytes, mark: int, now: float = 1.0) -> Result:
     return endpoint.verdict(packet, Direction.INGRESS, now, mark)
 
 
@@ -57,8 +68,8 @@ def test_a_syn_with_a_copied_identity_is_delivered_and_the_release_stays() -> No
 
 def test_a_denied_one_changes_nothing() -> None:
     connection = released()
-    connection.server.context.judge.replace_rules(FakePolicy(ingress=Rules(frozenset({"other"}))))
-    assert arrive(connection.server, copied_syn(connection), MARK) == DROP
+    connection.server.context.policy.replace_rules(FakePolicy(ingress=Rules(frozenset({"other"}))))
+    assert arrive(connection.server, copied_syn(connection), MARK) == DROPPED
     assert connection.server.reasons() == ["ingress-denied"]
 
 
@@ -66,7 +77,7 @@ def test_one_without_an_identity_changes_nothing_before_the_pods_kernel_answers_
     connection = Connection(*make_pair())
     release(connection)
     syn = build(connection.client.address, connection.server.address, (40_000, 80), (9_000, 0), SYN, 64_240)
-    assert arrive(connection.server, syn, MARK) == Verdict(Action.ACCEPT)
+    assert arrive(connection.server, syn, MARK) == Result(Action.ACCEPT)
     again = Connection(connection.client, connection.server, isn_i=9_000, isn_r=9_500)
     answer = connection.server.verdict(again.syn_ack(), Direction.EGRESS, mark=MARK)
     assert (answer.action, answer.mark) == (Action.RELEASE, RELEASED | 1 << 12)
@@ -108,24 +119,24 @@ def test_a_syn_with_a_copied_identity_ends_no_handshake_under_way() -> None:
 def test_a_syn_that_policy_no_longer_allows_is_not_answered() -> None:
     connection = released()
     arrive(connection.server, copied_syn(connection, isn=9_000), MARK)
-    connection.server.datapath.forget_unfinished(lambda index: True)
+    connection.server.end_denied(lambda index: True)
     again = Connection(connection.client, connection.server, isn_i=9_000, isn_r=9_500)
-    assert connection.server.verdict(again.syn_ack(), Direction.EGRESS, mark=MARK) == DROP
+    assert connection.server.verdict(again.syn_ack(), Direction.EGRESS, mark=MARK) == DROPPED
 
 
 def test_rivals_are_bounded_and_one_that_is_not_kept_is_not_delivered(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(rivals, "MAX_RIVALS_PER_SOURCE", 2)
+    monkeypatch.setattr(engine, "MAX_RIVALS_PER_SOURCE", 2)
     connection = released()
     syns = [copied_syn(connection, bytes((n,)) * 16, 10_000 + n) for n in range(4)]
     actions = [arrive(connection.server, syn, MARK).action for syn in syns]
     assert actions == [Action.ACCEPT, Action.ACCEPT, Action.DROP, Action.DROP]
     assert connection.server.node.context.bound_hits[Bound.HALF_OPEN_FLOWS_PER_SOURCE] == 2
-    assert arrive(connection.server, syns[3], MARK, now=1.0 + rivals.RIVAL_S).action is Action.ACCEPT
-    assert len(connection.server.datapath._responder.rivals) == 1
+    assert arrive(connection.server, syns[3], MARK, now=1.0 + engine.RIVAL_S).action is Action.ACCEPT
+    assert len(connection.server.datapath._tcp.responder.rivals) == 1
 
 
 def test_rivals_of_all_sources_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(rivals, "MAX_RIVALS", 1)
+    monkeypatch.setattr(engine, "MAX_RIVALS", 1)
     connection = released()
     for n, action in enumerate((Action.ACCEPT, Action.DROP)):
         assert arrive(connection.server, copied_syn(connection, bytes((n,)) * 16, n), MARK).action is action
@@ -170,7 +181,7 @@ def test_a_denied_one_is_answered_too_and_its_proof_takes_the_release_back() -> 
     assert not isinstance(answer, Settle)
     server.reasons()
     proofs = [effect.packet for effect in arrive(client, answer.packet, 0).effects if not isinstance(effect, Settle)]
-    assert [arrive(server, proof, MARK) for proof in proofs] == [Verdict(Action.CONSUME)]
+    assert [arrive(server, proof, MARK) for proof in proofs] == [Result(Action.CONSUME)]
 
 
 def test_an_offer_with_a_copied_identity_ends_no_handshake_under_way() -> None:
@@ -191,14 +202,14 @@ def test_only_its_proof_lets_a_second_handshake_take_the_place_of_the_first() ->
     for _ in range(2):
         (framed,) = client.send(build_udp(client.address, server.address, PORTS, b"query"))
         server.receive(framed)
-        client.datapath._datagrams.initiator.forget_opening()  # As a restart of its enforcer.
+        client.end_opening()  # As a restart of its enforcer.
     (framed,) = client.send(build_udp(client.address, server.address, PORTS, b"third"))
     server.receive(framed)
     for answer in server.flush_injected():
         client.receive(answer)
     (proof,) = client.flush_injected()
     assert [decode_udp(packet).payload for packet in server.receive(proof)] == [b"third"]
-    server.datapath.expire(10.0)
+    server.expire(10.0)
     assert server.context.held_packets == server.datapath.half_open_flows == 0
 
 
@@ -206,7 +217,7 @@ def test_a_stray_proof_beside_a_datagram_of_a_released_flow_is_taken_off() -> No
     client, server = make_pair(None, ADMITTING)
     plain = build_udp(client.address, server.address, PORTS, b"data")
     framed = with_option(decode_udp(plain), RIDING_EXID, encode_proof(b"n" * 16, bytes(16)), MARKER_ID)
-    assert arrive(server, framed, BY_ADDRESS_MARK) == Verdict(Action.ACCEPT, plain)
+    assert arrive(server, framed, BY_ADDRESS_MARK) == Result(Action.ACCEPT, plain)
 
 
 def test_challenges_are_limited_and_counted() -> None:
@@ -221,7 +232,7 @@ def test_rivals_of_datagram_flows_are_bounded() -> None:
     for n in range(4):
         arrive(server, offer(client, server, bytes((n,)) * 16), MARK)
     assert server.datapath.half_open_flows == 2
-    assert server.datapath.forget_unfinished(lambda index: False) == ()
+    assert server.end_denied(lambda index: False) == ()
     assert server.datapath.half_open_flows == 0
 
 
@@ -229,7 +240,7 @@ def test_a_request_to_shake_hands_again_takes_no_release_back() -> None:
     client, server = make_pair(FakePolicy(egress=Rules(frozenset(), direction=Direction.EGRESS)))
     surplus = encode_option(UDP_HEADER, LONE_EXID, b"\xd3TRI\x01\x06\x00\x18" + bytes(16))
     again = build_udp(server.address, client.address, PORTS[::-1], b"", surplus)
-    assert arrive(client, again, MARK | REPLY) == DROP
+    assert arrive(client, again, MARK | REPLY) == DROPPED
 
 
 @pytest.mark.parametrize("addresses", [("10.1.0.2", "10.2.0.2"), ("fd00:1::2", "fd00:2::2")])
@@ -238,9 +249,9 @@ def test_a_datagram_with_the_marker_alone_passes_where_its_address_is_allowed(ad
     far, near = (client.node.endpoint("c", addresses[0], "client"), server.node.endpoint("s", addresses[1], "server"))
     plain = build_udp(far.address, near.address, PORTS, b"data")
     marked = with_marker(decode_udp(plain), MARKER_ID)
-    assert arrive(near, marked, BY_ADDRESS_MARK) == Verdict(Action.ACCEPT)
+    assert arrive(near, marked, BY_ADDRESS_MARK) == Result(Action.ACCEPT)
     assert near.reasons() == []
     odd = with_option(decode_udp(plain), 0x1111, b"other", MARKER_ID)
-    assert arrive(near, odd, BY_ADDRESS_MARK) == Verdict(Action.ACCEPT, plain)
-    assert arrive(near, odd, NODE) == Verdict(Action.ACCEPT, plain)
-    assert arrive(near, plain, MARK) == DROP
+    assert arrive(near, odd, BY_ADDRESS_MARK) == Result(Action.ACCEPT, plain)
+    assert arrive(near, odd, NODE) == Result(Action.ACCEPT, plain)
+    assert arrive(near, plain, MARK) == DROPPED

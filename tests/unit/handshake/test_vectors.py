@@ -19,7 +19,6 @@ import pytest
 from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey, X25519PublicKey
 from cryptography.x509 import load_der_x509_certificate
 
-from enforcer_daemon.handshake import datagrams
 from enforcer_daemon.handshake.datagrams import LONE_EXID
 from enforcer_daemon.handshake.frames import (
     SYN_ACK_OVERHEAD,
@@ -36,9 +35,18 @@ from enforcer_daemon.handshake.frames import (
     encode_syn_ack,
     find_proof,
     proof_option,
+    without_proof,
 )
 from enforcer_daemon.handshake.leaseframes import LEASE_PORT, decode_lease, encode_lease, require_mac
-from enforcer_daemon.handshake.proofs import Transcript, frame_hash, initiator_proof, pair_key, responder_proof
+from enforcer_daemon.handshake.proofs import (
+    TCP_LABELS,
+    UDP_LABELS,
+    frame_hash,
+    initiator_proof,
+    pair_key,
+    responder_proof,
+    transcript,
+)
 from enforcer_daemon.identity.credential import TrustBundle, decode_credential
 from enforcer_daemon.identity.dictionary import TOKEN_DICTIONARY
 from enforcer_daemon.identity.tokens import decode_token
@@ -97,12 +105,11 @@ def test_the_frames_are_these_bytes() -> None:
 
 
 def test_the_proofs_are_these_bytes() -> None:
-    transcript = Transcript(
-        VECTOR["initiator"]["isn"], VECTOR["responder"]["isn"], raw("initiator", "nonce"), raw("responder", "nonce")
-    )
-    key = raw("pair_key")
-    assert responder_proof(key, transcript, frame_hash(raw("syn_frame")), raw("syn_ack_frame")) == raw("proof_r")
-    assert initiator_proof(key, transcript, raw("proof_r")) == raw("proof_i")
+    numbers = VECTOR["initiator"]["isn"], VECTOR["responder"]["isn"]
+    covered = transcript(numbers, raw("initiator", "nonce"), raw("responder", "nonce"))
+    key, answer = raw("pair_key"), without_proof(raw("syn_ack_frame"))
+    assert responder_proof(key, TCP_LABELS, covered, frame_hash(raw("syn_frame")), answer) == raw("proof_r")
+    assert initiator_proof(key, TCP_LABELS, covered, raw("proof_r")) == raw("proof_i")
     assert proof_option(raw("proof_i"), is_lone=False) == raw("proof_option")
     assert proof_option(raw("proof_i"), is_lone=True) == raw("lone_proof_option")
     found = find_proof(raw("proof_option"))
@@ -125,9 +132,9 @@ def test_the_messages_beside_datagrams_are_these_bytes() -> None:
     covered = answer[:42] + answer[58:]
     message = b"datagram-answer" + nonces + sha256(offer).digest() + covered
     assert hmac.digest(raw("pair_key"), message, "sha256")[:16] == proof_r
-    assert datagrams.responder_proof(raw("pair_key"), nonces, frame_hash(offer), answer) == proof_r
+    assert responder_proof(raw("pair_key"), UDP_LABELS, nonces, frame_hash(offer), without_proof(answer)) == proof_r
     proof_i = hmac.digest(raw("pair_key"), b"datagram-proof" + nonces + proof_r, "sha256")[:16]
-    assert datagrams.initiator_proof(raw("pair_key"), nonces, proof_r) == proof_i == raw("datagrams", "proof_i")
+    assert initiator_proof(raw("pair_key"), UDP_LABELS, nonces, proof_r) == proof_i == raw("datagrams", "proof_i")
     assert encode_proof(raw("initiator", "nonce"), proof_i) == raw("datagrams", "proof_message")
     surplus = encode_option(UDP_HEADER, LONE_EXID, raw("datagrams", "proof_message"))
     ends = ip_address("10.1.0.2").packed, address

@@ -54,7 +54,7 @@ def test_tokens_peers_and_flows() -> None:
     connection = Connection(client, server)
     server.receive(client.send(connection.syn())[0])
     client.receive(server.send(connection.syn_ack())[0])
-    flows = [*client.datapath._initiator.flows.known(), *server.datapath._responder.flows.known()]
+    flows = [*client.datapath.sessions(), *server.datapath.sessions()]
     peers = [flow.peer for flow in flows]
     text = " ".join(f"{thing} {thing!r} {[thing]}" for thing in (client.context.local, *flows, *peers))
     assert_hidden(
@@ -97,7 +97,7 @@ def test_log_lines_of_whole_and_broken_handshakes(is_aligned: bool, capsys: pyte
         proofs.append(segment(ack).options[4:20])
         server.receive(ack)
     for endpoint in (client, server):
-        reports = endpoint.datapath.take_reports()
+        reports = endpoint.take_reports()
         assert all(report.reason is not Reason.INTERNAL_ERROR for report in reports)
         flow_log.take(reports)
     text = capsys.readouterr().err

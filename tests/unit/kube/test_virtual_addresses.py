@@ -7,7 +7,7 @@ from ipaddress import IPv4Address, IPv4Network, IPv6Network, ip_address, ip_netw
 
 import pytest
 
-from enforcer_daemon.datapath.judging import Destination, Networks
+from enforcer_daemon.datapath.networks import Destination, Networks
 from enforcer_daemon.kube.networks import MAX_NAMESPACE_PORTS, MAX_PORTS, VirtualAddresses
 from enforcer_daemon.kube.resources import NodeNetworks, ServiceAddresses
 from enforcer_daemon.model import IPAddress, Protocol

@@ -31,9 +31,18 @@ from enforcer_daemon.handshake.frames import (
     encode_syn,
     encode_syn_ack,
     proof_option,
+    without_proof,
 )
 from enforcer_daemon.handshake.leaseframes import LEASE_BYTES, LEASE_PORT, LeaseFlag, LeaseMessage, encode_lease
-from enforcer_daemon.handshake.proofs import Transcript, frame_hash, initiator_proof, pair_key, responder_proof
+from enforcer_daemon.handshake.proofs import (
+    TCP_LABELS,
+    UDP_LABELS,
+    frame_hash,
+    initiator_proof,
+    pair_key,
+    responder_proof,
+    transcript,
+)
 from enforcer_daemon.identity.authority import issue_credential, make_authority, node_spiffe_id
 from enforcer_daemon.identity.credential import decode_credential
 from enforcer_daemon.identity.dictionary import TOKEN_DICTIONARY
@@ -80,11 +89,11 @@ def make() -> dict[str, Any]:
     private = X25519PrivateKey.from_private_bytes(raw["i"]["ephemeral_private_key"])
     hashes = frame_hash(raw["i"]["token"]), frame_hash(raw["r"]["token"])
     key = pair_key(private, raw["r"]["ephemeral_public_key"], *hashes)
-    transcript = Transcript(one["isn"], two["isn"], raw["i"]["nonce"], raw["r"]["nonce"])
+    covered = transcript((one["isn"], two["isn"]), raw["i"]["nonce"], raw["r"]["nonce"])
     block = encode_block(raw["r"]["credential"], raw["r"]["token"])
     blank = SynAckFrame(raw["r"]["nonce"], ip_address("10.2.0.2").packed, 80, bytes(PROOF_BYTES), block)
-    proof_r = responder_proof(key, transcript, frame_hash(syn), encode_syn_ack(blank))
-    proof_i = initiator_proof(key, transcript, proof_r)
+    proof_r = responder_proof(key, TCP_LABELS, covered, frame_hash(syn), without_proof(encode_syn_ack(blank)))
+    proof_i = initiator_proof(key, TCP_LABELS, covered, proof_r)
     return {
         "version": 1,
         "unix_time": TIME,
@@ -133,9 +142,10 @@ def make_datagrams(key: bytes, initiator: dict[str, bytes], blank: SynAckFrame) 
     block = encode_block(initiator["credential"], initiator["token"])
     offer = encode_syn(SynFrame(initiator["nonce"], block), TYPE_OFFER)
     nonces = initiator["nonce"] + blank.nonce
-    proof_r = datagrams.responder_proof(key, nonces, frame_hash(offer), encode_syn_ack(blank, TYPE_ANSWER))
+    unproven = without_proof(encode_syn_ack(blank, TYPE_ANSWER))
+    proof_r = responder_proof(key, UDP_LABELS, nonces, frame_hash(offer), unproven)
     answer = encode_syn_ack(blank._replace(proof=proof_r), TYPE_ANSWER)
-    proof_i = datagrams.initiator_proof(key, nonces, proof_r)
+    proof_i = initiator_proof(key, UDP_LABELS, nonces, proof_r)
     message = encode_proof(initiator["nonce"], proof_i)
     surplus = encode_option(UDP_HEADER, datagrams.LONE_EXID, message)
     ends = ip_address("10.1.0.2").packed, blank.address

@@ -1,0 +1,466 @@
+# SPDX-License-Identifier: Apache-2.0
+"""UDP as a carrier: messages stand behind the data of datagrams, or go alone (docs/protocol.md, UDP).
+
+No kernel keeps the handshake's state, so the enforcers hold datagrams and retransmit. If policy allows the address
+with any pod there, datagrams leave at once with the offer behind their data: a stack without an enforcer takes no
+notice of it. A datagram of an unknown flow, as after a loss of state, waits, and its sender's enforcer is asked to
+rehandshake.
+"""
+
+from __future__ import annotations
+
+from enforcer_daemon.datapath.context import EndpointContext
+from enforcer_daemon.datapath.engine import SUSPICION_POLL_S, Initiator, Responder
+from enforcer_daemon.datapath.flowindex import is_by_address
+from enforcer_daemon.datapath.messages import Messages, accepted_bare
+from enforcer_daemon.datapath.rehandshake import Rehandshakes
+from enforcer_daemon.errors import FrameError, PeerError, ProofError
+from enforcer_daemon.handshake.carriers import UDP
+from enforcer_daemon.handshake.datagrams import bare, beside, find_message, has_marker, marked
+from enforcer_daemon.handshake.flowkey import FlowKey, Role
+from enforcer_daemon.handshake.frames import (
+    TYPE_AGAIN,
+    TYPE_ANSWER,
+    TYPE_CHALLENGE,
+    TYPE_LEASE,
+    TYPE_OFFER,
+    TYPE_PROOF,
+    decode_head,
+    decode_proof,
+    encode_proof,
+    frame_type,
+)
+from enforcer_daemon.handshake.lapse import UDP_LAPSE_S
+from enforcer_daemon.handshake.machine import Event, State
+from enforcer_daemon.handshake.session import NEVER, Session
+from enforcer_daemon.marks import CUT, NODE, RELEASED, REPLY, UNSUMMED
+from enforcer_daemon.model import Decision, Direction
+from enforcer_daemon.packet.ip import IPHeader
+from enforcer_daemon.packet.udp import (
+    UDPDatagram,
+    decode_udp,
+    decode_udp_datagram,
+)
+from enforcer_daemon.reasons import Reason
+from enforcer_daemon.verdict import ACCEPT, DROP, TAKEN, Action, Verdict
+
+RETRANSMIT_S = 0.1
+"""The least time before the enforcer's message is sent again, seconds; it doubles each time."""
+MAX_TRIES = 4
+"""How often it is sent again."""
+PATIENCE_S = 0.2
+"""How long an enforcer is waited for if policy allows the address with any pod there, seconds."""
+_MAX_LAG_S = 0.3
+"""A queue that is further behind is not waited for any longer: datagrams wait for a second only."""
+_MAX_ANSWERS = 2 * MAX_TRIES
+"""Answers to one offer that comes alone: to its sender's tries and some that the network makes. More is a replay."""
+_MAX_HELD_ASKED = 8
+"""Datagrams of an unknown flow that wait."""
+_PROTOCOL = UDP.protocol
+_Found = tuple[bytes, bool]
+"""A message, and whether it came alone."""
+
+
+class UDPFlows:
+    """One endpoint's flows of datagrams."""
+
+    facts = UDP
+
+    def __init__(self, context: EndpointContext) -> None:
+        self._context = context
+        self.messages = Messages(context)
+        self.initiator: Initiator[UDPDatagram] = Initiator(context, self)
+        self.responder: Responder[UDPDatagram] = Responder(context, self)
+        self.rehandshakes = Rehandshakes(context, self.messages, self.initiator, self.responder, self._offer_alone)
+        self._lag_s = 0.0
+        """How long an offer waited in the pod's queue lately, seconds; its answer waits there as long."""
+
+    def process(self, packet: bytes, header: IPHeader, direction: Direction, mark: int, now: float) -> Verdict:
+        """Evaluate one datagram; raise PeerError or PacketError if it does not hold."""
+        datagram = decode_udp_datagram(packet, header)
+        if mark & (UNSUMMED | CUT):
+            datagram = datagram._replace(is_unsummed=bool(mark & UNSUMMED), is_cut=bool(mark & CUT))
+        found = find_message(datagram)
+        if direction is Direction.EGRESS:
+            key = FlowKey(datagram.dst, datagram.src, datagram.dport, datagram.sport, _PROTOCOL, Role.INITIATOR)
+            return self._out(datagram, key, mark, now) if found is None else self._message_out(found, key, now)
+        key = FlowKey(datagram.src, datagram.dst, datagram.sport, datagram.dport, _PROTOCOL, Role.RESPONDER)
+        if found is None:
+            return self._in(datagram, key, mark, now)
+        return self._message_in(datagram, found, key, mark, now)
+
+    # The carrier of the engine.
+
+    def send_offer(self, packet: UDPDatagram, session: Session, mark: int, now: float) -> Verdict:
+        """Let a datagram out beside the offer, if policy allows the address and nothing waits; else it waits."""
+        is_first = not session.has_waiting
+        if is_first and session.is_address_allowed:
+            if self.messages.has_room(packet, session.frame):
+                session.advance(Event.OFFER_ATTACHED)
+                return Verdict(Action.ACCEPT, beside(packet, session.frame))
+            if session.state is State.UNANSWERED:
+                return self._without_room(packet, session, now)
+        verdict = self._context.hold(session, packet, now)
+        if is_first:
+            self._await_answer(session, now)
+            if session.state is State.OPENING:
+                self.messages.send(session.key, session.frame)
+        return verdict
+
+    def make_way(self, packet: UDPDatagram, key: FlowKey, mark: int) -> Verdict | None:
+        """Return None: an earlier flow of the same ports is in no way."""
+
+    def deny(self, packet: UDPDatagram, direction: Direction) -> None:
+        """Do nothing: a denied datagram is dropped."""
+
+    def require_room(self, packet: UDPDatagram) -> None:
+        """Do nothing: the answer goes alone, and was found to fit when the pod was registered."""
+
+    def on_timer(self, session: Session, now: float) -> None:
+        """Send again what was not answered, or do without an answer."""
+        if session.key.role is Role.RESPONDER:
+            self._responder_overdue(session, now)
+        elif session.is_address_allowed:
+            if session.state is State.REPLIED:
+                self._take_as_address(session, now)
+                return
+            # Nothing came back at all: datagrams may be too large to carry the offer, and the peer without an enforcer.
+            session.advance(Event.PATIENCE_ENDED)
+            self.messages.let_go(session, b"", ACCEPT, now)
+        elif session.tries < MAX_TRIES and session.has_waiting:
+            self._retransmit(session, Event.OFFER_SENT, 2 * self._lag_s, now)
+
+    def abort(self, session: Session) -> None:
+        """End a flow that policy no longer allows."""
+        is_initiator = session.key.role is Role.INITIATOR
+        table = self.initiator.sessions if is_initiator else self.responder.sessions
+        self._context.end(table, session, Event.POLICY_CHANGED)
+
+    def _retransmit(self, session: Session, event: Event, lag_s: float, now: float) -> None:
+        session.tries += 1
+        session.advance(event)
+        self._context.timers.set(session, now + RETRANSMIT_S * 2**session.tries + lag_s)
+        self.messages.send(session.key, session.frame)
+
+    # What the pod sends.
+
+    def _message_out(self, found: _Found, key: FlowKey, now: float) -> Verdict:
+        content, is_lone = found
+        if not is_lone or not self._context.is_own_message(key.ends, content):
+            raise FrameError(Reason.MALFORMED_FRAME, "a message that the pod made itself")
+        session = self.initiator.find(key, now)
+        is_awaited = session is not None and session.wake_at != NEVER and not session.tries
+        if is_awaited and session is not None and not session.is_address_allowed and content == session.frame:
+            # Only now can the answer be on its way, and it has to wait like the offer. To send the offer again sooner
+            # would add to a queue that is behind already, with an offer and an answer a time.
+            self._lag_s = min(max(now - session.sent_at, 0.0), _MAX_LAG_S)
+            self._context.timers.set(session, now + self._lag_s + RETRANSMIT_S)
+        return ACCEPT
+
+    def _out(self, datagram: UDPDatagram, key: FlowKey, mark: int, now: float) -> Verdict:
+        answered = self._find_answered(key.in_role(Role.RESPONDER), now)
+        if answered is not None and answered.state is State.RELEASED:
+            return answered.let_go(now)
+        session = self.initiator.find(key, now)
+        if session is None:
+            if mark & REPLY:
+                raise PeerError(Reason.UNKNOWN_FLOW, "a reply in a flow that is not released")
+            return self.initiator.open(datagram, key, 0, 0, now)
+        if session.state is State.RELEASED:
+            return session.let_go(now)
+        if session.state is State.DOUBTED:
+            return self._send_doubted(datagram, session, now)
+        return self.send_offer(datagram, session, 0, now)
+
+    def _send_doubted(self, datagram: UDPDatagram, session: Session, now: float) -> Verdict:
+        """Let a datagram of a fresh pod out to a peer that showed no identity.
+
+        The peer may be a pod that still has the flow of the former owner of the address: its enforcer sees no plain
+        datagram of that. So each carries the offer, as long as the address is fresh.
+        """
+        session.deadline = now + UDP_LAPSE_S
+        if not self.messages.has_room(datagram, session.frame):
+            return self._without_room(datagram, session, now)
+        session.advance(Event.OFFER_ATTACHED)
+        return Verdict(Action.ACCEPT, beside(datagram, session.frame), session.let_go(now).mark)
+
+    def _without_room(self, datagram: UDPDatagram, session: Session, now: float) -> Verdict:
+        """Let a datagram out that no enforcer answered, and which has no room for the offer."""
+        if now >= self._context.fresh_until:
+            return ACCEPT
+        if now - session.sent_at >= PATIENCE_S:
+            session.sent_at = now
+            session.advance(Event.OFFER_SENT)
+            self.messages.send(session.key, session.frame)
+        return Verdict(Action.ACCEPT, marked(datagram))
+
+    def _offer_alone(self, key: FlowKey, now: float) -> Session:
+        session = self.initiator.begin(key, 0, now)
+        self.initiator.add(session)
+        self._await_answer(session, now)
+        self.messages.send(key, session.frame)
+        return session
+
+    def _await_answer(self, session: Session, now: float) -> None:
+        session.tries, session.sent_at = 0, now
+        wait_s = PATIENCE_S if session.is_address_allowed else RETRANSMIT_S + 2 * self._lag_s
+        self._context.timers.set(session, now + wait_s)
+
+    # What comes back to a flow that the pod opened.
+
+    def _answer_in(self, datagram: UDPDatagram, message: bytes, key: FlowKey, mark: int, now: float) -> Verdict:
+        """Verify who answers, decide on egress, prove, and release what waits; the answer itself ends here."""
+        context, session = self._context, self.initiator.find(key, now)
+        if session is None:
+            raise PeerError(Reason.UNKNOWN_FLOW, "an answer to no offer")
+        if not self.initiator.accept_answer(datagram, session, message, 0, now):
+            return Verdict(Action.CONSUME)
+        if session.state is State.VERIFIED:
+            context.settle(session, Event.PROOF_ATTACHED, now)
+        else:
+            session.advance(Event.PROOF_SENT)
+            context.prove(session, now)
+        proof = encode_proof(session.nonce_i, session.proof)
+        release = session.let_go(now)
+        if session.held:  # What waits goes first, and takes the flow with it.
+            self.messages.let_go(session, proof, release, now)
+            return TAKEN
+        self.messages.send(session.key, proof)
+        when_drained = not mark & RELEASED and release.when_drained
+        return Verdict(Action.CONSUME, mark=release.mark, when_drained=when_drained)
+
+    def _opened_in(self, datagram: UDPDatagram, session: Session, now: float) -> Verdict:
+        """Let in what comes back without an identity: from an address that policy allows, or once a peer showed one.
+
+        An answer can overtake the other enforcer's, so the address is not taken for the peer at once.
+        """
+        if session.state is State.DOUBTED:
+            session.deadline = now + UDP_LAPSE_S
+            return Verdict(Action.ACCEPT, mark=session.let_go(now).mark)
+        if session.state is State.RELEASED:
+            return session.let_go(now)
+        grant = self._context.policy.egress(None, datagram.src, datagram.sport, _PROTOCOL).grant
+        if grant is None:
+            return self._context.hold(session, None, now)
+        is_first, session.grant = session.grant is None, grant
+        session.advance(Event.PLAIN_REPLY)
+        patient_until = session.opened_at + PATIENCE_S
+        if now < patient_until:
+            if session.wake_at == NEVER:
+                self._context.timers.set(session, patient_until)
+            return Verdict(Action.ACCEPT, mark=grant.verdict.mark) if is_first else ACCEPT
+        release = self._take_as_address(session, now)
+        is_doubted = now < session.doubted_until
+        return Verdict(Action.ACCEPT, mark=release.mark) if is_doubted else release
+
+    def _take_as_address(self, session: Session, now: float) -> Verdict:
+        """Release a flow by its peer's address, since no identity was shown; a fresh pod's stays in the queue."""
+        context = self._context
+        if not self.initiator.accept_reply(session):
+            return DROP
+        if now < context.fresh_until:
+            release = context.settle(session, Event.TAKEN_IN_DOUBT, now)
+            session.doubted_until, session.deadline = context.fresh_until, now + UDP_LAPSE_S
+            self.messages.let_go(session, b"", ACCEPT, now)
+            return release
+        context.settle(session, Event.TAKEN_AS_ADDRESS, now)
+        release = session.let_go(now)
+        self.messages.let_go(session, b"", release, now)
+        return release
+
+    # What comes in.
+
+    def _message_in(self, datagram: UDPDatagram, found: _Found, key: FlowKey, mark: int, now: float) -> Verdict:
+        content, is_lone = found
+        if not self._context.is_own_address(datagram.dst):
+            if is_lone:
+                return DROP
+            # To a group or to all: no pod can answer for its address.
+            return self._in(decode_udp(bare(datagram)), key, mark, now)
+        match frame_type(content):
+            case kind if kind == TYPE_OFFER:
+                return self._offer_in(datagram, found, key, mark, now)
+            case kind if kind == TYPE_PROOF:
+                return self._proof_in(datagram, found, key, mark, now)
+            case kind if kind in (TYPE_ANSWER, TYPE_CHALLENGE) and is_lone:
+                return self._answer_in(datagram, content, key.in_role(Role.INITIATOR), mark, now)
+            case kind if kind == TYPE_AGAIN and is_lone:
+                return self.rehandshakes.requested(content, key.in_role(Role.INITIATOR), mark, now)
+            case kind if kind == TYPE_LEASE and is_lone:
+                return self.messages.receive_lease(datagram, content, now)
+            case kind:
+                raise FrameError(Reason.MALFORMED_FRAME, f"type {kind} beside a datagram")
+
+    def _marked_in(self, datagram: UDPDatagram, key: FlowKey, mark: int, now: float) -> Verdict:
+        """Let a marked datagram without a message that holds into a released flow only after another handshake.
+
+        Its marker is there by chance, or a guard put it in, since a pod that has the address only now sends likewise:
+        its enforcer is asked.
+        """
+        if is_by_address(mark):
+            return accepted_bare(datagram)
+        if mark & REPLY:
+            return self.rehandshakes.opened_marked_in(datagram, key.in_role(Role.INITIATOR), now)
+        session = self._find_answered(key, now)
+        if session is not None and session.state is not State.RELEASED:
+            return self._answered_in(datagram, session, now)
+        if session is not None:
+            if now < session.drained_at:  # The proof was just now.
+                return accepted_bare(datagram)
+            self._context.end(self.responder.sessions, session, Event.TAKEN_BACK)
+        if not self.rehandshakes.may_ask(datagram, now):
+            raise PeerError(Reason.UNKNOWN_FLOW, "a marked datagram, and no handshake can tell whose it is")
+        return self.rehandshakes.ask(datagram, key, Decision(False, Reason.UNKNOWN_FLOW, Direction.INGRESS), now)
+
+    def _in(self, datagram: UDPDatagram, key: FlowKey, mark: int, now: float) -> Verdict:
+        if mark & (RELEASED | NODE):
+            if not has_marker(datagram.packet):
+                raise FrameError(Reason.MALFORMED_FRAME, "looks like a message to the kernel's rules, and is none")
+            return self._marked_in(datagram, key, mark, now)
+        answered = self._find_answered(key, now)
+        if answered is not None:
+            return self._answered_in(datagram, answered, now)
+        opened = self.initiator.find(key.in_role(Role.INITIATOR), now)
+        if opened is not None:
+            return self._opened_in(datagram, opened, now)
+        if mark & REPLY:
+            raise PeerError(Reason.UNKNOWN_FLOW, "a reply in a flow that is not released")
+        return self._plain_in(datagram, key, now)
+
+    def _find_answered(self, key: FlowKey, now: float) -> Session | None:
+        session = self.responder.find(key, now)
+        return self.rehandshakes.find(key, now) if session is None else session
+
+    def _offer_in(self, datagram: UDPDatagram, found: _Found, key: FlowKey, mark: int, now: float) -> Verdict:
+        """Verify and decide on an offer, and answer it; the datagram that it rides on waits for the proof."""
+        message, is_lone = found
+        known = self._named(key, decode_head(message, TYPE_OFFER), now)
+        if known is not None:
+            return self._offered_again(datagram, known, is_lone, now)
+        earlier = self._find_answered(key, now)
+        session = self.responder.accept_offer(datagram, message, key, earlier, 0, mark, now)
+        if session is None:
+            return DROP
+        if session is earlier:
+            self.rehandshakes.asked.remove(session)
+        if session.wake_at == NEVER:  # Else the answer waits until it is known whether another pod has the address.
+            self._send_answer(session, now)
+        return DROP if session.grant is None else self._keep(datagram, session, is_lone, now)
+
+    def _send_answer(self, session: Session, now: float) -> None:
+        """Make the answer, and send it again while datagrams wait for the proof."""
+        session.make_answer(0, self._context.node.random(16))
+        session.advance(Event.CHALLENGE_SENT if session.grant is None else Event.ANSWER_SENT)
+        self.messages.send(session.key, session.frame)
+        if session.held:
+            self._await_proof(session, now)
+
+    def _await_proof(self, session: Session, now: float) -> None:
+        if session.state is State.ANSWERED and session.wake_at == NEVER:
+            session.tries = 0
+            self._context.timers.set(session, now + RETRANSMIT_S)
+
+    def _responder_overdue(self, session: Session, now: float) -> None:
+        if session.state is State.OFFERED:
+            if self._context.leases.is_suspected(session.source):
+                self._context.timers.set(session, now + SUSPICION_POLL_S)
+            else:
+                self._send_answer(session, now)
+        elif session.tries < MAX_TRIES and session.held and session.state is State.ANSWERED:
+            self._retransmit(session, Event.ANSWER_SENT, 0.0, now)
+
+    def _named(self, key: FlowKey, nonce: bytes, now: float) -> Session | None:
+        session = self.responder.sessions.named(key, nonce)
+        return session if session is not None and session.key == key and session.deadline > now else None
+
+    def _offered_again(self, datagram: UDPDatagram, session: Session, is_lone: bool, now: float) -> Verdict:
+        """The flow's next datagram carries the offer too; one that comes alone asks for the answer again."""
+        if session.state is State.RELEASED:
+            raise PeerError(Reason.REPLAYED_NONCE, "the offer of a flow that was released")
+        session.advance(Event.OFFER_REPEATED)
+        if not is_lone:
+            return self._keep(datagram, session, is_lone, now)
+        if session.state is not State.OFFERED:
+            if session.answers >= _MAX_ANSWERS:
+                raise PeerError(Reason.REPLAYED_NONCE, "an offer that was answered often enough")
+            session.answers += 1
+            self.messages.send(session.key, session.frame)
+        return TAKEN
+
+    def _keep(self, datagram: UDPDatagram, session: Session, is_lone: bool, now: float) -> Verdict:
+        if is_lone:
+            return TAKEN
+        verdict = self._context.hold(session, datagram, now)
+        self._await_proof(session, now)
+        return verdict
+
+    def _proof_in(self, datagram: UDPDatagram, found: _Found, key: FlowKey, mark: int, now: float) -> Verdict:
+        """Release the flow, and what waits for it in order, once the initiator's enforcer has proven itself."""
+        message, is_lone = found
+        nonce, proof = decode_proof(message)
+        session, context = self._named(key, nonce, now), self._context
+        if session is None:
+            return self._stray_proof(datagram, key, is_lone, mark, now)
+        session.verify_proof(proof)
+        if session.state is State.RELEASED:
+            if is_lone:
+                return Verdict(Action.CONSUME, mark=session.let_go(now).mark)
+            raise PeerError(Reason.REPLAYED_NONCE, "the proof of a flow that was released")
+        if session in self.responder.rivals:
+            self._take_place(session, now)
+        if session.grant is None:
+            # The pod that has the address now is another than the flow was released for, and policy denies it.
+            context.end(self.responder.sessions, session, Event.PROOF_VERIFIED)
+            return Verdict(Action.CONSUME)
+        release = context.settle(session, Event.PROOF_VERIFIED, now)
+        if is_lone and not session.held:
+            return Verdict(Action.CONSUME, mark=release.mark, when_drained=not mark & RELEASED)
+        if is_lone:
+            self.messages.let_in(context.take_held(session), session.let_go(now))
+            return TAKEN
+        if not session.held:
+            return session.let_go(now)._replace(payload=bare(datagram))
+        # Others came before it: it takes its place behind them.
+        own = context.next_hold_id()
+        self.messages.let_in({**context.take_held(session), own: datagram}, session.let_go(now))
+        return Verdict(Action.HOLD, hold_id=own)
+
+    def _take_place(self, session: Session, now: float) -> None:
+        """Let a rival that has proven itself take the place of an earlier handshake or flow."""
+        earlier = self._find_answered(session.key, now)
+        if earlier is not None and earlier.state is State.ASKED:
+            if session.grant is not None:  # What waited because we asked for this proof.
+                self.messages.let_in(self._context.take_held(earlier), ACCEPT)
+            self._context.end(self.rehandshakes.asked, earlier, Event.REPLACED)
+            earlier = None
+        self.responder.take_place(session, earlier)
+
+    def _stray_proof(self, datagram: UDPDatagram, key: FlowKey, is_lone: bool, mark: int, now: float) -> Verdict:
+        """Evaluate a datagram with the proof of a handshake that is not known, or known no longer."""
+        earlier = self._find_answered(key, now)
+        if earlier is not None and earlier.state is not State.ASKED:
+            raise ProofError(Reason.PROOF_INVALID, "of another handshake")
+        if is_lone:
+            raise PeerError(Reason.UNKNOWN_FLOW, "a proof of no handshake")
+        if mark & RELEASED:
+            return self._marked_in(datagram, key, mark & ~REPLY, now)
+        verdict = self._plain_in(datagram, key, now)
+        return verdict._replace(payload=bare(datagram)) if verdict.action is Action.RELEASE else verdict
+
+    def _plain_in(self, datagram: UDPDatagram, key: FlowKey, now: float) -> Verdict:
+        """Decide on a datagram without an identity; one from the enforced networks may have lost its own."""
+        context = self._context
+        context.refuse_reflection(datagram.src, datagram.dst)
+        source, evaluation = context.policy.inbound(datagram, _PROTOCOL)
+        if evaluation.grant is None and self.rehandshakes.may_ask(datagram, now):
+            return self.rehandshakes.ask(datagram, key, evaluation.decision, now)
+        self.responder.report(datagram, source, evaluation.decision)
+        return DROP if evaluation.grant is None else context.let_in(datagram.dst, evaluation.grant.verdict)
+
+    def _answered_in(self, datagram: UDPDatagram, session: Session, now: float) -> Verdict:
+        """Let a datagram of a known flow wait for the proof."""
+        if session.state is State.RELEASED:
+            return session.let_go(now)
+        if session.state is State.ASKED and len(session.held) >= _MAX_HELD_ASKED:
+            raise PeerError(Reason.HOLD_QUEUE_FULL, "of a flow that is not known")
+        return self._keep(datagram, session, False, now)
