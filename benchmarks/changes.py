@@ -21,7 +21,7 @@ from trireme_lab.lab import Lab
 from trireme_lab.manifests import put_manifest
 from trireme_lab.netns import open_socket
 from trireme_lab.probe import Outcome, run_probe
-from trireme_lab.world import Manifest, NodeSpec, PodSpec, PortSpec, WorldSpec
+from trireme_lab.spec import LabSpec, Manifest, NodeSpec, PodSpec, PortSpec
 
 ROUNDS = 21
 OTHERS = 1_000
@@ -59,11 +59,11 @@ def _policy(*roles: str) -> Manifest:
 _BOTH, _ONE = _policy("steady", "doomed"), _policy("steady")
 
 
-def _world(neighbours: int) -> WorldSpec:
+def _world(neighbors: int) -> LabSpec:
     servers = tuple(
-        PodSpec(PodRef("bench", f"neighbour-{number}"), "b", {"tier": "server"}) for number in range(neighbours)
+        PodSpec(PodRef("bench", f"neighbor-{number}"), "b", {"tier": "server"}) for number in range(neighbors)
     )
-    return WorldSpec(
+    return LabSpec(
         nodes=(NodeSpec.numbered("a", 1), NodeSpec.numbered("b", 2)),
         pods=(
             PodSpec(PodRef("bench", "steady"), "a", {"role": "steady"}),
@@ -76,11 +76,11 @@ def _world(neighbours: int) -> WorldSpec:
     )
 
 
-def run(neighbours: int = NEIGHBOURS) -> list[Row]:
+def run(neighbors: int = NEIGHBOURS) -> list[Row]:
     """Measure; takes about a minute, as root."""
     _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
-    with Lab(_world(neighbours)) as lab, ExitStack() as stack:
+    with Lab(_world(neighbors)) as lab, ExitStack() as stack:
         follow = list(_new_connections(lab))
         listener = stack.enter_context(_listen(lab))
         others = [stack.enter_context(end) for _ in range(OTHERS) for end in _connect(lab, "bench/steady", listener)]
@@ -90,7 +90,7 @@ def run(neighbours: int = NEIGHBOURS) -> list[Row]:
             assert server.recv(1) == b"x", "a flow that stays allowed was disturbed"
     return [
         _row("change -> new connections follow", follow),
-        _row(f"change -> established flow cut ({OTHERS} others, {neighbours + 1} pods)", cut),
+        _row(f"change -> established flow cut ({OTHERS} others, {neighbors + 1} pods)", cut),
     ]
 
 

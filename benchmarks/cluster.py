@@ -19,7 +19,7 @@ from typing import Any
 
 from enforcer_daemon.model import PodRef
 from tests.kube.lab import KubeLab
-from trireme_lab import NodeSpec, Outcome, PodSpec, PortSpec, Tools, WorldSpec
+from trireme_lab import LabSpec, NodeSpec, Outcome, PodSpec, PortSpec, Tools
 from trireme_lab.probe import run_probe
 
 POLICIES = 10_000
@@ -81,7 +81,7 @@ _CLOSED = _network_policy("bench", "access", "server", [])
 
 def measure(what: str, policies: int, namespaces: int, pods: int) -> Row:
     """Measure one cluster; as root."""
-    world = WorldSpec(
+    world = LabSpec(
         nodes=(NodeSpec.numbered("a", 1),),
         pods=(
             PodSpec(PodRef("bench", "client"), "a", {"app": "client"}),

@@ -17,7 +17,7 @@ from pathlib import Path
 
 from enforcer_daemon.model import PodRef
 from trireme_lab.lab import Lab
-from trireme_lab.world import HostSpec, NodeSpec, PodSpec, WorldSpec
+from trireme_lab.spec import HostSpec, LabSpec, NodeSpec, PodSpec
 
 ROUNDS = 9
 CONNECTIONS = 1_500
@@ -38,7 +38,7 @@ _POLICY = {
     },
 }
 
-WORLD = WorldSpec(
+WORLD = LabSpec(
     nodes=(NodeSpec.numbered("a", 1),),
     pods=(
         PodSpec(PodRef("bench", "client"), "a", {"role": "client"}),

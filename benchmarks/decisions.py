@@ -85,7 +85,7 @@ def _manifest(index: int, spec: Spec) -> object:
 @dataclass(slots=True)
 class _Subject:
     policies: int
-    judge: Callable[[], object]
+    evaluate: Callable[[], object]
     look_up: Callable[[], object]
     compile_s: float
 
@@ -97,19 +97,19 @@ def _subject(make: Callable[[int], Spec], size: int) -> _Subject:
     ingress = snapshot.pod_policy(_POD).ingress
     compile_s = time.perf_counter() - start
     address = _PEER.ips[0]
-    assert ingress.judge(_PEER, address, 80, Protocol.TCP).is_allowed
-    assert not ingress.judge(_PEER, address, 81, Protocol.TCP).is_allowed
+    assert ingress.evaluate(_PEER, address, 80, Protocol.TCP).is_allowed
+    assert not ingress.evaluate(_PEER, address, 81, Protocol.TCP).is_allowed
 
-    def judge() -> None:
+    def evaluate() -> None:
         for _ in range(DECISIONS_PER_ROUND // 2):
-            ingress.judge(_PEER, address, 80, Protocol.TCP)
-            ingress.judge(_PEER, address, 81, Protocol.TCP)
+            ingress.evaluate(_PEER, address, 80, Protocol.TCP)
+            ingress.evaluate(_PEER, address, 81, Protocol.TCP)
 
     def look_up() -> None:
         for _ in range(LOOKUPS_PER_ROUND):
             snapshot.pod_policy(_POD)
 
-    return _Subject(size, judge, look_up, compile_s)
+    return _Subject(size, evaluate, look_up, compile_s)
 
 
 def _elapsed(call: Callable[[], object]) -> float:
@@ -125,7 +125,7 @@ def _measure(scenario: str, make: Callable[[int], Spec]) -> list[Row]:
     for number in range(ROUNDS):
         # Forwards and backwards in turn: none is always first.
         for subject in subjects if number % 2 else reversed(subjects):
-            judging[subject.policies].append(_elapsed(subject.judge))
+            judging[subject.policies].append(_elapsed(subject.evaluate))
             if scenario == "other pods":
                 looking[subject.policies].append(_elapsed(subject.look_up))
     base = judging[SIZES[0]]

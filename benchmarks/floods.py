@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Connections between two pods while a third floods a fourth on the same node, in rounds of one run.
 
-The flood is as fast as one core makes it, by packet socket, so that only the victim's side has to judge it. The rate of
-the good pair is compared with that without a flood. Beside it stand the rate while the same flood meets a rule of the
-victim's kernel that drops it at once, and the rate while the third pod only spins and sends nothing: so much of the
+The flood is as fast as one core makes it, by packet socket, so that only the victim's side has to evaluate it. The rate
+of the good pair is compared with that without a flood. Beside it stand the rate while the same flood meets a rule of
+the victim's kernel that drops it at once, and the rate while the third pod only spins and sends nothing: so much of the
 machine is the sender's own, whatever becomes of its packets. All have the CPU shares that kubelet would give them.
 """
 
@@ -34,8 +34,8 @@ from enforcer_daemon.model import PodRef
 from trireme_lab.enforcer import enforcer_with
 from trireme_lab.lab import Lab
 from trireme_lab.netns import netns_path
+from trireme_lab.spec import LabSpec, NodeSpec, PodSpec
 from trireme_lab.tools import Tools
-from trireme_lab.world import NodeSpec, PodSpec, WorldSpec
 
 PORT = 7000
 ROUNDS = 5
@@ -63,7 +63,7 @@ def _policy(name: str, role: str, peer: str) -> dict[str, object]:
     }
 
 
-WORLD = WorldSpec(
+WORLD = LabSpec(
     nodes=(NodeSpec.numbered("a", 1),),
     pods=tuple(PodSpec(PodRef("bench", role), "a", {"role": role}) for role in _ROLES),
     manifests=(_policy("server", "server", "client"), _policy("victim", "victim", "flooder")),

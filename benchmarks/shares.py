@@ -16,7 +16,7 @@ from types import TracebackType
 
 import yaml
 
-from trireme_lab import Lab, Tools, WorldSpec
+from trireme_lab import Lab, LabSpec, Tools
 from trireme_lab.process import NetnsProcess
 
 ENFORCER = "enforcer"
@@ -112,8 +112,8 @@ class Shares:
 class WeighedLab(Lab):
     """A lab of one node, `a`, whose programs run with these shares: the enforcer's, and pods' by their names."""
 
-    def __init__(self, world: WorldSpec, shares: Shares, tools: Tools | None = None) -> None:
-        super().__init__(world, tools)
+    def __init__(self, spec: LabSpec, shares: Shares, tools: Tools | None = None) -> None:
+        super().__init__(spec, tools)
         self._shares = shares
 
     def __enter__(self) -> WeighedLab:

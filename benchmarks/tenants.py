@@ -24,7 +24,7 @@ from typing import Any
 from benchmarks.cluster import _resident_mib
 from enforcer_daemon.model import PodRef
 from tests.kube.lab import KubeLab
-from trireme_lab import NodeSpec, Outcome, PodSpec, PortSpec, Tools, WorldSpec
+from trireme_lab import LabSpec, NodeSpec, Outcome, PodSpec, PortSpec, Tools
 from trireme_lab.probe import run_probe
 
 Manifest = dict[str, Any]
@@ -132,9 +132,9 @@ def updates(lab: KubeLab, per_s: float) -> Iterator[None]:
         thread.join()
 
 
-def _world() -> WorldSpec:
+def _world() -> LabSpec:
     pods = tuple(PodSpec(PodRef("hostile", f"pod-{number}"), "a", {"app": "x"}) for number in range(HOSTILE_PODS))
-    return WorldSpec(
+    return LabSpec(
         nodes=(NodeSpec.numbered("a", 1),),
         pods=(
             PodSpec(PodRef("bench", "client"), "a", {"app": "client"}),

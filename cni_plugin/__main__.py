@@ -215,7 +215,7 @@ def _delete_or_queue(call: _Call, run_dir: str, attachment: messages.Attachment)
             reply = client.call(run_dir, request, LAST_TIMEOUT_S)
         except client.UnreachableError:
             return
-        deletions.withdraw(queued)
+        deletions.remove(queued)
     if reply.code:
         _log(call, f"the enforcer refused: {reply.message} (CNI error {reply.code})")
 

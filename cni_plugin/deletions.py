@@ -51,7 +51,7 @@ def enqueue(run_dir: str, attachment: Attachment) -> str:
     return path
 
 
-def withdraw(path: str) -> None:
+def remove(path: str) -> None:
     """Take the deletion back, where the daemon has not done so."""
     try:
         os.unlink(path)

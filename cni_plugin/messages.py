@@ -25,7 +25,7 @@ MAX_CONTAINER_ID = 200
 MAX_IFNAME_BYTES = 15
 """The kernel's bound (IFNAMSIZ less the final zero)."""
 MAX_LABELS = 512
-"""Labels of one pod. What fits a handshake packet is far less; this bounds what the daemon keeps."""
+"""Labels of one pod. What fits a handshake packet is far less; this limits what the daemon keeps."""
 MAX_ADDRESSES = 64
 """Addresses, and host interfaces, of one attachment."""
 

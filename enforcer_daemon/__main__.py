@@ -41,11 +41,11 @@ EXIT_SETTINGS = 2
     help="Say what is wrong with the settings and with the files that they name, and end.",
 )
 @click.option(
-    "--withdraw",
+    "--uninstall",
     is_flag=True,
-    help="Take the rules out of all pods and the guard off the node, and end: nobody judges the pods' traffic then.",
+    help="Take the rules out of all pods and the guard off the node, and end: nobody evaluates the pods' traffic then.",
 )
-def main(config: Path, node: str | None, *, check_config: bool, withdraw: bool) -> None:
+def main(config: Path, node: str | None, *, check_config: bool, uninstall: bool) -> None:
     """Enforce NetworkPolicy on this node's pods by who they are."""
     try:
         settings = load_settings(config, node)
@@ -59,8 +59,8 @@ def main(config: Path, node: str | None, *, check_config: bool, withdraw: bool) 
         click.echo("trireme-enforcer: must run as root: it enters the pods' network namespaces", err=True)
         sys.exit(EXIT_FAILED)
     log = open_log(settings.log, node=settings.node)
-    if withdraw:
-        _withdraw(settings, log)
+    if uninstall:
+        _uninstall(settings, log)
         return
     # The collector would walk over all that the modules make several times, and all of it stays. Frozen, it is not
     # walked over later either, when packets wait.
@@ -87,11 +87,11 @@ def _check(config: Path, settings: Settings) -> None:
     click.echo(f"{config}: valid")
 
 
-def _withdraw(settings: Settings, log: Logger) -> None:
-    from enforcer_daemon.daemon.withdrawal import withdraw
+def _uninstall(settings: Settings, log: Logger) -> None:
+    from enforcer_daemon.daemon.uninstall import uninstall
 
     try:
-        left = withdraw(settings, log)
+        left = uninstall(settings, log)
     except EnforcerError as err:
         left = [str(err)]
     for problem in left:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The values that all parts of the enforcer share: pods, identities, decisions. No behaviour beyond their own."""
+"""The values that all parts of the enforcer share: pods, identities, decisions. No behavior beyond their own."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ class NamedPort:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Identity:
-    """Who a pod is: what its token states and what policy judges. Compared by object, so that it can key a cache."""
+    """Who a pod is: what its token states and what policy evaluates. Compared by object, so that it can key a cache."""
 
     pod: PodRef
     ips: tuple[IPAddress, ...]
@@ -80,7 +80,7 @@ class Identity:
 
 
 @dataclass(frozen=True, slots=True)
-class JudgedFlow:
+class EvaluatedFlow:
     """What flows with one peer were evaluated by: those that are released under one index have it in common."""
 
     direction: Direction

@@ -22,7 +22,7 @@ class Reason(Enum):
     IDENTITY_REQUIRED = "identity-required"
     # Dropped by the guard on the host.
     SPOOFED_SOURCE = "spoofed-source"
-    SPOOFED_NEIGHBOUR = "spoofed-neighbour"
+    SPOOFED_NEIGHBOUR = "spoofed-neighbor"
     NOT_IP = "not-ip"
     # Dropped by the kernel before anybody looked at it.
     PACKET_RATE = "packet-rate"
@@ -82,11 +82,11 @@ _TEXTS: dict[Reason, str] = {
     "networks.requireIdentity is set.",
     Reason.SPOOFED_SOURCE: "A packet came under an address that is not its sender's: a pod's by another link than "
     "the pod's own, or the node's from elsewhere.",
-    Reason.SPOOFED_NEIGHBOUR: "A pod spoke for an address that is not its own (ARP, neighbour discovery), or as a "
+    Reason.SPOOFED_NEIGHBOUR: "A pod spoke for an address that is not its own (ARP, neighbor discovery), or as a "
     "router.",
     Reason.NOT_IP: "A pod sent a frame that is neither IP nor ARP, or is tagged for a VLAN.",
-    Reason.PACKET_RATE: "Packets came faster than one source, or all sources of a pod together, may have them judged "
-    "(dataplane.synRateLimitPerSource): a flood, or a source that many clients share.",
+    Reason.PACKET_RATE: "Packets came faster than one source, or all sources of a pod together, may have them "
+    "evaluated (dataplane.synRateLimitPerSource): a flood, or a source that many clients share.",
     Reason.QUEUE_FULL: "The enforcer did not keep up: the pod's queue or its buffer was full (4,096 packets, "
     "4 MiB). Does it get enough of the CPU?",
     Reason.MALFORMED_PACKET: "The packet's headers contradict its length or each other.",
@@ -102,7 +102,7 @@ _TEXTS: dict[Reason, str] = {
     Reason.TOKEN_NOT_YET_VALID: "The token is from the future. Compare the nodes' clocks.",
     Reason.SOURCE_MISMATCH: "The packet comes from an address that is not the token's pod: a relay, or a masquerade "
     "that is not configured.",
-    Reason.RESPONDER_MISMATCH: "The pod that answered is not at the address that was dialled, and that address is not "
+    Reason.RESPONDER_MISMATCH: "The pod that answered is not at the address that was dialed, and that address is not "
     "virtual.",
     Reason.MISPLACED_POD: "The cluster does not have the token's pod on the node that signed for it.",
     Reason.UNCONFIRMED_POD: "The pod waits until it was looked up in the cluster, since its node showed pods of that "

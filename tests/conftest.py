@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """How hypothesis looks for examples: the same ones in every run, however slow the machine.
 
-A change is judged by its own tests, not by luck. To look for new examples: pytest --hypothesis-profile=explore
+A change is evaluated by its own tests, not by luck. To look for new examples: pytest --hypothesis-profile=explore
 """
 
 from hypothesis import settings

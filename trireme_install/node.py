@@ -14,7 +14,7 @@ from enforcer_daemon.sources.inotify import DirectoryWatch
 from trireme_install.bundle import Bundle, install_bundle, is_in_place
 from trireme_install.directory import carry_out, read_listing
 from trireme_install.errors import ChangedMeanwhileError, InstallError
-from trireme_install.pace import GIVE_UP_S, Pace, Unreadable
+from trireme_install.pace import IGNORED_AFTER_S, Pace, Unreadable
 from trireme_install.plan import Outcome, Plan, Step, Wanted, plan_install, plan_removal
 
 MAX_ATTEMPTS = 20
@@ -33,11 +33,11 @@ class Target:
     wanted: Wanted = field(default_factory=Wanted)
 
 
-def install(target: Target, say: Say, given_up: frozenset[str] = frozenset()) -> Plan:
+def install(target: Target, say: Say, ignored: frozenset[str] = frozenset()) -> Plan:
     """Install once and return what it came to; raise InstallError."""
     if not is_in_place(target.bin_dir, target.bundle) and install_bundle(target.bin_dir, target.bundle):
         say(f"plugin {target.bundle.name} is in {target.bin_dir}")
-    return settle(target.conf_dir, lambda: plan_install(read_listing(target.conf_dir), target.wanted, given_up), say)
+    return settle(target.conf_dir, lambda: plan_install(read_listing(target.conf_dir), target.wanted, ignored), say)
 
 
 def remove(conf_dir: Path, say: Say) -> Plan:
@@ -91,7 +91,7 @@ class Keeper:
         now = time.monotonic()
         try:
             self._unreadable = self._unreadable.after_look(read_listing(self._target.conf_dir), now)
-            plan = install(self._target, self._say, self._unreadable.given_up)
+            plan = install(self._target, self._say, self._unreadable.ignored)
         except InstallError as err:
             self._tell(Outcome.REFUSED, str(err))
             return
@@ -100,7 +100,7 @@ class Keeper:
         self._tell(plan.outcome, plan.message)
 
     async def _wait(self, watch: DirectoryWatch | None) -> None:
-        timeout_s = min(self._poll_s, GIVE_UP_S) if self._unreadable.name else self._poll_s
+        timeout_s = min(self._poll_s, IGNORED_AFTER_S) if self._unreadable.name else self._poll_s
         if watch is None:
             await asyncio.sleep(timeout_s)
         else:
@@ -133,7 +133,7 @@ def is_ready(ready_file: Path, poll_s: float) -> bool:
         age_s = time.time() - ready_file.stat().st_mtime
     except FileNotFoundError:
         return False
-    return age_s < 3 * poll_s + GIVE_UP_S
+    return age_s < 3 * poll_s + IGNORED_AFTER_S
 
 
 def _place(directory: Path) -> tuple[int, int] | None:

@@ -18,7 +18,7 @@ FIRST_PAUSE_S = 0.05
 LONGEST_PAUSE_S = 5.0
 QUIET_S = 10.0
 """Without a writing, until the pause is short again."""
-GIVE_UP_S = 5.0
+IGNORED_AFTER_S = 5.0
 """For which a file is unreadable before it counts as broken rather than as being written."""
 
 
@@ -46,20 +46,20 @@ class Unreadable:
 
     name: str | None = None
     since: float = 0.0
-    given_up: frozenset[str] = frozenset()
+    ignored: frozenset[str] = frozenset()
 
     def after_look(self, listing: Listing, now: float) -> Unreadable:
         """Take over what the directory looks like now."""
-        given_up = frozenset(name for name in self.given_up if _is_unreadable(listing.files, name))
-        rest = Listing({name: data for name, data in listing.files.items() if name not in given_up})
+        ignored = frozenset(name for name in self.ignored if _is_unreadable(listing.files, name))
+        rest = Listing({name: data for name, data in listing.files.items() if name not in ignored})
         name = unreadable_first(rest)
         if name is None:
-            return Unreadable(given_up=given_up)
+            return Unreadable(ignored=ignored)
         if name != self.name:
-            return Unreadable(name, now, given_up)
-        if now - self.since >= GIVE_UP_S:
-            return Unreadable(given_up=given_up | {name})
-        return replace(self, given_up=given_up)
+            return Unreadable(name, now, ignored)
+        if now - self.since >= IGNORED_AFTER_S:
+            return Unreadable(ignored=ignored | {name})
+        return replace(self, ignored=ignored)
 
 
 def _is_unreadable(files: Mapping[str, bytes], name: str) -> bool:

@@ -113,14 +113,14 @@ class _NoPrimaryError(Exception):
         self.plan = Plan(outcome, message)
 
 
-def plan_install(listing: Listing, wanted: Wanted, given_up: frozenset[str] = frozenset()) -> Plan:
+def plan_install(listing: Listing, wanted: Wanted, ignored: frozenset[str] = frozenset()) -> Plan:
     """Plan what is missing; no steps where all is as wanted.
 
-    `given_up` are files that could not be read for so long that nobody can still be writing them: CRI-O passes over
+    `ignored` are files that could not be read for so long that nobody can still be writing them: CRI-O passes over
     them, so the network after them is the one to protect.
     """
     try:
-        file, primary = _find_primary(listing, wanted, given_up)
+        file, primary = _find_primary(listing, wanted, ignored)
         match wanted.mode:
             case Mode.MERGE:
                 steps = [*_merge(listing, file, primary, wanted), *_leftovers(listing, file, wanted)]
@@ -172,13 +172,13 @@ def apply_step(listing: Listing, step: Step) -> Listing:
     return Listing(files, {key: value for key, value in drop_ins.items() if value})
 
 
-def _find_primary(listing: Listing, wanted: Wanted, given_up: frozenset[str]) -> tuple[str, Network]:
+def _find_primary(listing: Listing, wanted: Wanted, ignored: frozenset[str]) -> tuple[str, Network]:
     """Find the file that a runtime would use if we were not there; Multus' hands on to the one after it."""
     for name in listing.candidates():
         try:
             network = decode_file(name, listing.files[name])
         except UnreadableFileError as err:
-            if name in given_up or name == wanted.owned_name:
+            if name in ignored or name == wanted.owned_name:
                 continue
             raise _NoPrimaryError(Outcome.WAITING, f"{name}: {err}; it sorts first, and is left as it is") from err
         if COPY_OF in network.tree or network.is_multus:

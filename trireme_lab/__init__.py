@@ -6,13 +6,14 @@ from __future__ import annotations
 from trireme_lab.errors import LabError, ScenarioError
 from trireme_lab.lab import Lab
 from trireme_lab.probe import Outcome, Probe, ProbeResult
+from trireme_lab.spec import HostSpec, LabSpec, NodeSpec, PodSpec, PortSpec, ServicePort, ServiceSpec
 from trireme_lab.tools import Tools
-from trireme_lab.world import HostSpec, NodeSpec, PodSpec, PortSpec, ServicePort, ServiceSpec, WorldSpec
 
 __all__ = [
     "HostSpec",
     "Lab",
     "LabError",
+    "LabSpec",
     "NodeSpec",
     "Outcome",
     "PodSpec",
@@ -23,5 +24,4 @@ __all__ = [
     "ServicePort",
     "ServiceSpec",
     "Tools",
-    "WorldSpec",
 ]

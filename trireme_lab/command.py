@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`triremectl lab`: run a scenario in a world of its own, and clean up after labs that were killed."""
+"""`triremectl lab`: run a scenario in a lab of its own, and clean up after labs that were killed."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ _GLANCE_S = 0.5
 
 @click.group("lab")
 def command() -> None:
-    """Try policies by real packets in a world of its own (as root)."""
+    """Try policies by real packets in a lab of its own (as root)."""
 
 
 _plugin_option = click.option(
@@ -47,7 +47,7 @@ _plugin_option = click.option(
 @command.command("run")
 @click.argument("scenario")
 @_plugin_option
-@click.option("--keep", is_flag=True, help="Keep the world after the last step, until Ctrl-C.")
+@click.option("--keep", is_flag=True, help="Keep the lab after the last step, until Ctrl-C.")
 @click.option("--verbose", is_flag=True, help="Print how long things take, and the daemons' logs.")
 def run_command(scenario: str, plugin: Path | None, *, keep: bool, verbose: bool) -> None:
     """Run a story of flows and changes.
@@ -93,7 +93,7 @@ def run_command(scenario: str, plugin: Path | None, *, keep: bool, verbose: bool
     help="Try probes of this protocol alone; may be repeated. Default: all of them.",
 )
 @_plugin_option
-@click.option("--verbose", is_flag=True, help="Say which world is up, and when.")
+@click.option("--verbose", is_flag=True, help="Say which lab is up, and when.")
 def check_command(files: tuple[Path, ...], *, count: int | None, seed: int, timeout: float, deny_with: str,
                   protocols: tuple[str, ...], plugin: Path | None, verbose: bool) -> None:  # fmt: skip
     """Try the probes of cases by real connections.
@@ -134,11 +134,11 @@ def _run(scenario: Scenario, tools: Tools, *, keep: bool, verbose: bool) -> tupl
     console = make_console()
     results: list[FlowResult] = []
     started = time.monotonic()
-    with Lab(scenario.world, tools) as lab:
+    with Lab(scenario.spec, tools) as lab:
         if scenario.title:
             console.print(scenario.title)
-        world = f"{len(lab.nodes)} nodes, {len(lab.pods)} pods, {'with' if scenario.world.enforcer else 'no'} enforcers"
-        console.print(f"{lab.name}: {world}, up after {time.monotonic() - started:.1f} s\n", style="dim")
+        size = f"{len(lab.nodes)} nodes, {len(lab.pods)} pods, {'with' if scenario.spec.enforcer else 'no'} enforcers"
+        console.print(f"{lab.name}: {size}, up after {time.monotonic() - started:.1f} s\n", style="dim")
         refused = list(refused_objects(lab))
         print_refused(console, refused)
         for number, result in enumerate(run_steps(lab, scenario.steps), 1):
@@ -162,7 +162,7 @@ def _print_logs(console: Console, lab: Lab, *, whole: bool) -> None:
 
 
 def _wait_in(console: Console, lab: Lab) -> None:
-    console.print("\nThe world stays until Ctrl-C. Its places:")
+    console.print("\nThe lab stays until Ctrl-C. Its places:")
     for name, netns in lab.namespaces().items():
         console.print(f"  {name}: ip netns exec {netns} bash")
     for node in lab.nodes.values():

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A running world: start it, change it, send traffic in it, and leave nothing behind.
+"""A running lab: start it, change it, send traffic in it, and leave nothing behind.
 
-    with Lab(world) as lab:
+    with Lab(spec) as lab:
         assert lab.probe("shop/web", "shop/db", 5432).outcome.is_allowed
 
 Places are named as in scenarios: `shop/web` is a pod, `host:laptop` a host, `node:a` a node, `service:shop/db` a
@@ -56,8 +56,8 @@ from trireme_lab.rundir import RunDirectory, netns_names
 from trireme_lab.sandbox import IFNAME, Place, Runtime, Sandbox, SandboxRequest
 from trireme_lab.servers import Servers
 from trireme_lab.settings import daemon_settings
+from trireme_lab.spec import HostSpec, LabSpec, Manifest, PodSpec, PortSpec
 from trireme_lab.tools import Tools
-from trireme_lab.world import HostSpec, Manifest, PodSpec, PortSpec, WorldSpec
 from triremectl.admin_client import AdminError
 
 _CONCURRENT_ADDS = 4
@@ -65,11 +65,11 @@ _PAYLOAD_BYTES = 16
 
 
 class Lab:
-    """One world. A context manager: entering starts it, leaving removes every trace of it."""
+    """One spec. A context manager: entering starts it, leaving removes every trace of it."""
 
-    def __init__(self, world: WorldSpec, tools: Tools | None = None) -> None:
+    def __init__(self, spec: LabSpec, tools: Tools | None = None) -> None:
         """Prepare; nothing is touched before the lab is entered."""
-        self.world = world
+        self.spec = spec
         self.tools = tools if tools is not None else Tools()
         self.nodes: dict[str, Node] = {}
         self.pods: dict[PodRef, Sandbox] = {}
@@ -119,15 +119,15 @@ class Lab:
 
     def _make_network(self) -> None:
         load_bridge_filter()
-        outside = [host for host in self.world.hosts if host.node is None]
+        outside = [host for host in self.spec.hosts if host.node is None]
         fabric = self._netns("fabric")
         places = [
-            *(Place(f"node:{node.name}", self._netns("node", node.name), node.addresses) for node in self.world.nodes),
+            *(Place(f"node:{node.name}", self._netns("node", node.name), node.addresses) for node in self.spec.nodes),
             *(Place(f"host:{host.name}", self._host_netns(host), host.addresses) for host in outside),
         ]
         for name in (fabric, *(place.netns for place in places)):
             add_netns(name)
-        networks = {f"node:{node.name}": node.pod_networks for node in self.world.nodes}
+        networks = {f"node:{node.name}": node.pod_networks for node in self.spec.nodes}
         for name in (fabric, *(place.netns for place in places if place.name in networks)):
             write_sysctls(name, ROUTER_SYSCTLS)
         steps: list[Step] = [SetUp("lo")]
@@ -137,7 +137,7 @@ class Lab:
         for place in places:
             set_up(place.netns, uplink_steps(place.addresses))
             self._places[place.name] = place
-        for node in self.world.nodes:
+        for node in self.spec.nodes:
             if node.is_routed:
                 netns = self.place(f"node:{node.name}").netns
                 set_up(netns, routed_bridge_steps(node))
@@ -149,27 +149,27 @@ class Lab:
         return self._netns("host", host.name)
 
     def _start_daemons(self) -> None:
-        authority = write_authority(self.directory, str(self.world.settings.get("trustDomain", "cluster.local")))
-        objects = [namespace_manifest(name, labels) for name, labels in self.world.namespaces.items()]
-        for spec in self.world.nodes:
+        authority = write_authority(self.directory, str(self.spec.settings.get("trustDomain", "cluster.local")))
+        objects = [namespace_manifest(name, labels) for name, labels in self.spec.namespaces.items()]
+        for spec in self.spec.nodes:
             directories = NodeDirectories(self.directory / spec.name)
             directories.make()
-            enforcer = self.tools.enforcer if self.world.enforcer else None
+            enforcer = self.tools.enforcer if self.spec.enforcer else None
             node = Node(spec, self.place(f"node:{spec.name}").netns, directories, enforcer)
             self.nodes[spec.name] = node
             self._stack.callback(node.close)
-            node.write_settings(daemon_settings(self.world, spec, directories, authority))
-            for manifest in (*objects, *self.world.manifests):
+            node.write_settings(daemon_settings(self.spec, spec, directories, authority))
+            for manifest in (*objects, *self.spec.manifests):
                 node.put(manifest)
             node.start()
         for node in self.nodes.values():
             node.wait_ready()
 
     def _make_pods(self) -> None:
-        inside = [host for host in self.world.hosts if host.node is not None]
+        inside = [host for host in self.spec.hosts if host.node is not None]
         with ThreadPoolExecutor(_CONCURRENT_ADDS) as executor:
             futures = [
-                *(executor.submit(self.add_pod, spec) for spec in self.world.pods),
+                *(executor.submit(self.add_pod, spec) for spec in self.spec.pods),
                 *(executor.submit(self._add_bridged_host, host) for host in inside),
             ]
             for future in futures:
@@ -212,7 +212,7 @@ class Lab:
 
     def address_of(self, target: str, version: int = 4) -> IPAddress:
         """Return what a client dials for a target: a place, a Service, or an address as text."""
-        for service in self.world.services:
+        for service in self.spec.services:
             if target == f"service:{service.namespace}/{service.name}":
                 return Place(target, "", service.addresses).address(version)
         if target in self._places:
@@ -241,7 +241,7 @@ class Lab:
             },
             labels=spec.labels,
         )
-        sandbox = self._runtime(node, is_enforced=self.world.enforcer).add(request)
+        sandbox = self._runtime(node, is_enforced=self.spec.enforcer).add(request)
         self._specs[spec.pod], self.pods[spec.pod] = spec, sandbox
         self._places[str(spec.pod)] = sandbox.place
         self._serve(sandbox.place, spec.ports)
@@ -253,13 +253,13 @@ class Lab:
         self._servers.close_owner(pod)
         node = self.node(spec.node)
         del self._places[pod], self._specs[spec.pod]
-        self._runtime(node, is_enforced=self.world.enforcer).delete(self.pods.pop(spec.pod))
+        self._runtime(node, is_enforced=self.spec.enforcer).delete(self.pods.pop(spec.pod))
         node.remove(pod_ref(spec.pod))
 
     def check_pod(self, pod: str) -> None:
         """Run CNI CHECK for a pod; raise LabError if the chain finds fault."""
         spec = self._spec(pod)
-        self._runtime(self.node(spec.node), is_enforced=self.world.enforcer).check(self.pods[spec.pod])
+        self._runtime(self.node(spec.node), is_enforced=self.spec.enforcer).check(self.pods[spec.pod])
 
     def _runtime(self, node: Node, *, is_enforced: bool) -> Runtime:
         key = node.name, is_enforced
@@ -277,7 +277,7 @@ class Lab:
     def _apply_services(self) -> None:
         backends = [
             (service, [address for pod in service.pods for address in self.pods[pod].place.addresses])
-            for service in self.world.services
+            for service in self.spec.services
         ]
         for node in self.nodes.values():
             run([*exec_prefix(node.netns), "nft", "-f", "-"], node_rules(backends))

@@ -11,7 +11,7 @@ import yaml
 
 from enforcer_daemon.model import PodRef
 from trireme_lab.errors import ScenarioError
-from trireme_lab.world import Manifest, PodSpec
+from trireme_lab.spec import Manifest, PodSpec
 
 
 class ObjectRef(NamedTuple):

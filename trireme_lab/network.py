@@ -14,7 +14,7 @@ from pathlib import Path
 
 from enforcer_daemon.model import IPAddress, IPNetwork
 from trireme_lab.links import AddAddress, AddBridge, AddRoute, AddVeth, SetUp, Step
-from trireme_lab.world import NodeSpec, ServicePort, ServiceSpec
+from trireme_lab.spec import NodeSpec, ServicePort, ServiceSpec
 
 UPLINK = "eth0"
 _FABRIC_V4 = ip_interface("169.254.0.1/32")
@@ -38,7 +38,7 @@ ROUTER_SYSCTLS = {
     "net/ipv6/conf/all/forwarding": "1",
     "net/ipv4/conf/all/rp_filter": "0",
     "net/ipv4/conf/default/rp_filter": "0",
-    # An address of a router that is still being probed for duplicates answers no neighbour for up to two seconds.
+    # An address of a router that is still being probed for duplicates answers no neighbor for up to two seconds.
     "net/ipv6/conf/default/accept_dad": "0",
 }
 """To be set before a router has links, which take over the defaults."""
@@ -152,7 +152,7 @@ def _service_chains(chain: str, port: ServicePort, endpoints: Sequence[IPAddress
         target = str(address) if family == "ip" else f"[{address}]"
         lines += [
             f"  chain {chain}-ep{number} {{",
-            # The pod dialled itself: without a foreign source it would answer itself past the translation.
+            # The pod dialed itself: without a foreign source it would answer itself past the translation.
             f"    {family} saddr {address} meta mark set meta mark | {MASQUERADE_MARK}",
             f"    meta l4proto {port.protocol.name.lower()} dnat {family} to {target}:{port.target_port}",
             "  }",

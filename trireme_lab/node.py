@@ -16,7 +16,7 @@ import yaml
 from trireme_lab.errors import LabError
 from trireme_lab.manifests import ObjectRef, put_manifest, remove_manifest
 from trireme_lab.process import NetnsProcess
-from trireme_lab.world import Manifest, NodeSpec
+from trireme_lab.spec import Manifest, NodeSpec
 from triremectl.admin_client import AdminError, call
 
 _READY_TIMEOUT_S = 180.0

@@ -24,7 +24,7 @@ _IP_BIND_ADDRESS_NO_PORT = 24
 
 
 class Outcome(Enum):
-    """What the application that dialled sees."""
+    """What the application that dialed sees."""
 
     CONNECTED = "connected"
     REFUSED = "refused"

@@ -50,7 +50,7 @@ def _changes(step: Step, refused: Sequence[str]) -> list[str]:
             lines.append(f"applied {name}")
     for change in (*step.label_namespaces, *step.label_pods):
         text = ", ".join(f"{key}={value}" for key, value in change.labels.items()) or "none"
-        lines.append(f"labelled {change.target}: {text}")
+        lines.append(f"labeled {change.target}: {text}")
     return lines
 
 
@@ -105,7 +105,7 @@ def _got(item: FlowResult) -> str:
 
 def _why(item: FlowResult, scenario: Scenario) -> str:
     if item.denial is None:
-        if scenario.world.enforcer and item.result.outcome.is_denied:
+        if scenario.spec.enforcer and item.result.outcome.is_denied:
             doubt = "; does anything listen there?" if item.result.outcome is Outcome.REFUSED else ""
             return f"no enforcer denied it{doubt}"
         answered = item.result.banner

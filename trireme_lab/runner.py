@@ -60,7 +60,7 @@ def run_steps(lab: Lab, steps: Sequence[Step]) -> Iterator[StepResult]:
             refused = refused_objects(lab)
             new = tuple(problem for problem in refused if problem not in before)
             # Nothing follows a change of policy where there are no enforcers, or where they refuse it.
-            is_patient = is_changed and lab.world.enforcer and not new
+            is_patient = is_changed and lab.spec.enforcer and not new
             flows = _run_flows(lab, step.flows, CONVERGENCE_S if is_patient else 0.0)
         except LabError as err:
             raise LabError(f"{err}{in_step(number, step.title)}") from err
@@ -69,7 +69,7 @@ def run_steps(lab: Lab, steps: Sequence[Step]) -> Iterator[StepResult]:
 
 def refused_objects(lab: Lab) -> tuple[str, ...]:
     """Return the objects that enforcers refuse now, each once, with the field and the reason."""
-    if not lab.world.enforcer:
+    if not lab.spec.enforcer:
         return ()
     return tuple(dict.fromkeys(problem for node in lab.nodes.values() for problem in node.refused_objects()))
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Scenario files: a world, and steps that change it and say which flows must pass. Format: docs/lab.md."""
+"""Scenario files: a spec, and steps that change it and say which flows must pass. Format: docs/lab.md."""
 
 from __future__ import annotations
 
@@ -30,17 +30,17 @@ from trireme_lab.fields import (
 from trireme_lab.manifests import ObjectRef, object_ref
 from trireme_lab.node import NodeDirectories
 from trireme_lab.settings import daemon_settings
-from trireme_lab.world import (
+from trireme_lab.spec import (
     MAX_NODES,
     SERVICE_NETWORKS,
     HostSpec,
+    LabSpec,
     Manifest,
     NodeSpec,
     PodSpec,
     PortSpec,
     ServicePort,
     ServiceSpec,
-    WorldSpec,
 )
 
 SHIPPED = Path(__file__).parent / "scenarios"
@@ -91,7 +91,7 @@ class Scenario:
     """A world and its story."""
 
     title: str
-    world: WorldSpec
+    spec: LabSpec
     steps: tuple[Step, ...]
     timeout_s: float = 3.0
     """How long a client waits for a connection, seconds."""
@@ -121,13 +121,13 @@ def decode_scenario(tree: object) -> Scenario:
     with Fields(tree) as fields:
         scenario = Scenario(
             title=fields.take("title", text, ""),
-            world=_decode_world(fields),
+            spec=_decode_spec(fields),
             steps=fields.take("steps", _decode_steps, ()),
             timeout_s=fields.take("timeoutSeconds", seconds, 3.0),
         )
-    _check_settings(scenario.world)
-    _check_names(scenario.world, scenario.steps)
-    _check_removals(scenario.world, scenario.steps)
+    _check_settings(scenario.spec)
+    _check_names(scenario.spec, scenario.steps)
+    _check_removals(scenario.spec, scenario.steps)
     return scenario
 
 
@@ -136,11 +136,11 @@ def in_step(number: int, title: str) -> str:
     return f" (in step {number}: {title})" if title else f" (in step {number})"
 
 
-def _check_names(world: WorldSpec, steps: Sequence[Step]) -> None:
-    """Raise ScenarioError for the first place in the steps that the world does not have, before anything starts."""
-    pods = {str(pod.pod) for pod in world.pods}
-    places = {*pods, *(f"host:{host.name}" for host in world.hosts), *(f"node:{node.name}" for node in world.nodes)}
-    targets = {*places, *(f"service:{service.namespace}/{service.name}" for service in world.services)}
+def _check_names(spec: LabSpec, steps: Sequence[Step]) -> None:
+    """Raise ScenarioError for the first place in the steps that the lab does not have, before anything starts."""
+    pods = {str(pod.pod) for pod in spec.pods}
+    places = {*pods, *(f"host:{host.name}" for host in spec.hosts), *(f"node:{node.name}" for node in spec.nodes)}
+    targets = {*places, *(f"service:{service.namespace}/{service.name}" for service in spec.services)}
     for number, step in enumerate(steps, 1):
         path, where = f"steps[{number - 1}]", in_step(number, step.title)
         for index, change in enumerate(step.label_pods):
@@ -151,21 +151,21 @@ def _check_names(world: WorldSpec, steps: Sequence[Step]) -> None:
                 _check_name(f"{path}.flows[{index}].to", flow.target, targets, f"{_TARGETS}{where}")
 
 
-def _check_settings(world: WorldSpec) -> None:
+def _check_settings(spec: LabSpec) -> None:
     """Raise ScenarioError if a node's enforcer would not start."""
     lab = Path("/lab")
-    for index, node in enumerate(world.nodes):
+    for index, node in enumerate(spec.nodes):
         try:
-            decode_settings(daemon_settings(world, node, NodeDirectories(lab), (lab / "ca.pem", lab / "ca-key.pem")))
+            decode_settings(daemon_settings(spec, node, NodeDirectories(lab), (lab / "ca.pem", lab / "ca-key.pem")))
         except SettingsError as err:
             text = str(err)
             is_name = text.startswith("node: ")
             raise ScenarioError(f"nodes[{index}].name: {text[6:]}" if is_name else f"settings.{text}") from err
 
 
-def _check_removals(world: WorldSpec, steps: Sequence[Step]) -> None:
+def _check_removals(spec: LabSpec, steps: Sequence[Step]) -> None:
     """Raise ScenarioError if a policy is removed that is not there then."""
-    there = {object_ref(manifest) for manifest in world.manifests}
+    there = {object_ref(manifest) for manifest in spec.manifests}
     for number, step in enumerate(steps, 1):
         for index, reference in enumerate(step.remove):
             if reference.kind == "NetworkPolicy" and reference not in there:
@@ -178,7 +178,7 @@ def _check_removals(world: WorldSpec, steps: Sequence[Step]) -> None:
 
 def _check_name(path: str, name: str, known: Collection[str], forms: str) -> None:
     if name not in known:
-        raise ScenarioError(f"{path}: this world has no {name}; must be {forms}")
+        raise ScenarioError(f"{path}: this lab has no {name}; must be {forms}")
 
 
 def _is_address(name: str) -> bool:
@@ -189,11 +189,11 @@ def _is_address(name: str) -> bool:
     return True
 
 
-def _decode_world(fields: Fields) -> WorldSpec:
+def _decode_spec(fields: Fields) -> LabSpec:
     nodes = fields.take("nodes", list_of(mapping))
     if not 0 < len(nodes) <= MAX_NODES:
         raise ScenarioError(f"nodes: must be 1 to {MAX_NODES}")
-    return WorldSpec(
+    return LabSpec(
         nodes=tuple(_decode_node(node, f"nodes[{index}]", index + 1) for index, node in enumerate(nodes)),
         namespaces=dict(fields.take("namespaces", list_of(_decode_namespace), [])),
         pods=fields.take("pods", list_of(_decode_pod), []),

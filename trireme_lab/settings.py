@@ -8,15 +8,15 @@ from pathlib import Path
 
 from trireme_lab.network import pod_networks
 from trireme_lab.node import NodeDirectories
-from trireme_lab.world import SERVICE_NETWORKS, NodeSpec, WorldSpec
+from trireme_lab.spec import SERVICE_NETWORKS, LabSpec, NodeSpec
 
 
 def daemon_settings(
-    world: WorldSpec, node: NodeSpec, directories: NodeDirectories, authority: tuple[Path, Path]
+    spec: LabSpec, node: NodeSpec, directories: NodeDirectories, authority: tuple[Path, Path]
 ) -> dict[str, object]:
     """Return what to write for a node; `authority` is the lab's CA: certificate and key, the same for all nodes."""
-    has_node_ports = any(port.node_port is not None for service in world.services for port in service.ports)
-    node_addresses = [str(a) for n in world.nodes for a in n.addresses] if has_node_ports else []
+    has_node_ports = any(port.node_port is not None for service in spec.services for port in service.ports)
+    node_addresses = [str(a) for n in spec.nodes for a in n.addresses] if has_node_ports else []
     certificate, key = authority
     settings: dict[str, object] = {
         "node": node.name,
@@ -24,17 +24,17 @@ def daemon_settings(
         "policyDir": str(directories.policy),
         "credentials": {"caCertificate": str(certificate), "caKey": str(key)},
         "networks": {
-            "enforced": [str(network) for network in pod_networks(world.nodes)],
+            "enforced": [str(network) for network in pod_networks(spec.nodes)],
             "virtual": [
                 *(str(network) for network in SERVICE_NETWORKS),
                 *(f"{address}/{128 if ':' in address else 32}" for address in node_addresses),
             ],
-            # A node port rewrites the source to the node's address, whatever pod dialled it.
+            # A node port rewrites the source to the node's address, whatever pod dialed it.
             "masquerade": node_addresses,
         },
         "registration": {"runDir": str(directories.run), "cniResultsDir": str(directories.cni / "cache" / "results")},
     }
-    return overlay(settings, world.settings)
+    return overlay(settings, spec.settings)
 
 
 def overlay(below: Mapping[str, object], above: Mapping[str, object]) -> dict[str, object]:

@@ -50,18 +50,18 @@ def find_denial(lab: Lab, flow: Flow, probe: Probe, result: ProbeResult) -> Deni
 
 
 def _target_pods(lab: Lab, flow: Flow, probe: Probe) -> list[str]:
-    """The pods that could answer: behind the Service, or at the dialled address."""
-    for service in lab.world.services:
+    """The pods that could answer: behind the Service, or at the dialed address."""
+    for service in lab.spec.services:
         if flow.target == f"service:{service.namespace}/{service.name}":
             return [str(pod) for pod in service.pods]
     return [str(pod) for pod, sandbox in lab.pods.items() if probe.address in sandbox.place.addresses]
 
 
 def _ports(lab: Lab, flow: Flow) -> set[int]:
-    """The dialled port, and those that a Service translates it to."""
+    """The dialed port, and those that a Service translates it to."""
     return {flow.port} | {
         port.target_port
-        for service in lab.world.services
+        for service in lab.spec.services
         for port in service.ports
         if flow.port in (port.port, port.node_port)
     }

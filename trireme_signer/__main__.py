@@ -28,7 +28,7 @@ from enforcer_daemon.settings import LogSettings
 from enforcer_daemon.telemetry.logs import Logger, open_log
 from trireme_signer import metrics
 from trireme_signer.cluster import CONFLICT, Cluster
-from trireme_signer.judging import Grant
+from trireme_signer.issuance import Grant
 from trireme_signer.rotation import Schedule
 from trireme_signer.service import Service, SignerSettings
 from trireme_signer.startup import DEFAULT_TAINT
@@ -53,7 +53,7 @@ _LEASE = "trireme-signer"
 @click.option(
     "--extra-bundle",
     type=click.Path(path_type=Path, exists=True, dir_okay=False),
-    help="PEM of other trust domains' authorities, to be believed too.",
+    help="PEM of other trust domains' authorities, to be trusted too.",
 )
 @click.option("--certificate-hours", default=24.0, show_default=True, help="The longest certificate of a node.")
 @click.option(

@@ -72,8 +72,8 @@ def _own(plain: Mapping[str, bytes], trust_domain: str) -> Authorities:
         raise CustodyError(f"{_OWN_BUNDLE}: {err}") from err
     if signer.certificate not in bundle:
         raise CustodyError(f"{_OWN_BUNDLE}: does not have the authority in {_OWN_CERTIFICATE}")
-    believed = [signer, *(Keeper(certificate, None) for certificate in bundle if certificate != signer.certificate)]
-    return Authorities(tuple(believed), Authority(signer.certificate, signer.key))
+    trusted = [signer, *(Keeper(certificate, None) for certificate in bundle if certificate != signer.certificate)]
+    return Authorities(tuple(trusted), Authority(signer.certificate, signer.key))
 
 
 def _keeper(plain: Mapping[str, bytes], name: str, trust_domain: str) -> Keeper:

@@ -18,7 +18,7 @@ from enforcer_daemon.identity.authority import Authority, issue_credential
 from enforcer_daemon.kube.client import NOT_FOUND, ApiError
 from enforcer_daemon.telemetry.logs import Logger
 from trireme_signer.cluster import CONFLICT, Cluster, Manifest
-from trireme_signer.judging import Grant, Granted, RefusedError, Requester, Witnesses, identify, judge
+from trireme_signer.issuance import Grant, Granted, RefusedError, Requester, Witnesses, evaluate, identify
 from trireme_signer.metrics import REQUESTS
 
 PATH = "/apis/certificates.k8s.io/v1/certificatesigningrequests"
@@ -50,7 +50,7 @@ class RequestDesk:
 
     async def _decide(self, request: Manifest) -> None:
         try:
-            requester, _ = await self._judge(request)
+            requester, _ = await self._evaluate(request)
         except RefusedError as refused:
             await self._conclude(request, "approval", _DENIED, refused.reason, refused.message)
             return
@@ -59,7 +59,7 @@ class RequestDesk:
 
     async def _sign(self, request: Manifest) -> None:
         try:
-            requester, granted = await self._judge(request)
+            requester, granted = await self._evaluate(request)
         except RefusedError as refused:
             await self._conclude(request, "status", _FAILED, refused.reason, refused.message)
             return
@@ -73,7 +73,7 @@ class RequestDesk:
             REQUESTS.labels("signed").inc()
             self._log.info("certificate signed", node=requester.node, until=f"{certificate.not_valid_after_utc:%FT%TZ}")
 
-    async def _judge(self, request: Manifest) -> tuple[Requester, Granted]:
+    async def _evaluate(self, request: Manifest) -> tuple[Requester, Granted]:
         grant, cluster = self._grant, self._cluster
         requester = identify(request, grant)
         for name in (requester.pod, requester.node):
@@ -84,7 +84,7 @@ class RequestDesk:
             await cluster.find(f"/api/v1/nodes/{requester.node}"),
             await cluster.find(f"/apis/apps/v1/namespaces/{grant.namespace}/daemonsets/{grant.daemon_set}"),
         )
-        return requester, judge(request, requester, witnesses, grant)
+        return requester, evaluate(request, requester, witnesses, grant)
 
     async def _conclude(self, request: Manifest, part: str, condition: str, reason: str, message: str) -> None:
         entry = {

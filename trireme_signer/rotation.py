@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The cluster's authorities over time: who signs, who is believed, and when a new one is made. Pure.
+"""The cluster's authorities over time: who signs, who is trusted, and when a new one is made. Pure.
 
 Everything follows from the authorities' own dates, so replicas and restarts agree without a record of steps. A new
-authority is believed first and signs only after a delay in which every node has learnt of it; the old one is believed
+authority is trusted first and signs only after a delay in which every node has learnt of it; the old one is trusted
 until the last certificate that it signed has ended. So at no moment a node shows what another does not believe.
 """
 
@@ -75,9 +75,9 @@ def advance(
     at = _signing(ordered, schedule, now)
     signer = ordered[at]
     assert signer.key is not None  # noqa: S101 - _signing picks among those with a key
-    believed = [keeper for i, keeper in enumerate(ordered) if i >= at or _is_needed(ordered, i, schedule, now)]
+    trusted = [keeper for i, keeper in enumerate(ordered) if i >= at or _is_needed(ordered, i, schedule, now)]
     cut = tuple(
-        Keeper(keeper.certificate, keeper.key if keeper.made_at >= signer.made_at else None) for keeper in believed
+        Keeper(keeper.certificate, keeper.key if keeper.made_at >= signer.made_at else None) for keeper in trusted
     )
     return Authorities(cut, Authority(signer.certificate, signer.key))
 

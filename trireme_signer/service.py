@@ -19,12 +19,12 @@ from enforcer_daemon.kube.table import Table
 from enforcer_daemon.telemetry.logs import Logger
 from trireme_signer.cluster import Cluster, Manifest
 from trireme_signer.custody import CustodyError, bundle_pem, read_custody
-from trireme_signer.judging import Grant
+from trireme_signer.issuance import Grant
 from trireme_signer.requests import PATH, RequestDesk
 from trireme_signer.rotation import Authorities, Schedule
 from trireme_signer.startup import StartupTaints
 
-_TEND_S = 30.0
+_TIMERS_EVERY_S = 30.0
 """How often the authorities are looked at, seconds; more often where their steps are shorter."""
 _RETRY_S = 2.0
 _BUNDLE_ENTRY = "bundle.pem"
@@ -86,9 +86,9 @@ class Service:
 
     async def lead(self) -> None:
         """Work until cancelled."""
-        await self._until_done(self.tend)
+        await self._until_done(self.reconcile)
         async with asyncio.TaskGroup() as tasks:
-            tasks.create_task(self._tend_forever(), name="authorities")
+            tasks.create_task(self._reconcile_forever(), name="authorities")
             tasks.create_task(self._requests.run(), name="requests")
             tasks.create_task(self._serve(), name="desk")
             if self._taints is not None:
@@ -104,10 +104,10 @@ class Service:
             else:
                 return
 
-    async def _tend_forever(self) -> NoReturn:
+    async def _reconcile_forever(self) -> NoReturn:
         while True:
-            await asyncio.sleep(min(_TEND_S, self._settings.schedule.delay.total_seconds() / 4))
-            await self._until_done(self.tend)
+            await asyncio.sleep(min(_TIMERS_EVERY_S, self._settings.schedule.delay.total_seconds() / 4))
+            await self._until_done(self.reconcile)
 
     async def _serve(self) -> NoReturn:
         """Look at every request after each change, and again where the API server did not do its part."""
@@ -121,7 +121,7 @@ class Service:
                     self._log.warning("request not served", request=entry.key[1], error=str(err))
                     asyncio.get_running_loop().call_later(_RETRY_S, self._wake.set)
 
-    async def tend(self) -> None:
+    async def reconcile(self) -> None:
         """Bring authorities, Secret and bundle to where they should be now; raise EnforcerError.
 
         The Secret is written first: nothing is signed, and nobody is told of an authority, whose key could be lost.

@@ -18,7 +18,7 @@ from enforcer_daemon.kube.resources import Resource
 from enforcer_daemon.kube.table import Table
 from enforcer_daemon.telemetry.logs import Logger
 from trireme_signer.cluster import CONFLICT, Cluster, Manifest
-from trireme_signer.judging import Grant
+from trireme_signer.issuance import Grant
 
 DEFAULT_TAINT = "trireme.io/agent-not-ready"
 _RETRY_S = 2.0

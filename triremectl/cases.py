@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Worlds of pods, namespaces and policies, and who may reach whom in them: what `simulate` and the lab's checks judge.
+"""Worlds of pods, namespaces and policies, and who may reach whom in them: what `simulate` and the lab's checks
+evaluate.
 
 A case is one JSON object: name, namespaces, pods, policies (NetworkPolicy manifests), nodes, and probes, each with the
 verdict expected of it. Both ends of a probe are judged as two enforcers would, each on the other end's identity.
@@ -79,7 +80,7 @@ class _End:
     """The node that these are the addresses of, also for a pod on its node's network; empty: no node's."""
 
 
-class CaseWorld:
+class CaseCluster:
     """Pods, namespaces and policies that probes are judged in."""
 
     def __init__(
@@ -109,8 +110,8 @@ class CaseWorld:
         )
         return _End(pod.ips, identity)
 
-    def judge(self, probe: Probe, *, explain: bool = False) -> ProbeVerdict:
-        """Judge a probe at both ends; `explain` names all rules that allow it, not one. ValueError: no such end."""
+    def evaluate(self, probe: Probe, *, explain: bool = False) -> ProbeVerdict:
+        """Evaluate a probe at both ends; `explain` names all rules that allow it, not one. ValueError: no such end."""
         source, destination = self._end(probe.source), self._end(probe.destination)
         if source.identity is not None and any(address.is_loopback for address in destination.addresses):
             destination = source
@@ -122,12 +123,12 @@ class CaseWorld:
                                                                                     Direction.INGRESS)  # fmt: skip
         if source.identity is not None:
             policy = self._snapshot.pod_policy(source.identity).egress
-            egress = (policy.explain if explain else policy.judge)(
+            egress = (policy.explain if explain else policy.evaluate)(
                 destination.identity, destination_address, port, probe.protocol
             )
         if destination.identity is not None:
             policy = self._snapshot.pod_policy(destination.identity).ingress
-            ingress = (policy.explain if explain else policy.judge)(
+            ingress = (policy.explain if explain else policy.evaluate)(
                 source.identity, source_address, port, probe.protocol
             )
             if source.node and source.node == destination.identity.node:
@@ -145,7 +146,7 @@ class CaseWorld:
         except ValueError:
             raise ValueError(f"{name}: must be NAMESPACE/POD or an IP address") from None
         if owner := self._owners.get(address):
-            return replace(owner, addresses=(address,))  # of a pod's two families, the one that is dialled
+            return replace(owner, addresses=(address,))  # of a pod's two families, the one that is dialed
         return _End((address,), node=self._nodes.get(address, ""))
 
 
@@ -173,7 +174,7 @@ class Case:
     """One case: a world and the probes of it."""
 
     name: str
-    world: CaseWorld
+    cluster: CaseCluster
     probes: tuple[Probe, ...]
     objects: CaseObjects
 
@@ -228,7 +229,7 @@ def decode_case(tree: object) -> Case:
         step=reader.integer(sequence.get("step"), "sequence.step") or 0,
     )
     reader.finish()
-    return Case(name, CaseWorld(pods, namespaces, policies, nodes), probes, objects)
+    return Case(name, CaseCluster(pods, namespaces, policies, nodes), probes, objects)
 
 
 def _read_pod(reader: Reader, value: object, path: str) -> Pod:

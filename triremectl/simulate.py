@@ -16,8 +16,8 @@ import click
 from enforcer_daemon.model import Decision
 from enforcer_daemon.policy import InvalidObjectError, Pod
 from enforcer_daemon.policy.objects import LAST_PORT, IPBlock, NetworkPolicy
-from enforcer_daemon.sources.manifests import Problem, World, assemble, manifest_files, read_file, unique_objects
-from triremectl.cases import PROTOCOLS, Case, CaseWorld, Probe, ProbeVerdict, decode_case
+from enforcer_daemon.sources.manifests import ClusterState, Problem, assemble, manifest_files, read_file, unique_objects
+from triremectl.cases import PROTOCOLS, Case, CaseCluster, Probe, ProbeVerdict, decode_case
 
 _STAND_IN_ADDRESSES = IPv4Network("198.18.0.0/15")
 """For pods whose manifest has no address (RFC 2544: never anybody's)."""
@@ -39,7 +39,7 @@ _STAND_IN_ADDRESSES = IPv4Network("198.18.0.0/15")
 def command(files: tuple[Path, ...], *, explain: bool, check: bool, policies: Path | None, pods: Path | None,
             source: str | None, destination: str | None, port: str | None, protocol: str,
             output: str) -> None:  # fmt: skip
-    """Judge cases, or answer one question about manifests.
+    """Evaluate cases, or answer one question about manifests.
 
     FILES hold one case a line (JSON; .gz is unpacked; - or nothing: standard input): namespaces, pods, policies, and
     probes {from, to, port, protocol}. For each case one line of JSON comes out: its name and the verdicts of its
@@ -54,14 +54,14 @@ def command(files: tuple[Path, ...], *, explain: bool, check: bool, policies: Pa
         if not files and sys.stdin.isatty():
             raise click.UsageError("give files of cases, cases on standard input, or a question with --policies")
         cases = read_cases(files or (Path("-"),))
-        _check(cases) if check else _judge(cases, explain=explain)
+        _check(cases) if check else _evaluate(cases, explain=explain)
         return
     if files or check:
         raise click.UsageError("--policies takes neither cases nor --check")
     if not (source and destination and port):
         raise click.UsageError("--policies needs --from, --to and --port")
     probe = Probe(source, destination, _port(port), PROTOCOLS[protocol.upper()])
-    is_allowed = _answer(_read_world(policies, pods), probe, is_json=output == "json")
+    is_allowed = _answer(_read_state(policies, pods), probe, is_json=output == "json")
     sys.exit(0 if is_allowed else 1)
 
 
@@ -109,12 +109,12 @@ def _lines(file: Path) -> Iterator[str]:
 
 def _verdict(case: Case, probe: Probe, *, explain: bool = False) -> ProbeVerdict:
     try:
-        return case.world.judge(probe, explain=explain)
+        return case.cluster.evaluate(probe, explain=explain)
     except ValueError as err:
         raise click.ClickException(f"{case.name}: {probe}: {err}") from err
 
 
-def _judge(cases: Iterable[Case], *, explain: bool) -> None:
+def _evaluate(cases: Iterable[Case], *, explain: bool) -> None:
     for case in cases:
         verdicts = [_verdict(case, probe, explain=explain) for probe in case.probes]
         line: dict[str, object] = {"name": case.name, "verdicts": [verdict.verdict for verdict in verdicts]}
@@ -196,7 +196,7 @@ def _decision_in_words(decision: Decision) -> str:
     return f"{word} ({decision.reason.value}){named}"
 
 
-def _read_world(policies: Path, pods: Path | None) -> World:
+def _read_state(policies: Path, pods: Path | None) -> ClusterState:
     paths = [path for place in filter(None, (policies, pods)) for path in _files(place)]
     found, problems = unique_objects(map(read_file, paths))
     if problems:
@@ -215,15 +215,15 @@ def _listed(problems: list[Problem]) -> str:
     return "the manifests are not valid" + "".join(f"\n  {problem}" for problem in problems)
 
 
-def _answer(world: World, probe: Probe, *, is_json: bool) -> bool:
+def _answer(cluster: ClusterState, probe: Probe, *, is_json: bool) -> bool:
     """Print the answer; tell whether it is yes."""
     # Only to rules by address does it matter which one a pod has.
-    policies = [policy.load() for policy in world.policies]
+    policies = [policy.load() for policy in cluster.policies]
     asked = {probe.source, probe.destination} if any(map(_names_addresses, policies)) else set()
-    pods = list(_with_addresses(world.pods.values(), asked))
+    pods = list(_with_addresses(cluster.pods.values(), asked))
     nodes = {ip: pod.node for pod in pods if pod.is_on_host_network and pod.node for ip in pod.ips}
     try:
-        verdict = CaseWorld(pods, world.namespaces, policies, nodes).judge(probe, explain=True)
+        verdict = CaseCluster(pods, cluster.namespaces, policies, nodes).evaluate(probe, explain=True)
     except ValueError as err:
         raise _NoAnswerError(str(err)) from err
     note = _unknown_port(pods, probe)

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
 from dataclasses import replace
 from typing import NamedTuple, TypeVar
 
+from enforcer_daemon.daemon.clusterstate import CompiledState
 from enforcer_daemon.daemon.flowstore import FlowStore
 from enforcer_daemon.daemon.leasestore import LeaseStore
 from enforcer_daemon.daemon.node import Node
@@ -19,11 +20,10 @@ from enforcer_daemon.daemon.room import require_room
 from enforcer_daemon.daemon.sandbox import Sandbox
 from enforcer_daemon.daemon.service import QueueService
 from enforcer_daemon.daemon.slices import batches, in_slices
-from enforcer_daemon.daemon.world import CompiledWorld
 from enforcer_daemon.datapath.context import EndpointContext
 from enforcer_daemon.datapath.decisions import FlowPolicy
 from enforcer_daemon.datapath.endpoint import EndpointDatapath, Output
-from enforcer_daemon.datapath.flowindex import JudgedBy, is_of
+from enforcer_daemon.datapath.flowindex import EvaluatedBy, is_of
 from enforcer_daemon.dataplane.addresses import interface
 from enforcer_daemon.dataplane.backends import RulesBackend
 from enforcer_daemon.dataplane.conntrack import Conntrack
@@ -47,7 +47,7 @@ from enforcer_daemon.dataplane.tampering import RulesWatch
 from enforcer_daemon.errors import IdentityTooLargeError
 from enforcer_daemon.handshake.leasepairs import Lapse
 from enforcer_daemon.handshake.leases import Leases
-from enforcer_daemon.model import Direction, Identity, IPAddress, JudgedFlow
+from enforcer_daemon.model import Direction, EvaluatedFlow, Identity, IPAddress
 from enforcer_daemon.policy.compile import PolicySnapshot
 from enforcer_daemon.policy.evaluate import PodPolicy
 from enforcer_daemon.settings import DataplaneSettings
@@ -65,7 +65,7 @@ PeerChange = tuple[Identity, Identity | None]
 
 
 class Change(NamedTuple):
-    """What a new world means for an endpoint."""
+    """What a new state means for an endpoint."""
 
     is_identity_new: bool
     is_policy_new: bool
@@ -77,12 +77,12 @@ class Change(NamedTuple):
         return Change(*(one or another for one, another in zip(self, other, strict=True)))
 
 
-def _is_lapsed(flow: JudgedFlow, lapse: Lapse) -> bool:
+def _is_lapsed(flow: EvaluatedFlow, lapse: Lapse) -> bool:
     is_peer = (flow.peer.pod, flow.peer.trust_domain) == (lapse.peer.pod, lapse.peer.trust_domain)
     return is_peer and flow.address.packed == lapse.address and flow.protocol in lapse.protocols
 
 
-def _is_stranger(flow: JudgedFlow, newcomer: Identity) -> bool:
+def _is_stranger(flow: EvaluatedFlow, newcomer: Identity) -> bool:
     """Return whether a flow is with another pod that had one of a newcomer's addresses before."""
     return not is_of(flow.peer, newcomer) and any(ip in newcomer.ips for ip in flow.peer.ips)
 
@@ -166,7 +166,7 @@ class Endpoint:
 
     @property
     def lost(self) -> LostPackets:
-        """What the kernel dropped of the queue before it was judged, as of the last `count_lost`."""
+        """What the kernel dropped of the queue before it was evaluated, as of the last `count_lost`."""
         return LostPackets() if self._queue is None else self._queue.lost
 
     def count_lost(self) -> LostPackets:
@@ -189,14 +189,14 @@ class Endpoint:
         """Return whether an identity states something else than the present one."""
         return not _says_the_same(identity, self.identity)
 
-    def is_touched(self, before: CompiledWorld, world: CompiledWorld) -> bool:
-        """Return whether a world has other policies of the pod's namespace, or other labels of the pod."""
-        if not world.snapshot.has_same(before.snapshot, self.identity.pod.namespace):
+    def is_touched(self, before: CompiledState, state: CompiledState) -> bool:
+        """Return whether a state has other policies of the pod's namespace, or other labels of the pod."""
+        if not state.snapshot.has_same(before.snapshot, self.identity.pod.namespace):
             return True
-        return self.is_identity_new(world.identity_of(self.sandbox.requests, self.identity))
+        return self.is_identity_new(state.identity_of(self.sandbox.requests, self.identity))
 
     def update(self, identity: Identity, snapshot: PolicySnapshot) -> Change:
-        """Judge new flows by a new snapshot; sign a new token where the identity has changed."""
+        """Evaluate new flows by a new snapshot; sign a new token where the identity has changed."""
         is_identity_new = self.is_identity_new(identity)
         if is_identity_new:
             self.identity = identity
@@ -208,9 +208,9 @@ class Endpoint:
         are_addresses_new = not is_same and _by_address(before) != _by_address(self.policy)
         return Change(is_identity_new, not is_same, are_addresses_new)
 
-    async def reconsider(self, world: CompiledWorld, change: Change) -> list[ReleasedFlow]:
+    async def reconsider(self, state: CompiledState, change: Change) -> list[ReleasedFlow]:
         """End the established flows that are no longer allowed, in a thread; raise DataplaneError or NetnsError."""
-        question = self._reconsideration(world, change)
+        question = self._reconsideration(state, change)
         indexes = tuple(index for index, _ in self.flows)  # The thread must not walk what the loop adds to.
 
         def end(netns_fd: int) -> list[ReleasedFlow]:
@@ -262,26 +262,26 @@ class Endpoint:
     def _reevaluate_unfinished(self, old: Identity, new: Identity | None) -> None:
         """Re-evaluate the handshakes under way with a peer pod, whose flows have no index yet."""
 
-        def is_denied(judged: JudgedBy) -> bool:
-            if not isinstance(judged, JudgedFlow) or not is_of(judged.peer, old):
+        def is_denied(evaluated: EvaluatedBy) -> bool:
+            if not isinstance(evaluated, EvaluatedFlow) or not is_of(evaluated.peer, old):
                 return False
-            return new is None or not self._may_reach(judged, new)
+            return new is None or not self._may_reach(evaluated, new)
 
-        def replaced(judged: JudgedFlow) -> JudgedFlow:
-            return replace(judged, peer=new) if new is not None and is_of(judged.peer, old) else judged
+        def replaced(evaluated: EvaluatedFlow) -> EvaluatedFlow:
+            return replace(evaluated, peer=new) if new is not None and is_of(evaluated.peer, old) else evaluated
 
-        if any(map(is_denied, self.datapath.judged_by())):
-            self._forget(is_denied)
+        if any(map(is_denied, self.datapath.evaluated_by())):
+            self._end_denied(is_denied)
         self.datapath.replace_peers(replaced)
 
-    def _reevaluating(self, flows: Mapping[int, JudgedFlow], new: Identity, denied: set[int]) -> Iterator[None]:
+    def _reevaluating(self, flows: Mapping[int, EvaluatedFlow], new: Identity, denied: set[int]) -> Iterator[None]:
         for batch in batches(flows.items()):
             left = [number for number, flow in batch if self.flows.get(number) is flow]
             denied.update(number for number in left if not self._may_reach(flows[number], new))
             self.store.append(self.flows.replace_peer(left, new))
             yield
 
-    def _forget(self, is_denied: Callable[[JudgedBy], bool]) -> None:
+    def _end_denied(self, is_denied: Callable[[EvaluatedBy], bool]) -> None:
         self._apply(self.datapath.end_denied(is_denied))
 
     async def end_strangers(self, newcomer: Identity) -> list[ReleasedFlow]:
@@ -293,13 +293,13 @@ class Endpoint:
         self,
         indexes: frozenset[int],
         gone: Iterable[int],
-        is_unfinished_denied: Callable[[JudgedFlow], bool] = lambda _: False,
+        is_unfinished_denied: Callable[[EvaluatedFlow], bool] = lambda _: False,
     ) -> list[ReleasedFlow]:
-        def is_denied(judged: JudgedBy) -> bool:
-            return is_unfinished_denied(judged) if isinstance(judged, JudgedFlow) else judged in indexes
+        def is_denied(evaluated: EvaluatedBy) -> bool:
+            return is_unfinished_denied(evaluated) if isinstance(evaluated, EvaluatedFlow) else evaluated in indexes
 
-        if indexes or any(map(is_denied, self.datapath.judged_by())):
-            self._forget(is_denied)
+        if indexes or any(map(is_denied, self.datapath.evaluated_by())):
+            self._end_denied(is_denied)
         if not indexes:
             return []
         ended = await self._in_netns(lambda netns_fd: end_flows(netns_fd, EndedIndexes(indexes)))
@@ -311,12 +311,12 @@ class Endpoint:
         self.endings += bool(ended)
         self.on_ended(self, ended)
 
-    def _may_reach(self, flow: JudgedFlow, peer: Identity) -> bool:
+    def _may_reach(self, flow: EvaluatedFlow, peer: Identity) -> bool:
         """Return whether the pod's own policy allows a flow with a peer under a new identity."""
         if self._node.is_peer_denied(peer):
             return False
         side = self.policy.direction(flow.direction)
-        return side.judge(peer, flow.address, flow.port, flow.protocol).is_allowed
+        return side.evaluate(peer, flow.address, flow.port, flow.protocol).is_allowed
 
     async def take_back(self, flows: Iterable[SentTuple]) -> list[SentTuple]:
         """Take the releases of flows back that the pod opened; their next packets shake hands again."""
@@ -333,10 +333,10 @@ class Endpoint:
 
     def _as_sent(self, flow: ReleasedFlow, own: frozenset[IPAddress]) -> SentTuple:
         """Return a flow by its true peer: behind a Service the pod's kernel knows it by what was dialed alone."""
-        sent, judged = flow.sent_by(own), self.flows.get(flow.index)
-        if judged is None or not judged.port or judged.direction is not Direction.EGRESS:
+        sent, evaluated = flow.sent_by(own), self.flows.get(flow.index)
+        if evaluated is None or not evaluated.port or evaluated.direction is not Direction.EGRESS:
             return sent
-        return sent._replace(destination=judged.address, destination_port=judged.port)
+        return sent._replace(destination=evaluated.address, destination_port=evaluated.port)
 
     async def _in_netns(self, work: Callable[[int], T]) -> T:
         """Let a thread work in the pod's namespace; the endpoint may be closed meanwhile."""
@@ -354,12 +354,12 @@ class Endpoint:
         finally:
             self._in_threads -= 1
 
-    def forget_unfinished(self, world: CompiledWorld, change: Change) -> None:
+    def end_half_open(self, state: CompiledState, change: Change) -> None:
         """Give up the handshakes that are no longer allowed; call it before `reconsider`, on the loop."""
-        question = self._reconsideration(world, change)
+        question = self._reconsideration(state, change)
         if change.is_identity_new:
             self._apply(self.datapath.end_opening())
-        self._forget(question.is_index_denied)
+        self._end_denied(question.is_index_denied)
 
     @property
     def leases(self) -> Leases:
@@ -397,7 +397,7 @@ class Endpoint:
     async def _free(self, in_kernel: Set[int]) -> None:
         """Free the entries of the index that no flow bears any longer."""
         async with self._index_turn:
-            borne = in_kernel | {judged for judged in self.datapath.judged_by() if isinstance(judged, int)}
+            borne = in_kernel | {evaluated for evaluated in self.datapath.evaluated_by() if isinstance(evaluated, int)}
             await in_slices(map(self._free_batch, batches(self.flows.unused(borne))))
             if self.is_open:
                 await self.store.compact(self.flows)
@@ -409,15 +409,15 @@ class Endpoint:
     async def end_lapsed(self, lapses: Sequence[Lapse]) -> list[ReleasedFlow]:
         """End the flows that nobody stands for any longer; raise DataplaneError or NetnsError."""
 
-        def is_lapsed(flow: JudgedFlow) -> bool:
+        def is_lapsed(flow: EvaluatedFlow) -> bool:
             return any(_is_lapsed(flow, lapse) for lapse in lapses)
 
         lapsed = frozenset(index for index, flow in self.flows if is_lapsed(flow))
         return await self._end_indexes(lapsed, (), is_lapsed)
 
-    def _reconsideration(self, world: CompiledWorld, change: Change) -> Reconsideration:
+    def _reconsideration(self, state: CompiledState, change: Change) -> Reconsideration:
         is_denied = self._node.is_peer_denied
-        return Reconsideration(self.identity, self.policy, self.flows, world, change.is_identity_new, is_denied)
+        return Reconsideration(self.identity, self.policy, self.flows, state, change.is_identity_new, is_denied)
 
     def sign(self) -> None:
         """Use a fresh token for new flows; one that is too large leaves the pod without a new one, and says so."""
@@ -438,7 +438,7 @@ class Endpoint:
         self.identity = identity
         self.sign()
 
-    def tend(self, now: float) -> None:
+    def run_timers(self, now: float) -> None:
         """Give up what took too long; call it a few times a second."""
         read_until = now if self._service is None else self._service.timers_now(now)
         self._apply(self.datapath.run_timers(now, read_until))
@@ -492,11 +492,11 @@ class Endpoint:
 
     def _run_timers(self) -> None:
         self._waking, self._wake_at = None, math.inf
-        self.tend(time.monotonic())
+        self.run_timers(time.monotonic())
 
 
 def _by_address(policy: PodPolicy) -> tuple[object, ...]:
-    """Return all that flows without an identity are judged by."""
+    """Return all that flows without an identity are evaluated by."""
     sides = policy.ingress, policy.egress
     return tuple((side.is_isolated, side.address_rules()) for side in sides)
 

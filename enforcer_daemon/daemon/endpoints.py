@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""All endpoints of the node: registered, adopted after a restart, kept in step with the world, deleted."""
+"""All endpoints of the node: registered, recovered after a restart, kept in step with the state, deleted."""
 
 from __future__ import annotations
 
@@ -10,17 +10,17 @@ from collections.abc import Iterator, Mapping
 from functools import partial
 
 from cni_plugin import messages
-from enforcer_daemon.daemon.adoption import Adoption, with_found_links
 from enforcer_daemon.daemon.announcements import Announcements
+from enforcer_daemon.daemon.clusterstate import CompiledState
 from enforcer_daemon.daemon.endpoint import Change, Endpoint
 from enforcer_daemon.daemon.flowstore import FlowStore
 from enforcer_daemon.daemon.following import Following, FollowingWork
 from enforcer_daemon.daemon.kernel import Kernel, guard_name, guarded
 from enforcer_daemon.daemon.node import Node
-from enforcer_daemon.daemon.rejudging import Rejudging
+from enforcer_daemon.daemon.recovery import Recovery, with_found_links
+from enforcer_daemon.daemon.reevaluation import Reevaluation
 from enforcer_daemon.daemon.sandbox import Sandbox, recorded_identity
 from enforcer_daemon.daemon.staleflows import StaleFlows
-from enforcer_daemon.daemon.world import CompiledWorld
 from enforcer_daemon.dataplane.netns import current_netns
 from enforcer_daemon.errors import DataplaneError, EnforcerError, IdentityTooLargeError, NetnsError, RegistrationError
 from enforcer_daemon.model import AttachmentId, NetnsId
@@ -53,20 +53,20 @@ class Endpoints:
         self._metrics = metrics
         self.announcements: Announcements | None = None
         """Where the cluster is told of denials and of identities that do not fit."""
-        self._world: CompiledWorld | None = None
+        self._state: CompiledState | None = None
         self._by_netns: dict[NetnsId, Endpoint] = {}
-        self._unsettled: set[NetnsId] = set()
+        self._pending: set[NetnsId] = set()
         """Endpoints whose rules or guard the kernel refused to change; tried again until it does."""
         with os.fdopen(current_netns(), "rb") as own:
             self._own_netns = netns_id(own.fileno())
-        self._rejudging = Rejudging(log, metrics)
+        self._reevaluation = Reevaluation(log, metrics)
         self.stale = StaleFlows(kernel, self.__iter__, log, metrics)
         self._turns = turns
-        work = FollowingWork(kernel, turns, self._rejudging, self.stale)
-        self._following = Following(self._by_netns, work, self._leave_unsettled, log)
-        self._adoption = Adoption(registry, log)
+        work = FollowingWork(kernel, turns, self._reevaluation, self.stale)
+        self._following = Following(self._by_netns, work, self._leave_pending, log)
+        self._recovery = Recovery(registry, log)
         self._changing = asyncio.Lock()
-        """Registrations take turns; a change of the world does not wait for them."""
+        """Registrations take turns; a change of the state does not wait for them."""
 
     def __iter__(self) -> Iterator[Endpoint]:
         return iter(list(self._by_netns.values()))
@@ -102,16 +102,16 @@ class Endpoints:
 
     async def _prepare(self, requests: Mapping[AttachmentId, AddRequest]) -> None:
         """Compile a pod's policies in a thread, before anybody has to wait for it."""
-        world = self._require_world()
-        identity = world.identity_of(requests)
-        await self._turns.run(identity.pod.namespace, partial(world.prepare, identity), is_urgent=True)
+        state = self._require_state()
+        identity = state.identity_of(requests)
+        await self._turns.run(identity.pod.namespace, partial(state.prepare, identity), is_urgent=True)
 
     async def _add(self, request: AddRequest, netns_fd: int, netns: NetnsId) -> None:
         known = self._by_netns.get(netns)
         if known is not None and known.identity.pod != request.pod:
             raise RegistrationError(messages.FAILED, f"the network namespace is that of {known.identity.pod}")
         if self._settings.registration.require_labels:
-            self._require_world().require_labels(request)
+            self._require_state().require_labels(request)
         await self._forget_elsewhere(request.attachment, netns)
         before = known.sandbox.ips if known else ()
         if known is None:
@@ -122,18 +122,18 @@ class Endpoints:
             self.stale.note_start(netns, known.identity)
         self._registry.put(Record(request, netns))
         self._log.info("endpoint enforced", pod=str(request.pod), attachment=str(request.attachment))
-        if not self._require_world().knows_labels({request.attachment: request}):
+        if not self._require_state().knows_labels({request.attachment: request}):
             self._log.warning("no labels known, policies that select by label do not reach it", pod=str(request.pod))
 
     async def _open(self, sandbox: Sandbox) -> Endpoint:
         """Make an endpoint: queue first, then rules, then the guard; the sandbox's descriptor goes with it."""
-        world = self._require_world()
+        state = self._require_state()
         try:
             sandbox = sandbox if sandbox.links.names else sandbox.with_links()
-            identity = world.identity_of(sandbox.requests)
+            identity = state.identity_of(sandbox.requests)
             on_denial = None if self.announcements is None else self.announcements.denials_of(sandbox.requests)
             flow_log = FlowLog(identity.pod, self._log, self._metrics, time.time, on_denial)
-            policy = world.snapshot.pod_policy(identity)
+            policy = state.snapshot.pod_policy(identity)
             endpoint = Endpoint(sandbox, self._node, policy, flow_log, self._flow_store(sandbox.netns))
             endpoint.on_ended = self.stale.note_ended
             endpoint.open(self._log)
@@ -142,21 +142,21 @@ class Endpoints:
             raise
         try:
             await self._apply(endpoint)
-            await self._catch_up(endpoint, world)
+            await self._catch_up(endpoint, state)
         except BaseException:
             endpoint.close()
             raise
-        # From the last comparison to the entry nothing else runs, so no change of the world is missed.
+        # From the last comparison to the entry nothing else runs, so no change of the state is missed.
         self._by_netns[sandbox.netns] = endpoint
         self._metrics.endpoints.set(len(self._by_netns))
         return endpoint
 
-    async def _catch_up(self, endpoint: Endpoint, world: CompiledWorld) -> None:
-        """Take over the worlds that came while rules were applied by `world`."""
-        while world is not self._world:
+    async def _catch_up(self, endpoint: Endpoint, state: CompiledState) -> None:
+        """Take over the states that came while rules were applied by `state`."""
+        while state is not self._state:
             await self._prepare(endpoint.sandbox.requests)
-            world, before = self._require_world(), guarded(endpoint.sandbox, endpoint.policy)
-            endpoint.update(world.identity_of(endpoint.sandbox.requests, endpoint.identity), world.snapshot)
+            state, before = self._require_state(), guarded(endpoint.sandbox, endpoint.policy)
+            endpoint.update(state.identity_of(endpoint.sandbox.requests, endpoint.identity), state.snapshot)
             if guarded(endpoint.sandbox, endpoint.policy) != before:
                 await self._kernel.guard(endpoint)
 
@@ -165,11 +165,11 @@ class Endpoints:
 
     async def _resize(self, endpoint: Endpoint, sandbox: Sandbox) -> None:
         before = guard_name(endpoint.sandbox)
-        identity = self._require_world().identity_of(sandbox.requests, endpoint.identity)
+        identity = self._require_state().identity_of(sandbox.requests, endpoint.identity)
         endpoint.replace_sandbox(sandbox, identity)
         await self._apply(endpoint)
         if guard_name(sandbox) != before:
-            await self._kernel.unguard(before)
+            await self._kernel.remove_guard(before)
 
     async def _apply(self, endpoint: Endpoint) -> None:
         rules = endpoint.rules(self._settings.dataplane)
@@ -183,8 +183,8 @@ class Endpoints:
             await self._forget_elsewhere(attachment, None)
             record = self._registry.records.get(attachment)
             self._registry.remove(attachment)
-            self._adoption.forget(attachment)
-            if record is not None:  # Also of a pod that was never adopted.
+            self._recovery.forget(attachment)
+            if record is not None:  # Also of a pod that was never recovered.
                 self.stale.note_gone(recorded_identity(record.request, self._settings))
                 if all(known.netns != record.netns for known in self._registry.records.values()):
                     self._flow_store(record.netns).remove()
@@ -206,7 +206,7 @@ class Endpoints:
         endpoint.store.remove()
         self.stale.note_stop(endpoint.sandbox.netns)
         self.stale.note_gone(endpoint.identity)
-        await self._kernel.unguard(guard_name(endpoint.sandbox))
+        await self._kernel.remove_guard(guard_name(endpoint.sandbox))
         self._log.info("endpoint forgotten", pod=str(endpoint.identity.pod), attachment=str(attachment))
 
     async def check(self, attachment: AttachmentId, netns_fd: int) -> None:
@@ -250,7 +250,7 @@ class Endpoints:
                         if endpoint.is_open and endpoint.are_rules_touched():
                             await self._repair(endpoint)
             except (DataplaneError, NetnsError) as err:
-                self._leave_unsettled(endpoint, err)
+                self._leave_pending(endpoint, err)
 
     async def collect(self, network: str, valid: frozenset[AttachmentId]) -> None:
         """Forget what the runtime no longer lists for a network."""
@@ -260,17 +260,18 @@ class Endpoints:
 
     def readiness(self) -> Readiness:
         """Return whether a registration could be served now."""
-        if self._adoption.cut_off:
-            return Readiness(Availability.PODS_CUT_OFF, f"not adopted: {', '.join(self._adoption.cut_off)}")
-        if self._unsettled:
+        if self._recovery.cut_off:
+            return Readiness(Availability.PODS_CUT_OFF, f"not recovered: {', '.join(self._recovery.cut_off)}")
+        if self._pending:
             return Readiness(
-                Availability.NOT_READY, f"kernel rules of {len(self._unsettled)} endpoints are not up to date"
+                Availability.NOT_READY, f"kernel rules of {len(self._pending)} endpoints are not up to date"
             )
-        if self._rejudging:
+        if self._reevaluation:
             return Readiness(
-                Availability.NOT_READY, f"established flows of {len(self._rejudging)} endpoints could not be judged"
+                Availability.NOT_READY,
+                f"established flows of {len(self._reevaluation)} endpoints could not be evaluated",
             )
-        if self._world is None:
+        if self._state is None:
             return Readiness(Availability.NOT_READY, "the policies have not been read yet")
         return Readiness(Availability.READY)
 
@@ -278,57 +279,57 @@ class Endpoints:
         """Return whether the operator has exempted the pod's namespace: it is recorded, and left alone."""
         return request.pod.namespace in self._settings.registration.excluded_namespaces
 
-    def _require_world(self) -> CompiledWorld:
-        if self._world is None:
+    def _require_state(self) -> CompiledState:
+        if self._state is None:
             raise RegistrationError(messages.TRY_AGAIN, "the policies have not been read yet", retryable=True)
-        return self._world
+        return self._state
 
     def load(self) -> None:
         """Read the records of an earlier daemon; call it once, before all else."""
-        self._adoption.load()
+        self._recovery.load()
 
-    async def adopt(self) -> bool:
-        """Take over the recorded pods that still exist, after `load` and a world; tell whether all could be."""
+    async def recover(self) -> bool:
+        """Take over the recorded pods that still exist, after `load` and a state; tell whether all could be."""
         async with self._changing:
-            sandboxes = self._adoption.sandboxes(self._is_excluded, self._flow_store)
-            world = self._require_world()
+            sandboxes = self._recovery.sandboxes(self._is_excluded, self._flow_store)
+            state = self._require_state()
             for sandbox in sandboxes:
                 await self._prepare(sandbox.requests)
-            guards = [guarded(each, world.snapshot.pod_policy(world.identity_of(each.requests))) for each in sandboxes]
+            guards = [guarded(each, state.snapshot.pod_policy(state.identity_of(each.requests))) for each in sandboxes]
             await self._kernel.guard_exactly(guards)
             if self._kernel.guard_problem:
                 self._log.error("guard incomplete", problem=self._kernel.guard_problem)
             for sandbox in sandboxes:
-                await self._adopt(sandbox)
-            await self._adoption.set_free(self._is_excluded, self._flow_store, self._kernel)
-            for gone in self._adoption.take_gone():
+                await self._recover(sandbox)
+            await self._recovery.detach(self._is_excluded, self._flow_store, self._kernel)
+            for gone in self._recovery.take_gone():
                 self.stale.note_gone(recorded_identity(gone, self._settings))
-            return not self._adoption.cut_off
+            return not self._recovery.cut_off
 
-    async def _adopt(self, sandbox: Sandbox) -> None:
+    async def _recover(self, sandbox: Sandbox) -> None:
         try:
             endpoint = await self._open(sandbox)
             endpoint.keep_fresh(self._kernel.fresh_udp_s(endpoint.identity.ips))
             await self._kernel.remove_earlier_rules(sandbox.netns_fd)
         except EnforcerError as err:
-            self._adoption.give_up(sandbox, err)
+            self._recovery.give_up(sandbox, err)
         else:
-            self._log.info("endpoint adopted", pod=str(endpoint.identity.pod))
+            self._log.info("endpoint recovered", pod=str(endpoint.identity.pod))
             # Policies and labels may have changed while no daemon ran.
-            await self._rejudging.judge_all(endpoint, self._require_world())
+            await self._reevaluation.reevaluate_all(endpoint, self._require_state())
 
-    async def follow(self, world: CompiledWorld) -> None:
-        """Judge by another world from now on; return when all that it changes is in force."""
-        self._world = world
-        await self._following.follow(world)
+    async def follow(self, state: CompiledState) -> None:
+        """Evaluate by another state from now on; return when all that it changes is in force."""
+        self._state = state
+        await self._following.follow(state)
 
-    async def judge_again(self) -> None:
+    async def reevaluate(self) -> None:
         """End flows with peers that are believed no longer."""
-        world, change = self._require_world(), Change(False, True, False)
+        state, change = self._require_state(), Change(False, True, False)
         async with asyncio.TaskGroup() as tasks:
             for endpoint in self._by_netns.values():
-                endpoint.forget_unfinished(world, change)
-                tasks.create_task(self._rejudging.judge(endpoint, world, change))
+                endpoint.end_half_open(state, change)
+                tasks.create_task(self._reevaluation.evaluate(endpoint, state, change))
 
     async def follow_addresses(self) -> None:
         """Tell every endpoint's rules the node's present addresses."""
@@ -340,15 +341,15 @@ class Endpoints:
                     await asyncio.to_thread(backend.update_node_addresses, netns_fd, self._node.addresses)
                     endpoint.note_rules(backend)
                 except DataplaneError as err:
-                    self._leave_unsettled(endpoint, err)
+                    self._leave_pending(endpoint, err)
 
-    def _leave_unsettled(self, endpoint: Endpoint, err: EnforcerError) -> None:
-        self._unsettled.add(endpoint.sandbox.netns)
+    def _leave_pending(self, endpoint: Endpoint, err: EnforcerError) -> None:
+        self._pending.add(endpoint.sandbox.netns)
         self._log.error("kernel rules not changed, will try again", pod=str(endpoint.identity.pod), error=str(err))
 
     async def settle(self) -> None:
         """Try again what the kernel refused before."""
-        for netns in list(self._unsettled):
+        for netns in list(self._pending):
             endpoint = self._by_netns.get(netns)
             try:
                 if endpoint is not None:
@@ -356,9 +357,9 @@ class Endpoints:
                         await self._apply(endpoint)
             except DataplaneError:
                 continue
-            self._unsettled.discard(netns)
-        if self._rejudging:
-            await self._rejudging.retry(self._by_netns, self._require_world())
+            self._pending.discard(netns)
+        if self._reevaluation:
+            await self._reevaluation.retry(self._by_netns, self._require_state())
 
     def refresh_tokens(self, *, is_forced: bool) -> None:
         """Sign anew where half of a token's life is over, or everywhere after the node's key changed."""
@@ -367,11 +368,11 @@ class Endpoints:
             if is_forced or endpoint.token_signed_at < latest or endpoint.token_signed_at > time.time():
                 endpoint.sign()
 
-    def tend(self) -> None:
+    def run_timers(self) -> None:
         """Give up what took too long on every endpoint."""
         now = time.monotonic()
         for endpoint in self._by_netns.values():
-            endpoint.tend(now)
+            endpoint.run_timers(now)
 
     async def forget_gone(self) -> None:
         """Close the endpoints whose namespace vanished without a DEL: an open queue would keep it alive."""
@@ -381,10 +382,10 @@ class Endpoints:
                 for attachment in list(endpoint.sandbox.requests):
                     await self.delete(attachment)
 
-    async def guard_again(self) -> None:
+    async def reconcile_guard(self) -> None:
         """Make the guard's tables anew, as after a change of the networks; raise DataplaneError."""
         async with self._changing:
-            await self._kernel.guard_anew(list(self._by_netns.values()))
+            await self._kernel.replace_guard(list(self._by_netns.values()))
 
     def knows(self, attachment: AttachmentId) -> bool:
         """Return whether an attachment is recorded, as enforced or as excluded."""

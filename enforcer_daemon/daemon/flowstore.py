@@ -16,7 +16,7 @@ from typing import Any
 from enforcer_daemon.daemon.slices import batches, in_slices
 from enforcer_daemon.datapath.flowindex import FIRST, FlowIndex
 from enforcer_daemon.marks import MAX_INDEX
-from enforcer_daemon.model import Direction, Identity, JudgedFlow, NamedPort, NetnsId, PodRef, Protocol
+from enforcer_daemon.model import Direction, EvaluatedFlow, Identity, NamedPort, NetnsId, PodRef, Protocol
 from enforcer_daemon.replacement import Replacement
 from enforcer_daemon.telemetry.logs import Logger
 
@@ -57,7 +57,7 @@ class FlowStore:
 
         `highest_in_use` is the highest index in the kernel's marks.
         """
-        known: dict[int, JudgedFlow] = {}
+        known: dict[int, EvaluatedFlow] = {}
         lines = self._lines()
         self._lines_written = len(lines)
         for number, line in enumerate(lines, 1):
@@ -80,7 +80,7 @@ class FlowStore:
         self._is_torn = not content.endswith(b"\n") and bool(content)
         return content.splitlines()
 
-    def append(self, entries: Iterable[tuple[int, JudgedFlow]]) -> None:
+    def append(self, entries: Iterable[tuple[int, EvaluatedFlow]]) -> None:
         """Add entries; where that fails the running daemon still knows them."""
         if self._is_removed:
             return  # The namespace is gone, and its number may be another's.
@@ -99,14 +99,14 @@ class FlowStore:
             self._is_torn = True  # Some of it may be there.
             self._log.error("flow index not written", path=str(self._path), error=str(err))
 
-    def replace(self, entries: Iterable[tuple[int, JudgedFlow]], index: FlowIndex) -> None:
+    def replace(self, entries: Iterable[tuple[int, EvaluatedFlow]], index: FlowIndex) -> None:
         """Replace entries, which `index` has already, by later lines; write the file anew if too many are spare."""
         self.append(entries)
         for _ in self._compacting(index):
             pass
 
     async def compact(self, index: FlowIndex) -> None:
-        """Write the file anew if too many lines are spare; packets are judged and entries added meanwhile."""
+        """Write the file anew if too many lines are spare; packets are evaluated and entries added meanwhile."""
         await in_slices(self._compacting(index))
 
     def _compacting(self, index: FlowIndex) -> Iterator[None]:
@@ -142,11 +142,11 @@ class FlowStore:
         self.lease_path.unlink(missing_ok=True)
 
 
-def _encode_lines(entries: Iterable[tuple[int, JudgedFlow]]) -> list[str]:
+def _encode_lines(entries: Iterable[tuple[int, EvaluatedFlow]]) -> list[str]:
     return [json.dumps(_encode(index, flow), separators=(",", ":")) + "\n" for index, flow in entries]
 
 
-def _encode(index: int, flow: JudgedFlow) -> dict[str, Any]:
+def _encode(index: int, flow: EvaluatedFlow) -> dict[str, Any]:
     peer = flow.peer
     return {
         "index": index,
@@ -166,7 +166,7 @@ def _encode(index: int, flow: JudgedFlow) -> dict[str, Any]:
     }
 
 
-def _decode(tree: dict[str, Any]) -> tuple[int, JudgedFlow]:
+def _decode(tree: dict[str, Any]) -> tuple[int, EvaluatedFlow]:
     peer = Identity(
         pod=PodRef(tree["namespace"], tree["pod"]),
         ips=tuple(ipaddress.ip_address(ip) for ip in tree["ips"]),
@@ -178,7 +178,7 @@ def _decode(tree: dict[str, Any]) -> tuple[int, JudgedFlow]:
         named_ports=tuple(NamedPort(name, int(number), Protocol(proto)) for name, number, proto in tree["ports"]),
     )
     address = ipaddress.ip_address(tree["address"])
-    flow = JudgedFlow(Direction(tree["direction"]), peer, address, int(tree["port"]), Protocol(tree["protocol"]))
+    flow = EvaluatedFlow(Direction(tree["direction"]), peer, address, int(tree["port"]), Protocol(tree["protocol"]))
     index = int(tree["index"])
     if not FIRST <= index <= MAX_INDEX:
         raise ValueError(f"index: {index} is not {FIRST} to {MAX_INDEX}")

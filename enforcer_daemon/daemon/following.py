@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Endpoints after a change: brought to the latest world namespace by namespace, none of which waits for another.
+"""Endpoints after a change: brought to the latest state namespace by namespace, none of which waits for another.
 
 The policies of a namespace are compiled in a thread within its budget (`sources/turns.py`). Worlds may follow one
 another meanwhile; a namespace takes the latest when its turn comes, and skips those between.
@@ -13,11 +13,11 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import NamedTuple
 
+from enforcer_daemon.daemon.clusterstate import CompiledState
 from enforcer_daemon.daemon.endpoint import Change, Endpoint
 from enforcer_daemon.daemon.kernel import Kernel, guarded
-from enforcer_daemon.daemon.rejudging import Rejudging
+from enforcer_daemon.daemon.reevaluation import Reevaluation
 from enforcer_daemon.daemon.staleflows import StaleFlows
-from enforcer_daemon.daemon.world import CompiledWorld
 from enforcer_daemon.errors import DataplaneError, EnforcerError
 from enforcer_daemon.model import Identity, NetnsId
 from enforcer_daemon.policy.address_rules import size_of
@@ -35,7 +35,7 @@ class _Turn:
 
     lock: asyncio.Lock = field(default_factory=asyncio.Lock)
     asked: int = 0
-    """How many worlds it was to follow."""
+    """How many states it was to follow."""
     done: int = 0
     """How many of them it has followed."""
     waiting: int = 0
@@ -46,39 +46,39 @@ class FollowingWork(NamedTuple):
 
     kernel: Kernel
     turns: Turns
-    rejudging: Rejudging
+    reevaluation: Reevaluation
     stale: StaleFlows
 
 
 class Following:
-    """Follows worlds. For the event loop's thread alone."""
+    """Follows states. For the event loop's thread alone."""
 
     def __init__(
         self,
         endpoints: Mapping[NetnsId, Endpoint],
         work: FollowingWork,
-        leave_unsettled: Callable[[Endpoint, EnforcerError], None],
+        leave_pending: Callable[[Endpoint, EnforcerError], None],
         log: Logger,
     ) -> None:
         """Follow for these endpoints, as they are at any time."""
         self._endpoints = endpoints
-        self._kernel, self._turns, self._rejudging, self._stale = work
-        self._leave_unsettled = leave_unsettled
+        self._kernel, self._turns, self._reevaluation, self._stale = work
+        self._leave_pending = leave_pending
         self._log = log
-        self._world: CompiledWorld | None = None
+        self._state: CompiledState | None = None
         self._namespaces: dict[str, _Turn] = {}
         self._labelled: set[str] = set()
         """Namespaces that have not seen yet that some namespace's labels changed."""
 
-    async def follow(self, world: CompiledWorld) -> None:
-        """Bring what the world changes to it; return when that is done."""
-        before, self._world = self._world, world
+    async def follow(self, state: CompiledState) -> None:
+        """Bring what the state changes to it; return when that is done."""
+        before, self._state = self._state, state
         touched = {
             endpoint.identity.pod.namespace
             for endpoint in self._endpoints.values()
-            if before is None or endpoint.is_touched(before, world)
+            if before is None or endpoint.is_touched(before, state)
         }
-        if before is None or before.world.namespaces != world.world.namespaces:
+        if before is None or before.cluster.namespaces != state.cluster.namespaces:
             touched = namespaces_of(self._endpoints.values())
             self._labelled |= touched
         async with asyncio.TaskGroup() as tasks:
@@ -92,7 +92,7 @@ class Following:
         number = turn.asked
         try:
             async with turn.lock:
-                if turn.done < number:  # Else one before took this world along.
+                if turn.done < number:  # Else one before took this state along.
                     asked = turn.asked
                     await self._bring(namespace)
                     turn.done = asked
@@ -102,32 +102,32 @@ class Following:
                 del self._namespaces[namespace]
 
     async def _bring(self, namespace: str) -> None:
-        """Bring one namespace's endpoints to the latest world."""
-        world = self._latest()
-        await self._turns.run(namespace, partial(_prepare, world, self._compiled_for(world, namespace)))
+        """Bring one namespace's endpoints to the latest state."""
+        state = self._latest()
+        await self._turns.run(namespace, partial(_prepare, state, self._compiled_for(state, namespace)))
         are_labels_new = namespace in self._labelled
         self._labelled.discard(namespace)
-        reguarded: list[Endpoint] = []
+        to_guard: list[Endpoint] = []
         changed: list[tuple[Endpoint, Change]] = []
         for endpoint in self._of(namespace):
             before = guarded(endpoint.sandbox, endpoint.policy)
             known_as = endpoint.identity
-            change = endpoint.update(world.identity_of(endpoint.sandbox.requests, known_as), world.snapshot)
+            change = endpoint.update(state.identity_of(endpoint.sandbox.requests, known_as), state.snapshot)
             if change.is_identity_new:
                 self._stale.note_change(known_as, endpoint.identity)
             if guarded(endpoint.sandbox, endpoint.policy) != before:
-                reguarded.append(endpoint)
+                to_guard.append(endpoint)
             if change.is_identity_new or change.is_policy_new or are_labels_new:
-                endpoint.forget_unfinished(world, change)
+                endpoint.end_half_open(state, change)
                 changed.append((endpoint, change))
         async with asyncio.TaskGroup() as tasks:
             for endpoint, change in changed:
-                tasks.create_task(self._rejudging.judge(endpoint, world, change))
-        for endpoint in reguarded:
+                tasks.create_task(self._reevaluation.evaluate(endpoint, state, change))
+        for endpoint in to_guard:
             if problem := endpoint.policy.ingress.problem or endpoint.policy.egress.problem:
                 self._log.error("rules left out", pod=str(endpoint.identity.pod), problem=problem)
-        await self._guard(reguarded)
-        await self._rejudging.judge_masqueraded(reguarded)
+        await self._guard(to_guard)
+        await self._reevaluation.reevaluate_masqueraded(to_guard)
         if self._stale.is_pending and changed:  # What ended is this namespace's, or of pods that have flows with it.
             await self._stale.settle_or_leave()
 
@@ -137,31 +137,31 @@ class Following:
                 await self._kernel.guard(*batch)
             except DataplaneError as err:
                 for endpoint in batch:
-                    self._leave_unsettled(endpoint, err)
+                    self._leave_pending(endpoint, err)
 
-    def _compiled_for(self, world: CompiledWorld, namespace: str) -> list[Identity]:
+    def _compiled_for(self, state: CompiledState, namespace: str) -> list[Identity]:
         """Return the pods whose policies are asked for: the namespace's own, and of those with new labels the peers."""
         found = []
         for endpoint in self._of(namespace):
-            identity = world.identity_of(endpoint.sandbox.requests, endpoint.identity)
+            identity = state.identity_of(endpoint.sandbox.requests, endpoint.identity)
             found.append(identity)
             if endpoint.is_identity_new(identity):
-                peers = (judged.peer for _, judged in endpoint.flows)
-                found += [peer for peer in peers if world.evaluates(peer)]
+                peers = (evaluated.peer for _, evaluated in endpoint.flows)
+                found += [peer for peer in peers if state.evaluates(peer)]
         return found
 
     def _of(self, namespace: str) -> list[Endpoint]:
         return [endpoint for endpoint in self._endpoints.values() if endpoint.identity.pod.namespace == namespace]
 
-    def _latest(self) -> CompiledWorld:
-        if self._world is None:
-            raise RuntimeError("a namespace follows a world before there is one")
-        return self._world
+    def _latest(self) -> CompiledState:
+        if self._state is None:
+            raise RuntimeError("a namespace follows a state before there is one")
+        return self._state
 
 
-def _prepare(world: CompiledWorld, identities: Iterable[Identity]) -> None:
+def _prepare(state: CompiledState, identities: Iterable[Identity]) -> None:
     for identity in identities:
-        world.prepare(identity)
+        state.prepare(identity)
 
 
 def namespaces_of(endpoints: Iterable[Endpoint]) -> set[str]:

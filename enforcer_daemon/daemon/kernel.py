@@ -62,7 +62,7 @@ class Kernel:
             present = [guarded(e.sandbox, e.policy) for e in endpoints if e.is_open]
             await asyncio.to_thread(self._guard.apply, *present)
 
-    async def unguard(self, name: AttachmentId) -> None:
+    async def remove_guard(self, name: AttachmentId) -> None:
         """Forget a sandbox by its name on the host."""
         async with self._guarding:
             await asyncio.to_thread(self._guard.remove, name)
@@ -98,7 +98,7 @@ class Kernel:
         async with self._guarding:
             await asyncio.to_thread(self._guard.change_virtual, change)
 
-    async def guard_anew(self, endpoints: Iterable[Endpoint]) -> None:
+    async def replace_guard(self, endpoints: Iterable[Endpoint]) -> None:
         """Replace the whole table by these endpoints, as they are when their turn comes; raise DataplaneError."""
         async with self._guarding:
             present = [guarded(e.sandbox, e.policy) for e in endpoints if e.is_open]

@@ -141,7 +141,9 @@ def _report(endpoint: Endpoint, direction: Direction, flow: SentTuple, prefix: s
         return
     remote = flow.destination if direction is Direction.EGRESS else flow.source
     side = endpoint.policy.direction(direction)
-    rules = side.judge(None, remote, flow.destination_port, Protocol(flow.protocol)).rules if side.is_isolated else ()
+    rules = (
+        side.evaluate(None, remote, flow.destination_port, Protocol(flow.protocol)).rules if side.is_isolated else ()
+    )
     reason = Reason(prefix)
     detail = "dropped by the guard on the node"
     endpoint.flow_log.take(

@@ -36,7 +36,7 @@ class PlacementGuard:
         while True:
             await self._misplaced.wait()
             self._misplaced.clear()
-            await self._endpoints.judge_again()
+            await self._endpoints.reevaluate()
             await asyncio.sleep(_ENDING_EVERY_S)
 
     async def _deny(self, node: str, why: str) -> None:

@@ -6,7 +6,7 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from enforcer_daemon.identity.given import check_given_files
+from enforcer_daemon.identity.external import check_external_files
 from enforcer_daemon.identity.keystore import check_files
 from enforcer_daemon.settings import CredentialSource, Settings
 from enforcer_daemon.sources.manifests import manifest_files, read_file, unique_objects
@@ -27,7 +27,7 @@ def _credential_problems(settings: Settings, wall_now: float) -> list[str]:
         case CredentialSource.AUTHORITY:
             return check_files(settings)
         case CredentialSource.FILES:
-            return check_given_files(settings, wall_now)
+            return check_external_files(settings, wall_now)
         case CredentialSource.KUBERNETES:
             return []  # Its files are the daemon's own.
 

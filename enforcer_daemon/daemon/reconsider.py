@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Established flows after a change of policy or labels: which of them may go on.
 
-Each end judges its own direction. Where the pod's own labels changed, its node also judges the peer's direction, since
-the peer's node knows the old labels until the next handshake; every node has all policies.
+Each end evaluates its own direction. Where the pod's own labels changed, its node also evaluates the peer's direction,
+since the peer's node knows the old labels until the next handshake; every node has all policies.
 """
 
 from __future__ import annotations
@@ -10,10 +10,10 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
 
-from enforcer_daemon.daemon.world import CompiledWorld
-from enforcer_daemon.datapath.flowindex import BY_ADDRESS, FlowIndex, JudgedBy
+from enforcer_daemon.daemon.clusterstate import CompiledState
+from enforcer_daemon.datapath.flowindex import BY_ADDRESS, EvaluatedBy, FlowIndex
 from enforcer_daemon.dataplane.established import ReleasedFlow
-from enforcer_daemon.model import Direction, Identity, IPAddress, JudgedFlow, Protocol
+from enforcer_daemon.model import Direction, EvaluatedFlow, Identity, IPAddress, Protocol
 from enforcer_daemon.policy.evaluate import DirectionPolicy, PodPolicy
 
 _PROTOCOLS = frozenset(Protocol)
@@ -26,7 +26,7 @@ where the node does not know."""
 class MasqueradedFlows:
     """Flows of one endpoint that were let in as the node's, and of which some are those of masqueraded clients.
 
-    The guard let these in by their own address, and by that they are judged again.
+    The guard let these in by their own address, and by that they are evaluated again.
     """
 
     home: frozenset[IPAddress]
@@ -42,7 +42,7 @@ class MasqueradedFlows:
         source = self.true_source(flow.protocol, *ends)
         if source is None or source in self.home:
             return False
-        return not self.ingress.judge(None, source, flow.destination_port, Protocol(flow.protocol)).is_allowed
+        return not self.ingress.evaluate(None, source, flow.destination_port, Protocol(flow.protocol)).is_allowed
 
 
 @dataclass(slots=True)
@@ -52,7 +52,7 @@ class Reconsideration:
     own: Identity
     policy: PodPolicy
     flows: FlowIndex
-    world: CompiledWorld
+    state: CompiledState
     is_identity_new: bool
     is_peer_denied: Callable[[Identity], bool] = lambda _: False
     """Tells whether a peer is believed no longer, whatever policy says."""
@@ -60,15 +60,15 @@ class Reconsideration:
     """Indexes, and whether their flows are allowed as a whole."""
 
     def is_moot(self, indexes: Iterable[int]) -> bool:
-        """Return whether every flow judged by an identity may go on; `indexes` are all those of the flow index."""
+        """Return whether every flow evaluated by an identity may go on; `indexes` are all those of the flow index."""
         return self.flows.is_complete and all(self.is_index_allowed(index) for index in indexes)
 
     def is_index_allowed(self, index: int) -> bool:
         """Return whether all flows of an index may go on; by address or unknown, each is looked at."""
         known = self._known.get(index)
         if known is None:
-            judged = self.flows.get(index)
-            known = self._known[index] = judged is not None and not self.is_denied(judged)
+            evaluated = self.flows.get(index)
+            known = self._known[index] = evaluated is not None and not self.is_denied(evaluated)
         return known
 
     def is_ended(self, flow: ReleasedFlow) -> bool:
@@ -79,19 +79,19 @@ class Reconsideration:
             return self._side(flow)[0].is_isolated
         return not self.is_index_allowed(flow.index)
 
-    def is_index_denied(self, index: JudgedBy) -> bool:
-        """Return whether handshakes that were judged under an index, or will have one, are no longer allowed.
+    def is_index_denied(self, index: EvaluatedBy) -> bool:
+        """Return whether handshakes that were evaluated under an index, or will have one, are no longer allowed.
 
         Their peers have identities; where the table had no room for one, either direction's isolation counts.
         """
-        if isinstance(index, JudgedFlow):
+        if isinstance(index, EvaluatedFlow):
             return self.is_denied(index)
         if self.flows.get(index) is None:
             return self.policy.ingress.is_isolated or self.policy.egress.is_isolated
         return not self.is_index_allowed(index)
 
-    def is_denied(self, flow: JudgedFlow) -> bool:
-        """Judge what the flows of one index have in common by the world as it is now."""
+    def is_denied(self, flow: EvaluatedFlow) -> bool:
+        """Evaluate what the flows of one index have in common by the state as it is now."""
         peer = flow.peer
         if peer.pod == self.own.pod and peer.trust_domain == self.own.trust_domain:
             return False
@@ -99,25 +99,25 @@ class Reconsideration:
             return True
         is_local = peer.trust_domain == self.own.trust_domain
         if is_local:
-            peer = replace(peer, namespace_labels=self.world.world.labels_of(peer.pod.namespace))
+            peer = replace(peer, namespace_labels=self.state.cluster.labels_of(peer.pod.namespace))
         own_side = self.policy.direction(flow.direction)
-        if not own_side.judge(peer, flow.address, flow.port, flow.protocol).is_allowed:
+        if not own_side.evaluate(peer, flow.address, flow.port, flow.protocol).is_allowed:
             return True
         return self.is_identity_new and is_local and self._is_denied_by_peer(flow, peer)
 
-    def _is_denied_by_peer(self, flow: JudgedFlow, peer: Identity) -> bool:
-        if not self.world.evaluates(peer):
+    def _is_denied_by_peer(self, flow: EvaluatedFlow, peer: Identity) -> bool:
+        if not self.state.evaluates(peer):
             return False  # Its node does.
         opposite = Direction.INGRESS if flow.direction is Direction.EGRESS else Direction.EGRESS
-        policy = self.world.snapshot.pod_policy(peer).direction(opposite)
+        policy = self.state.snapshot.pod_policy(peer).direction(opposite)
         address = next((ip for ip in self.own.ips if ip.version == flow.address.version), self.own.ips[0])
-        return not policy.judge(self.own, address, flow.port, flow.protocol).is_allowed
+        return not policy.evaluate(self.own, address, flow.port, flow.protocol).is_allowed
 
     def _is_denied_by_address(self, flow: ReleasedFlow) -> bool:
         policy, address = self._side(flow)
         if flow.protocol not in _PROTOCOLS:
-            return not policy.judge(None, address, None, None).is_allowed
-        return not policy.judge(None, address, flow.destination_port, Protocol(flow.protocol)).is_allowed
+            return not policy.evaluate(None, address, None, None).is_allowed
+        return not policy.evaluate(None, address, flow.destination_port, Protocol(flow.protocol)).is_allowed
 
     def _side(self, flow: ReleasedFlow) -> tuple[DirectionPolicy, IPAddress]:
         """Return the pod's policy for the direction in which the flow was opened, and the remote address."""

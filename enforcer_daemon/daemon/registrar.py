@@ -29,7 +29,7 @@ class Registrar:
         if cluster is not None:
             self._admission = Admission(cluster, settings.node, _ADMISSION_TIMEOUT_S)
         self.is_started = False
-        """Whether the endpoints of an earlier daemon have been adopted."""
+        """Whether the endpoints of an earlier daemon have been recovered."""
 
     async def add(self, request: AddRequest, netns_fd: int) -> None:
         """Enforce a pod's interface, as the pod that the cluster knows under its name and UID."""
@@ -61,5 +61,5 @@ class Registrar:
         if readiness.availability is not Availability.READY:
             return readiness
         if not self.is_started:
-            return Readiness(Availability.NOT_READY, "the endpoints of an earlier daemon are being adopted")
+            return Readiness(Availability.NOT_READY, "the endpoints of an earlier daemon are being recovered")
         return replace(readiness, detail="" if self.cluster is None else self.cluster.lag())

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Build the daemon from its settings, keep it going, and stop it in order.
 
-Start: keys, rules backend, first world, the endpoints of an earlier daemon, queued deletions, then the sockets. What
+Start: keys, rules backend, first state, the endpoints of an earlier daemon, queued deletions, then the sockets. What
 cannot start ends the process with a message; systemd or kubelet starts it again, and meanwhile released flows go on.
 """
 
@@ -16,8 +16,9 @@ from collections.abc import AsyncIterator
 from contextlib import ExitStack, suppress
 
 from enforcer_daemon.daemon.announcements import Announcements
+from enforcer_daemon.daemon.clusterstate import CompiledState, compile_state, with_large_namespaces
+from enforcer_daemon.daemon.discovery import Discovery
 from enforcer_daemon.daemon.endpoints import Endpoints
-from enforcer_daemon.daemon.enrolment import Enrolment
 from enforcer_daemon.daemon.following import namespaces_of
 from enforcer_daemon.daemon.kernel import Kernel
 from enforcer_daemon.daemon.leases import LeaseKeeper
@@ -28,11 +29,10 @@ from enforcer_daemon.daemon.placement import PlacementGuard
 from enforcer_daemon.daemon.registrar import Registrar
 from enforcer_daemon.daemon.status import Status
 from enforcer_daemon.daemon.vouching import Vouching
-from enforcer_daemon.daemon.world import CompiledWorld, compile_world, with_large_namespaces
 from enforcer_daemon.dataplane.addresses import watch_addresses
+from enforcer_daemon.dataplane.backendrecord import BackendRecord
 from enforcer_daemon.dataplane.backends import choose_backend
 from enforcer_daemon.dataplane.guard import Guard
-from enforcer_daemon.dataplane.succession import Succession
 from enforcer_daemon.errors import DataplaneError, SettingsError
 from enforcer_daemon.kube.credentials import ClusterCredentials
 from enforcer_daemon.kube.events import EventSender
@@ -46,16 +46,16 @@ from enforcer_daemon.registration.server import RegistrationServer
 from enforcer_daemon.settings import CredentialSource, NetworkSettings, Settings
 from enforcer_daemon.settings_file import split_listen
 from enforcer_daemon.sources.directory import DirectorySource
-from enforcer_daemon.sources.manifests import Problem, World
+from enforcer_daemon.sources.manifests import ClusterState, Problem
 from enforcer_daemon.sources.turns import SWITCH_INTERVAL_S, Turns
 from enforcer_daemon.telemetry.events import EventBook
 from enforcer_daemon.telemetry.logs import Logger
 from enforcer_daemon.telemetry.metrics import LOST_CAUSES, Metrics
 
-_TEND_S = 0.1
+_TIMERS_EVERY_S = 0.1
 """How often endpoints give up what took too long, seconds."""
 _SPACING = 5.0
-"""Between two worlds passes this many times the processor time that the first took on the loop."""
+"""Between two states passes this many times the processor time that the first took on the loop."""
 _UPKEEP_S = 1.0
 """How often the clock, tokens, queued deletions and vanished namespaces are looked at, seconds."""
 
@@ -93,7 +93,7 @@ class Daemon:
         self._node = Node(settings, log, limits=limits)
         if credentials is not None:
             self._node.outside_problem = lambda: credentials.problem
-        self._metrics = Metrics(self._node.context.bound_hits)
+        self._metrics = Metrics(self._node.context.limit_hits)
         backend = choose_backend(settings.dataplane.rules_backend)
         run_dir = settings.registration.run_dir
         self._deletions = run_dir / "deletions"
@@ -119,14 +119,14 @@ class Daemon:
         self._leases = LeaseKeeper(self._endpoints, limits.leases, log, self._metrics)
         self._registrar = Registrar(self._endpoints, settings, self._cluster)
         results = settings.registration.cni_results_dir
-        self._enrolment = None if results is None else Enrolment(results, self._registrar, self._endpoints.knows, log)
+        self._discovery = None if results is None else Discovery(results, self._registrar, self._endpoints.knows, log)
         self._status = Status(settings, self._node, self._registrar, self._metrics, self._kernel)
         self._status.placement = self._placement
         self._admin = AdminServer(run_dir / "admin.sock", self._status.commands())
         self._registration = RegistrationServer(run_dir / "registration.sock", self._registrar)
         self._networks: NetworkSettings | None = None
-        self._world: CompiledWorld | None = None
-        self._told: set[Problem] = set()
+        self._state: CompiledState | None = None
+        self._reported: set[Problem] = set()
         log.info("starting", node=settings.node, rules_backend=backend.name, run_dir=str(run_dir))
 
     async def run(self) -> None:
@@ -148,7 +148,7 @@ class Daemon:
         self._log.info("stopped")
 
     async def _work(self) -> None:
-        addresses, worlds = watch_addresses(), self._worlds()
+        addresses, states = watch_addresses(), self._states()
         async with asyncio.TaskGroup() as tasks:
             if self._cluster is not None:
                 await self._cluster.open()
@@ -157,26 +157,26 @@ class Daemon:
                 tasks.create_task(self._placement.run(), name="placement")
             if self._events is not None:
                 tasks.create_task(self._events.run(), name="events")
-            # Operators are answered while the first world is awaited, which takes as long as the API server is away.
+            # Operators are answered while the first state is awaited, which takes as long as the API server is away.
             tasks.create_task(self._admin.serve(), name="admin")
             await self._take_addresses(await anext(addresses))
-            await self._take(await anext(worlds))
+            await self._take(await anext(states))
             self._endpoints.load()
-            # A pod that was deleted meanwhile may lack its interfaces already: there is nothing to adopt.
+            # A pod that was deleted meanwhile may lack its interfaces already: there is nothing to recover.
             drained = await drain(self._deletions, self._endpoints.delete)
-            await self._adopt()
-            # Asking for the next world says that the first is in force; before, the cluster admits no pod.
-            tasks.create_task(self._follow_worlds(worlds), name="policies")
-            if self._enrolment is not None:
-                await self._enrolment.look(is_start=True)
-                tasks.create_task(self._enrol(self._enrolment), name="enrolment")
+            await self._recover()
+            # Asking for the next state says that the first is in force; before, the cluster admits no pod.
+            tasks.create_task(self._follow_states(states), name="policies")
+            if self._discovery is not None:
+                await self._discovery.look(is_start=True)
+                tasks.create_task(self._discover(self._discovery), name="discovery")
             _leave_out_of_collections()
             self._registrar.is_started = True
             self._log.info("ready", endpoints=len(self._endpoints), queued_deletions=drained.deleted)
             tasks.create_task(self._registration.serve(), name="registration")
             if self._settings.metrics.listen is not None:
                 tasks.create_task(self._serve_metrics(self._settings.metrics.listen), name="metrics")
-            tasks.create_task(self._tend(), name="tend")
+            tasks.create_task(self._run_timers(), name="run_timers")
             tasks.create_task(self._leases.run(), name="leases")
             tasks.create_task(self._upkeep(), name="upkeep")
             tasks.create_task(self._keep_rules(), name="rules")
@@ -184,68 +184,68 @@ class Daemon:
             tasks.create_task(self._notices.run(), name="guard's log")
             tasks.create_task(self._follow_addresses(addresses), name="addresses")
 
-    async def _adopt(self) -> None:
+    async def _recover(self) -> None:
         backend = self._kernel.backend
-        succession = Succession(self._settings.registration.run_dir)
-        self._kernel.earlier = succession.begin(backend)
-        if await self._endpoints.adopt():
-            succession.finish(backend)
+        backend_record = BackendRecord(self._settings.registration.run_dir)
+        self._kernel.earlier = backend_record.begin(backend)
+        if await self._endpoints.recover():
+            backend_record.finish(backend)
         self._kernel.earlier = ()  # Pods that come from now on have no other rules.
 
-    def _worlds(self) -> AsyncIterator[World]:
-        return self._directory_worlds() if self._cluster is None else self._cluster.worlds()
+    def _states(self) -> AsyncIterator[ClusterState]:
+        return self._directory_states() if self._cluster is None else self._cluster.states()
 
-    async def _directory_worlds(self) -> AsyncIterator[World]:
+    async def _directory_states(self) -> AsyncIterator[ClusterState]:
         directory = self._settings.policy_dir
         if directory is not None:
             if not directory.is_dir():
                 # Without policies every pod would be open: not what somebody meant who configured some.
                 raise SettingsError(f"policyDir: {directory} is not a directory")
-            async for world in DirectorySource(directory, self._settings.state_dir / "last-good").watch():
-                yield world
-        yield World()
+            async for state in DirectorySource(directory, self._settings.state_dir / "last-good").watch():
+                yield state
+        yield ClusterState()
         await asyncio.Event().wait()
 
-    async def _follow_worlds(self, worlds: AsyncIterator[World]) -> None:
-        """Follow one world after the other; a namespace that takes long holds up neither later ones nor others."""
+    async def _follow_states(self, states: AsyncIterator[ClusterState]) -> None:
+        """Follow one state after the other; a namespace that takes long holds up neither later ones nor others."""
         async with asyncio.TaskGroup() as tasks:
-            async for world in worlds:
+            async for state in states:
                 started, working = time.monotonic(), time.thread_time()
-                tasks.create_task(self._put_in_force(await self._compile(world), started))
-                # New pods are judged by it from here on, so it may be called in force. Changes that follow one another
-                # without end leave the loop most of its time.
+                tasks.create_task(self._put_in_force(await self._compile(state), started))
+                # New pods are evaluated by it from here on, so it may be called in force. Changes that follow one
+                # another without end leave the loop most of its time.
                 await asyncio.sleep((time.thread_time() - working) * _SPACING)
 
-    async def _take(self, world: World) -> None:
-        await self._put_in_force(await self._compile(world), time.monotonic())
+    async def _take(self, state: ClusterState) -> None:
+        await self._put_in_force(await self._compile(state), time.monotonic())
 
-    async def _compile(self, world: World) -> CompiledWorld:
+    async def _compile(self, state: ClusterState) -> CompiledState:
         await self._follow_networks()
-        namespaces = {ref.namespace for ref in world.pods} | namespaces_of(self._endpoints)
-        compiled = compile_world(world, self._settings, self._world, namespaces)
-        self._world = with_large_namespaces(compiled, namespaces)
-        return self._world
+        namespaces = {ref.namespace for ref in state.pods} | namespaces_of(self._endpoints)
+        compiled = compile_state(state, self._settings, self._state, namespaces)
+        self._state = with_large_namespaces(compiled, namespaces)
+        return self._state
 
-    async def _put_in_force(self, compiled: CompiledWorld, started: float) -> None:
-        world, generation = compiled.world, compiled.snapshot.generation
+    async def _put_in_force(self, compiled: CompiledState, started: float) -> None:
+        state, generation = compiled.cluster, compiled.snapshot.generation
         await self._endpoints.follow(compiled)
         self._metrics.update_seconds.observe(time.monotonic() - started)
-        if self._status.world is not None and self._status.world.snapshot.generation > generation:
+        if self._status.cluster is not None and self._status.cluster.snapshot.generation > generation:
             return  # A later one was in force sooner.
-        self._status.world = compiled
+        self._status.cluster = compiled
         self._metrics.snapshot_generation.set(generation)
-        replaced = sum(problem.has_earlier is True for problem in world.problems)
-        self._metrics.count_refused(replaced, len(world.problems) - replaced)
+        replaced = sum(problem.has_earlier is True for problem in state.problems)
+        self._metrics.count_refused(replaced, len(state.problems) - replaced)
         if self._announcements is not None and self._cluster is not None:
             self._announcements.note_refused(self._cluster.refused_policies())
             self._announcements.note_refused_services(self._cluster.refused_services())
-        told, self._told = self._told, set(world.problems)
-        for problem in self._told - told:
+        told, self._reported = self._reported, set(state.problems)
+        for problem in self._reported - told:
             self._log.error("object refused", problem=str(problem), earlier_in_force=problem.has_earlier)
-        self._log.info("policies in force", generation=generation, policies=len(world.policies))
+        self._log.info("policies in force", generation=generation, policies=len(state.policies))
 
     async def _follow_networks(self) -> None:
-        """Class addresses by the networks in force; the guard learns them at adoption, and of later ones here."""
+        """Class addresses by the networks in force; the guard learns them at recovery, and of later ones here."""
         networks = self._settings.networks if self._cluster is None else self._cluster.networks()
         await self._follow_services()
         if networks == self._networks:
@@ -255,7 +255,7 @@ class Daemon:
         self._log.info("networks", enforced=list(map(str, networks.enforced)), virtual=list(map(str, networks.virtual)))
         try:
             if self._networks is not None:
-                await self._endpoints.guard_again()
+                await self._endpoints.reconcile_guard()
         except DataplaneError as err:
             self._log.error("guard not changed, will try again", error=str(err))
         else:
@@ -284,15 +284,15 @@ class Daemon:
         except DataplaneError as err:
             self._log.error("guard not changed, will try again", error=str(err))
 
-    async def _enrol(self, enrolment: Enrolment) -> None:
+    async def _discover(self, discovery: Discovery) -> None:
         while True:
             await asyncio.sleep(self._limits.discovery_interval_s)
-            await enrolment.look()
+            await discovery.look()
 
-    async def _tend(self) -> None:
+    async def _run_timers(self) -> None:
         while True:
-            await asyncio.sleep(_TEND_S)
-            self._endpoints.tend()
+            await asyncio.sleep(_TIMERS_EVERY_S)
+            self._endpoints.run_timers()
 
     async def _upkeep(self) -> None:
         while True:
@@ -339,8 +339,8 @@ class Daemon:
 def _leave_out_of_collections() -> None:
     """Let no search for cyclic garbage walk what is known by now.
 
-    With the objects of a large cluster each full one takes tenths of a second, in which no packet is judged. They are
-    trees without cycles, so what goes out of use is still freed at once.
+    With the objects of a large cluster each full one takes tenths of a second, in which no packet is evaluated. They
+    are trees without cycles, so what goes out of use is still freed at once.
     """
     gc.collect()
     gc.freeze()

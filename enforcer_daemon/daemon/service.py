@@ -14,11 +14,11 @@ import asyncio
 import time
 from typing import Protocol
 
-MIN_REST_S = 0.001
+MIN_THROTTLE_S = 0.001
 """The loop's timers know no shorter time: what a queue owes is added up until it is so much."""
-REST_FACTOR = 8
+THROTTLE_FACTOR = 8
 """How much longer than its turns a queue rests: it then has at most a ninth of the enforcer's time."""
-MAX_REST_S = 0.1
+MAX_THROTTLE_S = 0.1
 """A turn takes long where the enforcer had to wait for the CPU: the honest among a queue's clients do not pay for that
 with seconds."""
 MAX_LAG_S = 2.0
@@ -38,7 +38,7 @@ class Queue(Protocol):
         """Whether most of the last packets were dropped."""
 
     @property
-    def is_in_vain(self) -> bool:
+    def is_unproductive(self) -> bool:
         """Whether hardly any of the last packets released a flow."""
 
     @property
@@ -48,8 +48,8 @@ class Queue(Protocol):
     def fileno(self) -> int:
         """Return the descriptor that is readable when packets wait."""
 
-    def read_turn(self) -> int:
-        """Judge some of the packets that wait."""
+    def read_batch(self) -> int:
+        """Evaluate some of the packets that wait."""
 
 
 class Work:
@@ -107,7 +107,7 @@ class QueueService:
 
     def _serve(self) -> None:
         started = time.perf_counter()
-        self._queue.read_turn()
+        self._queue.read_batch()
         now = time.perf_counter()
         if not self._queue.has_more:
             self._behind_since = None
@@ -115,17 +115,17 @@ class QueueService:
             self._behind_since = time.monotonic()
         if self._queue.is_mostly_refused:
             self._owe((now - started) * max(_LEAST_REFUSED_PART, self._work.part(now)))
-        elif self._queue.is_in_vain:
+        elif self._queue.is_unproductive:
             self._owe((now - started) * self._work.part(now))
         else:
             self._work.note(now - started, now)
 
     def _owe(self, used_s: float) -> None:
-        self._owed_s += REST_FACTOR * used_s
-        if self._owed_s < MIN_REST_S:
+        self._owed_s += THROTTLE_FACTOR * used_s
+        if self._owed_s < MIN_THROTTLE_S:
             return
         self._loop.remove_reader(self._fd)
-        self._rest = self._loop.call_later(min(self._owed_s, MAX_REST_S), self._go_on)
+        self._rest = self._loop.call_later(min(self._owed_s, MAX_THROTTLE_S), self._go_on)
         self._owed_s = 0.0
         self.rests += 1
 

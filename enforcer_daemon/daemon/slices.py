@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Work of the event loop on many things, in steps: packets are judged between them."""
+"""Work of the event loop on many things, in steps: packets are evaluated between them."""
 
 from __future__ import annotations
 

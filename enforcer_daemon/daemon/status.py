@@ -12,12 +12,12 @@ from typing import Any
 import structlog
 from cryptography import x509
 
+from enforcer_daemon.daemon.clusterstate import CompiledState
 from enforcer_daemon.daemon.endpoint import Endpoint
 from enforcer_daemon.daemon.kernel import Kernel
 from enforcer_daemon.daemon.node import Node
 from enforcer_daemon.daemon.placement import PlacementGuard
 from enforcer_daemon.daemon.registrar import Registrar
-from enforcer_daemon.daemon.world import CompiledWorld
 from enforcer_daemon.dataplane.guard_links import passed_by_tc
 from enforcer_daemon.dataplane.guard_vouched import NOT_CLAIMED
 from enforcer_daemon.dataplane.queuecounters import LostPackets
@@ -44,7 +44,7 @@ class Status:
         self._metrics = metrics
         self._kernel = kernel
         self._since = time.time()
-        self.world: CompiledWorld | None = None
+        self.cluster: CompiledState | None = None
         self.placement: PlacementGuard | None = None
         """Where placement is looked up."""
 
@@ -89,7 +89,7 @@ class Status:
             ],
             "verifications": self._node.verifier.verifications,
             "drops": self._metrics.denials(),
-            "limits_reached": {limit.value: count for limit, count in self._metrics.bound_hits.items() if count},
+            "limits_reached": {limit.value: count for limit, count in self._metrics.limit_hits.items() if count},
         }
 
     async def _guard(self) -> object:
@@ -102,18 +102,18 @@ class Status:
         return {"problem": self._kernel.guard_problem, "drops": drops, "not_claimed": not_claimed}
 
     def _snapshot(self) -> object:
-        if self.world is None:
+        if self.cluster is None:
             return None
         return {
-            "generation": self.world.snapshot.generation,
-            "policies": len(self.world.world.policies),
-            "namespaces": len(self.world.world.namespaces),
-            "pods": len(self.world.world.pods),
-            "problems": [str(problem) for problem in self.world.world.problems],
+            "generation": self.cluster.snapshot.generation,
+            "policies": len(self.cluster.cluster.policies),
+            "namespaces": len(self.cluster.cluster.namespaces),
+            "pods": len(self.cluster.cluster.pods),
+            "problems": [str(problem) for problem in self.cluster.cluster.problems],
         }
 
     def _is_bare(self, endpoint: Endpoint) -> bool:
-        return self.world is not None and not self.world.knows_labels(endpoint.sandbox.requests)
+        return self.cluster is not None and not self.cluster.knows_labels(endpoint.sandbox.requests)
 
     async def _list_endpoints(self, arguments: dict[str, Any]) -> object:
         wanted = arguments.pop("pod", None)
@@ -179,12 +179,12 @@ def _describe(endpoint: Endpoint) -> dict[str, object]:
         "held_packets": endpoint.datapath.held_packets,
         "leases": {"pairs": len(endpoint.leases), "unanswered": endpoint.leases.unanswered()},
         "lost_packets": endpoint.lost._asdict(),
-        "counters": endpoint.flow_log.counts() | _unjudged(endpoint.lost),
+        "counters": endpoint.flow_log.counts() | _unevaluated(endpoint.lost),
         "recent_denials": [denial.as_json() for denial in endpoint.flow_log.recent],
     }
 
 
-def _unjudged(lost: LostPackets) -> dict[str, int]:
+def _unevaluated(lost: LostPackets) -> dict[str, int]:
     """Return the reasons of what the kernel dropped before anybody looked at it."""
     counts = {Reason.PACKET_RATE: lost.limit, Reason.QUEUE_FULL: lost.queue + lost.buffer}
     return {reason.value: count for reason, count in counts.items() if count}

@@ -9,8 +9,8 @@ from enforcer_daemon.datapath.decisions import FlowPolicy
 from enforcer_daemon.datapath.node import NodeContext
 from enforcer_daemon.datapath.own import OwnPackets
 from enforcer_daemon.errors import PeerError, TokenError
-from enforcer_daemon.handshake.bounds import Bound, Evicted, FairTable
 from enforcer_daemon.handshake.carriers import CarrierFacts
+from enforcer_daemon.handshake.fairtable import Evicted, FairTable, Limit
 from enforcer_daemon.handshake.flowkey import Ends, FlowKey, Role
 from enforcer_daemon.handshake.leases import Leases
 from enforcer_daemon.handshake.local import LocalToken
@@ -67,7 +67,7 @@ class EndpointContext:
         self.withheld: LocalToken | None = None
         """A token that no new flow may show, though it has not expired."""
         self.mtu = mtu
-        self.leases = Leases(node.lease_times, node.random, node.bound_hits)
+        self.leases = Leases(node.lease_times, node.random, node.limit_hits)
         self.fresh_until = 0.0
         """Until when peers may still have released flows of a pod that had the address before, or of this pod under an
         identity that it no longer has; monotonic seconds."""
@@ -80,7 +80,7 @@ class EndpointContext:
         self._held: FairTable[int, _Held] = FairTable(
             settings.max_held_packets_per_pod, settings.max_held_packets_per_source
         )
-        self._own = OwnPackets(settings.max_own_packets, node.bound_hits)
+        self._own = OwnPackets(settings.max_own_packets, node.limit_hits)
 
     # The pod and its token.
 
@@ -103,7 +103,7 @@ class EndpointContext:
         if self.is_own_address(source) and not self.is_own_address(destination):
             raise PeerError(Reason.SPOOFED_SOURCE, "the pod's own packet to others, reflected")
 
-    def let_in(self, destination: bytes, release: Verdict) -> Verdict:
+    def admit(self, destination: bytes, release: Verdict) -> Verdict:
         """Return how an allowed packet comes in: one to a group, or to all, releases no flow.
 
         Its sender may be the pod itself, under a link-local address that a bridge reflects.
@@ -124,7 +124,7 @@ class EndpointContext:
     ) -> None:
         """Leave a decision for the shell to log and count."""
         if len(self.reports) >= self.node.settings.max_reports:
-            self.node.bound_hits[Bound.REPORTS] += 1
+            self.node.limit_hits[Limit.REPORTS] += 1
             return
         self.reports.append(
             FlowReport(
@@ -147,14 +147,14 @@ class EndpointContext:
         """Make the table of a protocol's sessions in one role."""
         settings = self.node.settings
         limits = settings.max_half_open_flows, settings.max_half_open_flows_per_source
-        table = SessionTable(limits, settings.max_settled_flows, self.node.bound_hits)
+        table = SessionTable(limits, settings.max_settled_flows, self.node.limit_hits)
         self.tables[facts.protocol, role] = table
         return table
 
     def evict(self, table: SessionTable, evicted: Evicted[Session]) -> None:
         """End a session that made room for one of its source's own or of another."""
-        bound = Bound.HALF_OPEN_FLOWS_PER_SOURCE if evicted.is_own else Bound.HALF_OPEN_FLOWS
-        self.node.bound_hits[bound] += 1
+        bound = Limit.HALF_OPEN_FLOWS_PER_SOURCE if evicted.is_own else Limit.HALF_OPEN_FLOWS
+        self.node.limit_hits[bound] += 1
         self.report_end(evicted.value, Reason.FLOW_TABLE_FULL, bound.value)
         self.end(table, evicted.value, Event.EVICTED)
 
@@ -210,15 +210,15 @@ class EndpointContext:
 
         If too many wait for others, the oldest one is dropped: of the same source, or of the one with most.
         """
-        hits = self.node.bound_hits
+        hits = self.node.limit_hits
         if len(session.held) >= self.node.settings.max_held_packets:
-            hits[Bound.HELD_PACKETS_PER_FLOW] += 1
-            raise PeerError(Reason.HOLD_QUEUE_FULL, Bound.HELD_PACKETS_PER_FLOW.value)
+            hits[Limit.HELD_PACKETS_PER_FLOW] += 1
+            raise PeerError(Reason.HOLD_QUEUE_FULL, Limit.HELD_PACKETS_PER_FLOW.value)
         hold_id = self.next_hold_id()
         session.held[hold_id] = packet
         evicted = self._held.put(hold_id, _Held(hold_id, now + HOLD_S, session), session.source)
         if evicted is not None:
-            bound = Bound.HELD_PACKETS_PER_SOURCE if evicted.is_own else Bound.HELD_PACKETS
+            bound = Limit.HELD_PACKETS_PER_SOURCE if evicted.is_own else Limit.HELD_PACKETS
             hits[bound] += 1
             dropped = evicted.value
             self.report_end(dropped.session, Reason.HOLD_QUEUE_FULL, bound.value)

@@ -18,7 +18,7 @@ from enforcer_daemon.handshake.frames import SynAckFrame
 from enforcer_daemon.handshake.peers import Peer
 from enforcer_daemon.handshake.session import Grant
 from enforcer_daemon.marks import NODE, RELEASED, released_mark
-from enforcer_daemon.model import Decision, Direction, Identity, IPAddress, JudgedFlow, PodRef, Protocol
+from enforcer_daemon.model import Decision, Direction, EvaluatedFlow, Identity, IPAddress, PodRef, Protocol
 from enforcer_daemon.reasons import Reason
 from enforcer_daemon.verdict import Action, Verdict
 
@@ -36,7 +36,9 @@ class DirectionRules(Interface):
     def is_isolated(self) -> bool:
         """Tell whether any policy selects the pod for this direction."""
 
-    def judge(self, peer: Identity | None, address: IPAddress, port: int | None, protocol: Protocol | None) -> Decision:
+    def evaluate(
+        self, peer: Identity | None, address: IPAddress, port: int | None, protocol: Protocol | None
+    ) -> Decision:
         """Decide on a flow with a peer, or with an address if no identity was shown.
 
         `protocol` None: one that no rule can name, and so has no ports that a rule could name either.
@@ -94,7 +96,7 @@ class Outbound(NamedTuple):
     """What is decided on a flow that the pod opens, before anybody has answered."""
 
     evaluation: Evaluation
-    """By the dialled address alone; a denial of any pod there, if `needs_handshake` is not set."""
+    """By the dialed address alone; a denial of any pod there, if `needs_handshake` is not set."""
     needs_handshake: bool
     """Whether a peer there may show an identity, which decides."""
 
@@ -141,7 +143,7 @@ class FlowPolicy:
 
         A peer that shows an identity counts by that. Else the node's own traffic passes, an address of the enforced
         networks may be required to show one, and policy decides on the address that the packet really came from.
-        `is_answer`: the pod has dialled the same ends, so the packet is the other half of a simultaneous open
+        `is_answer`: the pod has dialed the same ends, so the packet is the other half of a simultaneous open
         (RFC 9293, section 3.5), and connect() returns: then egress to the peer must be allowed as well.
         """
         source = packet.src
@@ -183,12 +185,12 @@ class FlowPolicy:
         question = peer, address, port, protocol
         return self._egress.get(question) or self._ask(Direction.EGRESS, question)
 
-    def require_dialled(self, answer: SynAckFrame, peer: Peer, dialled: tuple[bytes, int], protocol: Protocol) -> None:
-        """Raise PeerError unless the pod is at the address it states, and that one was dialled or is virtual."""
+    def require_dialled(self, answer: SynAckFrame, peer: Peer, dialed: tuple[bytes, int], protocol: Protocol) -> None:
+        """Raise PeerError unless the pod is at the address it states, and that one was dialed or is virtual."""
         if answer.address not in peer.addresses:
             raise PeerError(Reason.RESPONDER_MISMATCH, f"{peer.identity.pod} answers for an address not its own")
-        if (answer.address, answer.port) != dialled and (
-            self._node.networks.destination(*dialled, protocol) is not Destination.VIRTUAL
+        if (answer.address, answer.port) != dialed and (
+            self._node.networks.destination(*dialed, protocol) is not Destination.VIRTUAL
         ):
             raise PeerError(Reason.RESPONDER_MISMATCH, f"{peer.identity.pod} answers for another address")
 
@@ -237,7 +239,7 @@ class FlowPolicy:
         else:
             rules = self._rules.ingress if is_ingress else self._rules.egress
             identity = None if peer is None else peer.identity
-            decision = rules.judge(identity, address, port if protocol is not None else None, protocol)
+            decision = rules.evaluate(identity, address, port if protocol is not None else None, protocol)
         if not decision.is_allowed and peer is None:
             is_authenticated = number in _PROTOCOLS_WITH_IDENTITY
             reason = Reason.UNIDENTIFIED_PEER if is_authenticated else Reason.PROTOCOL_NOT_AUTHENTICATED
@@ -246,7 +248,7 @@ class FlowPolicy:
         if decision.is_allowed:
             grant = _BY_ADDRESS
             if peer is not None and port is not None and protocol is not None:
-                grant = Grant(_UNINDEXED, JudgedFlow(direction, peer.identity, address, port, protocol))
+                grant = Grant(_UNINDEXED, EvaluatedFlow(direction, peer.identity, address, port, protocol))
         if len(table) >= MAX_DECISIONS:
             table.clear()
         evaluation = table[question] = Evaluation(decision, grant)

@@ -9,14 +9,14 @@ from contextlib import suppress
 from typing import NamedTuple
 
 from enforcer_daemon.datapath.context import EndpointContext, FlowReport
-from enforcer_daemon.datapath.flowindex import JudgedBy, judged_by
+from enforcer_daemon.datapath.flowindex import EvaluatedBy, evaluated_by
 from enforcer_daemon.datapath.tcp import TCPFlows
 from enforcer_daemon.datapath.udp import UDPFlows
 from enforcer_daemon.errors import PacketError, PeerError
 from enforcer_daemon.handshake.flowkey import FlowKey, Role
 from enforcer_daemon.handshake.machine import Event, State
 from enforcer_daemon.handshake.session import Grant, Session
-from enforcer_daemon.model import Decision, Direction, JudgedFlow
+from enforcer_daemon.model import Decision, Direction, EvaluatedFlow
 from enforcer_daemon.packet.ip import IPHeader, decode_ip
 from enforcer_daemon.packet.tcp import SYN_ACK, TCP, decode_plain_segment, decode_segment
 from enforcer_daemon.packet.transport import decode_datagram
@@ -34,7 +34,7 @@ class Output(NamedTuple):
     """To apply in order, after the packet's own verdict."""
     reports: Sequence[FlowReport] = ()
     """Decisions to log and count."""
-    entries: Sequence[tuple[int, JudgedFlow]] = ()
+    entries: Sequence[tuple[int, EvaluatedFlow]] = ()
     """New entries of the flow index, to keep for the next daemon."""
     wake_at: float | None = None
     """When to call `run_timers`, monotonic seconds; None: nothing is due as things stand."""
@@ -107,7 +107,7 @@ class EndpointDatapath:
         self._udp.messages.send_leases(context.leases.tick(context.local, now))
         return self._output(DROP)
 
-    def end_denied(self, is_denied: Callable[[JudgedBy], bool]) -> Output:
+    def end_denied(self, is_denied: Callable[[EvaluatedBy], bool]) -> Output:
         """End the flows that were decided by a policy which no longer allows them, by what it allowed.
 
         Both ends of an unfinished connection are reset. The released flows that are remembered end too: their next
@@ -115,7 +115,7 @@ class EndpointDatapath:
         """
 
         def denied(session: Session) -> bool:
-            return (allowed := judged_by(session)) is not None and is_denied(allowed)
+            return (allowed := evaluated_by(session)) is not None and is_denied(allowed)
 
         for carrier in self._carriers:
             carrier.responder.end_denied_rivals(denied)
@@ -142,16 +142,16 @@ class EndpointDatapath:
             self._context.end(table, session, Event.TAKEN_BACK)
         return self._output(DROP)
 
-    def replace_peers(self, replaced: Callable[[JudgedFlow], JudgedFlow]) -> None:
+    def replace_peers(self, replaced: Callable[[EvaluatedFlow], EvaluatedFlow]) -> None:
         """Let unfinished handshakes be those of another identity of the same peer pod."""
         for session in self.sessions():
             grant = session.grant
             if session.release is None and grant is not None and grant.evaluated is not None:
                 session.grant = Grant(grant.verdict, replaced(grant.evaluated))
 
-    def judged_by(self) -> set[JudgedBy]:
+    def evaluated_by(self) -> set[EvaluatedBy]:
         """Return what all flows that are remembered were allowed by: an index if they are released."""
-        return {allowed for session in self.sessions() if (allowed := judged_by(session)) is not None}
+        return {allowed for session in self.sessions() if (allowed := evaluated_by(session)) is not None}
 
     def sessions(self) -> Iterator[Session]:
         """Yield all sessions, those that rival with another among them."""
@@ -186,7 +186,7 @@ class EndpointDatapath:
         if evaluation.grant is None:
             return DROP
         release = evaluation.grant.verdict
-        return release if direction is Direction.EGRESS else context.let_in(datagram.dst, release)
+        return release if direction is Direction.EGRESS else context.admit(datagram.dst, release)
 
     def _drop(self, packet: bytes, direction: Direction, reason: Reason, detail: str) -> Verdict:
         remote, port, protocol = b"", None, 0

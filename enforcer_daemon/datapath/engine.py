@@ -13,15 +13,15 @@ from typing import ClassVar, Generic, Protocol, TypeVar
 from enforcer_daemon.datapath.context import EndpointContext
 from enforcer_daemon.datapath.decisions import Opener
 from enforcer_daemon.errors import PeerError
-from enforcer_daemon.handshake.allowance import TokenBucket
-from enforcer_daemon.handshake.bounds import Bound
 from enforcer_daemon.handshake.carriers import CarrierFacts
+from enforcer_daemon.handshake.fairtable import Limit
 from enforcer_daemon.handshake.flowkey import FlowKey, Role
 from enforcer_daemon.handshake.frames import SYN_OVERHEAD, decode_head, decode_syn_ack, frame_type
 from enforcer_daemon.handshake.machine import REMEMBERED, UNVERIFIED, Event, State
 from enforcer_daemon.handshake.peers import Peer
 from enforcer_daemon.handshake.session import Session
 from enforcer_daemon.handshake.sessions import SessionTable
+from enforcer_daemon.handshake.signaturebudget import TokenBucket
 from enforcer_daemon.marks import RELEASED
 from enforcer_daemon.model import Decision, Direction
 from enforcer_daemon.reasons import Reason
@@ -198,14 +198,12 @@ class Responder(_Side[P]):
                 min(limits[0], settings.max_half_open_flows),
                 min(limits[1], settings.max_half_open_flows_per_source),
             )
-        self.rivals = SessionTable(limits, 0, context.node.bound_hits, self.sessions.names)
+        self.rivals = SessionTable(limits, 0, context.node.limit_hits, self.sessions.names)
         """Handshakes for flows that are under way or released: they end nothing before a proof or the kernel decides.
 
         If the kernel decides, none is evicted: it could be answered unseen, under the release of the earlier flow.
         """
-        self._challenges = TokenBucket(
-            settings.max_handshakes_again_per_s, context.node.bound_hits, Bound.HANDSHAKES_AGAIN
-        )
+        self._challenges = TokenBucket(settings.max_rehandshakes_per_s, context.node.limit_hits, Limit.REHANDSHAKES)
 
     def accept_offer(
         self, packet: P, payload: bytes, key: FlowKey, earlier: Session | None, isn: int, mark: int, now: float,
@@ -273,7 +271,7 @@ class Responder(_Side[P]):
             session.deadline = now + RIVAL_S
             full = rivals.full(session.source)
             if full is not None:
-                context.node.bound_hits[full] += 1
+                context.node.limit_hits[full] += 1
                 raise PeerError(Reason.FLOW_TABLE_FULL, "offers for ports of released flows")
         evicted = rivals.add(session)
         if evicted is not None:

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What released flows were judged by: a number in the flow's conntrack mark stands for peer, address and port.
+"""What released flows were evaluated by: a number in the flow's conntrack mark stands for peer, address and port.
 
 The kernel keeps the flows, so a restart of the daemon loses none; this table says, when policy changes, whom each flow
-is with. A flow that was judged by address alone needs no entry: its address and port are in conntrack.
+is with. A flow that was evaluated by address alone needs no entry: its address and port are in conntrack.
 """
 
 from __future__ import annotations
@@ -12,13 +12,13 @@ from dataclasses import replace
 
 from enforcer_daemon.handshake.session import Grant, Session
 from enforcer_daemon.marks import INDEX_MASK, INDEX_SHIFT, MAX_INDEX, NODE, released_mark
-from enforcer_daemon.model import Identity, JudgedFlow, PodRef
+from enforcer_daemon.model import EvaluatedFlow, Identity, PodRef
 from enforcer_daemon.verdict import Action, Verdict
 
 UNKNOWN = 0
 """Index of flows for which the table had no room: every change ends them."""
 BY_ADDRESS = 1
-"""Index of flows that were judged without an identity."""
+"""Index of flows that were evaluated without an identity."""
 FIRST = 2
 """The lowest index that stands for a peer."""
 
@@ -29,11 +29,11 @@ allows those only where it allows all ports, so a change of policy ends them els
 _MAX_SHARED = 64
 """Entries of port 0 of one peer pod, which has few at a time: each change of its labels may add some."""
 
-JudgedBy = int | JudgedFlow
+EvaluatedBy = int | EvaluatedFlow
 """What a flow was allowed by: an index where it is released, else what will have one."""
 
 
-def judged_by(session: Session) -> JudgedBy | None:
+def evaluated_by(session: Session) -> EvaluatedBy | None:
     """Return what policy allowed a flow by; None if it has allowed nothing yet."""
     allowed = session.allowed_by
     return (allowed & INDEX_MASK) >> INDEX_SHIFT if isinstance(allowed, int) else allowed
@@ -47,18 +47,18 @@ def is_by_address(mark: int) -> bool:
 class FlowIndex:
     """The table of one endpoint, up to the bound of the mark. An entry that no flow bears any longer makes room."""
 
-    def __init__(self, known: Iterable[tuple[int, JudgedFlow]] = (), highest_in_use: int = 0) -> None:
+    def __init__(self, known: Iterable[tuple[int, EvaluatedFlow]] = (), highest_in_use: int = 0) -> None:
         """Take over what an earlier daemon knew.
 
         `highest_in_use` is the highest index in the kernel's marks: an index whose entry was lost must not be given out
-        again, or the flows that bear it would be judged by another peer.
+        again, or the flows that bear it would be evaluated by another peer.
         """
-        self._flows: dict[int, JudgedFlow] = dict(known)
+        self._flows: dict[int, EvaluatedFlow] = dict(known)
         self._numbers = {_content(flow): number for number, flow in self._flows.items()}
         self._next = max(self._flows | {highest_in_use: None, FIRST - 1: None}) + 1
         self.is_complete = len(self._flows) == self._next - FIRST
-        """Whether all flows judged by an identity have an entry: not after a loss, nor when the table was full."""
-        self.fresh: list[tuple[int, JudgedFlow]] = []
+        """Whether all flows evaluated by an identity have an entry: not after a loss, nor when the table was full."""
+        self.fresh: list[tuple[int, EvaluatedFlow]] = []
         """Entries that `take_fresh` has not returned yet."""
         self._ended: set[int] = set()
         self._free: list[int] = []
@@ -78,7 +78,7 @@ class FlowIndex:
             self._count(flow.peer, 1)
 
     def knows(self, address: bytes) -> bool:
-        """Tell whether any peer with this packed address has been judged by its identity."""
+        """Tell whether any peer with this packed address has been evaluated by its identity."""
         return address in self._by_address
 
     def _note_addresses(self, number: int, peer: Identity) -> None:
@@ -95,14 +95,14 @@ class FlowIndex:
     def __len__(self) -> int:
         return len(self._flows)
 
-    def __iter__(self) -> Iterator[tuple[int, JudgedFlow]]:
+    def __iter__(self) -> Iterator[tuple[int, EvaluatedFlow]]:
         return iter(self._flows.items())
 
-    def get(self, number: int) -> JudgedFlow | None:
+    def get(self, number: int) -> EvaluatedFlow | None:
         """Find what an index stands for."""
         return self._flows.get(number)
 
-    def add(self, flow: JudgedFlow) -> int:
+    def add(self, flow: EvaluatedFlow) -> int:
         """Give the index of flows that are released; UNKNOWN where the table is full."""
         number = self._add(flow)
         if number == UNKNOWN:
@@ -126,7 +126,7 @@ class FlowIndex:
         grant.verdict = Verdict(Action.RELEASE, mark=released_mark(number))
         return grant.verdict
 
-    def _add(self, flow: JudgedFlow) -> int:
+    def _add(self, flow: EvaluatedFlow) -> int:
         content = _content(flow)
         number = self._numbers.get(content)
         if number is not None:
@@ -192,15 +192,15 @@ class FlowIndex:
     def _is_last(self, number: int, peer: Identity) -> bool:
         return any(self._by_address.get(ip.packed) == {number} for ip in peer.ips)
 
-    def of_pod(self, identity: Identity) -> dict[int, JudgedFlow]:
+    def of_pod(self, identity: Identity) -> dict[int, EvaluatedFlow]:
         """Return the flows with one pod, under whatever identity it was known, by their index."""
         return {number: flow for number, flow in self._at(identity) if is_of(flow.peer, identity)}
 
-    def of_strangers(self, identity: Identity) -> dict[int, JudgedFlow]:
+    def of_strangers(self, identity: Identity) -> dict[int, EvaluatedFlow]:
         """Return the flows with other pods that had one of this pod's addresses before, by their index."""
         return {number: flow for number, flow in self._at(identity) if not is_of(flow.peer, identity)}
 
-    def _at(self, identity: Identity) -> Iterator[tuple[int, JudgedFlow]]:
+    def _at(self, identity: Identity) -> Iterator[tuple[int, EvaluatedFlow]]:
         found = set[int]().union(*(self._by_address.get(ip.packed, ()) for ip in identity.ips))
         for number in found - self._ended:
             yield number, self._flows[number]
@@ -209,7 +209,7 @@ class FlowIndex:
         """Take note that no flow of these indexes is left, since their peer is gone."""
         self._ended.update(numbers)
 
-    def replace_peer(self, numbers: Iterable[int], identity: Identity) -> list[tuple[int, JudgedFlow]]:
+    def replace_peer(self, numbers: Iterable[int], identity: Identity) -> list[tuple[int, EvaluatedFlow]]:
         """Let flows be those of another identity of the same pod; return the entries, to be kept likewise."""
         changed = [(number, replace(self._flows[number], peer=identity)) for number in numbers]
         for number, flow in changed:
@@ -225,7 +225,7 @@ class FlowIndex:
             self._numbers.setdefault(_content(flow), number)
         return changed
 
-    def take_fresh(self) -> list[tuple[int, JudgedFlow]]:
+    def take_fresh(self) -> list[tuple[int, EvaluatedFlow]]:
         """Give the entries since the last call, to be kept for the next daemon."""
         fresh, self.fresh = self.fresh, []
         return fresh
@@ -241,7 +241,7 @@ def is_of(peer: Identity, identity: Identity) -> bool:
     return is_same_name and (peer.uid == identity.uid or not peer.uid or not identity.uid)
 
 
-def _content(flow: JudgedFlow) -> tuple[object, ...]:
+def _content(flow: EvaluatedFlow) -> tuple[object, ...]:
     """A new token of the same identity must find the same entry."""
     peer = flow.peer
     return (

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from enforcer_daemon.datapath.context import EndpointContext
 from enforcer_daemon.errors import FrameError
-from enforcer_daemon.handshake.datagrams import LONE_EXID, bare, beside, marked
+from enforcer_daemon.handshake.datagrams import STANDALONE_EXID, bare, beside, marked
 from enforcer_daemon.handshake.flowkey import FlowKey, Role
 from enforcer_daemon.handshake.leaseframes import LEASE_PORT
 from enforcer_daemon.handshake.leases import Outgoing
@@ -33,7 +33,7 @@ class Messages:
 
         It does not count in the pod's conntrack: while a datagram is held, it would open the flow the wrong way round.
         """
-        surplus = encode_option(UDP_HEADER, LONE_EXID, content)
+        surplus = encode_option(UDP_HEADER, STANDALONE_EXID, content)
         packet = build_udp(key.own, key.remote, (key.own_port, key.remote_port), b"", surplus)
         self._context.note_message(key.ends, content)
         self._context.effects.append(Inject(packet, is_untracked=True))
@@ -46,7 +46,7 @@ class Messages:
     def has_room(self, datagram: UDPDatagram, message: bytes) -> bool:
         """Tell whether a message fits beside a datagram that can still be rewritten."""
         length = datagram.end + 1 + SURPLUS_OVERHEAD + len(message)
-        is_writable = not datagram.has_surplus and not datagram.is_cut
+        is_writable = not datagram.has_surplus and not datagram.is_gso
         return is_writable and length <= min(self._context.mtu, MAX_MESSAGE_PACKET_BYTES)
 
     def receive_lease(self, datagram: UDPDatagram, content: bytes, now: float) -> Verdict:
@@ -60,7 +60,7 @@ class Messages:
         )
         return TAKEN
 
-    def let_go(self, session: Session, proof: bytes, last: Verdict, now: float) -> None:
+    def establish(self, session: Session, proof: bytes, last: Verdict, now: float) -> None:
         """Let what waits leave in order, the oldest beside the proof or after it; the last has a verdict of its own.
 
         Without an answer each that has room carries the offer: a plain one would be evaluated by its address.
@@ -86,7 +86,7 @@ class Messages:
         if proof:
             self.send(session.key, proof)
 
-    def let_in(self, held: Held, last: Verdict) -> None:
+    def admit(self, held: Held, last: Verdict) -> None:
         """Let what waits go on in order, as the pod's peer sent it; the last one may take the flow with it."""
         for n, (hold_id, datagram) in enumerate(held.items(), 1):
             verdict = last if n == len(held) else ACCEPT

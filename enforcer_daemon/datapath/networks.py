@@ -61,7 +61,7 @@ class Networks:
         self._ports.update(added.ports)
 
     def destination(self, packed: bytes, port: int | None = None, protocol: Protocol = Protocol.TCP) -> Destination:
-        """Return the class of an address that is dialled; a Service's and a node's are virtual on their ports alone.
+        """Return the class of an address that is dialed; a Service's and a node's are virtual on their ports alone.
 
         A configured virtual network may lie inside an enforced one; what a Service lists there stays a pod's address.
         """

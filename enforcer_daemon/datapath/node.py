@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 from enforcer_daemon.datapath.networks import Destination, Networks
 from enforcer_daemon.errors import PeerError
-from enforcer_daemon.handshake.bounds import Bound, FairTable
+from enforcer_daemon.handshake.fairtable import FairTable, Limit
 from enforcer_daemon.handshake.leasepairs import LeaseTimes
 from enforcer_daemon.handshake.limits import HandshakeLimits
 from enforcer_daemon.handshake.peers import Peer, PeerVerifier
@@ -29,9 +29,9 @@ class NodeContext:
     __slots__ = (
         "_nonces",
         "addresses",
-        "bound_hits",
         "deny_with",
         "lease_times",
+        "limit_hits",
         "networks",
         "placement",
         "random",
@@ -61,7 +61,7 @@ class NodeContext:
         """Packed addresses of the node's own interfaces."""
         self.wall_offset_s = 0.0
         """Unix time less monotonic time."""
-        self.bound_hits = verifier.bound_hits
+        self.limit_hits = verifier.limit_hits
         self.placement: Placement | None = None
         """Whether pods are where their nodes say; None: that is not looked up."""
         self.lease_times = LeaseTimes()
@@ -101,4 +101,4 @@ class NodeContext:
         if used is not None and used != connection:
             raise PeerError(Reason.REPLAYED_NONCE)
         if self._nonces.put(nonce, connection, source) is not None:
-            self.bound_hits[Bound.NONCES] += 1
+            self.limit_hits[Limit.NONCES] += 1

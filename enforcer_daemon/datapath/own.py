@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Hashable
 
-from enforcer_daemon.handshake.bounds import Bound, BoundHits
+from enforcer_daemon.handshake.fairtable import Limit, LimitHits
 
 
 class OwnPackets:
@@ -13,7 +13,7 @@ class OwnPackets:
 
     __slots__ = ("_bound", "_hits", "_sent")
 
-    def __init__(self, bound: int, hits: BoundHits) -> None:
+    def __init__(self, bound: int, hits: LimitHits) -> None:
         self._bound = bound
         self._hits = hits
         self._sent: dict[int, int] = {}
@@ -24,7 +24,7 @@ class OwnPackets:
         key = hash(packet)
         count = self._sent.get(key, 0)
         if not count and len(self._sent) >= self._bound:
-            self._hits[Bound.OWN_PACKETS] += 1
+            self._hits[Limit.OWN_PACKETS] += 1
             del self._sent[next(iter(self._sent))]
         self._sent[key] = count + 1
 

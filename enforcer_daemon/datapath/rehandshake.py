@@ -14,14 +14,14 @@ from enforcer_daemon.datapath.context import EndpointContext
 from enforcer_daemon.datapath.engine import Initiator, Responder
 from enforcer_daemon.datapath.messages import Messages, accepted_bare
 from enforcer_daemon.errors import PeerError
-from enforcer_daemon.handshake.allowance import TokenBucket
-from enforcer_daemon.handshake.bounds import Bound
 from enforcer_daemon.handshake.carriers import UDP
+from enforcer_daemon.handshake.fairtable import Limit
 from enforcer_daemon.handshake.flowkey import FlowKey
 from enforcer_daemon.handshake.frames import decode_again, encode_again
 from enforcer_daemon.handshake.machine import REMEMBERED, Event, State
 from enforcer_daemon.handshake.session import Session
 from enforcer_daemon.handshake.sessions import SessionTable
+from enforcer_daemon.handshake.signaturebudget import TokenBucket
 from enforcer_daemon.marks import NODE, RELEASED, REPLY
 from enforcer_daemon.model import Decision
 from enforcer_daemon.packet.udp import UDPDatagram
@@ -48,14 +48,14 @@ class Rehandshakes:
         self._initiator = initiator
         self._responder = responder
         self._begin = begin
-        settings, hits = context.node.settings, context.node.bound_hits
-        rate = settings.max_handshakes_again_per_s
+        settings, hits = context.node.settings, context.node.limit_hits
+        rate = settings.max_rehandshakes_per_s
         # As many as can be asked in the time for which such a flow is remembered, and at once before.
         max_asked = math.ceil(rate * (1 + (UDP.unfinished_s or 0.0)))
         self.asked = SessionTable((max_asked, max_asked), 0, hits)
         """Flows whose sender was asked."""
-        self._begun = TokenBucket(rate, hits, Bound.HANDSHAKES_AGAIN)
-        self._asking = TokenBucket(rate, hits, Bound.HANDSHAKES_AGAIN)
+        self._begun = TokenBucket(rate, hits, Limit.REHANDSHAKES)
+        self._asking = TokenBucket(rate, hits, Limit.REHANDSHAKES)
 
     def requested(self, message: bytes, key: FlowKey, mark: int, now: float) -> Verdict:
         """Rehandshake for a flow that the pod opened and that was released here, while it goes on.

@@ -7,7 +7,7 @@ from enforcer_daemon.errors import PeerError
 from enforcer_daemon.handshake.frames import proof_option
 from enforcer_daemon.handshake.machine import State
 from enforcer_daemon.handshake.session import Session
-from enforcer_daemon.packet.ip import NOT_TO_BE_CUT
+from enforcer_daemon.packet.ip import DONT_FRAGMENT
 from enforcer_daemon.packet.tcp import (
     ACK,
     SYN_ACK,
@@ -50,14 +50,14 @@ def answers(segment: Segment, session: Session) -> bool:
 
 def bare(segment: Segment) -> bytes:
     """Take off what was added, so that the pod's kernel sees its peer's segment."""
-    return with_options_and_payload(segment, without_fast_open(segment.options), b"", NOT_TO_BE_CUT)
+    return with_options_and_payload(segment, without_fast_open(segment.options), b"", DONT_FRAGMENT)
 
 
 def standalone_proof(session: Session, window: int) -> Inject:
     """Make an ACK of our own with nothing but the proof."""
     key = session.key
     numbers = successor(session.isn_i), successor(session.isn_r)
-    options = proof_option(session.proof, is_lone=True)
+    options = proof_option(session.proof, is_standalone=True)
     return Inject(build(key.own, key.remote, (key.own_port, key.remote_port), numbers, ACK, window, options))
 
 

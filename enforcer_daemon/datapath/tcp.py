@@ -25,7 +25,7 @@ from enforcer_daemon.handshake.frames import (
 from enforcer_daemon.handshake.machine import Event, State
 from enforcer_daemon.handshake.proofs import frame_hash
 from enforcer_daemon.handshake.session import Session
-from enforcer_daemon.marks import CUT, NODE, OWN_MASK, RELEASED, REPLY
+from enforcer_daemon.marks import GSO, NODE, OWN_MASK, RELEASED, REPLY
 from enforcer_daemon.model import Decision, Direction
 from enforcer_daemon.packet.tcp import (
     ACK,
@@ -159,7 +159,7 @@ class TCPFlows:
         if not is_framed:
             return self._plain_answer(segment, session)
         if session.state is State.RELEASED:
-            return self._prove_again(segment, session)
+            return self._retransmit_proof(segment, session)
         if not self.initiator.accept_answer(segment, session, payload, segment.seq, now):
             return self._strays.refuse_both(segment, key)
         return Verdict(Action.ACCEPT, bare(segment))
@@ -178,7 +178,7 @@ class TCPFlows:
         self._context.end(self._opened, session, Event.FORGOTTEN)
         return DROP if grant is None else grant.verdict
 
-    def _prove_again(self, segment: Segment, session: Session) -> Verdict:
+    def _retransmit_proof(self, segment: Segment, session: Session) -> Verdict:
         """Answer the SYN-ACK that the peer retransmits because our proof was lost; the pod's kernel need not know.
 
         The pod's own bare ACK goes along: else a server that speaks first waits for it. Data its kernel
@@ -213,16 +213,16 @@ class TCPFlows:
             case State.PROVING:
                 return self._pass_standalone_proof(segment, session, now)
             case State.RELEASED:
-                return session.let_go(now)
+                return session.establish(now)
             case _:
                 raise PeerError(Reason.UNKNOWN_FLOW, f"segment while {session.state.name.lower()}")
 
     def _prove(self, segment: Segment, session: Session, mark: int, now: float) -> Verdict:
         context, options = self._context, segment.options
-        option = proof_option(session.proof, is_lone=False)
+        option = proof_option(session.proof, is_standalone=False)
         is_bare = segment.data == segment.end
         is_small = is_bare or segment.end + len(option) <= len(session.frame) + _SYN_HEADERS
-        if has_room(options) and is_small and not mark & CUT:
+        if has_room(options) and is_small and not mark & GSO:
             # First, since nothing counts that follows an end-of-options marker of the pod's stack.
             packet = with_options_and_payload(segment, option + options, segment.payload)
             release = context.settle(session, Event.PROOF_ATTACHED, now)
@@ -242,7 +242,7 @@ class TCPFlows:
 
     def _pass_standalone_proof(self, segment: Segment, session: Session, now: float) -> Verdict:
         found = find_proof(segment.options)
-        if found is None or not found.is_lone or found.proof != session.proof:
+        if found is None or not found.is_standalone or found.proof != session.proof:
             if session.held:
                 return self._context.hold(session, None, now)
             # What waited timed out, and so our ACK was lost before it came here.
@@ -254,7 +254,7 @@ class TCPFlows:
     def _opened_in(self, segment: Segment, session: Session, now: float) -> Verdict:
         """Let in what the peer may send before our proof has reached it."""
         if session.state is State.RELEASED:
-            return session.let_go(now)
+            return session.establish(now)
         is_shown = session.state is State.SHOWN
         if segment.flags & RST:
             if is_shown and segment.ack != successor(session.isn_i):
@@ -301,7 +301,7 @@ class TCPFlows:
         """
         if session.state not in (State.OFFERED, State.ANSWERED):
             raise PeerError(Reason.REPLAYED_NONCE, "the SYN of a connection that was released")
-        session.advance(Event.OFFER_REPEATED)
+        session.advance(Event.OFFER_RETRANSMITTED)
         session.opened_at = now
         return Verdict(Action.ACCEPT, bare(segment))
 
@@ -376,7 +376,7 @@ class TCPFlows:
     def _find_answered(self, segment: Segment, key: FlowKey) -> Session | None:
         """Find the flow that a segment of the pod's kernel answers.
 
-        Beside a sidecar that redirects it shows the sidecar's port here, not the one that the peer dialled: then the
+        Beside a sidecar that redirects it shows the sidecar's port here, not the one that the peer dialed: then the
         peer's end names the flow, and the number that the answer acknowledges. From its SYN-ACK on, the flow has that
         one port: there is no decision on what the pod sends to its peer from another.
         """
@@ -417,7 +417,7 @@ class TCPFlows:
             return self._accept_proof(segment, session, found, now)
         match state:
             case State.RELEASED:
-                return session.let_go(now)
+                return session.establish(now)
             case State.PROVEN:
                 return self._settle(session, Event.SEGMENT_FOLLOWED, now)
             case State.ANSWERED:
@@ -438,7 +438,7 @@ class TCPFlows:
         state, peer = session.state, session.peer
         if state is State.ANSWERED and peer is not None:
             peer.note_round_trip(now - session.sent_at)
-        if found.is_lone:
+        if found.is_standalone:
             if state is not State.RELEASED:
                 session.advance(Event.STANDALONE_PROOF_VERIFIED)
                 self._context.prove(session, now)

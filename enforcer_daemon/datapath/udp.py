@@ -19,12 +19,12 @@ from enforcer_daemon.handshake.carriers import UDP
 from enforcer_daemon.handshake.datagrams import bare, beside, find_message, has_marker, marked
 from enforcer_daemon.handshake.flowkey import FlowKey, Role
 from enforcer_daemon.handshake.frames import (
-    TYPE_AGAIN,
     TYPE_ANSWER,
     TYPE_CHALLENGE,
     TYPE_LEASE,
     TYPE_OFFER,
     TYPE_PROOF,
+    TYPE_REHANDSHAKE,
     decode_head,
     decode_proof,
     encode_proof,
@@ -33,7 +33,7 @@ from enforcer_daemon.handshake.frames import (
 from enforcer_daemon.handshake.lapse import UDP_LAPSE_S
 from enforcer_daemon.handshake.machine import Event, State
 from enforcer_daemon.handshake.session import NEVER, Session
-from enforcer_daemon.marks import CUT, NODE, RELEASED, REPLY, UNSUMMED
+from enforcer_daemon.marks import CHECKSUM_PARTIAL, GSO, NODE, RELEASED, REPLY
 from enforcer_daemon.model import Decision, Direction
 from enforcer_daemon.packet.ip import IPHeader
 from enforcer_daemon.packet.udp import (
@@ -78,8 +78,8 @@ class UDPFlows:
     def process(self, packet: bytes, header: IPHeader, direction: Direction, mark: int, now: float) -> Verdict:
         """Evaluate one datagram; raise PeerError or PacketError if it does not hold."""
         datagram = decode_udp_datagram(packet, header)
-        if mark & (UNSUMMED | CUT):
-            datagram = datagram._replace(is_unsummed=bool(mark & UNSUMMED), is_cut=bool(mark & CUT))
+        if mark & (CHECKSUM_PARTIAL | GSO):
+            datagram = datagram._replace(is_checksum_partial=bool(mark & CHECKSUM_PARTIAL), is_gso=bool(mark & GSO))
         found = find_message(datagram)
         if direction is Direction.EGRESS:
             key = FlowKey(datagram.dst, datagram.src, datagram.dport, datagram.sport, _PROTOCOL, Role.INITIATOR)
@@ -126,7 +126,7 @@ class UDPFlows:
                 return
             # Nothing came back at all: datagrams may be too large to carry the offer, and the peer without an enforcer.
             session.advance(Event.PATIENCE_ENDED)
-            self.messages.let_go(session, b"", ACCEPT, now)
+            self.messages.establish(session, b"", ACCEPT, now)
         elif session.tries < MAX_TRIES and session.has_waiting:
             self._retransmit(session, Event.OFFER_SENT, 2 * self._lag_s, now)
 
@@ -145,8 +145,8 @@ class UDPFlows:
     # What the pod sends.
 
     def _message_out(self, found: _Found, key: FlowKey, now: float) -> Verdict:
-        content, is_lone = found
-        if not is_lone or not self._context.is_own_message(key.ends, content):
+        content, is_standalone = found
+        if not is_standalone or not self._context.is_own_message(key.ends, content):
             raise FrameError(Reason.MALFORMED_FRAME, "a message that the pod made itself")
         session = self.initiator.find(key, now)
         is_awaited = session is not None and session.wake_at != NEVER and not session.tries
@@ -160,14 +160,14 @@ class UDPFlows:
     def _out(self, datagram: UDPDatagram, key: FlowKey, mark: int, now: float) -> Verdict:
         answered = self._find_answered(key.in_role(Role.RESPONDER), now)
         if answered is not None and answered.state is State.RELEASED:
-            return answered.let_go(now)
+            return answered.establish(now)
         session = self.initiator.find(key, now)
         if session is None:
             if mark & REPLY:
                 raise PeerError(Reason.UNKNOWN_FLOW, "a reply in a flow that is not released")
             return self.initiator.open(datagram, key, 0, 0, now)
         if session.state is State.RELEASED:
-            return session.let_go(now)
+            return session.establish(now)
         if session.state is State.DOUBTED:
             return self._send_doubted(datagram, session, now)
         return self.send_offer(datagram, session, 0, now)
@@ -182,7 +182,7 @@ class UDPFlows:
         if not self.messages.has_room(datagram, session.frame):
             return self._without_room(datagram, session, now)
         session.advance(Event.OFFER_ATTACHED)
-        return Verdict(Action.ACCEPT, beside(datagram, session.frame), session.let_go(now).mark)
+        return Verdict(Action.ACCEPT, beside(datagram, session.frame), session.establish(now).mark)
 
     def _without_room(self, datagram: UDPDatagram, session: Session, now: float) -> Verdict:
         """Let a datagram out that no enforcer answered, and which has no room for the offer."""
@@ -221,9 +221,9 @@ class UDPFlows:
             session.advance(Event.PROOF_SENT)
             context.prove(session, now)
         proof = encode_proof(session.nonce_i, session.proof)
-        release = session.let_go(now)
+        release = session.establish(now)
         if session.held:  # What waits goes first, and takes the flow with it.
-            self.messages.let_go(session, proof, release, now)
+            self.messages.establish(session, proof, release, now)
             return TAKEN
         self.messages.send(session.key, proof)
         when_drained = not mark & RELEASED and release.when_drained
@@ -236,9 +236,9 @@ class UDPFlows:
         """
         if session.state is State.DOUBTED:
             session.deadline = now + UDP_LAPSE_S
-            return Verdict(Action.ACCEPT, mark=session.let_go(now).mark)
+            return Verdict(Action.ACCEPT, mark=session.establish(now).mark)
         if session.state is State.RELEASED:
-            return session.let_go(now)
+            return session.establish(now)
         grant = self._context.policy.egress(None, datagram.src, datagram.sport, _PROTOCOL).grant
         if grant is None:
             return self._context.hold(session, None, now)
@@ -261,19 +261,19 @@ class UDPFlows:
         if now < context.fresh_until:
             release = context.settle(session, Event.TAKEN_IN_DOUBT, now)
             session.doubted_until, session.deadline = context.fresh_until, now + UDP_LAPSE_S
-            self.messages.let_go(session, b"", ACCEPT, now)
+            self.messages.establish(session, b"", ACCEPT, now)
             return release
         context.settle(session, Event.TAKEN_AS_ADDRESS, now)
-        release = session.let_go(now)
-        self.messages.let_go(session, b"", release, now)
+        release = session.establish(now)
+        self.messages.establish(session, b"", release, now)
         return release
 
     # What comes in.
 
     def _message_in(self, datagram: UDPDatagram, found: _Found, key: FlowKey, mark: int, now: float) -> Verdict:
-        content, is_lone = found
+        content, is_standalone = found
         if not self._context.is_own_address(datagram.dst):
-            if is_lone:
+            if is_standalone:
                 return DROP
             # To a group or to all: no pod can answer for its address.
             return self._in(decode_udp(bare(datagram)), key, mark, now)
@@ -282,11 +282,11 @@ class UDPFlows:
                 return self._offer_in(datagram, found, key, mark, now)
             case kind if kind == TYPE_PROOF:
                 return self._proof_in(datagram, found, key, mark, now)
-            case kind if kind in (TYPE_ANSWER, TYPE_CHALLENGE) and is_lone:
+            case kind if kind in (TYPE_ANSWER, TYPE_CHALLENGE) and is_standalone:
                 return self._answer_in(datagram, content, key.in_role(Role.INITIATOR), mark, now)
-            case kind if kind == TYPE_AGAIN and is_lone:
+            case kind if kind == TYPE_REHANDSHAKE and is_standalone:
                 return self.rehandshakes.requested(content, key.in_role(Role.INITIATOR), mark, now)
-            case kind if kind == TYPE_LEASE and is_lone:
+            case kind if kind == TYPE_LEASE and is_standalone:
                 return self.messages.receive_lease(datagram, content, now)
             case kind:
                 raise FrameError(Reason.MALFORMED_FRAME, f"type {kind} beside a datagram")
@@ -333,10 +333,10 @@ class UDPFlows:
 
     def _offer_in(self, datagram: UDPDatagram, found: _Found, key: FlowKey, mark: int, now: float) -> Verdict:
         """Verify and decide on an offer, and answer it; the datagram that it rides on waits for the proof."""
-        message, is_lone = found
+        message, is_standalone = found
         known = self._named(key, decode_head(message, TYPE_OFFER), now)
         if known is not None:
-            return self._offered_again(datagram, known, is_lone, now)
+            return self._offered_again(datagram, known, is_standalone, now)
         earlier = self._find_answered(key, now)
         session = self.responder.accept_offer(datagram, message, key, earlier, 0, mark, now)
         if session is None:
@@ -345,7 +345,7 @@ class UDPFlows:
             self.rehandshakes.asked.remove(session)
         if session.wake_at == NEVER:  # Else the answer waits until it is known whether another pod has the address.
             self._send_answer(session, now)
-        return DROP if session.grant is None else self._keep(datagram, session, is_lone, now)
+        return DROP if session.grant is None else self._keep(datagram, session, is_standalone, now)
 
     def _send_answer(self, session: Session, now: float) -> None:
         """Make the answer, and send it again while datagrams wait for the proof."""
@@ -373,13 +373,13 @@ class UDPFlows:
         session = self.responder.sessions.named(key, nonce)
         return session if session is not None and session.key == key and session.deadline > now else None
 
-    def _offered_again(self, datagram: UDPDatagram, session: Session, is_lone: bool, now: float) -> Verdict:
+    def _offered_again(self, datagram: UDPDatagram, session: Session, is_standalone: bool, now: float) -> Verdict:
         """The flow's next datagram carries the offer too; one that comes alone asks for the answer again."""
         if session.state is State.RELEASED:
             raise PeerError(Reason.REPLAYED_NONCE, "the offer of a flow that was released")
-        session.advance(Event.OFFER_REPEATED)
-        if not is_lone:
-            return self._keep(datagram, session, is_lone, now)
+        session.advance(Event.OFFER_RETRANSMITTED)
+        if not is_standalone:
+            return self._keep(datagram, session, is_standalone, now)
         if session.state is not State.OFFERED:
             if session.answers >= _MAX_ANSWERS:
                 raise PeerError(Reason.REPLAYED_NONCE, "an offer that was answered often enough")
@@ -387,8 +387,8 @@ class UDPFlows:
             self.messages.send(session.key, session.frame)
         return TAKEN
 
-    def _keep(self, datagram: UDPDatagram, session: Session, is_lone: bool, now: float) -> Verdict:
-        if is_lone:
+    def _keep(self, datagram: UDPDatagram, session: Session, is_standalone: bool, now: float) -> Verdict:
+        if is_standalone:
             return TAKEN
         verdict = self._context.hold(session, datagram, now)
         self._await_proof(session, now)
@@ -396,15 +396,15 @@ class UDPFlows:
 
     def _proof_in(self, datagram: UDPDatagram, found: _Found, key: FlowKey, mark: int, now: float) -> Verdict:
         """Release the flow, and what waits for it in order, once the initiator's enforcer has proven itself."""
-        message, is_lone = found
+        message, is_standalone = found
         nonce, proof = decode_proof(message)
         session, context = self._named(key, nonce, now), self._context
         if session is None:
-            return self._stray_proof(datagram, key, is_lone, mark, now)
+            return self._stray_proof(datagram, key, is_standalone, mark, now)
         session.verify_proof(proof)
         if session.state is State.RELEASED:
-            if is_lone:
-                return Verdict(Action.CONSUME, mark=session.let_go(now).mark)
+            if is_standalone:
+                return Verdict(Action.CONSUME, mark=session.establish(now).mark)
             raise PeerError(Reason.REPLAYED_NONCE, "the proof of a flow that was released")
         if session in self.responder.rivals:
             self._take_place(session, now)
@@ -413,16 +413,16 @@ class UDPFlows:
             context.end(self.responder.sessions, session, Event.PROOF_VERIFIED)
             return Verdict(Action.CONSUME)
         release = context.settle(session, Event.PROOF_VERIFIED, now)
-        if is_lone and not session.held:
+        if is_standalone and not session.held:
             return Verdict(Action.CONSUME, mark=release.mark, when_drained=not mark & RELEASED)
-        if is_lone:
-            self.messages.let_in(context.take_held(session), session.let_go(now))
+        if is_standalone:
+            self.messages.admit(context.take_held(session), session.establish(now))
             return TAKEN
         if not session.held:
-            return session.let_go(now)._replace(payload=bare(datagram))
+            return session.establish(now)._replace(payload=bare(datagram))
         # Others came before it: it takes its place behind them.
         own = context.next_hold_id()
-        self.messages.let_in({**context.take_held(session), own: datagram}, session.let_go(now))
+        self.messages.admit({**context.take_held(session), own: datagram}, session.establish(now))
         return Verdict(Action.HOLD, hold_id=own)
 
     def _take_place(self, session: Session, now: float) -> None:
@@ -430,17 +430,17 @@ class UDPFlows:
         earlier = self._find_answered(session.key, now)
         if earlier is not None and earlier.state is State.ASKED:
             if session.grant is not None:  # What waited because we asked for this proof.
-                self.messages.let_in(self._context.take_held(earlier), ACCEPT)
+                self.messages.admit(self._context.take_held(earlier), ACCEPT)
             self._context.end(self.rehandshakes.asked, earlier, Event.REPLACED)
             earlier = None
         self.responder.take_place(session, earlier)
 
-    def _stray_proof(self, datagram: UDPDatagram, key: FlowKey, is_lone: bool, mark: int, now: float) -> Verdict:
+    def _stray_proof(self, datagram: UDPDatagram, key: FlowKey, is_standalone: bool, mark: int, now: float) -> Verdict:
         """Evaluate a datagram with the proof of a handshake that is not known, or known no longer."""
         earlier = self._find_answered(key, now)
         if earlier is not None and earlier.state is not State.ASKED:
             raise ProofError(Reason.PROOF_INVALID, "of another handshake")
-        if is_lone:
+        if is_standalone:
             raise PeerError(Reason.UNKNOWN_FLOW, "a proof of no handshake")
         if mark & RELEASED:
             return self._marked_in(datagram, key, mark & ~REPLY, now)
@@ -455,12 +455,12 @@ class UDPFlows:
         if evaluation.grant is None and self.rehandshakes.may_ask(datagram, now):
             return self.rehandshakes.ask(datagram, key, evaluation.decision, now)
         self.responder.report(datagram, source, evaluation.decision)
-        return DROP if evaluation.grant is None else context.let_in(datagram.dst, evaluation.grant.verdict)
+        return DROP if evaluation.grant is None else context.admit(datagram.dst, evaluation.grant.verdict)
 
     def _answered_in(self, datagram: UDPDatagram, session: Session, now: float) -> Verdict:
         """Let a datagram of a known flow wait for the proof."""
         if session.state is State.RELEASED:
-            return session.let_go(now)
+            return session.establish(now)
         if session.state is State.ASKED and len(session.held) >= _MAX_HELD_ASKED:
             raise PeerError(Reason.HOLD_QUEUE_FULL, "of a flow that is not known")
         return self._keep(datagram, session, False, now)

@@ -70,7 +70,7 @@ class ReleasedFlow:
     destination: IPAddress
     destination_port: int
     index: int
-    """What it was judged by: an index of the endpoint's flow table."""
+    """What it was evaluated by: an index of the endpoint's flow table."""
     answering: End
     """Who answers: the destination, or the sidecar in the pod that the flow is redirected to."""
     tuple_attribute: bytes
@@ -83,7 +83,7 @@ class ReleasedFlow:
         return SentTuple(self.protocol, *own, *other)
 
 
-class FlowJudge(Interface):
+class FlowEvaluator(Interface):
     """Who says which flows may go on."""
 
     def is_index_allowed(self, index: int) -> bool:
@@ -93,14 +93,14 @@ class FlowJudge(Interface):
         """Return whether a flow may not go on. Asked only about flows of an index that is not allowed as a whole."""
 
 
-def end_flows(netns_fd: int, judge: FlowJudge) -> list[ReleasedFlow]:
+def end_flows(netns_fd: int, evaluate: FlowEvaluator) -> list[ReleasedFlow]:
     """End the released flows of a namespace that may not go on; return them.
 
     Blocks while the table is read (some milliseconds for a thousand flows). Raises DataplaneError if the table
     cannot be read, or, after all others were ended, where some flow could not be. The flows of the node are not asked
     about: the node may always reach its pods.
     """
-    return open_in(netns_fd, lambda: _end_flows(judge))
+    return open_in(netns_fd, lambda: _end_flows(evaluate))
 
 
 def end_masqueraded(netns_fd: int, is_ended: Callable[[ReleasedFlow], bool]) -> list[ReleasedFlow]:
@@ -175,15 +175,15 @@ def list_released() -> list[ReleasedFlow]:
     return [flow for flow in map(decode_flow, _dump()) if flow is not None]
 
 
-def _end_flows(judge: FlowJudge) -> list[ReleasedFlow]:
+def _end_flows(evaluate: FlowEvaluator) -> list[ReleasedFlow]:
     ended = []
     for body in _dump():
         # A busy pod has thousands of flows of few indexes: only those in doubt are worth decoding.
         index = _index_of(body)
-        if index is None or judge.is_index_allowed(index):
+        if index is None or evaluate.is_index_allowed(index):
             continue
         flow = decode_flow(body)
-        if flow is not None and judge.is_ended(flow):
+        if flow is not None and evaluate.is_ended(flow):
             ended.append(flow)
     if ended:
         _end_all(ended)

@@ -30,7 +30,7 @@ from enforcer_daemon.dataplane import (
     guard_virtual,
 )
 from enforcer_daemon.dataplane.freshtimes import FreshTimes
-from enforcer_daemon.dataplane.guard_live import ToldFlows
+from enforcer_daemon.dataplane.guard_live import ReportedFlows
 from enforcer_daemon.dataplane.guard_render import (
     SYNS_PER_S,
     render_apply,
@@ -54,7 +54,7 @@ from enforcer_daemon.virtual import NOTHING_VIRTUAL, VirtualChange
 _CHAINS = (
     *(
         (NFPROTO_INET, NAME, chain)
-        for chain in ("framed", "vouched", "lone", "leaving", "entering", "answered", "syn_acks")
+        for chain in ("framed", "vouched", "standalone", "leaving", "entering", "answered", "syn_acks")
     ),
     *((NFPROTO_INET, NAME, chain) for chain in ("arrived", "forwarded", "sent_on", "unproven", "masqueraded")),
     *((NFPROTO_INET, NAME, chain) for chain in guard_fresh.CHAINS),
@@ -101,8 +101,8 @@ class Guard:
         "_on_bridges",
         "_on_links",
         "_pod_networks",
+        "_reported",
         "_syns_per_s",
-        "_told",
         "_virtual",
         "problem",
     )
@@ -115,7 +115,7 @@ class Guard:
         self._virtual = NOTHING_VIRTUAL
         self._applied: dict[AttachmentId, GuardedEndpoint] = {}
         self._fresh = FreshTimes()
-        self._told = ToldFlows()
+        self._reported = ReportedFlows()
         self._has_nft = True
         self._on_links = self._on_bridges = self._has_log = True
         self._left: tuple[bytes | None, ...] = ()
@@ -180,7 +180,7 @@ class Guard:
                 raise
             _nft(second)
         self._applied = wanted
-        self._told.clear()
+        self._reported.clear()
         self._note()
         for attachment, endpoint in whole.items():
             if endpoint != wanted[attachment]:
@@ -230,7 +230,7 @@ class Guard:
             )
         if bridge_problem:
             problems.append(
-                f"the kernel has no nft chains on bridges: a neighbour on a pod's bridge can pass for others "
+                f"the kernel has no nft chains on bridges: a neighbor on a pod's bridge can pass for others "
                 f"({bridge_problem})"
             )
         if log_problem:
@@ -258,7 +258,7 @@ class Guard:
         found = [address for address in addresses if address in guarded]
         if found and self._has_nft:
             self._fresh.begin(found, time.monotonic(), is_clean=is_clean)  # First: the tables may be made anew.
-            told = self._told.remove_lines(found)
+            told = self._reported.remove_lines(found)
             if told or not guard_fresh.is_freshened(found, is_clean=is_clean):
                 lines = guard_fresh.freshen_lines(found, is_clean=is_clean) + told
                 self._bring(script(lines), dict(self._applied))
@@ -266,7 +266,7 @@ class Guard:
     def vouch(self, live: Iterable[SentTuple], refused: Iterable[SentTuple]) -> None:
         """Let connections pass that the node's conntrack lost, and refuse what comes in those that no pod has."""
         now, told = time.monotonic(), ((guard_live.LIVE, live), (guard_live.REFUSED, refused))
-        lines = [line for name, flows in told for line in self._told.add_lines(name, flows, now)]
+        lines = [line for name, flows in told for line in self._reported.add_lines(name, flows, now)]
         if lines and self._has_nft:
             self._bring(script(lines), dict(self._applied))
 
@@ -286,7 +286,7 @@ class Guard:
             for e in (*losers, *changed.values())
         )
         others = [a for e in changed.values() for a in e.addresses if self._fresh.is_another(a, e.life)]
-        text += script(self._told.remove_lines(others))
+        text += script(self._reported.remove_lines(others))
         self._bring(text, self._applied | {loser.attachment: loser for loser in losers} | changed)
 
     def _bring(self, text: str, wanted: dict[AttachmentId, GuardedEndpoint]) -> None:
@@ -351,7 +351,9 @@ class Guard:
         before = self._applied.get(attachment)
         if before is not None:
             left = {name: endpoint for name, endpoint in self._applied.items() if name != attachment}
-            self._bring(render_remove(before, **self._reach) + script(self._told.remove_lines(before.addresses)), left)
+            self._bring(
+                render_remove(before, **self._reach) + script(self._reported.remove_lines(before.addresses)), left
+            )
 
     def remove_tables(self) -> None:
         """Take the guard away as a whole, as when the product is removed from the node; not when the daemon stops."""

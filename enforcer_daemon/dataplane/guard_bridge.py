@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The guard on bridges: a neighbour passes neither for a pod nor for the node, in whatever form it sends.
+"""The guard on bridges: a neighbor passes neither for a pod nor for the node, in whatever form it sends.
 
 The chains see every frame, fragments too, whether or not netfilter's IP hooks see bridged packets (bridge-nf). A frame
 under a pod's address comes in by the pod's own port. A frame that is switched to a pod's port comes from another port,

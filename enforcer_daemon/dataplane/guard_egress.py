@@ -6,13 +6,13 @@ translation of the destination, whatever does it: in postrouting right before so
 switched by a bridge that netfilter sees, or sent on by IPVS (whose packets go through output and postrouting, never
 through forward); and in input behind IPVS, for what is for the node itself. There conntrack knows replies, which pass.
 What another enforcer decides on passes by its translated destination (guard_vouched). Everything else needs a rule by
-address for what the pod dialled, which is what its own enforcer evaluates; each packet is checked, so that a policy
+address for what the pod dialed, which is what its own enforcer evaluates; each packet is checked, so that a policy
 that changes ends such flows without a look at conntrack.
 
 A SYN with a frame may end where no enforcer is. So a SYN-ACK to an isolated pod needs a frame, or a rule by address for
 what was dialed, as it does for the pod's own enforcer.
 
-Untracked packets have no direction and no dialled destination. Their own destination is compared, and answers pass only
+Untracked packets have no direction and no dialed destination. Their own destination is compared, and answers pass only
 to a peer that sent an untracked packet to the pod a moment ago.
 
 Endpoints are told apart by source address, which the checks on the pod's interface and of arrivals have made sure of.

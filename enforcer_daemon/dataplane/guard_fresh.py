@@ -29,9 +29,9 @@ from collections.abc import Iterable, Mapping
 from enforcer_daemon.dataplane.freshtimes import FRESH_S, OWN, TIMES_S
 from enforcer_daemon.dataplane.guard_live import REACHED_LIVE, REACHED_REFUSED, SENT_LIVE
 from enforcer_daemon.dataplane.guard_rules import (
-    LONE_MESSAGE,
     MARKERS,
     NAME,
+    STANDALONE_MESSAGE,
     GuardedEndpoint,
     counted_drops,
     drop,
@@ -69,7 +69,7 @@ _SENT_ON_HOOK = "type filter hook output priority -2; policy accept;"
 _FAMILIES = ((4, "ipv4_addr", "ip"), (6, "ipv6_addr", "ip6"))
 _BEGUN = 125
 """Label of a conntrack entry: made while its address was unclean already, so not of before its pod."""
-_TOLD = 126
+_ACCEPTED = 126
 """Label of a conntrack entry: the peer's enforcer accepts the flow. Open vSwitch, which uses labels too, keeps them in
 zones of its own."""
 _ACCEPTING = f"{{ {TYPE_ANSWER}, {TYPE_PROOF} }}"
@@ -112,7 +112,7 @@ def _seen_rules() -> Iterable[str]:
     yield "meta l4proto != udp accept"
     for version, _, family in _FAMILIES:
         yield f"{family} saddr @enforced{version} {family} daddr @own{version} jump datagram_arrived"
-    yield f"{LONE_MESSAGE} accept"
+    yield f"{STANDALONE_MESSAGE} accept"
     yield from (f"{marker} accept" for marker in MARKERS)
     yield "ct state established accept"
     yield from (f"{family} saddr @own{v} {family} daddr @virtual{v} goto stray" for v, _, family in _FAMILIES)
@@ -148,18 +148,18 @@ def _reached_rules(*, is_logged: bool) -> Iterable[str]:
 
 
 def _datagram_rules() -> Iterable[str]:
-    yield f"{LONE_MESSAGE} accept"
+    yield f"{STANDALONE_MESSAGE} accept"
     yield from (f"{marker} accept" for marker in MARKERS)
     for version, _, family in _FAMILIES:
         yield f"{family} saddr @unclean{version} ct state established jump unclean_datagram"
-    yield f"ct state established ct label {_TOLD} accept"
+    yield f"ct state established ct label {_ACCEPTED} accept"
     yield "goto doubted_sent"
 
 
 def _arrival_rules() -> Iterable[str]:
     """Label the flows that the peer's enforcer accepts, also of pods that are fresh only later."""
-    yield f"{LONE_MESSAGE} @th,168,8 {_ACCEPTING} ct label set {_TOLD}"
-    yield from (f"{proof} ct label set {_TOLD}" for proof in _PROOFS)
+    yield f"{STANDALONE_MESSAGE} @th,168,8 {_ACCEPTING} ct label set {_ACCEPTED}"
+    yield from (f"{proof} ct label set {_ACCEPTED}" for proof in _PROOFS)
 
 
 def _refusal_rules() -> Iterable[str]:

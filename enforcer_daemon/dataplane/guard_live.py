@@ -41,7 +41,7 @@ def skeleton() -> list[str]:
     ]
 
 
-class ToldFlows:
+class ReportedFlows:
     """What the sets have, so that they never overflow, and so that an address can be taken out of them."""
 
     __slots__ = ("_until",)

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The guard's judgement of masqueraded flows: who reaches a pod under the node's address is judged by his own.
+"""The guard's judgement of masqueraded flows: who reaches a pod under the node's address is evaluated by his own.
 
 Inside the pod the node's own address is let through, for kubelet's probes. But a client outside that comes through a
 node port, or a pod that comes through a load balancer's address, is masqueraded to that same address. Here, after
 source NAT, the flow's first packet still shows the address it came with: a frame-sized SYN passes, since the pod's
-enforcer judges its token; the rest needs an address rule of the pod's policies. What the node itself sends comes
+enforcer evaluates its token; the rest needs an address rule of the pod's policies. What the node itself sends comes
 from one of its own sockets, and passes.
 
 Needs Linux 5.7 (the input interface is known in postrouting from there on).
@@ -15,8 +15,8 @@ from __future__ import annotations
 from enforcer_daemon.dataplane.guard_rules import (
     ALLOWS_ALL,
     FIRST_SYN,
-    LONE_MESSAGE,
     NAME,
+    STANDALONE_MESSAGE,
     GuardedEndpoint,
     address_rule,
     chain_name,
@@ -43,15 +43,15 @@ def skeleton() -> list[str]:
         f"add map {TABLE} endpoints6 {{ type ipv6_addr : verdict; }}",
         *counted_drops(TABLE, (Reason.UNIDENTIFIED_PEER,)),
         f"add chain {TABLE} masqueraded {{ {_HOOK} }}",
-        f"add chain {TABLE} judge",
+        f"add chain {TABLE} evaluate",
         # A process of the node sent it. No input interface alone does not tell: bridged packets have none here either.
         f"add rule {TABLE} masqueraded iif 0 meta skuid >= 0 accept",
         *(f"add rule {TABLE} masqueraded {rule}" for rule in _messages()),
-        f"add rule {TABLE} masqueraded ct state new ct direction original ct status snat goto judge",
+        f"add rule {TABLE} masqueraded ct state new ct direction original ct status snat goto evaluate",
         # Conntrack takes no notice of one on the ports of a connection that it still knows.
-        f"add rule {TABLE} masqueraded {FIRST_SYN} ct direction original ct status snat goto judge",
-        f"add rule {TABLE} judge ip daddr vmap @endpoints4",
-        f"add rule {TABLE} judge ip6 daddr vmap @endpoints6",
+        f"add rule {TABLE} masqueraded {FIRST_SYN} ct direction original ct status snat goto evaluate",
+        f"add rule {TABLE} evaluate ip daddr vmap @endpoints4",
+        f"add rule {TABLE} evaluate ip6 daddr vmap @endpoints6",
     ]
 
 
@@ -60,7 +60,7 @@ def _messages() -> list[str]:
 
     Answered, one would open a flow that the pod takes for its node's. A pod's own come back to it through a Service.
     """
-    masqueraded = f"ct direction original ct status snat {LONE_MESSAGE}"
+    masqueraded = f"ct direction original ct status snat {STANDALONE_MESSAGE}"
     return [
         f"{masqueraded} {family} daddr @pods{version} ct original {family} saddr . {family} daddr != @selves{version} "
         + drop(Reason.UNIDENTIFIED_PEER)

@@ -26,7 +26,7 @@ NAME = "trireme_guard"
 """Of the guard's tables; there is one in each family that it works in."""
 ALLOWS_ALL = (AddressRule(),)
 INTO_ENFORCED = ("ip daddr @enforced4", "ip6 daddr @enforced6")
-LONE_MESSAGE = f"udp length 8 @th,128,32 0x{MAGIC.hex()}"
+STANDALONE_MESSAGE = f"udp length 8 @th,128,32 0x{MAGIC.hex()}"
 """A handshake's message in a datagram without data; it stands 16 bytes behind the beginning of the UDP header."""
 MARKERS = tuple(f"{place} {MARKER_ID:#x}-{PROOF_MARKER_ID:#x}" for place in ("ip id", "ip6 flowlabel"))
 """Of a datagram that carries a message beside its data."""

@@ -3,13 +3,13 @@
 
 The chain stands at the ingress of the interface's end on the node, where every packet of the pod comes through,
 whatever socket it was sent by. It is stateless, since conntrack is not known there. Under other addresses nothing
-passes, in no protocol: IPv4 and IPv6 by their source, ARP by its sender, neighbour discovery by what it states. Frames
+passes, in no protocol: IPv4 and IPv6 by their source, ARP by its sender, neighbor discovery by what it states. Frames
 of other protocols, or with a tag, are none that a pod's addresses are good for.
 
-A SYN opens a flow and never answers one, so it can be judged here too: this also holds where a bridge switches between
-two pods of a node, without the node's prerouting. SYNs have a rate as well, above that of the rules inside the pod, so
-that only what goes past those can reach it: a flood by packet socket ends before it costs the bridge, conntrack, the
-network or another node anything.
+A SYN opens a flow and never answers one, so it can be evaluated here too: this also holds where a bridge switches
+between two pods of a node, without the node's prerouting. SYNs have a rate as well, above that of the rules inside the
+pod, so that only what goes past those can reach it: a flood by packet socket ends before it costs the bridge,
+conntrack, the network or another node anything.
 """
 
 from __future__ import annotations
@@ -135,7 +135,7 @@ def _rate_rule(syns_per_s: int) -> str:
 def _opening_rules() -> tuple[str, ...]:
     refusal = drop(Reason.EGRESS_DENIED)
     return (
-        # A port that is not in the first fragment can be judged by nobody; TCP is not fragmented by its sender.
+        # A port that is not in the first fragment can be evaluated by nobody; TCP is not fragmented by its sender.
         f"ip protocol tcp ip frag-off & 0x3fff != 0 iifname @isolated {refusal}",
         f"frag nexthdr {_MAY_HIDE_TCP} iifname @isolated {refusal}",
         f"{FIRST_SYN} iifname vmap @opened",

@@ -14,7 +14,7 @@ from collections.abc import Container, Iterable
 from itertools import cycle
 
 from enforcer_daemon.dataplane.guard_live import SENT_LIVE
-from enforcer_daemon.dataplane.guard_rules import FIRST_SYN, INTO_ENFORCED, LONE_MESSAGE, network_sets
+from enforcer_daemon.dataplane.guard_rules import FIRST_SYN, INTO_ENFORCED, STANDALONE_MESSAGE, network_sets
 from enforcer_daemon.dataplane.guard_virtual import INTO_NODE_PORTS, INTO_VIRTUAL
 from enforcer_daemon.handshake.frames import MAGIC
 from enforcer_daemon.model import IPNetwork
@@ -28,11 +28,11 @@ _INTO_CONFIGURED_NODE_PORTS = tuple(
     f"{family} daddr @virtual{version} th dport {NODE_PORTS}" for family, version in (("ip", 4), ("ip6", 6))
 )
 _INTO_CONFIGURED_VIRTUAL = ("ip daddr @virtual4", "ip6 daddr @virtual6")
-_LONE, _VOUCHED = "lone", "vouched"
+_STANDALONE, _VOUCHED = "standalone", "vouched"
 # A broadcast would reach those that have no enforcer. Enforcers send no message behind extension headers, and the rules
 # of a pod do not look for one there.
 _ONE = ("fib daddr type != broadcast", "")
-_LONE_MESSAGES = (f"{_ONE[0]} {LONE_MESSAGE}", f"ip6 nexthdr udp {LONE_MESSAGE}")
+_STANDALONE_MESSAGES = (f"{_ONE[0]} {STANDALONE_MESSAGE}", f"ip6 nexthdr udp {STANDALONE_MESSAGE}")
 NOT_CLAIMED = (
     "pods whose egress rules name pods can send raw SYNs to every address of the enforced networks, without an answer",
     "isolated pods can send raw UDP messages without data to every address of the enforced networks",
@@ -47,10 +47,12 @@ def skeleton(table: str, networks: Iterable[IPNetwork], pod_networks: Iterable[I
     places = (*INTO_ENFORCED, *INTO_NODE_PORTS, *_INTO_CONFIGURED_NODE_PORTS)
     chains = {
         # An empty datagram to an application that has no enforcer. Enforcers of pods that only answer send some, too.
-        _LONE: [f"{into} {message} accept" for into, message in zip(INTO_ENFORCED, _LONE_MESSAGES, strict=True)],
+        _STANDALONE: [
+            f"{into} {message} accept" for into, message in zip(INTO_ENFORCED, _STANDALONE_MESSAGES, strict=True)
+        ],
         _VOUCHED: [
             *(f"{into} {one} {FIRST_SYN} jump framed" for into, one in zip(places, cycle(_ONE), strict=False)),
-            *(f"{into} {message} accept" for into, message in zip(places, cycle(_LONE_MESSAGES), strict=False)),
+            *(f"{into} {message} accept" for into, message in zip(places, cycle(_STANDALONE_MESSAGES), strict=False)),
             *(
                 f"{into} meta l4proto {{ tcp, udp }} ct state established ct direction original accept"
                 for into in places
@@ -67,7 +69,7 @@ def skeleton(table: str, networks: Iterable[IPNetwork], pod_networks: Iterable[I
 
 def vouched(*, by_identity: bool) -> str:
     """Write the rule that accepts; in a chain of the input hook, where packets are for the node, it never does."""
-    return f"oif != 0 jump {_VOUCHED if by_identity else _LONE}"
+    return f"oif != 0 jump {_VOUCHED if by_identity else _STANDALONE}"
 
 
 def framed_chain(table: str, networks: Iterable[IPNetwork]) -> list[str]:

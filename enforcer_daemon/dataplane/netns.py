@@ -31,7 +31,7 @@ CONNTRACK_SYSCTLS = {
     # At 4,000 connections a second the default of 120 s fills the table within a minute.
     "nf_conntrack_tcp_timeout_time_wait": "5",
     # Half a connection may be silent as long as a whole one (the default of timeout_established). The default of 60 s
-    # forgets with it that the connection was judged, and what the other half says then is refused.
+    # forgets with it that the connection was evaluated, and what the other half says then is refused.
     "nf_conntrack_tcp_timeout_close_wait": "432000",
 }
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The queue of one pod's packets: from the kernel to the judge, and the verdict back.
+"""The queue of one pod's packets: from the kernel to the evaluator, and the verdict back.
 
 Built on the NetfilterQueue package. A connection takes this path six times, so it is short: bytes in, a verdict out.
 A socket of netlink keeps its namespace alive; `close` leaves nothing behind. Source: linux/netfilter/nfnetlink_queue.h.
@@ -24,7 +24,7 @@ from enforcer_daemon.dataplane.overflow import Overflow
 from enforcer_daemon.dataplane.queuecounters import LostPackets, QueueCounters
 from enforcer_daemon.dataplane.queuemessages import encode_uncut, offloads
 from enforcer_daemon.errors import DataplaneError
-from enforcer_daemon.marks import CONSUME, CUT, FORGET, OWN_MASK, RELEASED
+from enforcer_daemon.marks import CONSUME, FORGET, GSO, OWN_MASK, RELEASED
 from enforcer_daemon.model import Direction
 from enforcer_daemon.verdict import Action, Effect, Inject, Verdict
 
@@ -47,7 +47,7 @@ class Answer(Protocol):
 Evaluate = Callable[[bytes, Direction, int], Answer]
 """Evaluates a packet: its bytes (MAX_COPIED_BYTES at most), its direction, and our bits of
 its mark: of a packet with SYN, or of a datagram with a handshake's message, what its connection was released with
-before; of a datagram, or a SYN that arrives, also REPLY; else 0. Of any packet UNSUMMED and CUT."""
+before; of a datagram, or a SYN that arrives, also REPLY; else 0. Of any packet CHECKSUM_PARTIAL and GSO."""
 
 _OTHERS_MASK = OWN_MASK ^ 0xFFFF_FFFF
 _SOL_NETLINK, _NETLINK_NO_ENOBUFS = 270, 5  # linux/netlink.h
@@ -58,7 +58,7 @@ _WAITING_BYTES = 2_560
 _SO_MEMINFO, _MEMINFO_BYTES = 55, 4  # asm-generic/socket.h; the first number, SK_MEMINFO_RMEM_ALLOC
 WINDOW = 64
 """Packets after which it is looked at anew what became of them."""
-_FRUIT_DIVISOR = 16
+_PRODUCTIVE_DIVISOR = 16
 """Of how many packets one at least releases its flow, where connections come about: it is every third or fourth."""
 _PREROUTING = 0  # linux/netfilter.h: NF_INET_PRE_ROUTING; the other hook is NF_INET_POST_ROUTING
 
@@ -72,7 +72,7 @@ class _Turn:
         self._sock = sock
         self.left = 0
         self.message = b""
-        """The last one: that of the packet which is judged."""
+        """The last one: that of the packet which is evaluated."""
 
     def recv(self, size: int) -> bytes:
         if self.left <= 0:
@@ -98,9 +98,26 @@ class QueueSizes:
 class PacketQueue:
     """One endpoint's queue, bound inside its network namespace. For the event loop's thread alone."""
 
-    __slots__ = ("_counters", "_evaluate", "_fruitful", "_held", "_injector", "_is_backlogged", "_looked_at",
-                 "_on_error", "_overflow", "_packets_per_turn", "_queue", "_refused", "_sock", "_turn", "errors",
-                 "is_in_vain", "is_mostly_refused", "lost")  # fmt: skip
+    __slots__ = (
+        "_counters",
+        "_evaluate",
+        "_held",
+        "_injector",
+        "_is_backlogged",
+        "_looked_at",
+        "_on_error",
+        "_overflow",
+        "_packets_per_turn",
+        "_productive",
+        "_queue",
+        "_refused",
+        "_sock",
+        "_turn",
+        "errors",
+        "is_mostly_refused",
+        "is_unproductive",
+        "lost",
+    )  # fmt: skip
 
     def __init__(
         self,
@@ -119,16 +136,16 @@ class PacketQueue:
         self._on_error = on_error
         self._packets_per_turn = packets_per_turn
         self._is_backlogged = False
-        self._looked_at = self._refused = self._fruitful = 0
+        self._looked_at = self._refused = self._productive = 0
         self.is_mostly_refused = False
         """Whether most of the last packets were dropped."""
-        self.is_in_vain = False
+        self.is_unproductive = False
         """Whether hardly any of the last packets released a flow."""
         self._held: dict[int, Packet] = {}
         self._counters: QueueCounters | None = None
         self._overflow: Overflow | None = None
         self.lost = LostPackets()
-        """What the kernel dropped before it could be judged, as of the last `count_lost`."""
+        """What the kernel dropped before it could be evaluated, as of the last `count_lost`."""
         self.errors = 0
 
     @classmethod
@@ -144,7 +161,7 @@ class PacketQueue:
     ) -> PacketQueue:
         """Bind the queue inside the namespace; raise DataplaneError if another process has it.
 
-        `on_error` is told what the judge raised; the packet is then dropped. `ifindex` is the interface for packets
+        `on_error` is told what the evaluator raised; the packet is then dropped. `ifindex` is the interface for packets
         to link-local addresses.
         """
         injector = Injector(netns_fd, ifindex)
@@ -205,8 +222,8 @@ class PacketQueue:
         """Return the descriptor that is readable when packets wait; -1 after `close`."""
         return self._sock.fileno()
 
-    def read_turn(self) -> int:
-        """Judge the packets that wait, up to the bound of a turn; return how many were read.
+    def read_batch(self) -> int:
+        """Evaluate the packets that wait, up to the bound of a turn; return how many were read.
 
         Where that is the bound, more may wait: the loop calls again when the descriptor is readable. A queue in which
         more than another turn waits has short turns, so that one pod's load costs the others little. If all have a
@@ -225,8 +242,8 @@ class PacketQueue:
         self._looked_at += bound - turn.left
         if self._looked_at >= WINDOW:
             self.is_mostly_refused = 2 * self._refused > self._looked_at
-            self.is_in_vain = _FRUIT_DIVISOR * self._fruitful < self._looked_at
-            self._looked_at = self._refused = self._fruitful = 0
+            self.is_unproductive = _PRODUCTIVE_DIVISOR * self._productive < self._looked_at
+            self._looked_at = self._refused = self._productive = 0
         return bound - turn.left
 
     def _waiting_bytes(self) -> int:
@@ -267,7 +284,7 @@ class PacketQueue:
             else:
                 output = self._evaluate(payload, Direction.EGRESS, mark)
             verdict = output.verdict
-            if left_to_do & CUT and verdict.payload is not None:
+            if left_to_do & GSO and verdict.payload is not None:
                 raise DataplaneError("a send that is not cut yet cannot be rewritten")
             self._answer(packet, verdict)
             if verdict.action is Action.DROP:
@@ -279,7 +296,7 @@ class PacketQueue:
 
     def _answer(self, packet: Packet, verdict: Verdict) -> None:
         action, payload, mark, hold_id, when_drained = verdict
-        self._fruitful += _is_fruit(mark, packet.mark)
+        self._productive += _is_established(mark, packet.mark)
         if when_drained and self._has_more():
             action = Action.TAKE if action is Action.CONSUME else Action.ACCEPT
         if action is Action.DROP or action is Action.TAKE:
@@ -322,7 +339,7 @@ class PacketQueue:
         self._on_error(err)
 
 
-def _is_fruit(mark: int, earlier_mark: int) -> bool:
+def _is_established(mark: int, earlier_mark: int) -> bool:
     """Return whether a packet's verdict releases its flow; one more of a flow that was released before is none.
 
     Nor is a message that ended here: an attacker with an identity can send the same one as often as he likes. A release

@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the kernel dropped of one queue before anybody could judge it: it counts exactly, where the socket only hints.
+"""What the kernel dropped of one queue before anybody could evaluate it: it counts exactly, where the socket only
+hints.
 
 Source: net/netfilter/nfnetlink_queue.c, seq_show. The open file belongs to the namespace, and keeps it alive.
 """

@@ -25,7 +25,7 @@ from enforcer_daemon.dataplane.netlink import (
     encode_attribute,
     netfilter_head,
 )
-from enforcer_daemon.marks import CUT, UNSUMMED
+from enforcer_daemon.marks import CHECKSUM_PARTIAL, GSO
 
 _INFO = ATTRIBUTE.pack(8, NFQA_SKB_INFO)
 _FIRST_ATTRIBUTE = HEADER.size + NETFILTER.size
@@ -40,7 +40,7 @@ def encode_uncut(queue_number: int) -> bytes:
 
 
 def offloads(message: bytes) -> int:
-    """Tell from a packet's message what is left to be done on its way out: UNSUMMED and CUT, or 0."""
+    """Tell from a packet's message what is left to be done on its way out: CHECKSUM_PARTIAL and GSO, or 0."""
     if _INFO not in message:
         return 0
     at: int = _FIRST_ATTRIBUTE
@@ -49,7 +49,7 @@ def offloads(message: bytes) -> int:
     while at + ATTRIBUTE.size <= len(message):
         length, kind = ATTRIBUTE.unpack_from(message, at)
         if kind == NFQA_SKB_INFO:
-            return message[at + length - 1] & (UNSUMMED | CUT)
+            return message[at + length - 1] & (CHECKSUM_PARTIAL | GSO)
         if kind == NFQA_PAYLOAD or length < ATTRIBUTE.size:
             return 0
         at += length + 3 & ~3

@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """How fast packets may come to a pod's queue: rules that stand right before those that queue, in every form.
 
-A flood costs the enforcer what it judges of it, so the kernel leaves it no more than an honest source could make good
-use of. Each source has a rate and may have a second's worth of it at once; all sources that send to a pod have another
-together, for who makes sources up. SYNs, what else begins or goes unreleased, and handshakes' messages are counted each
-by itself, in both directions, and by how many of them belong to a connection. What exceeds a rate goes to the overflow
-(overflow.py). Sources: iptables-extensions(8), hashlimit; nft(8), limit and sets; linux/netfilter/xt_hashlimit.h.
-"""
+A flood costs the enforcer what it evaluates of it, so the kernel leaves it no more than an honest source could make
+good use of. Each source has a rate and may have a second's worth of it at once; all sources that send to a pod have
+another together, for who makes sources up. SYNs, what else begins or goes unreleased, and handshakes' messages are
+counted each by itself, in both directions, and by how many of them belong to a connection. What exceeds a rate goes to
+the overflow (overflow.py). Sources: iptables-extensions(8), hashlimit; nft(8), limit and sets;
+linux/netfilter/xt_hashlimit.h."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from enforcer_daemon.dataplane.overflow import overflow_number
 
 _OF_A_CONNECTION = {"syn": 1, "message": 2, "other": 3}
 """Packets of a kind that are queued in a direction for one honest connection, at most: a client that says its word and
-closes sends three before the first of them is judged; a flow of datagrams has an offer and a proof."""
+closes sends three before the first of them is evaluated; a flow of datagrams has an offer and a proof."""
 _SCALE = 1_000_000
 """hashlimit keeps the time between two packets as a whole number of these parts of a second."""
 _MAX_SOURCES = 65_536

@@ -14,9 +14,9 @@ from enforcer_daemon.handshake.frames import MAGIC, MARKER_ID, PROOF_MARKER_ID, 
 from enforcer_daemon.packet.udp import UDPDatagram, find_option, is_marked, with_marker, with_option, without_surplus
 from enforcer_daemon.reasons import Reason
 
-RIDING_EXID = 0x5452
+PIGGYBACKED_EXID = 0x5452
 """ExID of a message beside a datagram of the pod's."""
-LONE_EXID = 0x5453
+STANDALONE_EXID = 0x5453
 """ExID of a message in a datagram of the enforcer's own, which the other enforcer consumes."""
 
 
@@ -28,14 +28,14 @@ def find_message(datagram: UDPDatagram) -> tuple[bytes, bool] | None:
     if not datagram.has_surplus:
         return None
     option = find_option(datagram)
-    if option is None or option.exid not in (RIDING_EXID, LONE_EXID):
+    if option is None or option.exid not in (PIGGYBACKED_EXID, STANDALONE_EXID):
         if MAGIC in datagram.packet[datagram.tail :]:
             raise FrameError(Reason.MALFORMED_FRAME, "the option round it does not hold")
         return None
-    is_lone = option.exid == LONE_EXID
-    if is_lone and datagram.payload:
+    is_standalone = option.exid == STANDALONE_EXID
+    if is_standalone and datagram.payload:
         raise FrameError(Reason.MALFORMED_FRAME, "a message that goes alone has data beside it")
-    return option.content, is_lone
+    return option.content, is_standalone
 
 
 def beside(datagram: UDPDatagram, message: bytes) -> bytes:
@@ -44,13 +44,13 @@ def beside(datagram: UDPDatagram, message: bytes) -> bytes:
     Raise PacketError if only the beginning of the packet is at hand, or it will be cut.
     """
     marker = PROOF_MARKER_ID if frame_type(message) == TYPE_PROOF else MARKER_ID
-    return with_option(datagram, RIDING_EXID, message, marker)
+    return with_option(datagram, PIGGYBACKED_EXID, message, marker)
 
 
 def marked(datagram: UDPDatagram) -> bytes | None:
     """Write a datagram of the pod's again with the marker; None if it cannot be rewritten."""
     is_whole = datagram.tail <= len(datagram.packet) and datagram.end <= len(datagram.packet)
-    return with_marker(datagram, MARKER_ID) if is_whole and not datagram.is_cut else None
+    return with_marker(datagram, MARKER_ID) if is_whole and not datagram.is_gso else None
 
 
 def has_marker(packet: bytes) -> bool:

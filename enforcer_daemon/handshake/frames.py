@@ -25,7 +25,7 @@ TYPE_SYN_ACK = 2
 TYPE_OFFER = 3
 TYPE_ANSWER = 4
 TYPE_PROOF = 5
-TYPE_AGAIN = 6
+TYPE_REHANDSHAKE = 6
 TYPE_LEASE = 7
 TYPE_CHALLENGE = 8
 """An answer to an offer that policy denies, on a flow that is released for another: only its proof ends that release.
@@ -51,7 +51,7 @@ MAX_FRAME_BYTES = 9_000
 PROOF_OPTION_BYTES = 20
 PROOF_EXID = b"\x54\x52"
 """ExID (RFC 6994) of a proof that rides on a segment of the pod's kernel."""
-LONE_PROOF_EXID = b"\x54\x53"
+STANDALONE_PROOF_EXID = b"\x54\x53"
 """ExID of a proof in an ACK of the enforcer's own, which the other enforcer consumes."""
 _MAX_OPTIONS_BYTES = TCP_MAX_HEADER - TCP_MIN_HEADER
 
@@ -69,7 +69,7 @@ class SynAckFrame(NamedTuple):
 
     nonce: bytes
     address: bytes
-    """The responder's own address and port, packed (4 or 16 bytes): behind a Service they are not what was dialled."""
+    """The responder's own address and port, packed (4 or 16 bytes): behind a Service they are not what was dialed."""
     port: int
     proof: bytes
     block: bytes
@@ -149,12 +149,12 @@ def decode_proof(payload: bytes) -> tuple[bytes, bytes]:
 
 def encode_again(nonce: bytes) -> bytes:
     """Write the request to shake hands again; the nonce only tells one from another."""
-    return _HEAD.pack(MAGIC, VERSION, TYPE_AGAIN, _HEAD.size, nonce)
+    return _HEAD.pack(MAGIC, VERSION, TYPE_REHANDSHAKE, _HEAD.size, nonce)
 
 
 def decode_again(payload: bytes) -> bytes:
     """Read its nonce; raise FrameError for anything else."""
-    nonce = decode_head(payload, TYPE_AGAIN)
+    nonce = decode_head(payload, TYPE_REHANDSHAKE)
     if len(payload) != _HEAD.size:
         raise FrameError(Reason.MALFORMED_FRAME, "more than the head")
     return nonce
@@ -196,9 +196,9 @@ def _unmapped(address: bytes) -> bytes:
     return address[12:] if address[:12] == _MAPPED else address
 
 
-def proof_option(proof: bytes, *, is_lone: bool) -> bytes:
+def proof_option(proof: bytes, *, is_standalone: bool) -> bytes:
     """Write the option that carries a proof."""
-    exid = LONE_PROOF_EXID if is_lone else PROOF_EXID
+    exid = STANDALONE_PROOF_EXID if is_standalone else PROOF_EXID
     return bytes((OPTION_EXPERIMENT_1, PROOF_OPTION_BYTES)) + exid + proof
 
 
@@ -211,7 +211,7 @@ class FoundProof(NamedTuple):
     """A proof found among a segment's options."""
 
     proof: bytes
-    is_lone: bool
+    is_standalone: bool
     rest: bytes
     """The options without it, still a multiple of 4 bytes."""
 
@@ -222,7 +222,7 @@ def find_proof(options: bytes) -> FoundProof | None:
         return None
     for kind, at, length in walk_options(options):
         exid = options[at + 2 : at + 4]
-        if kind == OPTION_EXPERIMENT_1 and length == PROOF_OPTION_BYTES and exid in (PROOF_EXID, LONE_PROOF_EXID):
+        if kind == OPTION_EXPERIMENT_1 and length == PROOF_OPTION_BYTES and exid in (PROOF_EXID, STANDALONE_PROOF_EXID):
             rest = options[:at] + options[at + length :]
-            return FoundProof(options[at + 4 : at + length], exid == LONE_PROOF_EXID, rest)
+            return FoundProof(options[at + 4 : at + length], exid == STANDALONE_PROOF_EXID, rest)
     return None

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from enforcer_daemon.handshake.bounds import Bound, BoundHits
+from enforcer_daemon.handshake.fairtable import Limit, LimitHits
 from enforcer_daemon.handshake.lapse import TCP_LAPSE_S, UDP_LAPSE_S
 from enforcer_daemon.handshake.leaseframes import NO_ID, NO_NONCE, token_id
 from enforcer_daemon.handshake.peers import Peer
@@ -50,7 +50,7 @@ class Lapse(NamedTuple):
 
 
 class Replaced(NamedTuple):
-    """A peer pod that has presented another identity than its flows were judged by."""
+    """A peer pod that has presented another identity than its flows were evaluated by."""
 
     old: Identity
     new: Identity
@@ -69,7 +69,7 @@ class Pair:
     def __init__(self, key: PairKey, identity: Identity, own: bytes, now: float) -> None:
         self.key = key
         self.identity = identity
-        """The one that its flows were judged by last."""
+        """The one that its flows were evaluated by last."""
         self.own = own
         self.peer: Peer | None = None
         self.candidate: Peer | None = None
@@ -109,7 +109,7 @@ class PairTable:
 
     __slots__ = ("_at", "_hits", "_pairs")
 
-    def __init__(self, hits: BoundHits) -> None:
+    def __init__(self, hits: LimitHits) -> None:
         self._hits = hits
         self._pairs: dict[PairKey, Pair] = {}
         self._at: dict[bytes, dict[PairKey, Pair]] = {}
@@ -130,7 +130,7 @@ class PairTable:
         """Add a pair; None if all pairs that there may be have released flows."""
         if len(self._pairs) >= MAX_PAIRS:
             unused = next((pair for pair in self._pairs.values() if not pair.protocols), None)
-            self._hits[Bound.LEASES] += 1
+            self._hits[Limit.LEASES] += 1
             if unused is None:
                 return None
             self.close(unused)

@@ -14,8 +14,7 @@ from heapq import heappop, heappush
 from typing import NamedTuple
 
 from enforcer_daemon.errors import FrameError, PeerError
-from enforcer_daemon.handshake.allowance import TokenBucket
-from enforcer_daemon.handshake.bounds import Bound, BoundHits
+from enforcer_daemon.handshake.fairtable import Limit, LimitHits
 from enforcer_daemon.handshake.leaseframes import (
     NO_ID,
     NO_NONCE,
@@ -42,6 +41,7 @@ from enforcer_daemon.handshake.leasepairs import (
 )
 from enforcer_daemon.handshake.local import LocalToken
 from enforcer_daemon.handshake.peers import Peer
+from enforcer_daemon.handshake.signaturebudget import TokenBucket
 from enforcer_daemon.model import Identity, Protocol
 from enforcer_daemon.reasons import Reason
 
@@ -69,7 +69,7 @@ class Outgoing(NamedTuple):
 class Leases:
     """The leases of one endpoint."""
 
-    def __init__(self, times: LeaseTimes, random: Callable[[int], bytes], hits: BoundHits) -> None:
+    def __init__(self, times: LeaseTimes, random: Callable[[int], bytes], hits: LimitHits) -> None:
         self._times = times
         self._random = random
         self._pairs = PairTable(hits)
@@ -79,7 +79,7 @@ class Leases:
         self._count = 0
         self._locals: tuple[LocalToken, ...] = ()
         """The present token and the one before it."""
-        self._unproven = TokenBucket(MAX_UNPROVEN_PER_S, hits, Bound.LEASES)
+        self._unproven = TokenBucket(MAX_UNPROVEN_PER_S, hits, Limit.LEASES)
         self.events: list[LeaseEvent] = []
         self._ending: set[bytes] = set()
         """Addresses of peers whose flows have lapsed and are being ended."""
@@ -122,7 +122,7 @@ class Leases:
         address, own = ends
         recent = self._recent.get((peer, address))
         if recent is not None and recent.peer is peer and recent.next_at >= 0.0 and protocol in recent.protocols:
-            self._hear(recent, now)
+            self._note_heard(recent, now)
             recent.noted_at = now
             return
         key = (peer.identity.trust_domain, peer.identity.pod, address)
@@ -135,12 +135,12 @@ class Leases:
             pair.shown = token_id(local.token_hash)
         elif not pair.protocols:
             self._schedule(pair, now + self._times.lease_s if pair.worked else now)
-        self._hear(pair, now)
+        self._note_heard(pair, now)
         pair.noted_at = now
         if protocol not in pair.protocols:
             pair.protocols |= {protocol}
         if pair.peer is not peer:
-            self._adopt(pair, peer)
+            self._set_peer(pair, peer)
         if len(self._recent) >= MAX_PAIRS:
             self._recent.clear()
         self._recent[(peer, address)] = pair
@@ -199,7 +199,7 @@ class Leases:
             self._schedule(pair, now)
         return pair
 
-    def _adopt(self, pair: Pair, peer: Peer) -> None:
+    def _set_peer(self, pair: Pair, peer: Peer) -> None:
         """Take a token for the pair's present one, unless a later one is known; it was proven just now."""
         if pair.peer is not None and peer.issued_at < pair.peer.issued_at:
             return
@@ -208,7 +208,7 @@ class Leases:
         if not states_the_same(old, peer.identity):
             self.events.append(Replaced(old, peer.identity))
 
-    def _hear(self, pair: Pair, at: float) -> None:
+    def _note_heard(self, pair: Pair, at: float) -> None:
         if at >= pair.heard_at:
             pair.heard_at = at
             pair.udp_lapsed = False
@@ -347,10 +347,10 @@ class Leases:
         if sent_at is not None:
             pair.heard = message.nonce
             pair.worked, pair.tries = True, 0
-            self._hear(pair, sent_at)
+            self._note_heard(pair, sent_at)
             if pair.suspect_until is not None and sent_at >= pair.suspect_until - self._times.suspicion_s:
                 pair.suspect_until, pair.cleared_until = None, now + self._times.suspicion_s
-            self._adopt(pair, peer)
+            self._set_peer(pair, peer)
             if local is self._locals[0]:
                 pair.shown = token_id(local.token_hash)
             if pair.next_at > now + self._times.lease_s and pair.protocols:

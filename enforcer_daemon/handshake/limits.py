@@ -47,7 +47,7 @@ class HandshakeLimits:
     """Sources of each rank whose token bucket for signature checks the node remembers."""
     max_nonces: int = 65_536
     """Nonces that the node remembers against replays: 16 s of the connections that an enforcer makes."""
-    max_handshakes_again_per_s: float = 64.0
+    max_rehandshakes_per_s: float = 64.0
     """UDP flows per second for which the endpoint requests a re-handshake, and as many that it begins on request
     (burst: one second's worth). A flow needs one after a loss of state only."""
     max_own_packets: int = 4_096

@@ -10,11 +10,11 @@ from __future__ import annotations
 from typing import TypeVar
 
 from enforcer_daemon.errors import CredentialError, PeerError, TokenError
-from enforcer_daemon.handshake.allowance import Allowance
-from enforcer_daemon.handshake.bounds import Bound, no_hits
+from enforcer_daemon.handshake.fairtable import Limit, no_hits
 from enforcer_daemon.handshake.frames import decode_block
 from enforcer_daemon.handshake.limits import HandshakeLimits
 from enforcer_daemon.handshake.proofs import frame_hash
+from enforcer_daemon.handshake.signaturebudget import SignatureBudget
 from enforcer_daemon.identity.credential import Credential, TrustBundle, decode_credential
 from enforcer_daemon.identity.tokens import Claims, decode_token
 from enforcer_daemon.model import Identity
@@ -64,9 +64,9 @@ class PeerVerifier:
     def __init__(self, bundle: TrustBundle, settings: HandshakeLimits) -> None:
         self._bundle = bundle
         self._settings = settings
-        self.bound_hits = no_hits()
+        self.limit_hits = no_hits()
         """How often each bound of the node's endpoints was reached."""
-        self._allowance = Allowance(settings, self.bound_hits)
+        self._allowance = SignatureBudget(settings, self.limit_hits)
         self._peers: dict[bytes, Peer] = {}
         self._refused: dict[bytes, PeerError] = {}
         self._refused_credentials: dict[bytes, PeerError] = {}
@@ -99,8 +99,8 @@ class PeerVerifier:
         der, token = decode_block(block)
         is_known = der in self._credentials
         block_hash, der_hash = frame_hash(block), b"" if is_known else frame_hash(der)
-        _refuse_again(self._refused.get(block_hash))
-        _refuse_again(self._refused_credentials.get(der_hash))
+        _raise_cached_refusal(self._refused.get(block_hash))
+        _raise_cached_refusal(self._refused_credentials.get(der_hash))
         self._allowance.take(source, is_pod=is_pod, is_credential_known=is_known, now=now)
         try:
             peer = self._verify_signatures(der, token, wall_now)
@@ -112,7 +112,7 @@ class PeerVerifier:
             raise
         if source in peer.addresses:
             self._allowance.trust(source)
-        self._remember(self._peers, block, peer, self._settings.max_cached_peers, Bound.CACHED_PEERS)
+        self._remember(self._peers, block, peer, self._settings.max_cached_peers, Limit.CACHED_PEERS)
         return peer
 
     def _verify_signatures(self, der: bytes, token: bytes, wall_now: float) -> Peer:
@@ -123,22 +123,22 @@ class PeerVerifier:
             credential = decode_credential(der)
             self._bundle.verify(credential, wall_now, leeway_s)
             bound = self._settings.max_cached_credentials
-            self._remember(self._credentials, der, credential, bound, Bound.CACHED_CREDENTIALS)
+            self._remember(self._credentials, der, credential, bound, Limit.CACHED_CREDENTIALS)
         elif wall_now > credential.not_after + leeway_s:
             raise CredentialError(Reason.CREDENTIAL_EXPIRED, f"node {credential.node}")
         return Peer(decode_token(token, credential, wall_now, leeway_s), token, credential)
 
     def _remember_refused(self, table: dict[bytes, PeerError], key: bytes, err: PeerError) -> None:
         refusal = PeerError(err.reason, err.detail)  # Without the trace, which holds what was looked at.
-        self._remember(table, key, refusal, self._settings.max_refused_identities, Bound.REFUSED_IDENTITIES)
+        self._remember(table, key, refusal, self._settings.max_refused_identities, Limit.REFUSED_IDENTITIES)
 
-    def _remember(self, table: dict[bytes, _Value], key: bytes, value: _Value, bound: int, name: Bound) -> None:
+    def _remember(self, table: dict[bytes, _Value], key: bytes, value: _Value, bound: int, name: Limit) -> None:
         if len(table) >= bound and key not in table:
             del table[next(iter(table))]
-            self.bound_hits[name] += 1
+            self.limit_hits[name] += 1
         table[key] = value
 
 
-def _refuse_again(refusal: PeerError | None) -> None:
+def _raise_cached_refusal(refusal: PeerError | None) -> None:
     if refusal is not None:
         raise PeerError(refusal.reason, refusal.detail)

@@ -16,8 +16,8 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 from enforcer_daemon.errors import TokenError
-from enforcer_daemon.handshake.bounds import FairTable
 from enforcer_daemon.handshake.claims import Answer, Claim, Denial
+from enforcer_daemon.handshake.fairtable import FairTable
 from enforcer_daemon.model import Identity, PodRef
 from enforcer_daemon.reasons import Reason
 

@@ -13,7 +13,7 @@ from enforcer_daemon.handshake.local import LocalToken
 from enforcer_daemon.handshake.machine import TRANSITIONS, Event, IllegalEventError, State, next_state
 from enforcer_daemon.handshake.peers import Peer
 from enforcer_daemon.handshake.proofs import frame_hash, initiator_proof, require_equal, responder_proof, transcript
-from enforcer_daemon.model import Decision, JudgedFlow
+from enforcer_daemon.model import Decision, EvaluatedFlow
 from enforcer_daemon.packet.checksum import ones_sum
 from enforcer_daemon.packet.tcp import Segment
 from enforcer_daemon.packet.udp import UDPDatagram
@@ -29,13 +29,13 @@ class Grant:
 
     __slots__ = ("entry", "evaluated", "number", "verdict")
 
-    def __init__(self, verdict: Verdict, evaluated: JudgedFlow | None = None) -> None:
+    def __init__(self, verdict: Verdict, evaluated: EvaluatedFlow | None = None) -> None:
         self.verdict = verdict
         """Bears the number of its entry in the flow index since the last flow of it was proven."""
         self.evaluated = evaluated
         """What policy allowed; None if it was an address alone."""
         self.number = 0
-        self.entry: JudgedFlow | None = None
+        self.entry: EvaluatedFlow | None = None
         """The entry of the flow index under this number, if it has had one."""
 
 
@@ -88,7 +88,7 @@ class Session:
     doubted_until: float = 0.0
     """Until when a DOUBTED flow is kept from the kernel, monotonic seconds."""
     is_address_allowed: bool = False
-    """Whether policy allows the dialled address with any pod there: packets then need not wait for its identity."""
+    """Whether policy allows the dialed address with any pod there: packets then need not wait for its identity."""
     refusal: Decision | None = None
     """Why the packet for which the sender was ASKED to rehandshake is not allowed by its address."""
     resend: tuple[Inject, ...] = ()
@@ -96,7 +96,7 @@ class Session:
     answer: Segment | None = None
     """The pod's SYN-ACK, until the proof has come."""
     answer_port: int | None = None
-    """The pod's port in its SYN-ACK: beside a sidecar that redirects not the one that was dialled."""
+    """The pod's port in its SYN-ACK: beside a sidecar that redirects not the one that was dialed."""
     alias: FlowKey | None = None
     """The key of the flow with that port, unless another flow has it."""
     name: tuple[bytes, bytes, int, int | bytes] | None = None
@@ -113,7 +113,7 @@ class Session:
         self.state = TRANSITIONS[self.state].get(event) or next_state(self.state, event)
 
     @property
-    def allowed_by(self) -> int | JudgedFlow | None:
+    def allowed_by(self) -> int | EvaluatedFlow | None:
         """Return the mark of a released flow, or what an unfinished one is allowed by; None if nothing allows it."""
         if self.release is not None:
             return self.release.mark
@@ -134,7 +134,7 @@ class Session:
         is_initiator = self.key.role is Role.INITIATOR
         return Decision(False, self.facts.unheard if is_initiator else Reason.PROOF_MISSING, self.key.direction)
 
-    def let_go(self, now: float) -> Verdict:
+    def establish(self, now: float) -> Verdict:
         """Return the verdict for a packet of a released flow: it takes the flow with it into the kernel."""
         release = self.release or DROP
         return release if now >= self.drained_at else release._replace(when_drained=True)

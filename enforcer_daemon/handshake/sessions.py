@@ -6,13 +6,13 @@ from __future__ import annotations
 from collections.abc import Iterator
 from heapq import heapify, heappop, heappush
 
-from enforcer_daemon.handshake.bounds import Bound, BoundHits, Evicted, FairTable
+from enforcer_daemon.handshake.fairtable import Evicted, FairTable, Limit, LimitHits
 from enforcer_daemon.handshake.flowkey import FlowKey, Role
 from enforcer_daemon.handshake.session import NEVER, Session
 
 Name = tuple[bytes, bytes, int, int | bytes]
 """A handshake by the remote end, the pod's address, and the offer's ISN or nonce: a sidecar may answer from another
-port than was dialled."""
+port than was dialed."""
 _MIN_TIMERS = 64
 
 
@@ -20,7 +20,7 @@ class SessionTable:
     """One endpoint's sessions of a protocol and role: unfinished up to limits, released ones while there is room."""
 
     def __init__(
-        self, limits: tuple[int, int], max_settled: int, hits: BoundHits, names: dict[Name, Session] | None = None
+        self, limits: tuple[int, int], max_settled: int, hits: LimitHits, names: dict[Name, Session] | None = None
     ) -> None:
         """`limits`: of unfinished sessions, in all and of one source. `hits` counts what evicts a released one.
 
@@ -59,12 +59,12 @@ class SessionTable:
     def __contains__(self, session: Session) -> bool:
         return self._unfinished.get(session) is not None
 
-    def full(self, source: bytes) -> Bound | None:
+    def full(self, source: bytes) -> Limit | None:
         """Return the limit that leaves no room for one more unfinished session of a source, if there is none."""
         total, per_source = self._limits
         if self._unfinished.count(source) >= per_source:
-            return Bound.HALF_OPEN_FLOWS_PER_SOURCE
-        return Bound.HALF_OPEN_FLOWS if len(self._unfinished) >= total else None
+            return Limit.HALF_OPEN_FLOWS_PER_SOURCE
+        return Limit.HALF_OPEN_FLOWS if len(self._unfinished) >= total else None
 
     def add_alias(self, key: FlowKey, session: Session) -> None:
         """Let what the pod sends in a session be found under another key, if no other has it."""
@@ -76,7 +76,7 @@ class SessionTable:
         evicted = None
         if self._unfinished.pop(session) is not None:
             if len(self._settled) >= self._max_settled:
-                self._hits[Bound.SETTLED_FLOWS] += 1
+                self._hits[Limit.SETTLED_FLOWS] += 1
                 evicted = next(iter(self._settled))
             self._settled[session] = None
         return evicted

@@ -111,7 +111,7 @@ class TrustBundle:
         if wall_now < credential.not_before - leeway_s:
             early = credential.not_before - wall_now
             raise CredentialError(Reason.CREDENTIAL_EXPIRED, f"node {credential.node}, begins in {early:.0f} s")
-        # Within the leeway the chain is judged at the nearest moment at which the credential itself is valid.
+        # Within the leeway the chain is evaluated at the nearest moment at which the credential itself is valid.
         moment = datetime.fromtimestamp(min(max(wall_now, credential.not_before), credential.not_after), UTC)
         verifier = (
             PolicyBuilder()

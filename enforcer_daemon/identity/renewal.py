@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from enforcer_daemon.errors import SettingsError
-from enforcer_daemon.identity.given import given_files, open_given_identity
+from enforcer_daemon.identity.external import external_files, open_external_identity
 from enforcer_daemon.identity.keystore import NodeIdentity, open_node_identity
 from enforcer_daemon.settings import CredentialSource, Settings
 
@@ -80,13 +80,13 @@ def open_identity(settings: Settings, wall_now: float) -> NodeIdentity:
     """Open the node's identity, wherever the settings say that it comes from."""
     if settings.credentials.source is CredentialSource.AUTHORITY:
         return open_node_identity(settings, wall_now)
-    return open_given_identity(settings, wall_now)
+    return open_external_identity(settings, wall_now)
 
 
 def _operators_files(settings: Settings) -> tuple[bytes, ...]:
     credentials = settings.credentials
     if credentials.source is not CredentialSource.AUTHORITY:
-        return tuple(_digest(path) for path in given_files(settings))
+        return tuple(_digest(path) for path in external_files(settings))
     paths = (credentials.ca_certificate, credentials.ca_key, credentials.trust_bundle)
     return tuple(_digest(path) for path in paths if path is not None)
 

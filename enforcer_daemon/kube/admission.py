@@ -35,7 +35,7 @@ class Admission:
         self._timeout_s = timeout_s
 
     async def admit(self, request: AddRequest) -> AddRequest:
-        """Return the request with the pod's own labels, once the pod is in the world in force; raise RegistrationError.
+        """Return the request with the pod's own labels, once the pod is in the state in force; raise RegistrationError.
 
         The labels go into the attachment's record, for a daemon that starts after the pod was deleted.
         """
@@ -61,32 +61,32 @@ class Admission:
         except ApiError as err:
             raise self._unknown(request, err) from err
         except ValueError as err:
-            raise _try_again(request, f"the API server's answer cannot be read: {err}") from err
+            raise _retry_later(request, f"the API server's answer cannot be read: {err}") from err
         entry = read_entry(PODS, manifest, {}) if isinstance(manifest, Mapping) else None
         if not isinstance(entry, Entry) or entry.value is None:
             problems = "; ".join(map(str, entry.problems)) if isinstance(entry, Entry) else "no object"
-            raise _try_again(request, f"it cannot be read: {problems}")
+            raise _retry_later(request, f"it cannot be read: {problems}")
         self._require_same(request, entry.value)
         self._source.pods.add(manifest)
 
     def _unknown(self, request: AddRequest, err: ApiError) -> RegistrationError:
         if err.status != NOT_FOUND:
-            return _try_again(request, f"it is not known here, and cannot be asked for: {err}")
+            return _retry_later(request, f"it is not known here, and cannot be asked for: {err}")
         if _CONFIG_HASH.fullmatch(request.uid):
-            return _try_again(request, "a static pod whose mirror is not in the API yet, so its labels are not known")
+            return _retry_later(request, "a static pod whose mirror is not in the API yet, so its labels are not known")
         return RegistrationError(messages.POD_GONE, f"pod {request.pod} is gone")
 
     def _require_same(self, request: AddRequest, pod: Pod) -> None:
         if pod.ref != request.pod:
-            raise _try_again(request, f"the API server answered with {pod.ref}")
+            raise _retry_later(request, f"the API server answered with {pod.ref}")
         if pod.uid != request.uid:
             message = f"its UID is {pod.uid}, the runtime's is {request.uid}"
             if _CONFIG_HASH.fullmatch(request.uid):
-                raise _try_again(request, f"the mirror is that of another version of the static pod: {message}")
+                raise _retry_later(request, f"the mirror is that of another version of the static pod: {message}")
             raise RegistrationError(messages.POD_GONE, f"pod {request.pod} was replaced: {message}")
         if pod.node != self._node:
             raise RegistrationError(messages.FAILED, f"pod {request.pod} is on node {pod.node or '(none)'}, not here")
 
 
-def _try_again(request: AddRequest, why: str) -> RegistrationError:
+def _retry_later(request: AddRequest, why: str) -> RegistrationError:
     return RegistrationError(messages.TRY_AGAIN, f"pod {request.pod}: {why}", retryable=True)

@@ -20,7 +20,7 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from enforcer_daemon.errors import CredentialError, EnforcerError, SettingsError
 from enforcer_daemon.identity.authority import node_spiffe_id
 from enforcer_daemon.identity.credential import Credential, decode_credential
-from enforcer_daemon.identity.given import given_files, open_given_identity
+from enforcer_daemon.identity.external import external_files, open_external_identity
 from enforcer_daemon.identity.keystore import key_pem
 from enforcer_daemon.identity.request import make_request
 from enforcer_daemon.kube.backoff import backoff_s
@@ -69,7 +69,7 @@ class CertificateRequests:
         """Return whether to ask for another certificate: it is time, or no peer would trust the present one."""
         now = self._wall_clock()
         try:
-            identity = open_given_identity(self._settings, now)
+            identity = open_external_identity(self._settings, now)
         except SettingsError:
             return True
         return not identity.credential.not_before <= now < identity.renew_at
@@ -78,8 +78,8 @@ class CertificateRequests:
         """Ask whenever a certificate is due, for ever."""
         failures = 0
         while True:
-            # The bundle comes first: without it, no certificate can be judged.
-            if not given_files(self._settings).trust_bundle.exists() or not self.is_due():
+            # The bundle comes first: without it, no certificate can be evaluated.
+            if not external_files(self._settings).trust_bundle.exists() or not self.is_due():
                 failures = 0
                 await asyncio.sleep(_LOOK_S)
                 continue
@@ -104,7 +104,7 @@ class CertificateRequests:
         certificate = await self._answer(name)
         credential = self._checked(certificate, key)
         replace_file(
-            given_files(self._settings).certificate,
+            external_files(self._settings).certificate,
             key_pem(key) + certificate.public_bytes(serialization.Encoding.PEM),
         )
         self._note("")

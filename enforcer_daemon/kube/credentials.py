@@ -18,7 +18,7 @@ from cryptography import x509
 
 from enforcer_daemon.errors import SettingsError
 from enforcer_daemon.identity.credential import TrustBundle
-from enforcer_daemon.identity.given import given_files, open_given_identity
+from enforcer_daemon.identity.external import external_files, open_external_identity
 from enforcer_daemon.kube.certificates import CertificateRequests
 from enforcer_daemon.kube.client import SERVICE_ACCOUNT, ClusterApi
 from enforcer_daemon.kube.limits import ClusterLimits
@@ -53,7 +53,7 @@ class ClusterCredentials:
         """Why there is no certificate or bundle, or no newer one; empty if all is well."""
         if self._requests.problem or self._bundle_problem:
             return self._requests.problem or self._bundle_problem
-        if not given_files(self._settings).trust_bundle.exists():
+        if not external_files(self._settings).trust_bundle.exists():
             why = self._bundles.health.problem or "there is no such ConfigMap"
             return f"no trust bundle yet from ConfigMap {self._config_map}: {why}"
         return ""
@@ -74,7 +74,7 @@ class ClusterCredentials:
         said = ""
         while True:
             try:
-                open_given_identity(self._settings, time.time())
+                open_external_identity(self._settings, time.time())
             except SettingsError:
                 if self.problem != said:
                     said = self.problem
@@ -92,7 +92,7 @@ class ClusterCredentials:
                 if not isinstance(text, str):
                     raise ValueError(f"has no entry {BUNDLE_ENTRY}")
                 TrustBundle(x509.load_pem_x509_certificates(text.encode()))
-                path = given_files(self._settings).trust_bundle
+                path = external_files(self._settings).trust_bundle
                 path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
                 replace_file(path, text.encode())
             except (ValueError, OSError) as err:

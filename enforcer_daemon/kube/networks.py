@@ -4,7 +4,7 @@
 What the settings name is not discovered: `networks.enforced` stands in for the nodes' podCIDRs, `networks.virtual` for
 all that is virtual. What only administrators and controllers write (podCIDRs, ServiceCIDRs) is believed as it is. What
 a Service states is earned: an address counts only where the operator allows it and where no pod or node is, on the
-Service's ports, and a node's address only on node ports in use. kube-proxy translates what is dialled there to a pod,
+Service's ports, and a node's address only on node ports in use. kube-proxy translates what is dialed there to a pod,
 or refuses it, so an identity that is sent there stays in the cluster; any other port it leaves alone.
 """
 
@@ -83,7 +83,7 @@ class VirtualAddresses:
 
     def put(self, key: Key, service: ServiceAddresses | None) -> None:
         """Take over a Service as it is now; None: it is gone."""
-        self._withdraw(key)
+        self._remove(key)
         if service is not None and (service.external or service.load_balancers or service.node_ports):
             self._grant(key, service)
 
@@ -123,7 +123,7 @@ class VirtualAddresses:
     def __len__(self) -> int:
         return len(self._in_force.in_force)
 
-    def _withdraw(self, key: Key) -> None:
+    def _remove(self, key: Key) -> None:
         self._refused.pop(key, None)
         held = self._held.pop(key, [])
         self._in_namespace[key[0]] -= len(held)

@@ -67,7 +67,7 @@ class PlacementCheck:
     _first: LookupQueue = field(default_factory=LookupQueue)
     _again: deque[tuple[float, Claim]] = field(default_factory=deque)
     _waiting: asyncio.Event = field(default_factory=asyncio.Event)
-    _waiting_again: asyncio.Event = field(default_factory=asyncio.Event)
+    _retries_waiting: asyncio.Event = field(default_factory=asyncio.Event)
 
     def open(self, settings: Settings) -> Placement:
         """Return what the datapath asks."""
@@ -95,7 +95,7 @@ class PlacementCheck:
         """Look claims up as they come, until cancelled."""
         async with asyncio.TaskGroup() as tasks:
             tasks.create_task(self._look(), name="placement")
-            tasks.create_task(self._look_again(), name="placement, second look")
+            tasks.create_task(self._retry_lookups(), name="placement, second look")
 
     async def _look(self) -> None:
         while True:
@@ -109,17 +109,17 @@ class PlacementCheck:
                 await self._settle(claim, answer, where)
             elif len(self._again) < MAX_AGAIN:
                 self._again.append((time.monotonic() + self.limits.retry_s, claim))
-                self._waiting_again.set()
+                self._retries_waiting.set()
             else:
                 self.placement.forget(claim)
                 self._count("skipped")
             await asyncio.sleep(1.0 / self.limits.max_lookups_per_s)
 
-    async def _look_again(self) -> None:
+    async def _retry_lookups(self) -> None:
         while True:
             if not self._again:
-                self._waiting_again.clear()
-                await self._waiting_again.wait()
+                self._retries_waiting.clear()
+                await self._retries_waiting.wait()
             due_at, claim = self._again.popleft()
             await asyncio.sleep(max(0.0, due_at - time.monotonic()))
             await self._settle(claim, *await self._find(claim))

@@ -98,7 +98,7 @@ class Reflector(Generic[Value]):
             try:
                 await self._round()
             except ApiError as err:
-                await self._bear(err)
+                await self._handle_error(err)
 
     async def _round(self) -> None:
         if self._version is None:
@@ -110,7 +110,7 @@ class Reflector(Generic[Value]):
             raise ApiError("the API server ended the watch at once")
         self._failures = 0
 
-    async def _bear(self, err: ApiError) -> None:
+    async def _handle_error(self, err: ApiError) -> None:
         """Take note of a failure, and wait."""
         shared, health = self._shared, self.health
         if err.status == GONE:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The cluster as the source of the daemon's world: what is watched, kept on disk, and put together.
+"""The cluster as the source of the daemon's state: what is watched, kept on disk, and put together.
 
 NetworkPolicies and Namespaces of the cluster, the Pods of this node, the Nodes' networks, ServiceCIDRs, and the
 addresses of Services unless that is switched off. While the API server is away, the last state stays in force; a daemon
@@ -26,7 +26,7 @@ from enforcer_daemon.kube.table import Entry, Table
 from enforcer_daemon.model import PodRef
 from enforcer_daemon.policy import AnyPolicy, Pod
 from enforcer_daemon.settings import NetworkSettings, Settings
-from enforcer_daemon.sources.manifests import Problem, World
+from enforcer_daemon.sources.manifests import ClusterState, Problem
 from enforcer_daemon.sources.turns import Turns
 from enforcer_daemon.telemetry.logs import Logger
 from enforcer_daemon.telemetry.metrics import Metrics
@@ -50,7 +50,7 @@ class RefusedPolicy:
 
 
 class ClusterSource:
-    """Run `run` as a task; take worlds from `worlds`, one after the other."""
+    """Run `run` as a task; take states from `states`, one after the other."""
 
     def __init__(
         self,
@@ -104,9 +104,9 @@ class ClusterSource:
         self._written: dict[str, int] = {}
         self._changed = asyncio.Event()
         self._taken = asyncio.Condition()
-        self._in_force = World()
+        self._in_force = ClusterState()
         self.is_settled = False
-        """Whether a world is in force that the API server gave, to this daemon or to an earlier one."""
+        """Whether a state is in force that the API server gave, to this daemon or to an earlier one."""
 
     # Tasks.
 
@@ -122,22 +122,22 @@ class ClusterSource:
                 for reflector in self._reflectors:
                     tasks.create_task(reflector.run(), name=f"watch {reflector.resource.plural}")
                 tasks.create_task(self._intake.run(), name="objects")
-                tasks.create_task(self._keep_going(), name="cluster state on disk")
+                tasks.create_task(self._save_forever(), name="cluster state on disk")
         finally:
             self._intake.close()
             await self.keep()
             await self.api.close()
 
-    async def worlds(self) -> AsyncIterator[World]:
-        """Yield the world once it is complete, and again after each change; asking for the next says it is in force."""
+    async def states(self) -> AsyncIterator[ClusterState]:
+        """Yield the state once it is complete, and again after each change; asking for the next says it is in force."""
         await self._wait_until_settled()
         while True:
             self._changed.clear()
-            world = self._world()
-            yield world
+            state = self._state()
+            yield state
             self.is_settled = True
             async with self._taken:
-                self._in_force = world
+                self._in_force = state
                 self._taken.notify_all()
             await self._changed.wait()
 
@@ -169,7 +169,7 @@ class ClusterSource:
         return not self.namespaces.health.is_up or ("", name) in self._namespaces.entries
 
     async def until_in_force(self, ref: PodRef, uid: str) -> Pod:
-        """Wait until the world that all endpoints are judged by has this pod."""
+        """Wait until the state that all endpoints are evaluated by has this pod."""
         async with self._taken:
             while (pod := self._in_force.find_pod(ref, uid)) is None:
                 await self._taken.wait()
@@ -213,7 +213,7 @@ class ClusterSource:
     def refused_policies(self) -> list[RefusedPolicy]:
         """Return the policies that are refused, with all that is wrong with each."""
         return [
-            RefusedPolicy(*entry.key, entry.uid, told(entry.problems))
+            RefusedPolicy(*entry.key, entry.uid, describe(entry.problems))
             for entry in self._policies.entries.values()
             if entry.problems
         ]
@@ -240,7 +240,7 @@ class ClusterSource:
             },
         }
 
-    def _world(self) -> World:
+    def _state(self) -> ClusterState:
         problems: tuple[Problem, ...] = tuple(
             problem for reflector in self._reflectors for problem in reflector.table.problems()
         )
@@ -248,7 +248,7 @@ class ClusterSource:
             labels = {namespace.name: namespace.labels for namespace in self._namespaces.values()}
             self._labels = self._namespaces.revision, labels
         self._unload()
-        return World(
+        return ClusterState(
             tuple(self._policies.values()),
             self._labels[1],
             {pod.ref: pod for pod in self._pods.values()},
@@ -288,7 +288,7 @@ class ClusterSource:
             reflector.table.replace(state.entries)
         self._is_kept = all(found[resource.plural].is_there for resource in _SECURITY)
 
-    async def _keep_going(self) -> None:
+    async def _save_forever(self) -> None:
         while True:
             await asyncio.sleep(self._limits.save_interval_s)
             await self.keep()
@@ -313,7 +313,7 @@ class ClusterSource:
         self._kept_problems = problems
 
 
-def told(problems: Iterable[Problem]) -> str:
+def describe(problems: Iterable[Problem]) -> str:
     """Return what is wrong with one policy, and what is in force instead."""
     listed = list(problems)
     instead = "an earlier version stays in force" if listed[0].has_earlier else _STANDS_IN

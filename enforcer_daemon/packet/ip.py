@@ -19,7 +19,7 @@ IPV6_HEADER = 40
 _MAX_EXTENSION_HEADERS = 8
 """More than any sane sender uses; a chain beyond it is refused, so that one packet cannot cost much."""
 
-NOT_TO_BE_CUT = b"\x00\x00\x40\x00"
+DONT_FRAGMENT = b"\x00\x00\x40\x00"
 """Identification, flags and offset of an IPv4 packet that routers must not cut; it needs no number (RFC 6864)."""
 _HOP_BY_HOP = 0
 _ROUTING = 43
@@ -74,7 +74,7 @@ def _decode_ipv6(packet: bytes) -> IPHeader:
 
 def _extension_length(packet: bytes, kind: int, offset: int) -> int:
     if kind == _FRAGMENT:
-        # The atomic fragment (offset 0, no more to come) is whole; any other part has no transport header to judge.
+        # The atomic fragment (offset 0, no more to come) is whole; any other part has no transport header to evaluate.
         if (packet[offset + 2] << 8 | packet[offset + 3]) & 0xFFF9:
             raise PacketError("IPv6 fragment")
         return 8

@@ -11,7 +11,7 @@ from enforcer_daemon.packet.ip import IPHeader
 
 
 class Datagram(NamedTuple):
-    """One packet that is judged by its addresses; ports are None if the protocol has none."""
+    """One packet that is evaluated by its addresses; ports are None if the protocol has none."""
 
     src: bytes
     dst: bytes

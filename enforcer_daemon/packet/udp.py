@@ -46,9 +46,9 @@ class UDPDatagram(NamedTuple):
     """Where the packet ends by its IP header; beyond the bytes at hand where only the beginning was copied."""
     sport: int
     dport: int
-    is_unsummed: bool = False
+    is_checksum_partial: bool = False
     """Whether the checksum is left to be made on the way out; a rewritten packet must have one."""
-    is_cut: bool = False
+    is_gso: bool = False
     """Whether it is a send that will be cut into datagrams (UDP_SEGMENT) on the way out; it cannot be rewritten."""
 
     @property
@@ -159,10 +159,10 @@ def _rewritten(datagram: UDPDatagram, surplus: bytes) -> bytes:
     packet, offset, tail = datagram.packet, datagram.offset, datagram.tail
     if tail > len(packet):
         raise PacketError("only the beginning of the packet is at hand")
-    if datagram.is_cut:
+    if datagram.is_gso:
         raise PacketError("it will be cut into several datagrams")
     udp = packet[offset:tail]
-    if datagram.is_unsummed:
+    if datagram.is_checksum_partial:
         # Else it stays, since it covers the user data alone: to make it anew would repair what was damaged on the way.
         total = ones_sum(datagram.src + datagram.dst + udp[:6]) + ones_sum(udp[UDP_HEADER:]) + UDP + len(udp)
         udp = udp[:6] + complement(total).to_bytes(2, "big") + udp[UDP_HEADER:]

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Judges flows of one pod in one direction: what its policies allow is the union of all their rules, and no more.
+"""Evaluates flows of one pod in one direction: what its policies allow is the union of all their rules, and no more.
 
-A flow is allowed between two pods if the sender's egress and the receiver's ingress both allow it; each end judges its
-own direction, on the other end's verified identity and observed address.
+A flow is allowed between two pods if the sender's egress and the receiver's ingress both allow it; each end evaluates
+its own direction, on the other end's verified identity and observed address.
 """
 
 from __future__ import annotations
@@ -285,15 +285,18 @@ class DirectionPolicy:
         return f"{self._rules.direction.value} by address: more than {limits}, so none is allowed by the guard: {named}"
 
     def is_same(self, other: DirectionPolicy) -> bool:
-        """Return whether both were compiled from the very same policies for the same pod, so that they judge alike."""
+        """Return whether both were compiled from the very same policies for the same pod, so that they evaluate
+        alike."""
         return (self._rules, self._own_names, self._trust_domain) == (
             other._rules,
             other._own_names,
             other._trust_domain,
         )
 
-    def judge(self, peer: Identity | None, address: IPAddress, port: int | None, protocol: Protocol | None) -> Decision:
-        """Judge a flow with a peer at the address that was observed; an allowance names one rule that allows it.
+    def evaluate(
+        self, peer: Identity | None, address: IPAddress, port: int | None, protocol: Protocol | None
+    ) -> Decision:
+        """Evaluate a flow with a peer at the address that was observed; an allowance names one rule that allows it.
 
         `peer` None: nobody proved an identity there, so only rules by address count. `port` is the destination's, after
         translation. `port` None: a flow of a protocol without ports, which only rules without ports allow.
@@ -307,8 +310,8 @@ class DirectionPolicy:
     def explain(
         self, peer: Identity | None, address: IPAddress, port: int | None, protocol: Protocol | None
     ) -> Decision:
-        """Judge as `judge` does, but name every rule that allows the flow; its cost grows with their number."""
-        first = self.judge(peer, address, port, protocol)
+        """Evaluate as `evaluate` does, but name every rule that allows the flow; its cost grows with their number."""
+        first = self.evaluate(peer, address, port, protocol)
         if self._allows_all is not None or not first.is_allowed:
             return first
         rules = {rule for decision in self._allowing(peer, address, port, protocol) for rule in decision.rules}
@@ -330,7 +333,7 @@ class DirectionPolicy:
     def could_allow(self, address: IPAddress | None, port: int | None, protocol: Protocol | None) -> bool:
         """Return whether any rule could allow some peer there, before its identity is known.
 
-        `address` None: a virtual address was dialled, and the pod behind it has an address and a port that are not
+        `address` None: a virtual address was dialed, and the pod behind it has an address and a port that are not
         known yet; `port` then does not count either. `port` None: not known yet.
         """
         return self._allows_all is not None or self._rules.could_allow(address, port, protocol)

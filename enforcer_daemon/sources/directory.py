@@ -19,11 +19,11 @@ from pathlib import Path
 from enforcer_daemon.sources.inotify import DirectoryWatch
 from enforcer_daemon.sources.lastgood import LastGood
 from enforcer_daemon.sources.manifests import (
+    ClusterState,
     KubernetesObject,
     ManifestFile,
     ObjectKey,
     Problem,
-    World,
     assemble,
     decode_file,
     load_bytes,
@@ -75,22 +75,22 @@ class DirectorySource:
         self._decoded: dict[str, _Decoded] = {}
         self._seen: dict[str, _Stamp | None] | None = None
         self._links: list[Path] = []
-        self._unkept: list[Problem] = []
+        self._unsaved: list[Problem] = []
         """What is wrong with the last good versions on disk."""
         self._good: dict[ObjectKey, tuple[str, KubernetesObject]] = {}
         if self._last_good is not None:
-            self._good, self._unkept = self._last_good.load()
+            self._good, self._unsaved = self._last_good.load()
         self._restored = self._good
         """What is in force because an earlier daemon kept it."""
 
-    def read(self) -> World:
+    def read(self) -> ClusterState:
         """Read all files; those that did not change are not decoded again. Not for two threads at once."""
         try:
             stamps = self._seen = self._stamps()
         except OSError as err:
             self._seen = None
             problem = Problem(str(self._directory), 0, "", "", f"cannot be read: {err.strerror or err}")
-            return self._world([problem])
+            return self._state([problem])
         files = [self._read_file(name, stamp) for name, stamp in stamps.items()]
         self._decoded = {file.name: self._decoded[file.name] for file in files if file.name in self._decoded}
         found, problems = unique_objects(files)
@@ -99,21 +99,21 @@ class DirectorySource:
                 found[key] = kept
         self._good = dict(sorted(found.items(), key=lambda pair: pair[0]))
         self._restored = {key: kept for key, kept in self._restored.items() if self._good.get(key) is kept}
-        return self._world(problems)
+        return self._state(problems)
 
     def keep(self) -> bool:
-        """Keep on disk what is in force; tell whether the world's problems are other ones now."""
+        """Keep on disk what is in force; tell whether the state's problems are other ones now."""
         if self._last_good is None:
             return False
         contents = {name: decoded.content for name, decoded in self._decoded.items()}
-        before, self._unkept = self._unkept, self._last_good.keep(self._good, contents)
-        return self._unkept != before
+        before, self._unsaved = self._unsaved, self._last_good.keep(self._good, contents)
+        return self._unsaved != before
 
-    def _world(self, problems: list[Problem]) -> World:
-        told = [*(self._told(problem) for problem in problems), *self._unkept]
+    def _state(self, problems: list[Problem]) -> ClusterState:
+        told = [*(self._reported(problem) for problem in problems), *self._unsaved]
         return assemble((found for _, found in self._good.values()), told)
 
-    def _told(self, problem: Problem) -> Problem:
+    def _reported(self, problem: Problem) -> Problem:
         """Return whether something is in force instead of what is wrong, and what only because a daemon kept it."""
         problem = replace(problem, has_earlier=self._has_earlier(problem))
         names = [
@@ -146,28 +146,28 @@ class DirectorySource:
         self._decoded[name] = _Decoded(stamp, read_at_ns, content, file)
         return file
 
-    async def watch(self) -> AsyncIterator[World]:
-        """Yield the world at once, and again after each change of it."""
-        world = await asyncio.to_thread(self.read)
-        yield world
+    async def watch(self) -> AsyncIterator[ClusterState]:
+        """Yield the state at once, and again after each change of it."""
+        state = await asyncio.to_thread(self.read)
+        yield state
         async with aclosing(self._changes()) as changes:
-            is_told = await asyncio.to_thread(self.keep)
+            is_changed = await asyncio.to_thread(self.keep)
             kept_at, is_due = time.monotonic(), False
             while True:
                 following = asyncio.ensure_future(anext(changes))
                 try:
                     # What is in force is kept when no change follows: neither policy nor the next change waits for it.
                     if is_due and not await _is_done(following, kept_at + MAX_UNKEPT_S - time.monotonic()):
-                        is_told |= await asyncio.to_thread(self.keep)
+                        is_changed |= await asyncio.to_thread(self.keep)
                         kept_at, is_due = time.monotonic(), False
                     await following
                 finally:
                     await _cancelled(following)
                 newer = await asyncio.to_thread(self.read)
-                if newer != world or is_told:
-                    world, is_told = newer, False
+                if newer != state or is_changed:
+                    state, is_changed = newer, False
                     kept_at, is_due = (kept_at if is_due else time.monotonic()), True
-                    yield world
+                    yield state
 
     async def _changes(self) -> AsyncGenerator[None, None]:
         """Stop at each moment at which the files may have changed, and once at the beginning."""

@@ -103,7 +103,7 @@ class ManifestFile:
 
 
 @dataclass(frozen=True, slots=True)
-class World:
+class ClusterState:
     """All that a source knows at one moment."""
 
     policies: tuple[AnyPolicy, ...] = ()
@@ -271,8 +271,8 @@ def unique_objects(
     return found, problems
 
 
-def assemble(objects: Iterable[KubernetesObject], problems: Iterable[Problem]) -> World:
-    """Put a world together; pods that have finished are not in it."""
+def assemble(objects: Iterable[KubernetesObject], problems: Iterable[Problem]) -> ClusterState:
+    """Put a state together; pods that have finished are not in it."""
     policies, namespaces, pods = [], {}, {}
     for found in objects:
         match found:
@@ -283,4 +283,4 @@ def assemble(objects: Iterable[KubernetesObject], problems: Iterable[Problem]) -
             case Pod():
                 if not found.is_finished:
                     pods[found.ref] = found
-    return World(tuple(policies), namespaces, pods, tuple(problems))
+    return ClusterState(tuple(policies), namespaces, pods, tuple(problems))

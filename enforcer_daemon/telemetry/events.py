@@ -16,7 +16,7 @@ from ipaddress import ip_address
 from itertools import chain, zip_longest
 
 from enforcer_daemon.datapath.context import FlowReport
-from enforcer_daemon.handshake.bounds import FairTable
+from enforcer_daemon.handshake.fairtable import FairTable
 from enforcer_daemon.model import Direction, protocol_name
 from enforcer_daemon.ratelimiter import RateLimiter
 
@@ -80,7 +80,7 @@ class Series:
     last_at: float
     due_at: float
     count: int = 1
-    told: int = 0
+    reported: int = 0
     """The count when the API server was last told, or could not be."""
     name: str = ""
     """The Event's, once there is one."""
@@ -155,7 +155,7 @@ class EventBook:
         evicted = self._series.put((subject, what), Series(compose(), what, now, now, now), namespace)
         self._counts[subject] += 1
         if evicted is not None:
-            self.limited += evicted.value.told < evicted.value.count
+            self.limited += evicted.value.reported < evicted.value.count
             self._uncount(evicted.value.notice.subject)
 
     def take_due(self) -> list[Series]:
@@ -167,13 +167,13 @@ class EventBook:
         self._forget_ended(now)
         waiting: dict[str, list[Series]] = {}
         for series in self._series:
-            if series.count > series.told and series.due_at <= now:
+            if series.count > series.reported and series.due_at <= now:
                 waiting.setdefault(series.notice.subject.namespace, []).append(series)
         turns = sorted(waiting, key=lambda namespace: self._told_at.get(namespace, float("-inf")))
         due = []
         for series in chain.from_iterable(zip_longest(*(waiting[namespace] for namespace in turns))):
             if series is not None and self._is_granted(series.notice.subject, now):
-                series.told, series.due_at = series.count, now + self.limits.update_interval_s
+                series.reported, series.due_at = series.count, now + self.limits.update_interval_s
                 self._told_at[series.notice.subject.namespace] = now
                 due.append(series)
         return due
@@ -194,7 +194,7 @@ class EventBook:
         for series in list(self._series):
             if now - series.last_at < END_S:
                 continue
-            if series.told < series.count:
+            if series.reported < series.count:
                 if now - series.last_at < 2 * END_S:
                     continue  # Its turn may still come.
                 self.limited += 1

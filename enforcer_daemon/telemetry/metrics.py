@@ -13,7 +13,7 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, disa
 from prometheus_client.metrics_core import CounterMetricFamily
 from prometheus_client.registry import Collector
 
-from enforcer_daemon.handshake.bounds import Bound
+from enforcer_daemon.handshake.fairtable import Limit
 from enforcer_daemon.model import Direction
 from enforcer_daemon.reasons import Reason
 
@@ -45,7 +45,7 @@ class _DecisionCollector(Collector):
 class _LimitCollector(Collector):
     """Likewise for limits that were reached."""
 
-    def __init__(self, hits: Mapping[Bound, int]) -> None:
+    def __init__(self, hits: Mapping[Limit, int]) -> None:
         self._hits = hits
 
     def collect(self) -> Iterator[CounterMetricFamily]:
@@ -79,13 +79,13 @@ class _GuardCollector(Collector):
 class Metrics:
     """Everything that is counted, with a registry of its own."""
 
-    def __init__(self, bound_hits: Mapping[Bound, int] = MappingProxyType({})) -> None:
+    def __init__(self, limit_hits: Mapping[Limit, int] = MappingProxyType({})) -> None:
         """Expose, with the metrics that are kept here, what the datapath counts itself."""
         # Else each counter has a second series. The library has only this global switch.
         disable_created_metrics()  # type: ignore[no-untyped-call]
         self.registry = CollectorRegistry()
-        self.bound_hits = bound_hits
-        self.registry.register(_LimitCollector(bound_hits))
+        self.limit_hits = limit_hits
+        self.registry.register(_LimitCollector(limit_hits))
         self.decisions: dict[DecisionKind, int] = {}
         """Decisions by direction, whether allowed, and reason. Plain numbers: two are counted in every connection."""
         self.registry.register(_DecisionCollector(self.decisions))

@@ -117,7 +117,7 @@ ON_THE_BRIDGE = (
     "multicast*",
     "all-nodes",
 )
-WITH_MESSAGE = ("udp-lone-*", "udp-raw-magic", "ipv4-*options", "ipv6-*", "ip-*")
+WITH_MESSAGE = ("udp-standalone-*", "udp-raw-magic", "ipv4-*options", "ipv6-*", "ip-*")
 WITH_FRAME = ("tcp-syn-framed*", "fragments-tcp-framed", "ipv4-*options", "ipv6-*", "ip-*")
 """Forms that carry a message, or a frame, or may."""
 PLAIN_SYNS = (
@@ -287,7 +287,7 @@ IMPOSSIBLE: tuple[Impossible, ...] = (
     ),
     Impossible(
         "the receiving enforcer delivers nothing before the proof, and no frame that does not hold",
-        ["tcp-syn-framed*", "fragments-tcp-framed", "udp-lone-*", "udp-offer-*"],
+        ["tcp-syn-framed*", "fragments-tcp-framed", "udp-standalone-*", "udp-offer-*"],
         ENFORCED,
     ),
 )

@@ -87,7 +87,7 @@ def _short_tcp(aim: Aim) -> Sequence[bytes]:
 
 
 def _proof(aim: Aim) -> Sequence[bytes]:
-    option = proof_option(aim.rng.randbytes(16), is_lone=aim.rng.random() < 0.5)
+    option = proof_option(aim.rng.randbytes(16), is_standalone=aim.rng.random() < 0.5)
     return [aim.wrap(TCP, aim.segment(ACK, aim.data, option))]
 
 
@@ -355,11 +355,11 @@ BOTH: Mapping[str, Form] = {
     "udp-offer-own": _message(_offer(_own), is_alone=False),
     "udp-offer-copied": _message(_offer(_copied), is_alone=False),
     "udp-offer-marked": _message(_offer(_own), is_alone=False, is_marked=True),
-    "udp-lone-offer-own": _message(_offer(_own), is_alone=True),
-    "udp-lone-offer-copied": _message(_offer(_copied), is_alone=True),
-    "udp-lone-offer-garbage": _message(_offer(_garbage), is_alone=True),
-    "udp-lone-proof": _message(lambda aim: encode_proof(_nonce(aim), bytes(16)), is_alone=True),
-    "udp-lone-again": _message(lambda aim: encode_again(_nonce(aim)), is_alone=True),
+    "udp-standalone-offer-own": _message(_offer(_own), is_alone=True),
+    "udp-standalone-offer-copied": _message(_offer(_copied), is_alone=True),
+    "udp-standalone-offer-garbage": _message(_offer(_garbage), is_alone=True),
+    "udp-standalone-proof": _message(lambda aim: encode_proof(_nonce(aim), bytes(16)), is_alone=True),
+    "udp-standalone-again": _message(lambda aim: encode_again(_nonce(aim)), is_alone=True),
     "udp-proof": _message(lambda aim: encode_proof(_nonce(aim), bytes(16)), is_alone=False),
     "udp-raw-magic": _raw_magic,
     "protocol-other": _another_protocol,

@@ -23,7 +23,7 @@ from trireme_lab.network import POD_BRIDGE
 
 BROADCAST_MAC = b"\xff" * 6
 TCP_FORMS = ("framed-syn", "syn", "syn-with-data", "segment")
-UDP_FORMS = ("lone-message", "datagram")
+UDP_FORMS = ("standalone-message", "datagram")
 FORMS = (*TCP_FORMS, *UDP_FORMS)
 _ETHERTYPES = {4: b"\x08\x00", 6: b"\x86\xdd"}
 _PATIENCE_S = 10.0
@@ -48,7 +48,7 @@ def packet(form: str, source: IPAddress, target: IPAddress, sport: int, dport: i
             return tcp_packet(*ends, SYN, bytes(600))
         case "segment":
             return tcp_packet(*ends, ACK, b"secret", seq=7, ack=7)
-        case "lone-message":
+        case "standalone-message":
             return build_udp(source.packed, target.packed, (sport, dport), surplus=_surplus())
         case "datagram":
             return build_udp(source.packed, target.packed, (sport, dport), b"secret")

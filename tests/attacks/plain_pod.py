@@ -33,7 +33,7 @@ _OUR_BITS = struct.pack("=I", 0xE000_0000)
 _LARGE_BYTES = 30_000
 _DCCP_STREAM = 6
 _ANSWER_S = 2.0
-"""How long an answer to what was dialled is waited for, seconds."""
+"""How long an answer to what was dialed is waited for, seconds."""
 Option = tuple[int, int, int | bytes]
 
 
@@ -198,7 +198,7 @@ def attempt(number: int, way: Way, target: Target, port: int, payload: bytes) ->
 
 
 def note_answer(tried: Attempt) -> None:
-    """Look whether somebody answered what was dialled: a connection, or a refusal."""
+    """Look whether somebody answered what was dialed: a connection, or a refusal."""
     if tried.sock is None:
         return
     error = tried.sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)

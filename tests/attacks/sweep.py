@@ -23,7 +23,7 @@ from tests.attacks.witness import ETHERNET_BYTES, TAG_BYTES, UNNUMBERED, Witness
 from tests.attacks.world import AttackWorld
 from trireme_lab.netns import in_netns, open_socket
 
-OPENING = ("tcp-syn-framed-own", "udp-offer-own", "udp-offer-marked", "udp-lone-offer-own")
+OPENING = ("tcp-syn-framed-own", "udp-offer-own", "udp-offer-marked", "udp-standalone-offer-own")
 """Forms that another enforcer may answer."""
 CONTROL = 0xFFFF_0000
 """Numbers from here on are of packets that must arrive, so that silence means something."""

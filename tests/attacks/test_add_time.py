@@ -21,7 +21,7 @@ from enforcer_daemon.packet.tcp import ACK, build
 from enforcer_daemon.packet.udp import build_udp
 from tests.e2e.operation_world import NODES, connection, pod
 from tests.e2e.raw_pod import RawPod, mac
-from trireme_lab import Lab, PodSpec, Tools, WorldSpec
+from trireme_lab import Lab, LabSpec, PodSpec, Tools
 from trireme_lab.network import POD_BRIDGE
 
 pytestmark = pytest.mark.kernel
@@ -41,7 +41,7 @@ def segment(source: bytes, destination: bytes, ports: tuple[int, int]) -> bytes:
 
 @pytest.fixture(scope="module")
 def lab(plugin: Path) -> Iterator[Lab]:
-    with Lab(WorldSpec(NODES, {"x": {}, "y": {}}, (pod("raw", "a"),)), Tools(plugin=plugin)) as lab:
+    with Lab(LabSpec(NODES, {"x": {}, "y": {}}, (pod("raw", "a"),)), Tools(plugin=plugin)) as lab:
         yield lab
 
 

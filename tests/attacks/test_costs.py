@@ -22,7 +22,7 @@ from enforcer_daemon.model import AttachmentId, PodRef, Protocol
 from enforcer_daemon.policy.address_rules import AddressRule
 from enforcer_daemon.policy.tables import AddressSet
 from tests.kube.lab import KubeLab
-from trireme_lab import NodeSpec, Outcome, PodSpec, PortSpec, Tools, WorldSpec
+from trireme_lab import LabSpec, NodeSpec, Outcome, PodSpec, PortSpec, Tools
 from trireme_lab.probe import run_probe
 
 T = TypeVar("T")
@@ -98,7 +98,7 @@ PORT = 7000
 
 @pytest.fixture(scope="module")
 def lab() -> Iterator[KubeLab]:
-    world = WorldSpec(
+    world = LabSpec(
         nodes=(NodeSpec.numbered("a", 1),),
         pods=(
             PodSpec(PodRef("bench", "client"), "a", {"app": "client"}),

@@ -14,13 +14,13 @@ from pathlib import Path
 
 import pytest
 
-from enforcer_daemon.handshake.datagrams import LONE_EXID
+from enforcer_daemon.handshake.datagrams import STANDALONE_EXID
 from enforcer_daemon.handshake.frames import TYPE_OFFER, SynFrame, decode_syn, encode_syn
 from enforcer_daemon.packet.udp import UDP_HEADER, build_udp, encode_option
 from tests.attacks.test_leases import _offers
 from tests.e2e.operation_world import NODES, pod
 from tests.e2e.raw_pod import RawPod, mac
-from trireme_lab import Lab, Tools, WorldSpec
+from trireme_lab import Lab, LabSpec, Tools
 
 pytestmark = pytest.mark.kernel
 PORTS = 2_000
@@ -29,7 +29,7 @@ PORTS = 2_000
 @pytest.fixture(scope="module")
 def lab(plugin: Path) -> Iterator[Lab]:
     pods = (pod("sink", "a", namespace="t"), pod("probe", "a", namespace="t"))
-    with Lab(WorldSpec(NODES, {"t": {}}, pods), Tools(plugin=plugin)) as lab:
+    with Lab(LabSpec(NODES, {"t": {}}, pods), Tools(plugin=plugin)) as lab:
         yield lab
 
 
@@ -51,7 +51,7 @@ def test_offers_that_prove_nothing_make_no_entries(lab: Lab) -> None:
     with lab.capture("t/probe") as capture, RawPod(lab, "t/probe") as raw:
         for n in range(PORTS):
             offer = encode_syn(SynFrame(os.urandom(16), identity), TYPE_OFFER)
-            surplus = encode_option(UDP_HEADER, LONE_EXID, offer)
+            surplus = encode_option(UDP_HEADER, STANDALONE_EXID, offer)
             raw.send_frame(head + build_udp(own.packed, far.packed, (4_000, 1_000 + n), b"", surplus))
             if n % 20 == 0:
                 time.sleep(0.01)

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from tests.e2e.operation_world import NODES, pod
-from trireme_lab import HostSpec, Lab, Tools, WorldSpec
+from trireme_lab import HostSpec, Lab, LabSpec, Tools
 
 pytestmark = pytest.mark.kernel
 LARGE = 1_200
@@ -25,7 +25,7 @@ LARGE = 1_200
 def lab(plugin: Path) -> Iterator[Lab]:
     pods = (pod("server", "a"),)
     hosts = (HostSpec("near", node="a"), HostSpec("far", node="b"))
-    with Lab(WorldSpec(NODES, {"x": {}}, pods, hosts), Tools(plugin=plugin)) as lab:
+    with Lab(LabSpec(NODES, {"x": {}}, pods, hosts), Tools(plugin=plugin)) as lab:
         yield lab
 
 

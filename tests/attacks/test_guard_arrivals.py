@@ -18,7 +18,7 @@ from enforcer_daemon.model import PodRef, Protocol
 from tests.attacks.guard_world import Sender, Witness, bridge_hooks, fresh_port, mac, packet
 from tests.e2e.attackers import Wire
 from tests.e2e.operation_world import FAMILIES, HTTP, NODES, RESET, pod, policy
-from trireme_lab import HostSpec, Lab, Outcome, ServicePort, ServiceSpec, Tools, WorldSpec
+from trireme_lab import HostSpec, Lab, LabSpec, Outcome, ServicePort, ServiceSpec, Tools
 
 pytestmark = pytest.mark.kernel
 
@@ -48,7 +48,7 @@ def _service(name: str, number: int) -> ServiceSpec:
 
 @pytest.fixture(scope="module")
 def lab(plugin: Path) -> Iterator[Lab]:
-    world = WorldSpec(
+    world = LabSpec(
         NODES,
         {"x": {}},
         (pod("quiet", "a"), pod("open", "a"), pod("other", "a"), pod("far", "b")),

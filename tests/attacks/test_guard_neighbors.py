@@ -27,7 +27,7 @@ from tests.attacks.guard_world import (
     packet,
 )
 from tests.e2e.operation_world import HTTP, NODES, RESET, pod, policy
-from trireme_lab import HostSpec, Lab, Outcome, Tools, WorldSpec
+from trireme_lab import HostSpec, Lab, LabSpec, Outcome, Tools
 from trireme_lab.network import POD_BRIDGE
 
 pytestmark = pytest.mark.kernel
@@ -60,7 +60,7 @@ hooks = pytest.mark.parametrize("hooked", [True, False], ids=["bridge-nf", "no-b
 
 @pytest.fixture(scope="module")
 def lab(plugin: Path) -> Iterator[Lab]:
-    world = WorldSpec(
+    world = LabSpec(
         NODES,
         {"x": {}},
         (pod("quiet", "a"), pod("open", "a")),

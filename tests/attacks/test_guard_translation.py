@@ -28,7 +28,7 @@ from tests.attacks.guard_world import (
 )
 from tests.e2e.attackers import Wire
 from tests.e2e.operation_world import FAMILIES, HTTP, NODES, RESET, app, block, pod, policy
-from trireme_lab import HostSpec, Lab, PortSpec, ServicePort, ServiceSpec, Tools, WorldSpec
+from trireme_lab import HostSpec, Lab, LabSpec, PortSpec, ServicePort, ServiceSpec, Tools
 
 pytestmark = pytest.mark.kernel
 
@@ -93,7 +93,7 @@ tools = pytest.mark.parametrize("tool", ["iptables", "nftables"])
 
 @pytest.fixture(scope="module")
 def lab(plugin: Path) -> Iterator[Lab]:
-    world = WorldSpec(NODES, {"x": {}}, PODS, (OUTSIDE, INSIDE, BESIDE), (WEB, NEAR), MANIFESTS, RESET)
+    world = LabSpec(NODES, {"x": {}}, PODS, (OUTSIDE, INSIDE, BESIDE), (WEB, NEAR), MANIFESTS, RESET)
     with Lab(world, Tools(plugin=plugin)) as lab:
         yield lab
 
@@ -324,7 +324,7 @@ def test_a_message_comes_masqueraded_to_no_pod(lab: Lab, attacker: str, version:
         lab.open_socket("host:outside", FAMILIES[version], socket.SOCK_DGRAM) as control,
     ):
         own = lab.place(attacker).address(version)
-        message = packet("lone-message", own, target, fresh_port(), port)
+        message = packet("standalone-message", own, target, fresh_port(), port)
         forms = [message] if version == 4 else [message, _behind_options(message)]
         for form in forms:
             sender.send(mac(lab, "node:a"), [form])
@@ -349,8 +349,8 @@ def test_a_message_to_everybody_on_the_link_reaches_nobody(lab: Lab, attacker: s
         Sender(lab, "x/free") as free,
     ):
         attack, control = fresh_port(), fresh_port()
-        caged.send(group, [packet("lone-message", own, target, attack, 5353)])
-        free.send(group, [packet("lone-message", lab.place("x/free").address(version), target, control, 5353)])
+        caged.send(group, [packet("standalone-message", own, target, attack, 5353)])
+        free.send(group, [packet("standalone-message", lab.place("x/free").address(version), target, control, 5353)])
         assert witness.sees(control)
         assert not witness.has_seen(attack)
 

@@ -54,7 +54,7 @@ from tests.attacks.ipvs_world import (
 from tests.e2e.attackers import Wire
 from tests.e2e.operation_world import FAMILIES, NODES, RESET, denials, pod, policy, read_all
 from tests.netns.lab import wait_until
-from trireme_lab import Lab, Outcome, Tools, WorldSpec
+from trireme_lab import Lab, LabSpec, Outcome, Tools
 from trireme_lab.probe import run_probe
 
 pytestmark = [pytest.mark.kernel, pytest.mark.slow, pytest.mark.stock_kernel]
@@ -69,7 +69,7 @@ on_one_backend = pytest.mark.parametrize("lab", ["nft"], indirect=True)
 def lab(request: pytest.FixtureRequest, plugin: Path) -> Iterator[Lab]:
     require_ipvs()
     settings = {**RESET, "networks": {"virtual": VIRTUAL}, "dataplane": {"rulesBackend": request.param}}
-    world = WorldSpec(NODES, {"x": {}}, PODS, (OUTSIDE,), (), MANIFESTS, settings)
+    world = LabSpec(NODES, {"x": {}}, PODS, (OUTSIDE,), (), MANIFESTS, settings)
     with (
         Lab(world, Tools(plugin=plugin, probe_timeout_s=PATIENCE_S)) as lab,
         ipvs_services(lab, fronts(lab), CLUSTERS),
@@ -281,7 +281,7 @@ def _ways(lab: Lab, version: int) -> list[tuple[str, IPAddress, int, str]]:
     ]
 
 
-VOUCHED = {"x/caged": frozenset({"lone-message"}), "x/to-web": frozenset({"lone-message", "framed-syn"})}
+VOUCHED = {"x/caged": frozenset({"standalone-message"}), "x/to-web": frozenset({"standalone-message", "framed-syn"})}
 """Forms that the guard lets an isolated pod send to pods, whose enforcers decide: messages without data, and SYNs with
 a frame if a rule names pods (docs/guard.md, Egress)."""
 UNTRANSLATED = frozenset({"segment"})
@@ -327,7 +327,7 @@ def _arrives(form: str, name: str) -> bool:
     if form in UNTRANSLATED:
         return False
     # Masqueraded, a message would open a flow that the pod takes for its node's.
-    return form != "lone-message" or "node port" not in name
+    return form != "standalone-message" or "node port" not in name
 
 
 @versions

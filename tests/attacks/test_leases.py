@@ -21,7 +21,7 @@ import pytest
 
 from enforcer_daemon.daemon.limits import DaemonLimits
 from enforcer_daemon.errors import FrameError, PacketError
-from enforcer_daemon.handshake.datagrams import LONE_EXID, find_message
+from enforcer_daemon.handshake.datagrams import STANDALONE_EXID, find_message
 from enforcer_daemon.handshake.frames import TYPE_OFFER, SynFrame, decode_syn, encode_syn, frame_type, is_frame
 from enforcer_daemon.handshake.leaseframes import LEASE_PORT
 from enforcer_daemon.handshake.leasepairs import LeaseTimes
@@ -31,7 +31,7 @@ from enforcer_daemon.packet.tcp import SYN, build, decode_tcp, with_options_and_
 from enforcer_daemon.packet.udp import UDP_HEADER, build_udp, decode_udp, encode_option
 from tests.e2e.attackers import SYN_OPTIONS
 from tests.e2e.operation_world import FAMILIES, NODES, Stream, app, connection, endpoint, pod, policy
-from trireme_lab import HostSpec, Lab, PodSpec, Tools, WorldSpec
+from trireme_lab import HostSpec, Lab, LabSpec, PodSpec, Tools
 from trireme_lab.enforcer import enforcer_with
 from trireme_lab.netns import open_socket
 
@@ -48,7 +48,7 @@ versions = pytest.mark.parametrize("version", [4, 6])
 
 @pytest.fixture
 def lab(plugin: Path) -> Iterator[Lab]:
-    world = WorldSpec(NODES, {"x": {}}, PODS, (HostSpec("near", node="a"),), manifests=MANIFESTS)
+    world = LabSpec(NODES, {"x": {}}, PODS, (HostSpec("near", node="a"),), manifests=MANIFESTS)
     with Lab(world, Tools(plugin=plugin, enforcer=enforcer_with(DaemonLimits(leases=TIMES)))) as lab:
         yield lab
 
@@ -305,7 +305,7 @@ def test_an_offer_with_a_copied_identity_ends_no_udp_flow(lab: Lab, version: int
         far, near = (socket.inet_pton(FAMILIES[version], end[0]) for end in ends)
         for n in range(20):
             message = encode_syn(SynFrame(os.urandom(16), block), TYPE_OFFER)
-            surplus = encode_option(UDP_HEADER, LONE_EXID, message)
+            surplus = encode_option(UDP_HEADER, STANDALONE_EXID, message)
             spoofer.send(build_udp(far, near, (ends[0][1], ends[1][1]), b"", surplus))
             client.send(b"%d" % n)
             assert server.recv(100) == b"%d" % n

@@ -20,8 +20,8 @@ from benchmarks.flood_packets import Flood
 from benchmarks.floods import WORLD, connect, flooding, record, shares, start_servers
 from benchmarks.shares import SharesError, WeighedLab
 from enforcer_daemon.model import PodRef
-from trireme_lab import Lab, Outcome, PodSpec, PortSpec, Tools, WorldSpec
-from trireme_lab.world import Manifest
+from trireme_lab import Lab, LabSpec, Outcome, PodSpec, PortSpec, Tools
+from trireme_lab.spec import Manifest
 
 pytestmark = pytest.mark.kernel
 
@@ -38,7 +38,7 @@ SERVED = PortSpec(8080)
 
 @pytest.fixture(scope="module")
 def lab(plugin: Path) -> Iterator[Lab]:
-    world = WorldSpec(WORLD.nodes, pods=WORLD.pods, manifests=WORLD.manifests, settings=WORLD.settings)
+    world = LabSpec(WORLD.nodes, pods=WORLD.pods, manifests=WORLD.manifests, settings=WORLD.settings)
     with ExitStack() as stack:
         lab = Lab(world, Tools(plugin=plugin))
         with suppress(SharesError):

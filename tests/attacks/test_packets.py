@@ -72,7 +72,7 @@ def test_every_form_carries_the_whole_marker_in_one_of_its_packets(version: int)
 
 @pytest.mark.parametrize("version", [4, 6])
 def test_messages_are_ones_that_an_enforcer_reads(version: int) -> None:
-    for form in ("udp-offer-own", "udp-lone-offer-own", "udp-lone-again", "udp-proof"):
+    for form in ("udp-offer-own", "udp-standalone-offer-own", "udp-standalone-again", "udp-proof"):
         (packet,) = FORMS[version][form](_aim(version))
         found = find_message(decode_udp(packet))
         assert found is not None

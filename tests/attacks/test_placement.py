@@ -16,7 +16,7 @@ from enforcer_daemon.handshake.placement import MAX_ABSENT
 from enforcer_daemon.kube.placement import PlacementLimits
 from tests.e2e.operation_world import HTTP, NODES, RESET, connection, denials, outcome, pod
 from tests.kube.lab import LIMITS, KubeLab
-from trireme_lab import Outcome, Tools, WorldSpec
+from trireme_lab import LabSpec, Outcome, Tools
 
 pytestmark = pytest.mark.kernel
 
@@ -30,7 +30,7 @@ def lab(plugin: Path) -> Iterator[KubeLab]:
     limits = replace(LIMITS, placement=PlacementLimits(max_lookups_per_s=100.0, retry_s=0.2))
     namespaces: dict[str, dict[str, str]] = {"x": {}, "victim": {}}
     pods = (pod("server", "a", namespace="victim"), *VICTIMS, *MINE)
-    world = WorldSpec(NODES, namespaces, pods=pods, settings={**RESET, "kubernetes": {"verifyPlacement": True}})
+    world = LabSpec(NODES, namespaces, pods=pods, settings={**RESET, "kubernetes": {"verifyPlacement": True}})
     with KubeLab(world, Tools(plugin=plugin), limits=limits) as lab:
         yield lab
 

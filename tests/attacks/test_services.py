@@ -22,9 +22,9 @@ from enforcer_daemon.model import Protocol
 from tests.e2e.operation_world import HTTP, NODES, RESET, outcome, pod, policy
 from tests.e2e.raw_pod import RawPod, Scene, arrives, fresh_marker, hearing, is_heard
 from tests.kube.lab import KubeLab
-from trireme_lab import HostSpec, Outcome, PortSpec, Tools, WorldSpec
+from trireme_lab import HostSpec, LabSpec, Outcome, PortSpec, Tools
 from trireme_lab.manifests import ObjectRef
-from trireme_lab.world import Manifest
+from trireme_lab.spec import Manifest
 
 pytestmark = pytest.mark.kernel
 
@@ -47,9 +47,7 @@ def lab(plugin: Path) -> Iterator[KubeLab]:
     allowed = [str(address) for address in ALLOWED.addresses]
     allowed += [str(network) for node in NODES for network in node.pod_networks]
     settings = {**RESET, "networks": {"requireIdentity": True, "externalIpNetworks": allowed}}
-    world = WorldSpec(
-        NODES, {"x": {}}, pods=PODS, hosts=(OUTSIDE, ALLOWED, NEAR), manifests=(CAGED,), settings=settings
-    )
+    world = LabSpec(NODES, {"x": {}}, pods=PODS, hosts=(OUTSIDE, ALLOWED, NEAR), manifests=(CAGED,), settings=settings)
     with KubeLab(world, Tools(plugin=plugin)) as lab:
         yield lab
 

@@ -15,7 +15,7 @@ from contextlib import ExitStack
 
 import pytest
 
-from enforcer_daemon.handshake.datagrams import LONE_EXID
+from enforcer_daemon.handshake.datagrams import STANDALONE_EXID
 from enforcer_daemon.handshake.frames import TYPE_OFFER, SynFrame, decode_syn, encode_syn
 from enforcer_daemon.handshake.leaseframes import LEASE_PORT
 from enforcer_daemon.packet.udp import UDP_HEADER, build_udp, encode_option
@@ -86,7 +86,7 @@ def test_a_denied_offer_is_answered_where_no_lease_message_came_through_yet(lab:
             own, far = (lab.place(place).address(version).packed for place in (new, "x/server"))
             with RawPod(lab, new) as raw:
                 surplus = encode_option(
-                    UDP_HEADER, LONE_EXID, encode_syn(SynFrame(os.urandom(16), identity), TYPE_OFFER)
+                    UDP_HEADER, STANDALONE_EXID, encode_syn(SynFrame(os.urandom(16), identity), TYPE_OFFER)
                 )
                 frame = flow.frames(new, b"x", None)[0][:14] + build_udp(own, far, (port, port), b"", surplus)
                 raw.send_frame(frame)

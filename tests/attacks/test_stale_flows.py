@@ -20,14 +20,14 @@ from pathlib import Path
 import pytest
 from scapy.layers.inet import TCP, UDP
 
-from enforcer_daemon.handshake.datagrams import RIDING_EXID
+from enforcer_daemon.handshake.datagrams import PIGGYBACKED_EXID
 from enforcer_daemon.handshake.frames import MARKER_ID, encode_again, encode_proof
 from enforcer_daemon.model import PodRef, Protocol
 from enforcer_daemon.packet.udp import UDPDatagram, decode_udp, with_marker, with_option
 from tests.e2e.attackers import Listener, Wire, endpoint_of
 from tests.e2e.operation_world import FAMILIES, NODES, Stream, app, connection, pod, policy
 from tests.e2e.raw_pod import RawPod, Scene, fresh_marker
-from trireme_lab import Lab, LabError, PodSpec, PortSpec, ServicePort, ServiceSpec, Tools, WorldSpec
+from trireme_lab import Lab, LabError, LabSpec, PodSpec, PortSpec, ServicePort, ServiceSpec, Tools
 from trireme_lab.manifests import object_ref
 from trireme_lab.netns import exec_prefix, run
 from trireme_lab.network import node_rules
@@ -92,7 +92,7 @@ PATIENCE_S = 10.0
 
 @pytest.fixture(scope="module")
 def lab(plugin: Path) -> Iterator[Lab]:
-    with Lab(WorldSpec(NODES, {"x": {}}, PODS, (), (SERVICE,), MANIFESTS), Tools(plugin=plugin)) as lab:
+    with Lab(LabSpec(NODES, {"x": {}}, PODS, (), (SERVICE,), MANIFESTS), Tools(plugin=plugin)) as lab:
         yield lab
 
 
@@ -136,11 +136,11 @@ def marked(datagram: UDPDatagram) -> bytes:
 
 
 def beside_a_made_up_proof(datagram: UDPDatagram) -> bytes:
-    return with_option(datagram, RIDING_EXID, encode_proof(os.urandom(16), os.urandom(16)), MARKER_ID)
+    return with_option(datagram, PIGGYBACKED_EXID, encode_proof(os.urandom(16), os.urandom(16)), MARKER_ID)
 
 
 def beside_a_request(datagram: UDPDatagram) -> bytes:
-    return with_option(datagram, RIDING_EXID, encode_again(os.urandom(16)), MARKER_ID)
+    return with_option(datagram, PIGGYBACKED_EXID, encode_again(os.urandom(16)), MARKER_ID)
 
 
 DISGUISES = (None, marked, beside_a_made_up_proof, beside_a_request)

@@ -24,10 +24,10 @@ from tests.attacks.kube_proxy import Front, iptables_text, nft_text, removal
 from tests.attacks.witness import Witness, is_any, is_link_level, listening
 from tests.e2e.attackers import Listener, Wire, grow_old
 from tests.e2e.operation_world import FAMILIES, NODES, app, block, pod, policy
-from trireme_lab import HostSpec, Lab, ServicePort, ServiceSpec, WorldSpec
+from trireme_lab import HostSpec, Lab, LabSpec, ServicePort, ServiceSpec
 from trireme_lab.netns import exec_prefix, netns_path, run, write_sysctls
 from trireme_lab.network import POD_BRIDGE
-from trireme_lab.world import SERVICE_NETWORKS
+from trireme_lab.spec import SERVICE_NETWORKS
 
 CAGED, FREE, NEAR, FAR, ISOLATED, FAR_ISOLATED = (
     "x/caged",
@@ -39,7 +39,7 @@ CAGED, FREE, NEAR, FAR, ISOLATED, FAR_ISOLATED = (
 )
 PARTLY = "x/partly"
 """May send to the outside host, to ALLOWED_PORTS alone."""
-LABELLED = "x/labelled"
+LABELLED = "x/labeled"
 """May send to pods of one label, of which there are none: its enforcer shows its identity to find that out."""
 ALLOWED_PORTS = {6: 8080, 17: 5353}
 """By protocol."""
@@ -87,15 +87,15 @@ class Variant:
         return f"{self.proxy}-{'filtered' if self.is_bridge_filtered else 'unfiltered'}-bridge"
 
 
-def world_spec(rules_backend: str = "auto") -> WorldSpec:
+def world_spec(rules_backend: str = "auto") -> LabSpec:
     """Return the world, with the given backend of the pods' rules."""
-    return WorldSpec(
+    return LabSpec(
         NODES,
         {"x": {}},
         pods=(
             pod("caged", "a"),
             pod("partly", "a"),
-            pod("labelled", "a"),
+            pod("labeled", "a"),
             pod("free", "a"),
             pod("near", "a"),
             pod("isolated", "a"),
@@ -118,7 +118,7 @@ def world_spec(rules_backend: str = "auto") -> WorldSpec:
                     }
                 ],
             ),
-            policy("labelled", "labelled", egress=[{"to": [app("nowhere")]}]),
+            policy("labeled", "labeled", egress=[{"to": [app("nowhere")]}]),
             policy("isolated", "isolated", ingress=[]),
             policy("far-isolated", "far-isolated", ingress=[]),
         ),

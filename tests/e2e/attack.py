@@ -15,7 +15,7 @@ from enforcer_daemon.model import IPAddress, PodRef
 from enforcer_daemon.packet.tcp import SYN, Segment
 from enforcer_daemon.reasons import Reason
 from tests.e2e.attackers import FramedClient, Listener, Signer, Wire, await_denial, identity, read_authority
-from trireme_lab import HostSpec, Lab, NodeSpec, PodSpec, PortSpec, WorldSpec
+from trireme_lab import HostSpec, Lab, LabSpec, NodeSpec, PodSpec, PortSpec
 
 DB = "shop/db"
 SERVED_PORT = 5432
@@ -36,7 +36,7 @@ def _pod(name: str, node: str, app: str, *ports: PortSpec) -> PodSpec:
     return PodSpec(PodRef("shop", name), node, labels={"app": app}, ports=ports)
 
 
-WORLD = WorldSpec(
+WORLD = LabSpec(
     nodes=(NodeSpec.numbered("a", 1), NodeSpec.numbered("b", 2)),
     namespaces={"shop": {}},
     pods=(
@@ -78,7 +78,7 @@ class Attack:
         return self.listener.ip, self.listener.port
 
     @property
-    def dialled(self) -> tuple[str, int]:
+    def dialed(self) -> tuple[str, int]:
         """Return the target as sockets take it."""
         return str(self.listener.ip), self.listener.port
 

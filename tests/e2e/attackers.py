@@ -274,7 +274,7 @@ class FramedClient(RawClient):
         verifier = PeerVerifier(TrustBundle([authority.certificate]), HandshakeLimits())
         peer = verifier.verify(frame.block, answer.src, 0.0, time.time())
         self.session.verify_answer(payload, frame, answer.seq, peer)
-        return proof_option(self.session.proof, is_lone=False)
+        return proof_option(self.session.proof, is_standalone=False)
 
 
 # The witness: what the server's application and its enforcer saw.
@@ -360,7 +360,7 @@ def await_denial(
 ) -> None:
     """Wait until the pod's enforcer has counted and remembered a denial for the reason; fail where it does not.
 
-    `port` is the dialled one, None for any; without an address any peer's will do.
+    `port` is the dialed one, None for any; without an address any peer's will do.
     """
     deadline = time.monotonic() + timeout_s
     while True:

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from enforcer_daemon.model import IPAddress, PodRef, Protocol
 from tests.e2e.operation_world import NODES, app, block, pod, policy
-from trireme_lab import HostSpec, Lab, ServicePort, ServiceSpec, WorldSpec
+from trireme_lab import HostSpec, Lab, LabSpec, ServicePort, ServiceSpec
 
 DNS_PORTS: list[dict[str, object]] = [{"port": 53, "protocol": "UDP"}, {"port": 53, "protocol": "TCP"}]
 MAY_ASK: dict[str, object] = {"podSelector": {"matchLabels": {"dns": "allowed"}}}
@@ -46,7 +46,7 @@ MANIFESTS = (
     policy("may-ask", "client", egress=[{"to": [app("dns")], "ports": DNS_PORTS}]),
     policy("ask-outside", "ask-outside", egress=[{"to": block(*OUTSIDE_BLOCKS), "ports": DNS_PORTS}]),
 )
-WORLD = WorldSpec(
+WORLD = LabSpec(
     NODES,
     {"x": {}},
     pods=(

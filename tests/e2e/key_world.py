@@ -17,7 +17,7 @@ from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption,
 from enforcer_daemon.identity.authority import Authority, make_authority
 from enforcer_daemon.identity.credential import is_issued_by
 from tests.e2e.operation_world import in_background
-from trireme_lab import Lab, Outcome, PodSpec, ProbeResult, Tools, WorldSpec
+from trireme_lab import Lab, LabSpec, Outcome, PodSpec, ProbeResult, Tools
 from trireme_lab.node import Node
 from trireme_lab.probe import run_probe
 from trireme_lab.settings import overlay
@@ -100,10 +100,10 @@ class Keys:
 
 @contextmanager
 def keyed_lab(
-    plugin: Path, keys: Mapping[str, Keys], world: WorldSpec, pods: Sequence[PodSpec]
+    plugin: Path, keys: Mapping[str, Keys], spec: LabSpec, pods: Sequence[PodSpec]
 ) -> Iterator[tuple[Lab, dict[str, KeyFiles]]]:
     """Run a lab whose nodes have these keys; pods come after them."""
-    with Lab(world, Tools(plugin=plugin)) as lab:
+    with Lab(spec, Tools(plugin=plugin)) as lab:
         files = {}
         for name, node in lab.nodes.items():
             own = files[name] = KeyFiles(node)
@@ -131,7 +131,7 @@ def drops(lab: Lab) -> dict[str, object]:
 
 
 @contextmanager
-def dialling(lab: Lab, *ways: tuple[str, str]) -> Iterator[list[ProbeResult]]:
+def dialing(lab: Lab, *ways: tuple[str, str]) -> Iterator[list[ProbeResult]]:
     """Connect again and again, each way in turn, for as long as the block lasts; every attempt must succeed."""
     results: list[ProbeResult] = []
     requests = [lab.request(source, target, 8080, version) for source, target in ways for version in (4, 6)]

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from enforcer_daemon.model import PodRef
 from tests.e2e.operation_world import FAMILIES, HTTP, NODES, app, pod, policy, read_all
-from trireme_lab import HostSpec, Lab, ServicePort, ServiceSpec, Tools, WorldSpec
+from trireme_lab import HostSpec, Lab, LabSpec, ServicePort, ServiceSpec, Tools
 from trireme_lab.netns import in_netns, write_sysctls
 
 VERSIONS = [4, 6]
@@ -37,7 +37,7 @@ def odd_world(plugin: Path, *, conflist: Path | None = None) -> Lab:
     """Describe a client, a server on another node that admits it alone, and an outside host."""
     pods = (pod("client", "a"), pod("near-client", "b", app="client"), pod("server", "b"))
     tools = Tools(plugin=plugin) if conflist is None else Tools(plugin=plugin, conflist=conflist)
-    return Lab(WorldSpec(NODES, pods=pods, hosts=(OUTSIDE,), services=(SERVICE,), manifests=MANIFESTS), tools)
+    return Lab(LabSpec(NODES, pods=pods, hosts=(OUTSIDE,), services=(SERVICE,), manifests=MANIFESTS), tools)
 
 
 def wait_until(condition: Callable[[], bool], what: str) -> None:

@@ -19,7 +19,7 @@ from enforcer_daemon.packet.ip import decode_ip
 from enforcer_daemon.packet.tcp import TCP, Segment, decode_segment
 from trireme_lab import Lab, NodeSpec, Outcome, PodSpec, PortSpec
 from trireme_lab.netns import open_socket
-from trireme_lab.world import Manifest
+from trireme_lab.spec import Manifest
 
 NODES = (NodeSpec.numbered("a", 1), NodeSpec.numbered("b", 2))
 HTTP = PortSpec(8080)

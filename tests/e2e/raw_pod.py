@@ -44,12 +44,12 @@ _PATIENCE_S = 10.0
 
 @dataclass(frozen=True, slots=True)
 class Scene:
-    """An attacker, whom it sends to, and a neighbour on whose behalf it may pretend to speak."""
+    """An attacker, whom it sends to, and a neighbor on whose behalf it may pretend to speak."""
 
     lab: Lab
     attacker: str
     target: str
-    neighbour: str
+    neighbor: str
     node: str
     version: int
 
@@ -130,7 +130,7 @@ def another_protocol(scene: Scene, marker: bytes) -> Sequence[Any]:
 
 
 def under_a_neighbours_address(scene: Scene, marker: bytes) -> Sequence[Any]:
-    return [scene.packet(scene.neighbour, scene.target) / UDP(sport=2345, dport=5353) / marker]
+    return [scene.packet(scene.neighbor, scene.target) / UDP(sport=2345, dport=5353) / marker]
 
 
 def under_the_nodes_address(scene: Scene, marker: bytes) -> Sequence[Any]:
@@ -152,12 +152,12 @@ def another_link_protocol(_: Scene, marker: bytes) -> Sequence[Any]:
 
 def arp_for_a_neighbour(scene: Scene, marker: bytes) -> Sequence[Any]:
     hardware = marker[:6].hex(":")
-    reply = ARP(op=2, hwsrc=hardware, psrc=scene.ip(scene.neighbour), hwdst=hardware, pdst=scene.ip(scene.target))
+    reply = ARP(op=2, hwsrc=hardware, psrc=scene.ip(scene.neighbor), hwdst=hardware, pdst=scene.ip(scene.target))
     return [Ether() / reply]
 
 
 def advertisement_for_a_neighbour(scene: Scene, marker: bytes) -> Sequence[Any]:
-    stated = ICMPv6ND_NA(tgt=scene.ip(scene.neighbour), R=0, S=0, O=1)
+    stated = ICMPv6ND_NA(tgt=scene.ip(scene.neighbor), R=0, S=0, O=1)
     option = ICMPv6NDOptDstLLAddr(lladdr=marker[:6].hex(":"))
     return [IPv6(src=scene.ip(scene.attacker), dst=scene.ip(scene.target), hlim=255) / stated / option]
 
@@ -165,7 +165,7 @@ def advertisement_for_a_neighbour(scene: Scene, marker: bytes) -> Sequence[Any]:
 def solicitation_for_a_neighbours_address(scene: Scene, marker: bytes) -> Sequence[Any]:
     """Duplicate address detection: who has an address may not hear of another that wants it."""
     option = ICMPv6NDOptDstLLAddr(lladdr=marker[:6].hex(":"))
-    return [IPv6(src="::", dst="ff02::1", hlim=255) / ICMPv6ND_NS(tgt=scene.ip(scene.neighbour)) / option]
+    return [IPv6(src="::", dst="ff02::1", hlim=255) / ICMPv6ND_NS(tgt=scene.ip(scene.neighbor)) / option]
 
 
 def router_advertisement(_: Scene, marker: bytes) -> Sequence[Any]:

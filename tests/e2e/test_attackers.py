@@ -53,7 +53,7 @@ def test_without_a_frame(world: Lab, port: int, host: str, version: int) -> None
         with world.open_socket(host, FAMILIES[version]) as client:
             client.settimeout(0.3)
             with pytest.raises(TimeoutError):
-                client.connect(attack.dialled)
+                client.connect(attack.dialed)
         attack.refused_for(Reason.UNIDENTIFIED_PEER)
 
 
@@ -64,7 +64,7 @@ def test_a_pod_that_took_its_rules_away(world: Lab, port: int, pod: str, version
         with world.open_socket(pod, FAMILIES[version]) as client:
             client.settimeout(0.3)
             with pytest.raises(TimeoutError):
-                client.connect(attack.dialled)
+                client.connect(attack.dialed)
         attack.refused_for(Reason.UNIDENTIFIED_PEER)
 
 
@@ -144,23 +144,23 @@ def test_a_reflection_of_a_pods_own_frames(world: Lab, port: int, host: str, ver
 @versions
 def test_another_pod_answers_at_the_dialled_address(world: Lab, port: int, version: int) -> None:
     """The address is one where a pod would have an enforcer; somebody on the way leads it elsewhere."""
-    dialled = {4: "10.244.1.240", 6: "fd00:10:244:1::f0"}[version]
+    dialed = {4: "10.244.1.240", 6: "fd00:10:244:1::f0"}[version]
     family, target = ("ip", "{}:{}") if version == 4 else ("ip6", "[{}]:{}")
     with Listener(world, DB, port, version) as listener, world.open_socket("shop/far-web", FAMILIES[version]) as client:
         rules = (
             f"add table {family} detour",
             f"add chain {family} detour pre {{ type nat hook prerouting priority -100; }}",
-            f"add rule {family} detour pre {family} daddr {dialled} meta l4proto tcp dnat to "
+            f"add rule {family} detour pre {family} daddr {dialed} meta l4proto tcp dnat to "
             + target.format(listener.ip, port),
         )
         run([*exec_prefix(world.place("node:b").netns), "nft", "-f", "-"], "\n".join(rules))
         try:
             client.settimeout(0.5)
             with pytest.raises(TimeoutError):
-                client.connect((dialled, port))
+                client.connect((dialed, port))
         finally:
             world.run("node:b", "nft", "delete", "table", family, "detour")
-        await_denial(world, "shop/far-web", Reason.RESPONDER_MISMATCH, None, address=ip_address(dialled))
+        await_denial(world, "shop/far-web", Reason.RESPONDER_MISMATCH, None, address=ip_address(dialed))
         assert listener.accepted() == []
 
 
@@ -284,9 +284,9 @@ def test_a_wrong_proof(world: Lab, port: int, host: str, version: int) -> None:
         client = attack.framed(attack.pod_token())
         client.send_framed_syn()
         client.await_answer()
-        for is_lone in (False, True):
-            client.send_ack(options=proof_option(os.urandom(16), is_lone=is_lone))
-            client.send_ack(b"let me in", proof_option(bytes(16), is_lone=is_lone))
+        for is_standalone in (False, True):
+            client.send_ack(options=proof_option(os.urandom(16), is_standalone=is_standalone))
+            client.send_ack(b"let me in", proof_option(bytes(16), is_standalone=is_standalone))
         attack.refused_for(Reason.PROOF_INVALID)
 
 

@@ -37,7 +37,7 @@ from tests.e2e.operation_world import (
     segments,
     transfer,
 )
-from trireme_lab import Lab, LabError, Outcome, PodSpec, Tools, WorldSpec
+from trireme_lab import Lab, LabError, LabSpec, Outcome, PodSpec, Tools
 from trireme_lab.chain import load_conflist
 from trireme_lab.netns import open_socket, write_sysctls
 
@@ -56,7 +56,7 @@ MANIFESTS = (policy("deny-all", ingress=[]), policy("server", "server", ingress=
 @pytest.fixture(scope="module")
 def lab(plugin: Path) -> Iterator[Lab]:
     pods = (pod("client", "a"), pod("near-client", "b", app="client"), pod("server", "b"))
-    with Lab(WorldSpec(NODES, pods=pods, manifests=MANIFESTS), Tools(plugin=plugin)) as lab:
+    with Lab(LabSpec(NODES, pods=pods, manifests=MANIFESTS), Tools(plugin=plugin)) as lab:
         yield lab
 
 
@@ -67,7 +67,7 @@ def _mtu_lab(plugin: Path, directory: Path, mtu: int) -> Lab:
     changed = directory / "mtu.conflist"
     changed.write_text(json.dumps(conflist))
     pods = (pod("client", "a"), pod("server", "b"))
-    return Lab(WorldSpec(NODES, pods=pods, manifests=MANIFESTS), Tools(plugin=plugin, conflist=changed))
+    return Lab(LabSpec(NODES, pods=pods, manifests=MANIFESTS), Tools(plugin=plugin, conflist=changed))
 
 
 @pytest.mark.parametrize("source", ["x/client", "x/near-client"])
@@ -180,7 +180,7 @@ def test_a_client_whose_first_packet_is_data(lab: Lab, bytes_first: int, version
         sent = [s for s in segments(capture.close(), port) if s.dport == port]
     proof, fits = find_proof(sent[1].options), bytes_first == 1
     assert proof is not None
-    assert proof.is_lone != fits
+    assert proof.is_standalone != fits
     first = sent[1 if fits else 2].payload
     assert first
     assert payload.startswith(first)

@@ -52,17 +52,17 @@ def test_a_reused_connection_after_a_reset(world: Lab, port: int, pod: str, vers
     with attack_from(world, pod, port, version) as attack:
         with reusable_socket(attack, pod, version) as first:
             first.settimeout(3)
-            first.connect(attack.dialled)
+            first.connect(attack.dialed)
             attack.listener.accept().send(b"never read")
             first.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
         with stripped(world, pod), reusable_socket(attack, pod, version) as second:
             second.settimeout(0.3)
             with pytest.raises(TimeoutError):
-                second.connect(attack.dialled)
+                second.connect(attack.dialed)
             attack.refused_for(Reason.UNIDENTIFIED_PEER)
         with reusable_socket(attack, pod, version) as third:  # the control: the ports are as good as any
             third.settimeout(3)
-            third.connect(attack.dialled)
+            third.connect(attack.dialed)
             attack.listener.accept()
 
 
@@ -71,7 +71,7 @@ def test_a_reused_connection_after_the_servers_reset(world: Lab, port: int, pod:
     with attack_from(world, pod, port) as attack:
         with reusable_socket(attack, pod, 4) as first:
             first.settimeout(3)
-            first.connect(attack.dialled)
+            first.connect(attack.dialed)
             first.send(b"never read")
             with attack.listener.accept() as served:
                 served.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
@@ -80,7 +80,7 @@ def test_a_reused_connection_after_the_servers_reset(world: Lab, port: int, pod:
         with stripped(world, pod), reusable_socket(attack, pod, 4) as second:
             second.settimeout(1.5)  # a RST goes in place of the first SYN; the kernel repeats it after 1 s
             with pytest.raises(TimeoutError):
-                second.connect(attack.dialled)
+                second.connect(attack.dialed)
             attack.refused_for(Reason.UNIDENTIFIED_PEER)
 
 
@@ -142,7 +142,7 @@ def test_marks_of_a_sender_let_no_datagram_in(world: Lab, port: int, host: str) 
         for mark in MARKS:
             listener.socket.setsockopt(socket.SOL_SOCKET, socket.SO_MARK, struct.pack("=I", mark))
             with marked_socket(world, host, mark, kind=socket.SOCK_DGRAM) as client:
-                client.sendto(b"let me in", attack.dialled)
+                client.sendto(b"let me in", attack.dialed)
         attack.refused_for(Reason.UNIDENTIFIED_PEER)
         assert listener.received() == []
 
@@ -170,7 +170,7 @@ def test_fast_open_without_a_frame(world: Lab, port: int, host: str) -> None:
     write_sysctls(world.place(host).netns, {"net/ipv4/tcp_fastopen": str(FAST_OPEN_WITHOUT_COOKIE)})
     with fast_attack_from(world, host, port) as attack, world.open_socket(host) as client:
         client.setblocking(False)
-        client.sendto(b"let me in", MSG_FASTOPEN, attack.dialled)
+        client.sendto(b"let me in", MSG_FASTOPEN, attack.dialed)
         RawClient(attack.wire, *attack.target).send_syn(b"let me in", SYN_OPTIONS + COOKIE + b"\x01\x01")
         attack.refused_for(Reason.UNIDENTIFIED_PEER)
 
@@ -197,7 +197,7 @@ def test_fast_open_between_pods_waits_for_the_proof(world: Lab, port: int, pod: 
     write_sysctls(world.place(pod).netns, {"net/ipv4/tcp_fastopen": str(FAST_OPEN_WITHOUT_COOKIE)})
     with fast_attack_from(world, pod, port) as attack, world.open_socket(pod) as client:
         client.settimeout(3)
-        client.sendto(b"hello", MSG_FASTOPEN, attack.dialled)
+        client.sendto(b"hello", MSG_FASTOPEN, attack.dialed)
         assert attack.listener.accept().recv(100) == b"hello"
         syn = attack.wire.await_segment(lambda found: found.flags == SYN and found.dport == port)
         assert is_frame(syn.payload)

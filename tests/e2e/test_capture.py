@@ -23,7 +23,7 @@ from tests.e2e.operation_world import (
     segments,
     transfer,
 )
-from trireme_lab import Lab, Tools, WorldSpec
+from trireme_lab import Lab, LabSpec, Tools
 
 pytestmark = pytest.mark.kernel
 
@@ -49,7 +49,7 @@ def settled_segments(lab: Lab) -> int:
 
 @pytest.fixture(scope="module")
 def lab(plugin: Path) -> Iterator[Lab]:
-    with Lab(WorldSpec(NODES, pods=(pod("client", "a"), pod("server", "b"))), Tools(plugin=plugin)) as lab:
+    with Lab(LabSpec(NODES, pods=(pod("client", "a"), pod("server", "b"))), Tools(plugin=plugin)) as lab:
         yield lab
 
 
@@ -74,7 +74,7 @@ def test_identities_ride_on_the_three_packets_of_the_handshake(lab: Lab, version
     assert (answered.address, answered.port) == (syn.dst, syn.dport)
     proof = find_proof(ack.options)
     assert proof is not None
-    assert not proof.is_lone
+    assert not proof.is_standalone
     assert ack.payload == b""
     assert data.payload == payload
     assert [find_proof(s.options) for s in (data, *rest)] == [None] * (1 + len(rest))

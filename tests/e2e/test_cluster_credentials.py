@@ -19,7 +19,7 @@ from tests.e2e.operation_world import HTTP, NODES, RESET, app, connection, denia
 from tests.kube.cluster import NAMESPACE, add_node
 from tests.kube.lab import LIMITS, KubeLab
 from tests.kube.rbac import grants
-from trireme_lab import Lab, LabError, Outcome, Tools, WorldSpec
+from trireme_lab import Lab, LabError, LabSpec, Outcome, Tools
 from trireme_lab.netns import exec_prefix
 from trireme_lab.node import Node
 from trireme_lab.settings import overlay
@@ -48,7 +48,7 @@ class SignedLab(KubeLab):
 
     def _start_api(self) -> None:
         super()._start_api()
-        for node in self.world.nodes:
+        for node in self.spec.nodes:
             token = add_node(self.api, node.name)
             self.api.patch("Node", "", node.name, {"spec": {"taints": [TAINT]}})
             for address in node.addresses:
@@ -67,7 +67,7 @@ class SignedLab(KubeLab):
 
 @pytest.fixture(scope="module")
 def lab(plugin: Path) -> Iterator[SignedLab]:
-    world = WorldSpec(NODES, pods=PODS, manifests=(ALLOW,), settings=overlay(RESET, CREDENTIALS))
+    world = LabSpec(NODES, pods=PODS, manifests=(ALLOW,), settings=overlay(RESET, CREDENTIALS))
     with SignedLab(world, Tools(plugin=plugin), limits=replace(LIMITS, placement=PlacementLimits(retry_s=0.2))) as lab:
         yield lab
 

@@ -31,9 +31,9 @@ from tests.e2e.operation_world import (
     policy,
     transfer,
 )
-from trireme_lab import HostSpec, Lab, Outcome, ServicePort, ServiceSpec, Tools, WorldSpec
+from trireme_lab import HostSpec, Lab, LabSpec, Outcome, ServicePort, ServiceSpec, Tools
 from trireme_lab.manifests import object_ref, pod_ref
-from trireme_lab.world import Manifest
+from trireme_lab.spec import Manifest
 
 pytestmark = pytest.mark.kernel
 
@@ -67,7 +67,7 @@ def egress(*peers: object, port: int | None = None) -> Manifest:
 def world(plugin: Path) -> Iterator[Lab]:
     pods = (pod("client", "a"), pod("near", "b"), pod("other", "a", namespace="y"), pod("server", "b"))
     namespaces = {"x": {}, "y": {"team": "blue"}}
-    with Lab(WorldSpec(NODES, namespaces, pods, (OUTSIDE,), (SERVICE,), settings=RESET), Tools(plugin=plugin)) as lab:
+    with Lab(LabSpec(NODES, namespaces, pods, (OUTSIDE,), (SERVICE,), settings=RESET), Tools(plugin=plugin)) as lab:
         yield lab
 
 
@@ -97,7 +97,7 @@ def without_enforcer(lab: Lab, name: str) -> Iterator[Path]:
         node.wait_ready()
 
 
-def is_cut(end: socket.socket, within_s: float = WITHIN_S) -> bool:
+def is_gso(end: socket.socket, within_s: float = WITHIN_S) -> bool:
     """Return whether a connection is reset in that time; a FIN would be the application's own."""
     end.settimeout(within_s)
     try:
@@ -142,7 +142,7 @@ def test_what_is_no_longer_allowed_is_cut_at_both_ends(lab: Lab, change: str, ve
         assert still_works(ends)
         act(lab)
         for end in ends:
-            assert is_cut(end)
+            assert is_gso(end)
 
 
 @pytest.mark.parametrize("version", VERSIONS)
@@ -153,7 +153,7 @@ def test_the_labels_of_a_namespace_count_for_its_established_flows(lab: Lab, ver
         assert still_works(ends)
         lab.label_namespace("y", {"team": "red"})
         for end in ends:
-            assert is_cut(end)
+            assert is_gso(end)
 
 
 def test_labels_of_the_serving_pod_are_judged_by_the_clients_egress_too(lab: Lab) -> None:
@@ -164,13 +164,13 @@ def test_labels_of_the_serving_pod_are_judged_by_the_clients_egress_too(lab: Lab
         lab.label("x/server", {"app": "changed"})
         try:
             for end in ends:
-                assert is_cut(end)
+                assert is_gso(end)
         finally:
             lab.label("x/server", {"app": "server"})
 
 
 @contextmanager
-def dialled(lab: Lab, source: str, target: str, port: int, version: int) -> Iterator[socket.socket]:
+def dialed(lab: Lab, source: str, target: str, port: int, version: int) -> Iterator[socket.socket]:
     """Yield a connection to one of the lab's own servers, after its banner."""
     with lab.open_socket(source, FAMILIES[version]) as client:
         client.settimeout(WITHIN_S)
@@ -189,12 +189,12 @@ def echoes(client: socket.socket) -> bool:
 @pytest.mark.parametrize("version", VERSIONS)
 def test_behind_a_service_the_pod_and_its_port_are_judged(lab: Lab, version: int) -> None:
     lab.apply(egress(app("server"), port=HTTP.number))
-    with dialled(lab, "x/client", "service:x/server", 80, version) as client:
+    with dialed(lab, "x/client", "service:x/server", 80, version) as client:
         pods = block("10.244.2.0/24", "fd00:10:244:2::/64")
         lab.apply(egress(*pods, port=HTTP.number))
         assert echoes(client)
         lab.apply(egress(*pods, port=80))
-        assert is_cut(client)
+        assert is_gso(client)
     assert outcome(lab, "x/client", "service:x/server", 80, version, timeout_s=1.0).is_denied
 
 
@@ -202,17 +202,17 @@ def test_behind_a_service_the_pod_and_its_port_are_judged(lab: Lab, version: int
 def test_flows_with_outside_are_judged_by_address(lab: Lab, version: int) -> None:
     outside, elsewhere = block("203.0.113.0/24", "2001:db8::/64"), block("198.51.100.0/24")
     lab.apply(egress(*outside))
-    with dialled(lab, "x/client", "host:outside", HTTP.number, version) as client:
+    with dialed(lab, "x/client", "host:outside", HTTP.number, version) as client:
         lab.apply(egress(*outside, *elsewhere))
         assert echoes(client)
         lab.apply(egress(*elsewhere))
-        assert is_cut(client)
+        assert is_gso(client)
     lab.apply(ingress(*outside))
-    with dialled(lab, "host:outside", "x/server", HTTP.number, version) as client:
+    with dialed(lab, "host:outside", "x/server", HTTP.number, version) as client:
         lab.apply(ingress(*outside, *elsewhere))
         assert echoes(client)
         lab.apply(ingress(*elsewhere))
-        assert is_cut(client)
+        assert is_gso(client)
 
 
 @pytest.mark.parametrize("version", VERSIONS)
@@ -242,7 +242,7 @@ def test_a_udp_flow_is_stopped_and_may_go_on_later(lab: Lab, version: int) -> No
 
 def test_flows_of_the_node_are_never_cut(lab: Lab) -> None:
     lab.apply(ALLOW)
-    with dialled(lab, "node:b", "x/server", HTTP.number, 4) as probe:
+    with dialed(lab, "node:b", "x/server", HTTP.number, 4) as probe:
         lab.apply(DENY)
         assert echoes(probe)
         assert outcome(lab, "node:b", "x/server", HTTP.number) is Outcome.CONNECTED
@@ -256,8 +256,8 @@ def test_stricter_then_wider_again(lab: Lab, version: int) -> None:
             with dial(lab, "x/client", listener) as client, listener.accept()[0] as server:
                 assert still_works((client, server))
                 lab.apply(DENY)
-                assert is_cut(client)
-                assert is_cut(server)
+                assert is_gso(client)
+                assert is_gso(server)
 
 
 def test_a_transfer_loses_nothing_over_a_hundred_changes(lab: Lab) -> None:
@@ -291,7 +291,7 @@ def test_a_thousand_others_are_not_disturbed(lab: Lab) -> None:
             stack.enter_context(Stream(*stack.enter_context(connection(lab, "x/client", "x/server")))) for _ in "123"
         ]
         lab.apply(ingress(app("client")))
-        assert is_cut(doomed[0])
+        assert is_gso(doomed[0])
         for stream in busy:
             stream.wait_for_rounds(5)
         assert all(still_works(ends) for ends in idle)
@@ -307,11 +307,11 @@ def test_flows_of_before_a_restart_are_judged_by_what_was_kept(lab: Lab, version
         with without_enforcer(lab, "b"):
             assert still_works(allowed)
         lab.apply(ingress(app("client")))
-        assert is_cut(denied[0])
+        assert is_gso(denied[0])
         assert still_works(allowed)
         with without_enforcer(lab, "b"):
             lab.apply(ingress(app("near")))
-        assert is_cut(allowed[1])
+        assert is_gso(allowed[1])
 
 
 @pytest.mark.parametrize("damage", [b"{", b"\xff\n\n", None], ids=["torn", "garbage", "gone"])
@@ -320,16 +320,16 @@ def test_flows_whose_peer_was_forgotten_end_where_the_pod_is_isolated(lab: Lab, 
         with without_enforcer(lab, "b") as flows:
             _damage(flows, damage)
         assert still_works(ends)  # nothing isolates the pod
-        # An index that the kernel still bears is not given to another: the old flow would be judged as that one's.
+        # An index that the kernel still bears is not given to another: the old flow would be evaluated as that one's.
         with connection(lab, "x/near", "x/server") as near:
             lab.apply(ingress(app("near")))
-            assert is_cut(ends[1])
+            assert is_gso(ends[1])
             assert still_works(near)
     lab.apply(ALLOW)
     with connection(lab, "x/client", "x/server") as ends:
         with without_enforcer(lab, "b") as flows:
             _damage(flows, damage)
-        assert is_cut(ends[1])
+        assert is_gso(ends[1])
     assert outcome(lab, "x/client", "x/server", HTTP.number) is Outcome.CONNECTED
 
 

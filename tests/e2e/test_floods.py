@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Floods from a pod, at the highest rate of one core: others get through, bounds hold, and nothing of it stays."""
+"""Floods from a pod, at the highest rate of one core: others get through, limits hold, and nothing of it stays."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ from benchmarks.floods import WORLD, connect, flooding, record, shares, start_se
 from benchmarks.shares import SharesError, WeighedLab
 from enforcer_daemon.daemon.limits import DaemonLimits
 from enforcer_daemon.dataplane.queue import QueueSizes
-from enforcer_daemon.handshake.bounds import Bound
+from enforcer_daemon.handshake.fairtable import Limit
 from enforcer_daemon.handshake.limits import HandshakeLimits
 from enforcer_daemon.model import PodRef
 from enforcer_daemon.reasons import Reason
 from enforcer_daemon.settings import DataplaneSettings
 from tests.e2e.attackers import counters_of, endpoint_of, grow_old
 from tests.e2e.operation_world import endpoint, queue_fields
-from trireme_lab import Lab, PodSpec, Tools, WorldSpec
+from trireme_lab import Lab, LabSpec, PodSpec, Tools
 from trireme_lab.enforcer import enforcer_with
 
 pytestmark = pytest.mark.kernel
@@ -56,7 +56,7 @@ REASONS: dict[Flood, Reason] = {
 @pytest.fixture(scope="module")
 def lab(plugin: Path) -> Iterator[Lab]:
     friend = PodSpec(PodRef("bench", "friend"), "a", {"role": "flooder"})  # Admitted by the victim, and honest.
-    world = WorldSpec(WORLD.nodes, pods=(*WORLD.pods, friend), manifests=WORLD.manifests)
+    world = LabSpec(WORLD.nodes, pods=(*WORLD.pods, friend), manifests=WORLD.manifests)
     tools = Tools(plugin=plugin, enforcer=enforcer_with(LIMITS))
     with ExitStack() as stack:
         lab = Lab(world, tools)
@@ -82,7 +82,7 @@ def memory_bytes(lab: Lab) -> int:
     return int(status.split("VmRSS:")[1].split()[0]) * 1024
 
 
-def bound_hits(lab: Lab) -> Mapping[str, int]:
+def limit_hits(lab: Lab) -> Mapping[str, int]:
     hits = lab.node("a").status()["limits_reached"]
     assert isinstance(hits, dict)
     return hits
@@ -135,20 +135,20 @@ def test_a_flood_is_counted_and_leaves_nothing_behind(lab: Lab, flood: Flood) ->
 
 
 def test_who_floods_reaches_his_own_bounds(lab: Lab) -> None:
-    before, lost = bound_hits(lab), lost_packets(lab, "limit")
+    before, lost = limit_hits(lab), lost_packets(lab, "limit")
     for flood, bound in (
-        (flood_packets.half_open, Bound.HALF_OPEN_FLOWS_PER_SOURCE),
-        (flood_packets.bad_signatures, Bound.VERIFICATIONS_PER_SOURCE),
+        (flood_packets.half_open, Limit.HALF_OPEN_FLOWS_PER_SOURCE),
+        (flood_packets.bad_signatures, Limit.VERIFICATIONS_PER_SOURCE),
     ):
         with flooding(lab, record(lab, flood)):
             await_condition(
-                lambda bound=bound: bound_hits(lab).get(bound.value, 0) > before.get(bound.value, 0),  # type: ignore[misc]
+                lambda bound=bound: limit_hits(lab).get(bound.value, 0) > before.get(bound.value, 0),  # type: ignore[misc]
                 f"{bound.value} was not reached",
             )
             await_condition(lambda: lost_packets(lab, "limit") > lost, "the kernel let it come as fast as it was sent")
     metrics = lab.node("a").admin("metrics")
     assert isinstance(metrics, str)
-    assert f'trireme_limit_reached_total{{limit="{Bound.HALF_OPEN_FLOWS_PER_SOURCE.value}"}}' in metrics
+    assert f'trireme_limit_reached_total{{limit="{Limit.HALF_OPEN_FLOWS_PER_SOURCE.value}"}}' in metrics
     for cause in ("queue-full", "buffer-full", "packet-rate"):
         assert f'trireme_queue_dropped_packets_total{{cause="{cause}"}}' in metrics
 

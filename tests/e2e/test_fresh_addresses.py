@@ -21,7 +21,7 @@ from tests.attacks.guard_world import Sender, mac, packet
 from tests.e2e.attackers import grow_old
 from tests.e2e.operation_world import NODES, app, connection, endpoint, pod, policy
 from tests.netns.lab import wait_until
-from trireme_lab import Lab, Tools, WorldSpec
+from trireme_lab import Lab, LabSpec, Tools
 from trireme_lab.manifests import object_ref
 
 pytestmark = [pytest.mark.kernel, pytest.mark.stock_kernel]
@@ -42,7 +42,7 @@ def lab(plugin: Path, request: pytest.FixtureRequest) -> Iterator[Lab]:
     pods = tuple(pod(name.partition("/")[2], node) for name, node in PODS.items())
     ingress = policy("allow", "server", ingress=[{"from": [app("client"), app("near"), app("caged")]}])
     settings = {"dataplane": {"rulesBackend": request.param}}
-    world = WorldSpec(NODES, pods=pods, manifests=(ingress, CAGED), settings=settings)
+    world = LabSpec(NODES, pods=pods, manifests=(ingress, CAGED), settings=settings)
     with Lab(world, Tools(plugin=plugin)) as lab:
         yield lab
 

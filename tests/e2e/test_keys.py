@@ -33,7 +33,7 @@ from tests.e2e.key_world import (
     Keys,
     await_that,
     certificate_pem,
-    dialling,
+    dialing,
     drops,
     key_pem,
     keyed_lab,
@@ -52,7 +52,7 @@ from tests.e2e.operation_world import (
     policy,
     segments,
 )
-from trireme_lab import HostSpec, Lab, NodeSpec, Outcome, Tools, WorldSpec
+from trireme_lab import HostSpec, Lab, LabSpec, NodeSpec, Outcome, Tools
 from trireme_lab.manifests import object_ref
 from trireme_lab.node import Node
 
@@ -72,13 +72,13 @@ SHORT = {"tokenLifetimeSeconds": 8, "clockLeewaySeconds": 0}
 
 def test_keys_are_renewed_again_and_again_and_no_connection_notices(plugin: Path) -> None:
     settings = {"credentials": {**SHORT, "certificateLifetimeSeconds": 9}}
-    world = WorldSpec(NODES, pods=PODS, manifests=POLICIES, settings=settings)
+    world = LabSpec(NODES, pods=PODS, manifests=POLICIES, settings=settings)
     with (
         Lab(world, Tools(plugin=plugin)) as lab,
         connection(lab, "x/client", "x/server") as ends,
         Stream(*ends) as stream,
     ):
-        with dialling(lab, *BOTH_WAYS):
+        with dialing(lab, *BOTH_WAYS):
             await_renewals(lab, 2)
         stream.wait_for_rounds(3)
         assert drops(lab) == {}
@@ -100,7 +100,7 @@ def test_an_authority_is_replaced_by_overlap_and_no_connection_notices(plugin: P
     keys = {name: Keys(old, [old]) for name in "abc"}
     pods = (*PODS, pod("late", "c", app="client"))
     nodes = (*NODES, NodeSpec.numbered("c", 3))
-    world = WorldSpec(nodes, manifests=POLICIES, settings={**RESET, "credentials": SHORT})
+    world = LabSpec(nodes, manifests=POLICIES, settings={**RESET, "credentials": SHORT})
     with (
         keyed_lab(plugin, keys, world, pods) as (lab, files),
         connection(lab, "x/client", "x/server") as ends,
@@ -108,8 +108,8 @@ def test_an_authority_is_replaced_by_overlap_and_no_connection_notices(plugin: P
         Stream(*ends) as stream,
         Stream(*late_ends) as late_stream,
     ):
-        with dialling(lab, *BOTH_WAYS):
-            with dialling(lab, ("x/late", "x/server")):
+        with dialing(lab, *BOTH_WAYS):
+            with dialing(lab, ("x/late", "x/server")):
                 for name in "abc":  # first everybody believes both,
                     files[name].trust(old, new)
                     files[name].await_bundle(2)
@@ -134,7 +134,7 @@ def rotating(plugin: Path) -> Iterator[tuple[Lab, KeyFiles]]:
     """Yield a lab whose node a trusts SUCCESSOR already, and the files of node b, which does not yet."""
     authority = new_authority()
     keys = {"a": Keys(authority, [authority, SUCCESSOR]), "b": Keys(authority, [authority])}
-    with keyed_lab(plugin, keys, WorldSpec(NODES, manifests=POLICIES, settings=RESET), PODS) as (lab, files):
+    with keyed_lab(plugin, keys, LabSpec(NODES, manifests=POLICIES, settings=RESET), PODS) as (lab, files):
         yield lab, files["b"]
 
 
@@ -147,7 +147,7 @@ def test_a_bad_file_is_refused_and_the_last_good_one_stays_in_force(rotating: tu
         "not the node's own authority": certificate_pem(other),
         "a key by mistake": key_pem(other),
     }
-    with dialling(lab, *BOTH_WAYS):
+    with dialing(lab, *BOTH_WAYS):
         for what, content in bad.items():
             files.write(files.bundle, content)
             await_that(lambda: str(files.bundle) in files.problems() or "trustBundle" in files.problems())
@@ -168,7 +168,7 @@ def test_an_issuer_that_is_half_replaced_waits_for_its_other_half(rotating: tupl
     lab, files = rotating
     certificate, key, bundle = (path.read_bytes() for path in (files.certificate, files.key, files.bundle))
     before = files.node_certificate()
-    with dialling(lab, *BOTH_WAYS):
+    with dialing(lab, *BOTH_WAYS):
         files.write(files.certificate, certificate_pem(SUCCESSOR))
         await_that(lambda: "is not the key of" in files.problems())
         files.write(files.key, key_pem(SUCCESSOR))  # still no bundle has it: its credentials would not be believed
@@ -231,7 +231,7 @@ def domains(plugin: Path) -> Iterator[tuple[Lab, dict[str, Authority]]]:
     authorities = {name: new_authority(domain) for name, domain in DOMAINS.items()}
     everybody = list(authorities.values())
     keys = {name: Keys(authorities[name], everybody, {"trustDomain": DOMAINS[name]}) for name in DOMAINS}
-    world = WorldSpec(NODES, hosts=(LIAR,), manifests=(DENY, ALLOW), settings=RESET)
+    world = LabSpec(NODES, hosts=(LIAR,), manifests=(DENY, ALLOW), settings=RESET)
     with keyed_lab(plugin, keys, world, (*PODS, pod("near", "b", app="client"))) as (lab, _):
         ignore_raw_ports(lab, "host:liar")
         yield lab, authorities
@@ -303,7 +303,7 @@ def test_a_clock_that_is_ahead(
     program = tmp_path / "shifted.py"
     program.write_text(SHIFTED.format(node="b", offset=offset_s))
     settings = {**RESET, "credentials": {"tokenLifetimeSeconds": 120}}
-    world = WorldSpec(NODES, pods=PODS, manifests=POLICIES, settings=settings)
+    world = LabSpec(NODES, pods=PODS, manifests=POLICIES, settings=settings)
     with Lab(world, Tools(plugin=plugin, enforcer=(sys.executable, str(program)))) as lab:
         for (source, target), reason in zip(BOTH_WAYS, (at_server, at_client), strict=True):
             expected = Outcome.CONNECTED if reason is None else Outcome.TIMED_OUT
@@ -320,7 +320,7 @@ def test_no_key_and_no_token_shows_in_logs_and_answers(plugin: Path) -> None:
     authority, other = new_authority(), new_authority()
     keys = {name: Keys(authority, [authority]) for name in "ab"}
     settings = {**RESET, "log": {"level": "debug"}, "credentials": SHORT}
-    world = WorldSpec(NODES, manifests=POLICIES, settings=settings)
+    world = LabSpec(NODES, manifests=POLICIES, settings=settings)
     with keyed_lab(plugin, keys, world, (*PODS, pod("stranger", "a"))) as (lab, files):
         secrets = [key_pem(authority), *(_private_bytes(name.key) for name in (authority, other))]
         secrets += [_private_value(node) for node in lab.nodes.values()]
@@ -343,7 +343,7 @@ def test_no_key_and_no_token_shows_in_logs_and_answers(plugin: Path) -> None:
         # Node a does not trust it.
         assert outcome(lab, "x/server", "x/client", HTTP.number, timeout_s=0.5) is Outcome.TIMED_OUT
         secrets += [_private_value(node) for node in lab.nodes.values()]
-        told = _told(lab)
+        told = _reported(lab)
     for text in ("flow allowed", "credential-untrusted", "ingress-denied", "certificate renewed", "keys refused"):
         assert text in told
     assert [secret for secret in secrets if _shows(secret, told)] == []
@@ -358,7 +358,7 @@ def test_the_search_finds_what_shows() -> None:
     assert not _shows(secret, b64encode(os.urandom(4_096)).decode())
 
 
-def _told(lab: Lab) -> str:
+def _reported(lab: Lab) -> str:
     """Return all that the daemons have said to anybody."""
     texts = [_status(lab).stdout]
     for node in lab.nodes.values():

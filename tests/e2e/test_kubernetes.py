@@ -29,11 +29,11 @@ from tests.e2e.operation_world import (
     policy,
 )
 from tests.kube.lab import KubeLab, cluster_pod
-from trireme_lab import Lab, LabError, Outcome, ServicePort, ServiceSpec, Tools, WorldSpec
+from trireme_lab import Lab, LabError, LabSpec, Outcome, ServicePort, ServiceSpec, Tools
 from trireme_lab.chain import SHIPPED_CONFLIST
 from trireme_lab.manifests import ObjectRef
 from trireme_lab.node import Node
-from trireme_lab.world import Manifest
+from trireme_lab.spec import Manifest
 
 pytestmark = pytest.mark.kernel
 
@@ -60,7 +60,7 @@ def lab(plugin: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Kube
     path.write_text(json.dumps(conflist))
     namespaces: Mapping[str, Mapping[str, str]] = {"x": {}, "y": {"team": "red"}}
     settings = {**RESET, "networks": {"externalIpNetworks": ["198.51.100.0/28"]}}
-    world = WorldSpec(NODES, namespaces, pods=PODS, services=SERVICES, manifests=(DENY,), settings=settings)
+    world = LabSpec(NODES, namespaces, pods=PODS, services=SERVICES, manifests=(DENY,), settings=settings)
     with KubeLab(world, Tools(plugin=plugin, conflist=path)) as lab:
         yield lab
 
@@ -366,4 +366,4 @@ def test_a_pod_that_nobody_registered_is_enforced_when_the_daemon_is_ready(lab: 
     node.start()
     node.wait_ready()
     assert [found["pod"] for found in node.endpoints()] == ["server"]
-    assert "pod not enrolled" not in [record["event"] for record in node.log_records()]
+    assert "pod not discovered" not in [record["event"] for record in node.log_records()]

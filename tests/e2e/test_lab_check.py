@@ -16,7 +16,7 @@ import pytest
 
 from enforcer_daemon.packet.tcp import ACK, RST, SYN, SYN_ACK, Segment
 from tests.e2e.operation_world import NODES, app, pod, policy, segments
-from trireme_lab import Lab, Outcome, Tools, WorldSpec
+from trireme_lab import Lab, LabSpec, Outcome, Tools
 from trireme_lab.probe import run_probe
 
 pytestmark = [pytest.mark.kernel, pytest.mark.slow]
@@ -94,7 +94,7 @@ SILENCED_CLIENT = policy("closed", "client", egress=[])
 @pytest.fixture(params=["drop", "reset"])
 def closed(request: pytest.FixtureRequest, plugin: Path) -> Iterator[Lab]:
     """Run a client and a server on two nodes, with denials in each of the two ways."""
-    world = WorldSpec(NODES, pods=(pod("client", "a"), pod("server", "b")), settings={"denyWith": request.param})
+    world = LabSpec(NODES, pods=(pod("client", "a"), pod("server", "b")), settings={"denyWith": request.param})
     with Lab(world, Tools(plugin=plugin)) as lab:
         yield lab
 

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from tests.e2e.operation_world import NODES, app, dial, listening, pod, policy, read_all
-from trireme_lab import Lab, Tools, WorldSpec
+from trireme_lab import Lab, LabSpec, Tools
 from trireme_lab.netns import exec_prefix, run
 
 pytestmark = pytest.mark.kernel
@@ -38,7 +38,7 @@ TRIALS = 10
 def lab(plugin: Path) -> Iterator[Lab]:
     pods = (pod("client", "a"), pod("server", "b"))
     manifests = (policy("server", "server", ingress=[{"from": [app("client")]}]),)
-    with Lab(WorldSpec(NODES, pods=pods, manifests=manifests), Tools(plugin=plugin)) as lab:
+    with Lab(LabSpec(NODES, pods=pods, manifests=manifests), Tools(plugin=plugin)) as lab:
         yield lab
 
 

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Packets by the thousand that no stack would send: dropped with a reason, and the daemon goes on as it was.
 
-Nothing here is left to chance: the seed is fixed, and each burst is judged before the next one is sent.
+Nothing here is left to chance: the seed is fixed, and each burst is evaluated before the next one is sent.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ SEED = 20_261_122
 BURST = 250
 """Packets before the daemon is waited for; its queue has room for 4,096."""
 MAX_GROWTH_BYTES = 48 * 1024 * 1024
-"""Of the daemon's memory over all tests: remembered refusals, peers and decisions up to their bounds."""
+"""Of the daemon's memory over all tests: remembered refusals, peers and decisions up to their limits."""
 ETHERTYPES = {4: 0x0800, 6: 0x86DD}
 HEADERS = {4: 20, 6: 40}
 MAGIC_BYTES = 4
@@ -44,7 +44,7 @@ Maker = Callable[[random.Random, Attack, bytes], bytes]
 
 @pytest.fixture(scope="module", autouse=True)
 def the_daemon_goes_on(world: Lab) -> Iterator[None]:
-    """After all tests the same daemons run, no bigger than their bounds, and serve who may connect."""
+    """After all tests the same daemons run, no bigger than their limits, and serve who may connect."""
     nodes = {name: (node.daemon.pid, memory_of(node)) for name, node in world.nodes.items()}
     yield
     for pod in ("shop/web", "shop/far-web"):
@@ -171,7 +171,7 @@ def send_burst(lab: Lab, version: int, packets: list[bytes]) -> None:
 
 
 def await_quiet(lab: Lab, pod: str) -> dict[str, int]:
-    """Wait until the pod's enforcer has judged what it was sent; return its decisions by reason."""
+    """Wait until the pod's enforcer has evaluated what it was sent; return its decisions by reason."""
     seen = counters_of(lab, pod)
     while True:
         time.sleep(0.05)

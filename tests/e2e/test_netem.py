@@ -17,7 +17,7 @@ import pytest
 
 from tests.e2e.bad_network import bad_network
 from tests.e2e.operation_world import FAMILIES, HTTP, NODES, app, connection, in_background, pod, policy, transfer
-from trireme_lab import HostSpec, Lab, Tools, WorldSpec
+from trireme_lab import HostSpec, Lab, LabSpec, Tools
 
 pytestmark = [pytest.mark.kernel, pytest.mark.slow, pytest.mark.stock_kernel]
 
@@ -33,12 +33,12 @@ ROUNDS = 2
 AT_ONCE = 12
 """Few enough that an emulated machine is not what they wait for."""
 WORSE_BY = 1.3
-GIVE_UP_S = 60.0
+IGNORED_AFTER_S = 60.0
 
 
 @pytest.fixture(scope="module")
 def lab(plugin: Path) -> Iterator[Lab]:
-    world = WorldSpec(
+    world = LabSpec(
         NODES,
         pods=(pod("client", "a"), pod("server", "b")),
         hosts=(HostSpec("client", node="a"), HostSpec("server", ports=(HTTP,), node="b")),
@@ -57,7 +57,7 @@ def _exchange_s(lab: Lab, ends: tuple[str, str], version: int, *, speaks: bool) 
     words = os.urandom(16).hex().encode() if speaks else b"\n"
     heard, started = b"", time.monotonic()
     with lab.open_socket(source, FAMILIES[version]) as sock:
-        sock.settimeout(GIVE_UP_S)
+        sock.settimeout(IGNORED_AFTER_S)
         sock.connect((str(lab.place(target).address(version)), HTTP.number))
         if speaks:
             sock.sendall(words)
@@ -130,7 +130,7 @@ def _alternate(lab: Lab, count: int) -> Iterator[tuple[tuple[str, str], float]]:
 def test_connections_come_about(lab: Lab, what: tuple[str, ...], version: int, *, speaks: bool) -> None:
     with bad_network(lab, *what), ThreadPoolExecutor(AT_ONCE) as executor:
         futures = [executor.submit(_exchange_s, lab, ENFORCED, version, speaks=speaks) for _ in range(50)]
-        assert all(future.result() < GIVE_UP_S for future in futures)
+        assert all(future.result() < IGNORED_AFTER_S for future in futures)
 
 
 @pytest.mark.parametrize("version", VERSIONS)

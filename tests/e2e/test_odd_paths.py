@@ -79,7 +79,7 @@ def lab(plugin: Path) -> Iterator[Lab]:
 @pytest.mark.parametrize("version", VERSIONS)
 @pytest.mark.parametrize("where", [("x/client",), ("x/server",), ("x/client", "x/server")], ids="+".join)
 def test_a_sidecar_that_redirects(lab: Lab, where: tuple[str, ...], version: int) -> None:
-    """The sidecars speak with one another; the enforcers judge the ports that were dialled."""
+    """The sidecars speak with one another; the enforcers evaluate the ports that were dialed."""
     with ExitStack() as stack:
         for pod in where:
             stack.enter_context(Sidecar(lab, pod, version))

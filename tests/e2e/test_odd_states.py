@@ -150,7 +150,7 @@ def _in_time_wait(lab: Lab, place: str, port: int) -> int:
 @pytest.mark.parametrize("version", VERSIONS)
 @pytest.mark.parametrize("first", ["client", "server"])
 def test_half_a_connection_may_be_silent_for_days(lab: Lab, first: str, version: int) -> None:
-    """Conntrack forgets it after 60 s by default, and with it that it was judged: the late FIN would be denied."""
+    """Conntrack forgets it after 60 s by default, and with it that it was evaluated: the late FIN would be denied."""
     before = denied(lab, "a") + denied(lab, "b")
     with connection(lab, "x/client", "x/server", version) as (client, server):
         port = client.getsockname()[1]

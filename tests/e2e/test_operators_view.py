@@ -12,7 +12,7 @@ import pytest
 
 from enforcer_daemon.model import PodRef
 from tests.e2e.operation_world import endpoint
-from trireme_lab import Lab, LabError, NodeSpec, PodSpec, Tools, WorldSpec
+from trireme_lab import Lab, LabError, LabSpec, NodeSpec, PodSpec, Tools
 
 pytestmark = pytest.mark.kernel
 
@@ -23,7 +23,7 @@ PORT = 9475
 def lab(plugin: Path) -> Iterator[Lab]:
     settings = {"registration": {"requireLabels": True}, "metrics": {"listen": f"127.0.0.1:{PORT}"}}
     pods = (PodSpec(PodRef("x", "pod"), "a", labels={"app": "pod"}),)
-    world = WorldSpec((NodeSpec.numbered("a", 1),), pods=pods, settings=settings)
+    world = LabSpec((NodeSpec.numbered("a", 1),), pods=pods, settings=settings)
     with Lab(world, Tools(plugin=plugin)) as lab:
         yield lab
 
@@ -56,10 +56,10 @@ def test_what_the_guard_drops_is_among_the_metrics(lab: Lab) -> None:
     with lab.open_socket("x/pod", kind=socket.SOCK_DGRAM) as stranger:
         stranger.bind(("203.0.113.9", 0))
         stranger.sendto(b"x", (str(lab.place("node:a").address()), 9))
-    # The pod asks for the gateway's MAC under the address, which is dropped: a spoofed neighbour, some times over.
-    before = lab.node("a").status()["guard"]["drops"]["spoofed-neighbour"]  # type: ignore[index]
+    # The pod asks for the gateway's MAC under the address, which is dropped: a spoofed neighbor, some times over.
+    before = lab.node("a").status()["guard"]["drops"]["spoofed-neighbor"]  # type: ignore[index]
     found = re.search(
-        r'^trireme_guard_dropped_packets_total\{reason="spoofed-neighbour"\} (\d+)', scraped(lab), re.MULTILINE
+        r'^trireme_guard_dropped_packets_total\{reason="spoofed-neighbor"\} (\d+)', scraped(lab), re.MULTILINE
     )
     assert found is not None
     assert 0 < before <= int(found[1])

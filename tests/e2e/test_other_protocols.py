@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""SCTP, and protocols without ports: judged by address alone, and never let through by a rule that they cannot meet.
+"""SCTP, and protocols without ports: evaluated by address alone, and never let through by a rule that they cannot meet.
 
 Raw sockets at both ends, so that the kernel needs no SCTP of its own; and its own sockets, where it has them.
 """
@@ -20,7 +20,7 @@ import pytest
 from scapy.layers.sctp import SCTP, SCTPChunkInit
 
 from tests.e2e.operation_world import FAMILIES, NODES, app, block, denials, pod, policy
-from trireme_lab import Lab, Tools, WorldSpec
+from trireme_lab import Lab, LabSpec, Tools
 from trireme_lab.netns import open_socket
 
 pytestmark = pytest.mark.kernel
@@ -62,7 +62,7 @@ def _out(rule: dict[str, object]) -> dict[str, object]:
 
 @pytest.fixture(scope="module")
 def lab(plugin: Path) -> Iterator[Lab]:
-    world = WorldSpec(
+    world = LabSpec(
         NODES,
         {"x": {}},
         pods=(

@@ -17,7 +17,7 @@ from enforcer_daemon.model import PodRef, Protocol
 from tests.e2e import raw_pod
 from tests.e2e.operation_world import FAMILIES, HTTP, NODES, RESET, app, block, connection, endpoint, pod, policy
 from tests.e2e.raw_pod import Attack, RawPod, Scene, arrives, fresh_marker, hearing, is_heard
-from trireme_lab import HostSpec, Lab, PortSpec, ServicePort, ServiceSpec, Tools, WorldSpec
+from trireme_lab import HostSpec, Lab, LabSpec, PortSpec, ServicePort, ServiceSpec, Tools
 from trireme_lab.manifests import object_ref
 
 pytestmark = pytest.mark.kernel
@@ -97,7 +97,7 @@ def _names(value: object) -> str:
 
 @pytest.fixture(scope="module")
 def lab(plugin: Path) -> Iterator[Lab]:
-    world = WorldSpec(NODES, {"x": {}}, PODS, (FRIEND, STRANGER), (WEB,), MANIFESTS, RESET)
+    world = LabSpec(NODES, {"x": {}}, PODS, (FRIEND, STRANGER), (WEB,), MANIFESTS, RESET)
     with Lab(world, Tools(plugin=plugin)) as lab:
         yield lab
 

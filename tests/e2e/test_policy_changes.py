@@ -28,10 +28,10 @@ from tests.e2e.operation_world import (
     policy,
     transfer,
 )
-from trireme_lab import Lab, Outcome, Tools, WorldSpec
+from trireme_lab import Lab, LabSpec, Outcome, Tools
 from trireme_lab.manifests import object_ref
 from trireme_lab.probe import run_probe
-from trireme_lab.world import Manifest
+from trireme_lab.spec import Manifest
 
 pytestmark = pytest.mark.kernel
 
@@ -50,7 +50,7 @@ HANGING_S = 2.5
 @pytest.fixture(scope="module")
 def world(plugin: Path) -> Iterator[Lab]:
     pods = (pod("client", "a"), pod("other", "a", namespace="y"), pod("server", "b"))
-    with Lab(WorldSpec(NODES, {"x": {}, "y": {}}, pods, settings=RESET), Tools(plugin=plugin)) as lab:
+    with Lab(LabSpec(NODES, {"x": {}, "y": {}}, pods, settings=RESET), Tools(plugin=plugin)) as lab:
         yield lab
 
 

@@ -23,7 +23,7 @@ from enforcer_daemon.dataplane.ratelimits import QueueLimits
 from enforcer_daemon.dataplane.ruleset import QUEUE_NUMBER, EndpointRules
 from enforcer_daemon.model import PodRef
 from tests.e2e.operation_world import HTTP, NODES, Stream, app, connection, outcome, pod, policy, rules_of
-from trireme_lab import Lab, LabError, Outcome, ProbeResult, Tools, WorldSpec
+from trireme_lab import Lab, LabError, LabSpec, Outcome, ProbeResult, Tools
 from trireme_lab.netns import NETNS_DIR, delete_all
 from trireme_lab.probe import run_probe
 from triremectl.admin_client import AdminError
@@ -44,7 +44,7 @@ _GUARD_TABLE = "inet", "trireme_guard"
 @pytest.fixture(scope="module")
 def lab(plugin: Path) -> Iterator[Lab]:
     pods = (pod("client", "a"), pod("near", "a"), pod("server", "b"))
-    with Lab(WorldSpec(NODES, pods=pods, manifests=(DENY, ALLOW)), Tools(plugin=plugin)) as lab:
+    with Lab(LabSpec(NODES, pods=pods, manifests=(DENY, ALLOW)), Tools(plugin=plugin)) as lab:
         yield lab
 
 
@@ -132,15 +132,15 @@ def test_endpoints_are_adopted_and_no_rule_is_doubled(lab: Lab, ending: signal.S
         found = [e for name in "ab" for e in lab.node(name).endpoints()]
         return {tuple(str(e[key]) for key in ("pod", "container_id", "ifname", "ips", "state")) for e in found}
 
-    rules, adopted, guards = all_rules(), endpoints(), [_guard(lab, name) for name in "ab"]
-    assert {(name, state) for name, *_, state in adopted} == {(n.split("/")[1], "enforced") for n in PODS}
-    assert {sandbox.container_id for sandbox in lab.pods.values()} == {identifier for _, identifier, *_ in adopted}
+    rules, recovered, guards = all_rules(), endpoints(), [_guard(lab, name) for name in "ab"]
+    assert {(name, state) for name, *_, state in recovered} == {(n.split("/")[1], "enforced") for n in PODS}
+    assert {sandbox.container_id for sandbox in lab.pods.values()} == {identifier for _, identifier, *_ in recovered}
     with _without_enforcers(lab, ending):
         assert all_rules() == rules  # enforcement stays in place, and so does the guard
         assert [_guard(lab, name) for name in "ab"] == guards
     assert all_rules() == rules
     assert [_guard(lab, name) for name in "ab"] == guards
-    assert endpoints() == adopted
+    assert endpoints() == recovered
     for name in "ab":
         tables = lab.run(f"node:{name}", "nft", "list", "tables").splitlines()
         assert sorted(table for table in tables if "trireme" in table) == [
@@ -179,7 +179,7 @@ def test_a_pod_whose_deletion_waits_is_not_adopted(lab: Lab) -> None:
         enqueue(str(lab.node("b").directories.run), attachment)
         starts = len(_events(lab, "starting"))
     assert len(_events(lab, "starting")) == starts + 1
-    assert _events(lab, "endpoint not adopted") == []
+    assert _events(lab, "endpoint not recovered") == []
     assert [e["pod"] for e in lab.node("b").endpoints()] == ["server"]
     assert _records(lab, "b") == 1
     lab.remove_pod("x/guest")

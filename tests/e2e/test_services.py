@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Connections through Services: judged by the pod that answers, and by the address that really dialled."""
+"""Connections through Services: evaluated by the pod that answers, and by the address that really dialed."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import pytest
 from enforcer_daemon.model import PodRef
 from tests.e2e.operation_world import FAMILIES, HTTP, NODES, RESET, app, block, denials, outcome, pod, policy
 from tests.e2e.raw_pod import RawPod, Scene, arrives, fresh_marker, hearing, plain_syn
-from trireme_lab import HostSpec, Lab, Outcome, ServicePort, ServiceSpec, Tools, WorldSpec
+from trireme_lab import HostSpec, Lab, LabSpec, Outcome, ServicePort, ServiceSpec, Tools
 from trireme_lab.manifests import object_ref
 
 pytestmark = pytest.mark.kernel
@@ -56,7 +56,7 @@ VIA_SERVICES = ("service:x/web", "service:x/web-a", "service:x/web-b")
 
 @pytest.fixture(scope="module")
 def lab(plugin: Path) -> Iterator[Lab]:
-    world = WorldSpec(NODES, {"x": {}}, PODS, (OUTSIDE,), SERVICES, MANIFESTS, RESET)
+    world = LabSpec(NODES, {"x": {}}, PODS, (OUTSIDE,), SERVICES, MANIFESTS, RESET)
     with Lab(world, Tools(plugin=plugin, probe_timeout_s=20.0)) as lab:
         yield lab
 
@@ -160,7 +160,7 @@ def _cidrs(lab: Lab, place: str) -> list[str]:
 
 
 EVERY_WAY = [("a", "web-a"), ("b", "web-a"), ("b", "web-b"), ("a", "web-b")]
-"""Which node is dialled, and which Service's node port; the Service's one pod is on the node of its name."""
+"""Which node is dialed, and which Service's node port; the Service's one pod is on the node of its name."""
 
 
 def _attempts(lab: Lab, ways: Sequence[tuple[str, str]]) -> list[bool | None]:
@@ -191,7 +191,7 @@ def test_a_client_outside_is_judged_by_its_own_address_at_the_pods_node(lab: Lab
 
 @pytest.mark.parametrize("version", VERSIONS)
 def test_a_masqueraded_connection_is_ended_by_a_change_and_the_nodes_own_is_not(lab: Lab, version: int) -> None:
-    dialled = str(lab.place("node:a").address(version)), NODE_PORT["web-a"]
+    dialed = str(lab.place("node:a").address(version)), NODE_PORT["web-a"]
     with (
         lab.open_socket("host:outside", FAMILIES[version]) as client,
         lab.open_socket("node:a", FAMILIES[version]) as node,
@@ -199,7 +199,7 @@ def test_a_masqueraded_connection_is_ended_by_a_change_and_the_nodes_own_is_not(
         with _also(lab, "the-client", block(*_cidrs(lab, "host:outside"))):
             for end in (client, node):
                 end.settimeout(20)
-                end.connect(dialled)
+                end.connect(dialed)
                 assert end.recv(100) == b"x/web-a\n"
         with pytest.raises(ConnectionError):
             assert client.recv(100) == b""
@@ -208,7 +208,7 @@ def test_a_masqueraded_connection_is_ended_by_a_change_and_the_nodes_own_is_not(
 
 
 def test_through_another_node_a_client_outside_is_that_nodes_address(lab: Lab) -> None:
-    """Only the node that masquerades knows the client; what the pod's node sees is what is judged."""
+    """Only the node that masquerades knows the client; what the pod's node sees is what is evaluated."""
     way = [("b", "web-a")]
     with _also(lab, "the-client", block(*_cidrs(lab, "host:outside"))):
         assert _attempts(lab, way) == [False] * 2
@@ -217,16 +217,16 @@ def test_through_another_node_a_client_outside_is_that_nodes_address(lab: Lab) -
 
 
 @pytest.mark.parametrize("version", VERSIONS)
-@pytest.mark.parametrize(("dialled", "service"), EVERY_WAY)
+@pytest.mark.parametrize(("dialed", "service"), EVERY_WAY)
 def test_a_pod_is_judged_by_its_identity_through_any_node_port(
-    lab: Lab, dialled: str, service: str, version: int
+    lab: Lab, dialed: str, service: str, version: int
 ) -> None:
     port = NODE_PORT[service]
-    result = lab.probe("x/client", f"node:{dialled}", port, version)
+    result = lab.probe("x/client", f"node:{dialed}", port, version)
     assert (result.outcome, result.banner) == (Outcome.CONNECTED, f"x/{service}")
-    assert outcome(lab, "x/to-web", f"node:{dialled}", port, version) is Outcome.CONNECTED
-    assert outcome(lab, "x/stranger", f"node:{dialled}", port, version, timeout_s=0.3).is_denied
-    assert outcome(lab, "x/to-others", f"node:{dialled}", port, version, timeout_s=0.3).is_denied
+    assert outcome(lab, "x/to-web", f"node:{dialed}", port, version) is Outcome.CONNECTED
+    assert outcome(lab, "x/stranger", f"node:{dialed}", port, version, timeout_s=0.3).is_denied
+    assert outcome(lab, "x/to-others", f"node:{dialed}", port, version, timeout_s=0.3).is_denied
 
 
 @pytest.mark.parametrize("version", VERSIONS)

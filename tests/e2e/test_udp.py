@@ -16,7 +16,7 @@ import pytest
 
 from enforcer_daemon.model import PodRef, Protocol
 from tests.e2e.operation_world import FAMILIES, NODES, app, denials, pod, policy, queued_packets
-from trireme_lab import HostSpec, Lab, PortSpec, ServicePort, ServiceSpec, Tools, WorldSpec
+from trireme_lab import HostSpec, Lab, LabSpec, PortSpec, ServicePort, ServiceSpec, Tools
 
 pytestmark = pytest.mark.kernel
 
@@ -64,7 +64,7 @@ MANIFESTS = (
 @pytest.fixture(scope="module")
 def lab(plugin: Path) -> Iterator[Lab]:
     hosts = (HostSpec("unenforced", node="a", ports=(ECHO,)), HostSpec("outside", (ip_address("203.0.113.7"),)))
-    with Lab(WorldSpec(NODES, {"x": {}}, PODS, hosts, SERVICES, MANIFESTS), Tools(plugin=plugin)) as lab:
+    with Lab(LabSpec(NODES, {"x": {}}, PODS, hosts, SERVICES, MANIFESTS), Tools(plugin=plugin)) as lab:
         yield lab
 
 

@@ -14,13 +14,13 @@ from pathlib import Path
 import pytest
 
 from enforcer_daemon.errors import FrameError, PacketError
-from enforcer_daemon.handshake.bounds import Bound
-from enforcer_daemon.handshake.datagrams import LONE_EXID, RIDING_EXID, find_message
+from enforcer_daemon.handshake.datagrams import PIGGYBACKED_EXID, STANDALONE_EXID, find_message
+from enforcer_daemon.handshake.fairtable import Limit
 from enforcer_daemon.handshake.frames import TYPE_OFFER, encode_again, encode_proof, frame_type
 from enforcer_daemon.handshake.limits import HandshakeLimits
 from enforcer_daemon.packet.udp import UDP_HEADER, UDPDatagram, build_udp, decode_udp, encode_option
 from tests.e2e.operation_world import FAMILIES, NODES, app, denials, endpoint, pod, policy
-from trireme_lab import HostSpec, Lab, Tools, WorldSpec
+from trireme_lab import HostSpec, Lab, LabSpec, Tools
 from trireme_lab.netns import open_socket
 
 pytestmark = pytest.mark.kernel
@@ -40,7 +40,7 @@ _ports = itertools.count(9_000)
 
 @pytest.fixture(scope="module")
 def lab(plugin: Path) -> Iterator[Lab]:
-    world = WorldSpec(NODES, {"x": {}}, PODS, (HostSpec("near", node="a"),), manifests=MANIFESTS)
+    world = LabSpec(NODES, {"x": {}}, PODS, (HostSpec("near", node="a"),), manifests=MANIFESTS)
     with Lab(world, Tools(plugin=plugin)) as lab:
         yield lab
 
@@ -129,13 +129,13 @@ def test_a_stolen_offer_gains_nothing_under_any_address_or_port(lab: Lab, versio
         port = server.getsockname()[1]
         own = lab.address_of("host:near", version).packed
         for source in (own, offer.src):
-            for exid, payload in ((RIDING_EXID, b"attack"), (LONE_EXID, b"")):
+            for exid, payload in ((PIGGYBACKED_EXID, b"attack"), (STANDALONE_EXID, b"")):
                 for nonce in (message[8:24], os.urandom(16)):
                     stolen = message[:8] + nonce + message[24:]
                     sport = next(_ports)
                     surplus = encode_option(UDP_HEADER + len(payload), exid, stolen)
                     host.send(build_udp(source, offer.dst, (sport, port), payload, surplus))
-                    proof = encode_option(UDP_HEADER, LONE_EXID, encode_proof(nonce, os.urandom(16)))
+                    proof = encode_option(UDP_HEADER, STANDALONE_EXID, encode_proof(nonce, os.urandom(16)))
                     host.send(build_udp(source, offer.dst, (sport, port), b"", proof))
                     host.send(build_udp(source, offer.dst, (sport, port), b"attack"))
         assert _hears_nothing(server)
@@ -143,7 +143,7 @@ def test_a_stolen_offer_gains_nothing_under_any_address_or_port(lab: Lab, versio
 
 @versions
 def test_a_flood_of_stolen_offers_is_bounded_and_passes(lab: Lab, version: int) -> None:
-    bounds = HandshakeLimits()
+    limits = HandshakeLimits()
     with serving(lab, version) as server, RawHost(lab, version) as host:
         with finished_handshake(lab, server, version) as messages:
             offer, message = messages[0]
@@ -151,11 +151,11 @@ def test_a_flood_of_stolen_offers_is_bounded_and_passes(lab: Lab, version: int) 
         port = server.getsockname()[1]
         for sport in range(20_000, 21_000):
             stolen = message[:8] + os.urandom(16) + message[24:]
-            surplus = encode_option(UDP_HEADER + 6, RIDING_EXID, stolen)
+            surplus = encode_option(UDP_HEADER + 6, PIGGYBACKED_EXID, stolen)
             host.send(build_udp(offer.src, offer.dst, (sport, port), b"attack", surplus))
-            assert sport % 250 or _count(lab, "held_packets") <= bounds.max_held_packets_per_source
+            assert sport % 250 or _count(lab, "held_packets") <= limits.max_held_packets_per_source
         assert _hears_nothing(server)
-        assert _count(lab, "half_open_flows") <= bounds.max_half_open_flows_per_source
+        assert _count(lab, "half_open_flows") <= limits.max_half_open_flows_per_source
         _await_calm(lab)
     with serving(lab, version) as server, finished_handshake(lab, server, version) as messages:
         assert frame_type(messages[0][1]) == TYPE_OFFER
@@ -164,7 +164,7 @@ def test_a_flood_of_stolen_offers_is_bounded_and_passes(lab: Lab, version: int) 
 @versions
 def test_flows_that_nobody_answers_are_bounded_and_hurt_no_other(lab: Lab, version: int) -> None:
     """Where the pod's policy knows labels alone, its datagrams wait for an answer, which a stranger never gives."""
-    bounds = HandshakeLimits()
+    limits = HandshakeLimits()
     silent = str(lab.address_of("host:near", version))
     with (
         serving(lab, version) as server,
@@ -176,13 +176,13 @@ def test_flows_that_nobody_answers_are_bounded_and_hurt_no_other(lab: Lab, versi
         for port in range(10_000, 11_000):
             opener.sendto(SECRET, (silent, port))
             if port % 500 == 499:
-                assert _count(lab, "held_packets", "x/opener") <= bounds.max_held_packets_per_source
-                assert _count(lab, "half_open_flows", "x/opener") <= bounds.max_half_open_flows_per_source
+                assert _count(lab, "held_packets", "x/opener") <= limits.max_held_packets_per_source
+                assert _count(lab, "half_open_flows", "x/opener") <= limits.max_half_open_flows_per_source
                 _speak(lab, "x/client", server, version)
                 _speak(lab, "x/opener", server, version)
         hits = lab.pod_node("x/opener").status()["limits_reached"]
         assert isinstance(hits, dict)
-        assert hits[Bound.HELD_PACKETS_PER_SOURCE.value] > 0
+        assert hits[Limit.HELD_PACKETS_PER_SOURCE.value] > 0
         assert "hold-queue-full" in denials(lab, "x/opener")
         _await_calm(lab, "x/opener")
         packets = capture.close()
@@ -231,5 +231,5 @@ def test_forged_requests_to_shake_hands_again_stop_no_flow(lab: Lab, version: in
             server.sendto(b"re: " + received, source)
             assert client.recv(100) == b"re: " + received
             for _ in range(10):
-                surplus = encode_option(UDP_HEADER, LONE_EXID, encode_again(os.urandom(16)))
+                surplus = encode_option(UDP_HEADER, STANDALONE_EXID, encode_again(os.urandom(16)))
                 host.send(build_udp(*ends, (server.getsockname()[1], source[1]), b"", surplus))

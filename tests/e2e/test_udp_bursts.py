@@ -17,7 +17,7 @@ from pathlib import Path
 import pytest
 
 from tests.e2e.operation_world import FAMILIES, NODES, app, denials, pod, policy
-from trireme_lab import Lab, Tools, WorldSpec
+from trireme_lab import Lab, LabSpec, Tools
 from trireme_lab.netns import open_socket
 
 pytestmark = pytest.mark.kernel
@@ -39,7 +39,7 @@ VERSIONS = [4, 6]
 
 @pytest.fixture(scope="module")
 def lab(plugin: Path) -> Iterator[Lab]:
-    world = WorldSpec(
+    world = LabSpec(
         NODES,
         {"x": {}},
         pods=(

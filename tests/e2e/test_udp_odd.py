@@ -13,7 +13,7 @@ import pytest
 
 from enforcer_daemon.model import PodRef, Protocol
 from tests.e2e.operation_world import FAMILIES, NODES, app, block, denials, pod, policy
-from trireme_lab import HostSpec, Lab, PortSpec, ServicePort, ServiceSpec, Tools, WorldSpec
+from trireme_lab import HostSpec, Lab, LabSpec, PortSpec, ServicePort, ServiceSpec, Tools
 from trireme_lab.netns import open_socket
 
 pytestmark = pytest.mark.kernel
@@ -48,7 +48,7 @@ def lab(plugin: Path) -> Iterator[Lab]:
         policy("by-address", "by-address", ingress=[{"from": block("10.0.0.0/8", "fd00::/8")}]),
     )
     hosts = HostSpec("plain", node="a"), HostSpec("other", node="a")
-    world = WorldSpec(NODES, {"x": {}}, pods, hosts, (service,), manifests)
+    world = LabSpec(NODES, {"x": {}}, pods, hosts, (service,), manifests)
     with Lab(world, Tools(plugin=plugin)) as lab:
         yield lab
 

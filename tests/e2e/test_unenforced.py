@@ -17,7 +17,7 @@ from enforcer_daemon.packet.udp import build_udp
 from enforcer_daemon.reasons import Reason
 from tests.e2e.attackers import SYN_OPTIONS, Wire, await_denial, silenced
 from tests.e2e.operation_world import FAMILIES, HTTP, NODES, RESET, block, denials, outcome, pod, policy, segments
-from trireme_lab import HostSpec, Lab, Outcome, PodSpec, PortSpec, Tools, WorldSpec
+from trireme_lab import HostSpec, Lab, LabSpec, Outcome, PodSpec, PortSpec, Tools
 
 pytestmark = pytest.mark.kernel
 
@@ -63,7 +63,7 @@ def lab(plugin: Path) -> Iterator[Lab]:
         *(policy(f"in-{name}", f"in-{name}", ingress=rules) for name, rules in _rules("from").items()),
         *(policy(f"out-{name}", f"out-{name}", egress=rules) for name, rules in _rules("to").items()),
     )
-    world = WorldSpec(NODES, {"x": {}}, tuple(_pods()), (OUTSIDE, INSIDE, BESIDE), manifests=manifests, settings=RESET)
+    world = LabSpec(NODES, {"x": {}}, tuple(_pods()), (OUTSIDE, INSIDE, BESIDE), manifests=manifests, settings=RESET)
     with Lab(world, Tools(plugin=plugin)) as lab:
         yield lab
 

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The target of UDP's handshakes: an input is a script of what two kernels, a bad wire and an attacker do.
 
-The world and what must hold in it are those of tests/unit/datapath/datagram_world.py. Each script is played in both
+The world and what must hold in it are those of tests/unit/datapath/udp_pair.py. Each script is played in both
 families, once where the client's datagrams wait for the answer, and once where the offer rides on them.
 """
 
@@ -10,15 +10,15 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TypeVar
 
-from enforcer_daemon.marks import CUT, UNSUMMED
+from enforcer_daemon.marks import CHECKSUM_PARTIAL, GSO
 from tests.fuzz.exchange import ADDRESSES, NODES, Script, renew
-from tests.unit.datapath.datagram_world import DatagramWorld
+from tests.unit.datapath.udp_pair import DatagramWorld
 
 Choice = TypeVar("Choice")
 MAX_STEPS = 48
 _PORTS = (40_000, 40_001)
 _PAYLOADS = (b"", b"query", b"other", b"large " * 190)
-_OFFLOADS = (0, UNSUMMED, UNSUMMED | CUT)
+_OFFLOADS = (0, CHECKSUM_PARTIAL, CHECKSUM_PARTIAL | GSO)
 _WAITS_S = (0.01, 0.15, 0.5, 1.5, 4.0)
 
 

@@ -12,7 +12,7 @@ from enforcer_daemon.dataplane.conntrack import decode_original_source
 from enforcer_daemon.dataplane.established import decode_flow
 from enforcer_daemon.dataplane.netlink import decode_attributes, decode_messages, encode_attribute
 from enforcer_daemon.errors import CredentialError, DataplaneError, FrameError, PacketError, TokenError
-from enforcer_daemon.handshake.datagrams import LONE_EXID, find_message
+from enforcer_daemon.handshake.datagrams import STANDALONE_EXID, find_message
 from enforcer_daemon.handshake.frames import (
     PROOF_OPTION_BYTES,
     TYPE_ANSWER,
@@ -85,10 +85,10 @@ def _check_datagram(datagram: UDPDatagram) -> None:
         find_message(datagram)
     if datagram.tail > len(datagram.packet):
         return
-    written = with_option(datagram, LONE_EXID, b"content")
+    written = with_option(datagram, STANDALONE_EXID, b"content")
     option = find_option(decode_udp_datagram(written, decode_ip(written)))
     assert option is not None
-    assert (option.exid, option.content) == (LONE_EXID, b"content")
+    assert (option.exid, option.content) == (STANDALONE_EXID, b"content")
     bare = without_surplus(datagram)
     assert decode_udp_datagram(bare, decode_ip(bare)).payload == datagram.payload
 
@@ -108,11 +108,11 @@ def _check_options(segment: Segment) -> None:
 
 def _check_proof(segment: Segment) -> None:
     """A proof put first is found first, and without it the options are what they were."""
-    option = proof_option(bytes(range(16)), is_lone=False)
+    option = proof_option(bytes(range(16)), is_standalone=False)
     proven = with_options_and_payload(segment, option + segment.options, b"")
     found = find_proof(decode_segment(proven, decode_ip(proven)).options)
     assert found is not None
-    assert (found.proof, found.is_lone, found.rest) == (bytes(range(16)), False, segment.options)
+    assert (found.proof, found.is_standalone, found.rest) == (bytes(range(16)), False, segment.options)
 
 
 def frame(content: bytes) -> None:

@@ -13,14 +13,14 @@ from enforcer_daemon.errors import SettingsError
 from enforcer_daemon.model import Identity, PodRef, Protocol
 from enforcer_daemon.policy import compile_snapshot
 from enforcer_daemon.settings_file import load_settings
-from enforcer_daemon.sources.manifests import World, assemble, decode_file, unique_objects
+from enforcer_daemon.sources.manifests import ClusterState, assemble, decode_file, unique_objects
 
 _PEER = Identity(PodRef("shop", "cart-1"), (ip_address("10.1.0.2"),), {"app": "cart"}, {"team": "a"}, "node-1")
 _ADDRESSES = (None, ip_address("10.1.0.2"), ip_address("fd00::2"))
 
 
 def policy(content: bytes) -> None:
-    """Read a file as YAML and as JSON; what is wrong is in the result, and what is right can be judged by."""
+    """Read a file as YAML and as JSON; what is wrong is in the result, and what is right can be evaluated by."""
     for name in ("file.yaml", "file.json"):
         file = decode_file(name, content)
         found, problems = unique_objects([file])
@@ -31,7 +31,7 @@ def policy(content: bytes) -> None:
         _judge(world)
 
 
-def _judge(world: World) -> None:
+def _judge(world: ClusterState) -> None:
     snapshot = compile_snapshot(world.policies, 1)
     for network_policy in world.policies:
         pod = Identity(PodRef(network_policy.namespace, "web-0"), (), {"app": "web"}, {}, "node-1")
@@ -39,7 +39,7 @@ def _judge(world: World) -> None:
         for direction in (rules.ingress, rules.egress):
             for address in _ADDRESSES:
                 could = direction.could_allow(address, 80, Protocol.TCP)
-                if address is not None and direction.judge(_PEER, address, 80, Protocol.TCP).is_allowed:
+                if address is not None and direction.evaluate(_PEER, address, 80, Protocol.TCP).is_allowed:
                     assert could
 
 

@@ -200,7 +200,7 @@ class Exchange:
     def forge(self) -> None:
         """Send the server an ACK with a proof that is made up."""
         connection, kind = self.connection(), self.script.number(4)
-        option = proof_option(self.script.take(16), is_lone=bool(kind & 1))
+        option = proof_option(self.script.take(16), is_standalone=bool(kind & 1))
         self.arrive(self.server, _later(connection, ACK, b"data" if kind & 2 else b"", option))
 
     def raw(self) -> None:

@@ -10,7 +10,7 @@ from struct import pack
 
 from cni_plugin import messages
 from enforcer_daemon.dataplane.netlink import encode_attribute
-from enforcer_daemon.handshake.datagrams import RIDING_EXID
+from enforcer_daemon.handshake.datagrams import PIGGYBACKED_EXID
 from enforcer_daemon.handshake.frames import (
     SynAckFrame,
     SynFrame,
@@ -44,7 +44,7 @@ def packets() -> dict[str, bytes]:
     extended = syn6[:4] + (len(syn6) - 40 + 16).to_bytes(2, "big") + b"\0" + syn6[7:40]
     extended += b"\x3c\0\1\4\0\0\0\0" + b"\x06\0\1\4\0\0\0\0" + syn6[40:]
     udp = b"\x45\0\0\x20\0\0\x40\0\x40\x11\0\0" + V4[0] + V4[1] + pack("!HHHH", 53, 53, 12, 0) + b"data"
-    proof = proof_option(bytes(range(16)), is_lone=True)
+    proof = proof_option(bytes(range(16)), is_standalone=True)
     return {
         "syn": syn,
         "syn-frame": with_options_and_payload(decode_tcp(syn), SYN_OPTIONS, SYN_FRAME),
@@ -52,7 +52,7 @@ def packets() -> dict[str, bytes]:
         "syn-v6": syn6,
         "extension-headers": extended,
         "udp": udp,
-        "udp-message": build_udp(*V6, (40_000, 53), b"odd", encode_option(11, RIDING_EXID, SYN_FRAME)),
+        "udp-message": build_udp(*V6, (40_000, 53), b"odd", encode_option(11, PIGGYBACKED_EXID, SYN_FRAME)),
         "icmp": b"\x45\0\0\x1c\0\0\0\0\x40\x01\0\0" + V4[0] + V4[1] + b"\x08\0\0\0\0\0\0\0",
     }
 
@@ -145,7 +145,7 @@ EXCHANGES = {
     "spliced": bytes((0, 0, 1, 5, 0, 1, 1, 5, 6, 0, 3, 1, 0)),
     "policy-change": bytes((0, 0, 3, 3, 10, 0, 10, 1, 8, 9, 3)),
     "forged": bytes((0, 0, 0, 2, 11, 0, 0)) + b"not the proof :)",
-    "forged-lone": bytes((0, 0, 0, 2, 11, 0, 3)) + b"not the proof :)",
+    "forged-standalone": bytes((0, 0, 0, 2, 11, 0, 3)) + b"not the proof :)",
     "raw": bytes((7, 0, 30)) + build(*V4, (40_000, 80), (1, 0), SYN, 9)[:30],
 }
 DATAGRAMS = {

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """A lab whose enforcers take their world from an API server: `tests/kube/api.py`, on a host of the lab.
 
-    with KubeLab(WorldSpec(NODES, pods=pods), Tools(plugin=plugin)) as lab:
+    with KubeLab(LabSpec(NODES, pods=pods), Tools(plugin=plugin)) as lab:
         lab.apply(policy)        # as in every lab, but through the API
         with lab.api.away(): ...
 
@@ -21,14 +21,14 @@ from enforcer_daemon.daemon.limits import DaemonLimits
 from enforcer_daemon.kube.limits import ClusterLimits
 from enforcer_daemon.telemetry.events import EventLimits
 from tests.kube.api import FakeApi
-from trireme_lab import HostSpec, Lab, NodeSpec, PodSpec, Tools, WorldSpec
+from trireme_lab import HostSpec, Lab, LabSpec, NodeSpec, PodSpec, Tools
 from trireme_lab.enforcer import enforcer_with
 from trireme_lab.manifests import ObjectRef, namespace_manifest, pod_manifest
 from trireme_lab.netns import open_socket
 from trireme_lab.node import Node
 from trireme_lab.sandbox import Place
 from trireme_lab.settings import overlay
-from trireme_lab.world import SERVICE_NETWORKS, Manifest
+from trireme_lab.spec import SERVICE_NETWORKS, Manifest
 
 _ADDRESS = "192.168.60.250"
 _PORT = 6443
@@ -51,11 +51,11 @@ class KubeLab(Lab):
     api: FakeApi
 
     def __init__(
-        self, world: WorldSpec, tools: Tools, objects: Iterable[Mapping[str, Any]] = (), limits: DaemonLimits = LIMITS
+        self, spec: LabSpec, tools: Tools, objects: Iterable[Mapping[str, Any]] = (), limits: DaemonLimits = LIMITS
     ) -> None:
         """Prepare; `objects` are in the cluster before the daemons start, besides what the world says."""
         host = HostSpec("api", (ip_address(_ADDRESS),))
-        super().__init__(replace(world, hosts=(*world.hosts, host)), replace(tools, enforcer=enforcer_with(limits)))
+        super().__init__(replace(spec, hosts=(*spec.hosts, host)), replace(tools, enforcer=enforcer_with(limits)))
         self._objects = objects
 
     def _start_daemons(self) -> None:
@@ -68,12 +68,12 @@ class KubeLab(Lab):
         sock.bind((_ADDRESS, _PORT))
         self.api = self._stack.enter_context(FakeApi(sock))
         self.api.load(self._objects)
-        self.api.put(*map(node_manifest, self.world.nodes), service_cidr_manifest(), *self.world.manifests)
-        self.api.put(*(namespace_manifest(name, labels) for name, labels in self.world.namespaces.items()))
+        self.api.put(*map(node_manifest, self.spec.nodes), service_cidr_manifest(), *self.spec.manifests)
+        self.api.put(*(namespace_manifest(name, labels) for name, labels in self.spec.namespaces.items()))
         kubeconfig = self.api.write_kubeconfig(self.directory / "kubeconfig")
-        settings = overlay(SETTINGS, self.world.settings)
-        self.world = replace(
-            self.world, settings=overlay(settings, {"kubernetes": {"kubeconfig": str(kubeconfig)}}), manifests=()
+        settings = overlay(SETTINGS, self.spec.settings)
+        self.spec = replace(
+            self.spec, settings=overlay(settings, {"kubernetes": {"kubeconfig": str(kubeconfig)}}), manifests=()
         )
 
     def add_pod(self, spec: PodSpec) -> Place:

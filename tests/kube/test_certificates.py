@@ -20,7 +20,7 @@ from cryptography.hazmat.primitives.serialization import Encoding
 
 from enforcer_daemon.identity.authority import issue_credential, make_authority, node_spiffe_id
 from enforcer_daemon.identity.credential import is_issued_by
-from enforcer_daemon.identity.given import open_given_identity
+from enforcer_daemon.identity.external import open_external_identity
 from enforcer_daemon.identity.request import read_request
 from enforcer_daemon.kube.certificates import PATH, CertificateRefusedError, CertificateRequests
 from enforcer_daemon.kube.client import ClusterApi
@@ -94,9 +94,9 @@ def test_a_node_gets_its_certificate_and_another_key_with_the_next(api: FakeApi,
     token, settings = add_node(api, "node-1"), settings_of(tmp_path, "node-1")
     with running_signer(api, tmp_path):
         assert obtain(api, settings, token) == ""
-        first = open_given_identity(settings, time.time())
+        first = open_external_identity(settings, time.time())
         assert obtain(api, settings, token) == ""
-    second = open_given_identity(settings, time.time())
+    second = open_external_identity(settings, time.time())
     assert (first.credential.node, first.credential.trust_domain) == ("node-1", "cluster.local")
     assert second.credential.public_key.public_numbers() != first.credential.public_key.public_numbers()
     assert oct((settings.state_dir / "node-credential.pem").stat().st_mode & 0o777) == "0o600"
@@ -142,7 +142,7 @@ def test_another_signer_is_asked_by_its_name_and_its_answer_is_taken(api: FakeAp
         answered = pool.submit(answer)
         assert ask_for_certificate(api, settings, token) == ""
         answered.result()
-    credential = open_given_identity(settings, time.time()).credential
+    credential = open_external_identity(settings, time.time()).credential
     assert (credential.node, is_issued_by(credential.certificate, authority.certificate)) == ("node-1", True)
 
 
@@ -202,7 +202,7 @@ def test_what_somebody_approved_by_mistake_is_not_signed(api: FakeApi, tmp_path:
         }
     )
     with running_signer(api, tmp_path):
-        await_that(lambda: len(conditions(api)) == 2, "the request was not judged")
+        await_that(lambda: len(conditions(api)) == 2, "the request was not evaluated")
     assert [entry["type"] for entry in conditions(api)] == ["Approved", "Failed"]
 
 
@@ -271,7 +271,7 @@ def test_an_authority_is_replaced_by_overlap(api: FakeApi, tmp_path: Path) -> No
     token, settings = add_node(api, "node-1"), settings_of(tmp_path, "node-1", certificateLifetimeSeconds=600)
     with running_signer(api, tmp_path, "--certificate-hours", "0.2"):
         assert obtain(api, settings, token) == ""
-        first = open_given_identity(settings, time.time())
+        first = open_external_identity(settings, time.time())
         secret = api.all("Secret")[0]["metadata"]["name"]
     time.sleep(1.1)  # Certificates know whole seconds: the first authority must be older than this.
     asked = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
@@ -290,7 +290,7 @@ def test_an_authority_is_replaced_by_overlap(api: FakeApi, tmp_path: Path) -> No
         assert first.bundle.authorities[0] in bundle
         time.sleep(2)  # The overlap.
         assert obtain(api, settings, token) == ""
-    second = open_given_identity(settings, time.time())
+    second = open_external_identity(settings, time.time())
     assert second.credential.certificate.issuer == first.credential.certificate.issuer  # same name, another key
     second.bundle.verify(first.credential, time.time(), 0.0)
     newer = [authority for authority in bundle if authority not in first.bundle.authorities]

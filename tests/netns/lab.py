@@ -190,7 +190,7 @@ def serve(lab: Lab, answer: Answer, sizes: QueueSizes = SIZES) -> Iterator[Packe
             ready, _, _ = select.select([queue, stop_read], [], [])
             if stop_read in ready:
                 return
-            queue.read_turn()
+            queue.read_batch()
 
     thread = threading.Thread(target=loop)
     thread.start()

@@ -36,7 +36,7 @@ PEER = 7
 
 @dataclass
 class Ended:
-    """A judge that ends flows by a condition, and counts what it was asked."""
+    """A evaluate that ends flows by a condition, and counts what it was asked."""
 
     condition: Callable[[ReleasedFlow], bool] = lambda flow: True
     allowed: frozenset[int] = frozenset()
@@ -75,7 +75,7 @@ def flow(
             yield (server, client) if direction is Direction.INGRESS else (client, server)
 
 
-def is_cut(end: socket.socket) -> bool:
+def is_gso(end: socket.socket) -> bool:
     """Return whether an end has had a RST, or its own kernel's word that it is over."""
     end.settimeout(PATIENCE_S)
     try:
@@ -110,8 +110,8 @@ def test_a_flow_is_listed_and_cut_at_both_ends(lab: Lab, direction: Direction, v
 
         assert end_flows(lab.pod, Ended()) == [found]
 
-        assert is_cut(pod)
-        assert is_cut(remote)
+        assert is_gso(pod)
+        assert is_gso(remote)
         assert released(lab) == []
         assert highest_index(lab.pod) == 0
 
@@ -124,7 +124,7 @@ def test_flows_that_may_go_on_are_not_touched(lab: Lab) -> None:
         assert end_flows(lab.pod, Ended(lambda found: found.source.version == 6)) != []
         assert says(*one)
         assert says(*reversed(one))
-        assert is_cut(two[0])
+        assert is_gso(two[0])
         assert len(released(lab)) == 1
 
 
@@ -166,8 +166,8 @@ def test_a_connection_of_an_ipv6_listener_for_both_families_is_cut(lab: Lab) -> 
         server, _ = listener.accept()
         with server:
             end_flows(lab.pod, Ended())
-            assert is_cut(server)
-            assert is_cut(client)
+            assert is_gso(server)
+            assert is_gso(client)
 
 
 def test_a_connection_that_a_sidecar_took_over_is_cut(lab: Lab) -> None:
@@ -180,15 +180,15 @@ def test_a_connection_that_a_sidecar_took_over_is_cut(lab: Lab) -> None:
             assert says(client, server)
             (found,) = end_flows(lab.pod, Ended())
             assert (found.destination_port, found.answering[1]) == (80, PORT)
-            assert is_cut(server)
-            assert is_cut(client)
+            assert is_gso(server)
+            assert is_gso(client)
 
 
 @pytest.mark.parametrize("version", [4, 6])
 def test_a_udp_flow_loses_its_mark_and_is_judged_anew(lab: Lab, version: int) -> None:
-    judge = Recorder(release)
+    evaluate = Recorder(release)
     with ExitStack() as stack:
-        stack.enter_context(serve(lab, judge))
+        stack.enter_context(serve(lab, evaluate))
         pod, remote = (
             stack.enter_context(lab.socket(place, version, socket.SOCK_DGRAM)) for place in (lab.pod, lab.remote)
         )
@@ -197,15 +197,15 @@ def test_a_udp_flow_loses_its_mark_and_is_judged_anew(lab: Lab, version: int) ->
         pod.send(b"one")
         data, back = remote.recvfrom(10)
         remote.sendto(b"answer", back)
-        assert (data, pod.recv(10), len(judge.seen)) == (b"one", b"answer", 1)
+        assert (data, pod.recv(10), len(evaluate.seen)) == (b"one", b"answer", 1)
 
         (found,) = end_flows(lab.pod, Ended())
 
         assert (found.protocol, found.destination_port) == (17, 53)
-        judge.answer = lambda *_: DROP
+        evaluate.answer = lambda *_: DROP
         pod.send(b"two")
         remote.sendto(b"late answer", back)
-        assert wait_until(lambda: len(judge.seen) == 3)
+        assert wait_until(lambda: len(evaluate.seen) == 3)
         pod.settimeout(0.1)
         remote.settimeout(0.1)
         for end in (pod, remote):
@@ -239,22 +239,22 @@ def test_the_mark_goes_also_where_the_kernel_destroys_no_sockets(
             raise DataplaneError(os.strerror(code))
 
     monkeypatch.setattr(established, "acknowledged", refusing)
-    judge = Recorder(release)
-    with serve(lab, judge), flow(lab, Direction.INGRESS, 4) as (pod, remote):
+    evaluate = Recorder(release)
+    with serve(lab, evaluate), flow(lab, Direction.INGRESS, 4) as (pod, remote):
         expected = nullcontext() if code == errno.EOPNOTSUPP else pytest.raises(DataplaneError, match="not permitted")
         with expected:
             end_flows(lab.pod, Ended())
         assert released(lab) == []
-        seen = len(judge.seen)
-        judge.answer = lambda *_: DROP
+        seen = len(evaluate.seen)
+        evaluate.answer = lambda *_: DROP
         remote.sendall(b"more")
-        assert wait_until(lambda: len(judge.seen) > seen)
+        assert wait_until(lambda: len(evaluate.seen) > seen)
         assert pod.fileno() >= 0
 
 
 def test_the_highest_index_fits_the_mark(lab: Lab) -> None:
-    judge = Recorder(lambda *_: Verdict(Action.RELEASE, mark=released_mark(MAX_INDEX)))
-    with serve(lab, judge), flow(lab, Direction.INGRESS, 4):
+    evaluate = Recorder(lambda *_: Verdict(Action.RELEASE, mark=released_mark(MAX_INDEX)))
+    with serve(lab, evaluate), flow(lab, Direction.INGRESS, 4):
         assert highest_index(lab.pod) == MAX_INDEX
         assert [found.index for found in released(lab)] == [MAX_INDEX]
 
@@ -277,7 +277,7 @@ def test_two_thousand_flows_are_judged_in_a_moment(lab: Lab) -> None:
         print(f"2,000 flows: by index {judged_s * 1e3:.1f} ms, each by its addresses {decoded_s * 1e3:.1f} ms")  # noqa: T201
         assert ended.source_port == doomed
         assert judged_s < 0.5
-        assert is_cut(pairs[1_000][0])
+        assert is_gso(pairs[1_000][0])
         assert all(says(*pair) for pair in (pairs[0], pairs[999], pairs[1_001], pairs[1_999]))
 
 

@@ -23,15 +23,15 @@ from enforcer_daemon.dataplane.netns import open_in
 from enforcer_daemon.dataplane.nodeflows import SentTuple, remove_flows, remove_of
 from enforcer_daemon.dataplane.tools import run_in
 from enforcer_daemon.errors import DataplaneError
-from enforcer_daemon.handshake.datagrams import LONE_EXID
+from enforcer_daemon.handshake.datagrams import STANDALONE_EXID
 from enforcer_daemon.handshake.frames import (
     MARKER_ID,
     PROOF_MARKER_ID,
-    TYPE_AGAIN,
     TYPE_ANSWER,
     TYPE_CHALLENGE,
     TYPE_OFFER,
     TYPE_PROOF,
+    TYPE_REHANDSHAKE,
     SynFrame,
     encode_syn,
 )
@@ -104,7 +104,7 @@ class Wire:
 
     def message(self, kind: int, ports: tuple[int, int] = PORTS) -> bytes:
         content = encode_syn(SynFrame(bytes(16), b""), kind)
-        return self.datagram(b"", encode_option(UDP_HEADER, LONE_EXID, content), ports)
+        return self.datagram(b"", encode_option(UDP_HEADER, STANDALONE_EXID, content), ports)
 
     def send(self, packet: bytes) -> None:
         self._out.sendto(packet, (self.target, 0))
@@ -174,9 +174,9 @@ def test_a_message_passes_as_it_is(lab: Lab, guard: Guard, pod: Wire, remote: Wi
             assert found is not None
             assert is_marked(found, marker)
         pod.send(pod.message(TYPE_OFFER, (4445, 5353)))
-        lone = remote.find(b"\xd3TRI", PATIENCE_S)
-        assert lone is not None
-        assert not is_marked(lone, MARKER_ID)
+        standalone = remote.find(b"\xd3TRI", PATIENCE_S)
+        assert standalone is not None
+        assert not is_marked(standalone, MARKER_ID)
         assert log.read(64) == []
 
 
@@ -206,7 +206,7 @@ def test_what_answers_a_peer_that_showed_no_message_is_marked(lab: Lab, guard: G
     assert decode_udp(answer).payload == b"answer-1"
 
 
-@pytest.mark.parametrize("kind", [TYPE_ANSWER, TYPE_PROOF, TYPE_OFFER, TYPE_AGAIN, TYPE_CHALLENGE])
+@pytest.mark.parametrize("kind", [TYPE_ANSWER, TYPE_PROOF, TYPE_OFFER, TYPE_REHANDSHAKE, TYPE_CHALLENGE])
 def test_what_follows_an_answer_of_the_peers_enforcer_is_not_marked(
     lab: Lab, guard: Guard, pod: Wire, remote: Wire, kind: int
 ) -> None:

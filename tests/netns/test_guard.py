@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The guard against masqueraded flows: who comes under the node's address is judged by his own."""
+"""The guard against masqueraded flows: who comes under the node's address is evaluated by his own."""
 
 from __future__ import annotations
 
@@ -176,14 +176,14 @@ def test_masqueraded_datagrams_are_judged_too(lab: Lab, version: int) -> None:
 
 def test_a_framed_syn_reaches_the_queue_and_its_true_source_can_be_found(lab: Lab, version: int) -> None:
     act(lab, lambda: Guard().replace([guarded()]))
-    judge = Recorder(lambda *_: DROP)
+    evaluate = Recorder(lambda *_: DROP)
     injector = Injector(lab.remote)
-    with serve(lab, judge), open_in(lab.node, Conntrack) as conntrack:
+    with serve(lab, evaluate), open_in(lab.node, Conntrack) as conntrack:
         syn = tcp_packet((REMOTE[version], 7000), (NODE_OUTSIDE[version], NODE_PORT), SYN, b"f" * 600)
         assert injector.send(syn)
         injector.close()
-        assert wait_until(lambda: len(judge.seen) == 1)
-        packet = judge.seen[0][0]
+        assert wait_until(lambda: len(evaluate.seen) == 1)
+        packet = evaluate.seen[0][0]
         offset = 20 if version == 4 else 40
         port = int.from_bytes(packet[offset : offset + 2], "big")
         node, pod = ip_address(NODE[version]), ip_address(POD[version])
@@ -196,9 +196,9 @@ def test_nobody_passes_for_the_node_from_outside(lab: Lab, version: int) -> None
     guard, injector = Guard(), Injector(lab.remote)
     act(lab, lambda: guard.set_node_addresses(open_in(lab.node, node_addresses)))
     act(lab, lambda: guard.replace([GuardedEndpoint(ATTACHMENT, guarded().addresses, ALLOWS_ALL)]))
-    judge = Recorder(lambda *_: DROP)
+    evaluate = Recorder(lambda *_: DROP)
     try:
-        with lab.socket(lab.pod, version, socket.SOCK_DGRAM) as service, serve(lab, judge):
+        with lab.socket(lab.pod, version, socket.SOCK_DGRAM) as service, serve(lab, evaluate):
             service.bind((POD[version], 8080))
             for source in (NODE, NODE_OUTSIDE):
                 for length in (0, 600):
@@ -210,7 +210,7 @@ def test_nobody_passes_for_the_node_from_outside(lab: Lab, version: int) -> None
             assert service.recv(1024) == b"the node"
     finally:
         injector.close()
-    assert judge.seen == []
+    assert evaluate.seen == []
     assert act(lab, guard.drops)["spoofed-source"] == (8 if version == 6 else 0)
 
 

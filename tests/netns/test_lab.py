@@ -22,13 +22,13 @@ from trireme_lab import (
     HostSpec,
     Lab,
     LabError,
+    LabSpec,
     NodeSpec,
     Outcome,
     PodSpec,
     PortSpec,
     ServicePort,
     ServiceSpec,
-    WorldSpec,
 )
 from trireme_lab.netns import NETNS_DIR, netns_path
 from trireme_lab.rundir import RUN_DIR, clean_leftovers
@@ -43,7 +43,7 @@ ONE = PodSpec(
     addresses=(ip_address("10.244.1.50"), ip_address("fd00:10:244:1::50")),
     ports=(HTTP, DNS),
 )
-WORLD = WorldSpec(
+WORLD = LabSpec(
     nodes=(NodeSpec.numbered("a", 1), NodeSpec.numbered("b", 2)),
     pods=(
         ONE,
@@ -265,8 +265,8 @@ def test_clean_removes_what_a_killed_lab_left_and_nothing_of_a_living_one(tmp_pa
 
 ORPHAN = """
 import time
-from trireme_lab import Lab, NodeSpec, WorldSpec
-with Lab(WorldSpec(nodes=(NodeSpec.numbered("a", 1),), enforcer=False)) as lab:
+from trireme_lab import Lab, NodeSpec, LabSpec
+with Lab(LabSpec(nodes=(NodeSpec.numbered("a", 1),), enforcer=False)) as lab:
     print(lab.spawn("node:a", "sleep", "301").pid, flush=True)
     time.sleep(60)
 """

@@ -11,7 +11,7 @@ import pytest
 
 from enforcer_daemon.model import PodRef, Protocol
 from tests.e2e.operation_world import FAMILIES, in_background
-from trireme_lab import Lab, NodeSpec, Outcome, PodSpec, PortSpec, Probe, WorldSpec
+from trireme_lab import Lab, LabSpec, NodeSpec, Outcome, PodSpec, PortSpec, Probe
 from trireme_lab.probe import run_probe
 
 pytestmark = pytest.mark.kernel
@@ -20,7 +20,7 @@ DNS = PortSpec(53, Protocol.UDP)
 CLOSED_PORT = 54
 LONG_S = 20.0
 """Only for what is answered long before."""
-WORLD = WorldSpec(
+WORLD = LabSpec(
     nodes=(NodeSpec.numbered("a", 1), NodeSpec.numbered("b", 2)),
     pods=(
         PodSpec(PodRef("x", "one"), "a", ports=(DNS,)),

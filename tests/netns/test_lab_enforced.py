@@ -10,7 +10,7 @@ from dataclasses import replace
 import pytest
 
 from enforcer_daemon.model import PodRef
-from trireme_lab import HostSpec, Lab, LabError, NodeSpec, PodSpec, PortSpec, Tools, WorldSpec
+from trireme_lab import HostSpec, Lab, LabError, LabSpec, NodeSpec, PodSpec, PortSpec, Tools
 from trireme_lab.manifests import ObjectRef
 from trireme_lab.runner import refused_objects, run_steps
 from trireme_lab.scenario import Step, load_scenario
@@ -20,7 +20,7 @@ pytestmark = pytest.mark.kernel
 
 WEB = PodSpec(PodRef("shop", "web"), "a", labels={"app": "web"}, ports=(PortSpec(80),))
 DB = PodSpec(PodRef("shop", "db"), "b", labels={"app": "db"}, ports=(PortSpec(5432, name="sql"),))
-WORLD = WorldSpec(
+WORLD = LabSpec(
     nodes=(NodeSpec.numbered("a", 1), NodeSpec.numbered("b", 2)),
     namespaces={"shop": {"team": "x"}, "dev": {}},
     pods=(WEB, DB, PodSpec(PodRef("dev", "debug"), "a")),
@@ -68,7 +68,7 @@ def locked(lab: Lab) -> Iterator[Lab]:
 @pytest.mark.slow
 def test_the_demo_goes_as_expected() -> None:
     scenario = load_scenario("demo")
-    with Lab(scenario.world, replace(Tools(), probe_timeout_s=scenario.timeout_s)) as lab:
+    with Lab(scenario.spec, replace(Tools(), probe_timeout_s=scenario.timeout_s)) as lab:
         results = [item for result in run_steps(lab, scenario.steps) for item in result.flows]
     assert [item for item in results if not item.is_as_expected] == []
     assert len(results) == sum(len(step.flows) for step in scenario.steps)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The queue against real packets: verdicts, held packets, our own packets, bounds, and that nothing stays behind."""
+"""The queue against real packets: verdicts, held packets, our own packets, limits, and that nothing stays behind."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from enforcer_daemon.dataplane.queuecounters import LostPackets
 from enforcer_daemon.dataplane.ratelimits import QueueLimits
 from enforcer_daemon.dataplane.tools import run_in
 from enforcer_daemon.errors import DataplaneError
-from enforcer_daemon.marks import CUT, OWN_MASK, UNSUMMED, released_mark
+from enforcer_daemon.marks import CHECKSUM_PARTIAL, GSO, OWN_MASK, released_mark
 from enforcer_daemon.model import Direction
 from enforcer_daemon.packet.udp import decode_udp
 from enforcer_daemon.verdict import ACCEPT, DROP, TAKEN, Action, Inject, Settle, Verdict
@@ -75,12 +75,12 @@ def silent(err: Exception) -> None:
 
 
 def test_accept_and_drop(lab: Lab, version: int) -> None:
-    judge = Recorder()
-    with serve(lab, judge), lab.listen(lab.pod, version):
+    evaluate = Recorder()
+    with serve(lab, evaluate), lab.listen(lab.pod, version):
         assert lab.connects(lab.remote, (POD[version], 8080))
-        judge.answer = lambda *_: DROP
+        evaluate.answer = lambda *_: DROP
         assert not lab.connects(lab.remote, (POD[version], 8080), 0.3)
-    directions = [direction for _, direction, _ in judge.seen[:3]]
+    directions = [direction for _, direction, _ in evaluate.seen[:3]]
     assert directions == [Direction.INGRESS, Direction.EGRESS, Direction.INGRESS]
 
 
@@ -132,21 +132,21 @@ def test_a_flow_is_released_when_nothing_more_waits(lab: Lab) -> None:
             client.send(b"1")
             client.send(b"2")
             assert wait_until(lambda: waiting(lab) == 2)
-            assert queue.read_turn() == 1
+            assert queue.read_batch() == 1
             client.send(b"3")
             assert wait_until(lambda: waiting(lab) == 2)
-            assert [queue.read_turn(), queue.read_turn()] == [1, 1]
+            assert [queue.read_batch(), queue.read_batch()] == [1, 1]
             client.send(b"4")
             assert [service.recv(16) for _ in range(4)] == [b"1", b"2", b"3", b"4"]
-            assert queue.read_turn() == 0
+            assert queue.read_batch() == 0
     finally:
         queue.close()
 
 
 def test_a_send_that_the_kernel_will_cut_comes_whole_and_nothing_of_it_is_lost(lab: Lab, version: int) -> None:
     """Of three before conntrack knows the flow, the kernel would drop most of what it had cut for the queue."""
-    judge = Recorder(lambda *_: Verdict(Action.HOLD, hold_id=len(judge.seen)))
-    queue = PacketQueue.open(lab.pod, QUEUE, SIZES, judge, on_error=silent)
+    evaluate = Recorder(lambda *_: Verdict(Action.HOLD, hold_id=len(evaluate.seen)))
+    queue = PacketQueue.open(lab.pod, QUEUE, SIZES, evaluate, on_error=silent)
     sends = [[bytes((65 + send, 65 + n)) * 50 for n in range(4)] for send in range(3)]
     try:
         with (
@@ -158,9 +158,9 @@ def test_a_send_that_the_kernel_will_cut_comes_whole_and_nothing_of_it_is_lost(l
             client.setsockopt(socket.IPPROTO_UDP, UDP_SEGMENT, 100)
             for send in sends:
                 client.send(b"".join(send))
-            assert wait_until(lambda: bool(queue.read_turn()) and len(judge.seen) == 3)
-            assert [(decode_udp(packet).payload, mark) for packet, _, mark in judge.seen] == [
-                (b"".join(send), UNSUMMED | CUT) for send in sends
+            assert wait_until(lambda: bool(queue.read_batch()) and len(evaluate.seen) == 3)
+            assert [(decode_udp(packet).payload, mark) for packet, _, mark in evaluate.seen] == [
+                (b"".join(send), CHECKSUM_PARTIAL | GSO) for send in sends
             ]
             queue.apply(tuple(Settle(hold_id, ACCEPT) for hold_id in (1, 2, 3)))
             assert sorted(service.recv(1_000) for _ in range(12)) == sorted(part for send in sends for part in send)
@@ -170,14 +170,14 @@ def test_a_send_that_the_kernel_will_cut_comes_whole_and_nothing_of_it_is_lost(l
 
 def test_a_send_that_the_kernel_will_cut_is_never_rewritten(lab: Lab) -> None:
     errors: list[Exception] = []
-    judge = Recorder(lambda packet, *_: Verdict(Action.ACCEPT, packet))
-    queue = PacketQueue.open(lab.pod, QUEUE, SIZES, judge, on_error=errors.append)
+    evaluate = Recorder(lambda packet, *_: Verdict(Action.ACCEPT, packet))
+    queue = PacketQueue.open(lab.pod, QUEUE, SIZES, evaluate, on_error=errors.append)
     try:
         with lab.socket(lab.pod, 4, socket.SOCK_DGRAM) as client:
             client.connect((REMOTE[4], 53))
             client.setsockopt(socket.IPPROTO_UDP, UDP_SEGMENT, 100)
             client.send(bytes(400))
-            assert wait_until(lambda: queue.read_turn() == 1)
+            assert wait_until(lambda: queue.read_batch() == 1)
         assert [str(err) for err in errors] == ["a send that is not cut yet cannot be rewritten"]
         assert (queue.errors, queue.held_packets) == (1, 0)
     finally:
@@ -186,9 +186,9 @@ def test_a_send_that_the_kernel_will_cut_is_never_rewritten(lab: Lab) -> None:
 
 @pytest.mark.parametrize("length", [4_000, 9_000, 60_000])
 def test_a_send_that_is_longer_than_the_copy_of_it_passes(lab: Lab, version: int, length: int) -> None:
-    judge = Recorder()
+    evaluate = Recorder()
     with (
-        serve(lab, judge),
+        serve(lab, evaluate),
         lab.socket(lab.pod, version, socket.SOCK_DGRAM) as service,
         lab.socket(lab.remote, version, socket.SOCK_DGRAM) as client,
     ):
@@ -197,7 +197,7 @@ def test_a_send_that_is_longer_than_the_copy_of_it_passes(lab: Lab, version: int
         client.setsockopt(socket.IPPROTO_UDP, UDP_SEGMENT, 1_000)
         client.send(bytes(length))
         assert [len(service.recv(2_000)) for _ in range(length // 1_000)] == [1_000] * (length // 1_000)
-    assert {len(packet) for packet, _, _ in judge.seen} == {min(length + HEADERS[version], MAX_COPIED_BYTES)}
+    assert {len(packet) for packet, _, _ in evaluate.seen} == {min(length + HEADERS[version], MAX_COPIED_BYTES)}
 
 
 def test_a_judge_that_fails_lets_nothing_pass(lab: Lab) -> None:
@@ -210,7 +210,7 @@ def test_a_judge_that_fails_lets_nothing_pass(lab: Lab) -> None:
     try:
         with lab.listen(lab.pod, 4):
             assert not lab.connects(lab.remote, (POD[4], 8080), 0.3)
-            assert wait_until(lambda: queue.read_turn() >= 1)
+            assert wait_until(lambda: queue.read_batch() >= 1)
         assert queue.errors == len(errors) >= 1
         assert str(errors[0]) == "a bug"
     finally:
@@ -225,7 +225,7 @@ def test_an_effect_that_fails_is_reported(lab: Lab) -> None:
         with lab.socket(lab.remote, 4, socket.SOCK_DGRAM) as client:
             for _ in range(2):
                 client.sendto(b"x", (POD[4], 53))
-            assert wait_until(lambda: queue.read_turn() == 0 and queue.errors == 1)
+            assert wait_until(lambda: queue.read_batch() == 0 and queue.errors == 1)
         assert "hold_id 1" in str(errors[0])
         assert queue.held_packets == 1
     finally:
@@ -243,10 +243,10 @@ def test_a_turn_is_bounded_and_shorter_while_there_is_a_backlog(lab: Lab) -> Non
     try:
         send_datagrams(lab, 21, 10)
         assert wait_until(lambda: waiting(lab) == 21)
-        assert [queue.read_turn() for _ in range(3)] == [16, 5, 0]
+        assert [queue.read_batch() for _ in range(3)] == [16, 5, 0]
         send_datagrams(lab, 200, 10)
         assert wait_until(lambda: waiting(lab) == 200)
-        turns = [queue.read_turn() for _ in range(120)]
+        turns = [queue.read_batch() for _ in range(120)]
         shorter = turns.count(2)
         assert shorter > 16
         assert turns[: shorter + 1] == [16, *[2] * shorter]
@@ -257,7 +257,7 @@ def test_a_turn_is_bounded_and_shorter_while_there_is_a_backlog(lab: Lab) -> Non
 
 
 @pytest.mark.parametrize(
-    ("verdict", "is_refused", "is_in_vain"),
+    ("verdict", "is_refused", "is_unproductive"),
     [
         (DROP, True, True),
         (TAKEN, False, True),
@@ -282,44 +282,44 @@ def test_a_turn_is_bounded_and_shorter_while_there_is_a_backlog(lab: Lab) -> Non
     ],
 )
 def test_what_is_of_no_use_is_told_from_honest_load(
-    lab: Lab, verdict: Verdict, *, is_refused: bool, is_in_vain: bool
+    lab: Lab, verdict: Verdict, *, is_refused: bool, is_unproductive: bool
 ) -> None:
     queue = PacketQueue.open(lab.pod, QUEUE, SIZES, Recorder(lambda *_: verdict), on_error=silent)
     try:
         send_datagrams(lab, WINDOW - 1, 10)
         assert wait_until(lambda: waiting(lab) == WINDOW - 1)
         drain(queue)
-        assert (queue.is_mostly_refused, queue.is_in_vain) == (False, False)
+        assert (queue.is_mostly_refused, queue.is_unproductive) == (False, False)
         send_datagrams(lab, 1)
-        assert wait_until(lambda: bool(queue.read_turn()))
-        assert (queue.is_mostly_refused, queue.is_in_vain) == (is_refused, is_in_vain)
+        assert wait_until(lambda: bool(queue.read_batch()))
+        assert (queue.is_mostly_refused, queue.is_unproductive) == (is_refused, is_unproductive)
     finally:
         queue.close()
 
 
 def test_a_queue_is_looked_at_anew(lab: Lab) -> None:
     """One connection in sixteen packets is enough."""
-    judge = Recorder(lambda *_: DROP)
-    queue = PacketQueue.open(lab.pod, QUEUE, SIZES, judge, on_error=silent)
+    evaluate = Recorder(lambda *_: DROP)
+    queue = PacketQueue.open(lab.pod, QUEUE, SIZES, evaluate, on_error=silent)
     try:
         send_datagrams(lab, WINDOW, 10)
         assert wait_until(lambda: waiting(lab) == WINDOW)
         drain(queue)
-        assert queue.is_in_vain
-        judge.answer = lambda *_: CONSUMED if len(judge.seen) % 16 == 0 else ACCEPT
+        assert queue.is_unproductive
+        evaluate.answer = lambda *_: CONSUMED if len(evaluate.seen) % 16 == 0 else ACCEPT
         send_datagrams(lab, WINDOW, 10)
         assert wait_until(lambda: waiting(lab) == WINDOW)
         drain(queue)
         assert not queue.is_mostly_refused
-        assert not queue.is_in_vain
+        assert not queue.is_unproductive
     finally:
         queue.close()
 
 
 def test_what_is_released_again_is_of_no_use(lab: Lab) -> None:
     """As by one packet of a handshake, sent without end."""
-    judge = Recorder(lambda *_: RELEASED)
-    queue = PacketQueue.open(lab.pod, QUEUE, SIZES, judge, on_error=silent)
+    evaluate = Recorder(lambda *_: RELEASED)
+    queue = PacketQueue.open(lab.pod, QUEUE, SIZES, evaluate, on_error=silent)
     injector = Injector(lab.remote)
     try:
         with lab.listen(lab.pod, 4):
@@ -328,16 +328,16 @@ def test_what_is_released_again_is_of_no_use(lab: Lab) -> None:
                     assert injector.send(tcp_packet(("10.88.0.99", 4_000), (POD[4], 8080), SYN))
                 assert wait_until(lambda count=count: waiting(lab) >= count)
                 drain(queue)
-        first, *others = (mark & OWN_MASK for _, _, mark in judge.seen)
+        first, *others = (mark & OWN_MASK for _, _, mark in evaluate.seen)
         assert (first, set(others)) == (0, {RELEASED.mark})
-        assert queue.is_in_vain
+        assert queue.is_unproductive
     finally:
         injector.close()
         queue.close()
 
 
 def drain(queue: PacketQueue) -> None:
-    while queue.read_turn():
+    while queue.read_batch():
         pass
 
 
@@ -356,29 +356,29 @@ def send_datagrams(lab: Lab, count: int, length: int = 1_000) -> None:
 
 def test_packets_that_the_socket_has_no_room_for_are_counted(lab: Lab) -> None:
     sizes = dataclasses.replace(SIZES, receive_buffer_bytes=8192)
-    judge = Recorder(lambda *_: DROP)
-    queue = PacketQueue.open(lab.pod, QUEUE, sizes, judge, on_error=silent)
+    evaluate = Recorder(lambda *_: DROP)
+    queue = PacketQueue.open(lab.pod, QUEUE, sizes, evaluate, on_error=silent)
     try:
         send_datagrams(lab, 1)  # So that none of the others waits for ARP, which has a bound of its own.
-        assert wait_until(lambda: queue.read_turn() == 1)
-        judge.seen.clear()
+        assert wait_until(lambda: queue.read_batch() == 1)
+        evaluate.seen.clear()
         send_datagrams(lab, 200)
         assert wait_until(lambda: queue.count_lost().buffer + waiting(lab) == 200)
-        assert wait_until(lambda: queue.read_turn() == 0 and waiting(lab) == 0)
-        assert 0 < len(judge.seen) < 200
-        assert queue.count_lost() == queue.lost == LostPackets(buffer=200 - len(judge.seen))
+        assert wait_until(lambda: queue.read_batch() == 0 and waiting(lab) == 0)
+        assert 0 < len(evaluate.seen) < 200
+        assert queue.count_lost() == queue.lost == LostPackets(buffer=200 - len(evaluate.seen))
     finally:
         queue.close()
 
 
 def test_packets_that_the_queue_has_no_room_for_are_counted(lab: Lab) -> None:
     sizes = dataclasses.replace(SIZES, length=10)
-    judge = Recorder(lambda *_: DROP)
-    queue = PacketQueue.open(lab.pod, QUEUE, sizes, judge, on_error=silent)
+    evaluate = Recorder(lambda *_: DROP)
+    queue = PacketQueue.open(lab.pod, QUEUE, sizes, evaluate, on_error=silent)
     try:
         send_datagrams(lab, 50)
         assert wait_until(lambda: queue.count_lost() == LostPackets(queue=40))
-        assert wait_until(lambda: queue.read_turn() == 0 and len(judge.seen) == 10)
+        assert wait_until(lambda: queue.read_batch() == 0 and len(evaluate.seen) == 10)
     finally:
         queue.close()
 
@@ -394,7 +394,7 @@ class Flood:
     """What the token bucket can have let through in the time that the flood took: its burst, and what it filled."""
 
 
-def flood(lab: Lab, queue: PacketQueue, judge: Recorder, rate: int) -> Flood:
+def flood(lab: Lab, queue: PacketQueue, evaluate: Recorder, rate: int) -> Flood:
     """Send twice what the rate allows in the time that it takes, whatever time this machine takes; count all of it."""
     started, sent = time.monotonic(), 0
 
@@ -405,39 +405,39 @@ def flood(lab: Lab, queue: PacketQueue, judge: Recorder, rate: int) -> Flood:
         while sent < 2 * most():
             client.sendto(b"flood", (POD[4], 53))
             sent += 1
-    assert wait_until(lambda: len(judge.seen) + queue.count_lost().limit == sent)
-    assert queue.count_lost() == LostPackets(limit=sent - len(judge.seen))
-    return Flood(sent, len(judge.seen), queue.count_lost().limit, most())
+    assert wait_until(lambda: len(evaluate.seen) + queue.count_lost().limit == sent)
+    assert queue.count_lost() == LostPackets(limit=sent - len(evaluate.seen))
+    return Flood(sent, len(evaluate.seen), queue.count_lost().limit, most())
 
 
 @pytest.mark.parametrize("name", EVERY_BACKEND)
 def test_what_comes_faster_than_its_source_may_send_is_dropped_by_the_kernel_and_counted(name: str) -> None:
     limits = QueueLimits(per_source=LOW_RATE, total=1_000_000)
-    judge = Recorder(lambda *_: DROP)
+    evaluate = Recorder(lambda *_: DROP)
     with open_lab() as lab:
         make_backend(name).apply(lab.pod, dataclasses.replace(lab.rules(), limits=limits))
-        with serve(lab, judge) as queue:
-            result = flood(lab, queue, judge, LOW_RATE * DATAGRAMS)
+        with serve(lab, evaluate) as queue:
+            result = flood(lab, queue, evaluate, LOW_RATE * DATAGRAMS)
             assert LOW_RATE * DATAGRAMS <= result.queued <= result.most
             assert result.dropped > 0
-            judge.seen.clear()
+            evaluate.seen.clear()
             with lab.socket(lab.remote, 4) as same_source:
                 same_source.setblocking(False)
                 same_source.connect_ex((POD[4], 8080))
-                assert wait_until(lambda: any(is_syn(packet) for packet, _, _ in judge.seen))
+                assert wait_until(lambda: any(is_syn(packet) for packet, _, _ in evaluate.seen))
             with lab.socket(lab.remote, 6, socket.SOCK_DGRAM) as other_source:
                 other_source.sendto(b"other", (POD[6], 53))
-                assert wait_until(lambda: any(packet.endswith(b"other") for packet, _, _ in judge.seen))
+                assert wait_until(lambda: any(packet.endswith(b"other") for packet, _, _ in evaluate.seen))
 
 
 @pytest.mark.parametrize("name", EVERY_BACKEND)
 def test_all_sources_together_have_a_rate_too(name: str) -> None:
     limits = QueueLimits(per_source=1_000_000, total=LOW_RATE)
-    judge = Recorder(lambda *_: DROP)
+    evaluate = Recorder(lambda *_: DROP)
     with open_lab() as lab:
         make_backend(name).apply(lab.pod, dataclasses.replace(lab.rules(), limits=limits))
-        with serve(lab, judge) as queue:
-            result = flood(lab, queue, judge, LOW_RATE * DATAGRAMS)
+        with serve(lab, evaluate) as queue:
+            result = flood(lab, queue, evaluate, LOW_RATE * DATAGRAMS)
             assert LOW_RATE * DATAGRAMS <= result.queued <= result.most
             assert result.dropped > 0
 
@@ -450,15 +450,15 @@ def test_a_queue_is_served_again_after_its_buffer_was_full(
     sizes = dataclasses.replace(SIZES, receive_buffer_bytes=8192)
     is_judged = asyncio.Event()
 
-    def judge(*_: object) -> Verdict:
+    def evaluate(*_: object) -> Verdict:
         is_judged.set()
         return DROP
 
-    queue = PacketQueue.open(lab.pod, QUEUE, sizes, Recorder(judge), on_error=silent)
+    queue = PacketQueue.open(lab.pod, QUEUE, sizes, Recorder(evaluate), on_error=silent)
 
     async def serve_floods() -> None:
         loop = asyncio.get_running_loop()
-        loop.add_reader(queue.fileno(), queue.read_turn)
+        loop.add_reader(queue.fileno(), queue.read_batch)
         try:
             for _ in range(3):
                 is_judged.clear()
@@ -467,7 +467,7 @@ def test_a_queue_is_served_again_after_its_buffer_was_full(
                 assert wait_until(lambda lost=lost: queue.count_lost().buffer > lost)  # type: ignore[misc]
                 async with asyncio.timeout(20):
                     await is_judged.wait()
-                while queue.read_turn():
+                while queue.read_batch():
                     pass
         finally:
             loop.remove_reader(queue.fileno())
@@ -486,9 +486,9 @@ def test_our_own_packet_passes_the_queue_like_any_other(lab: Lab, version: int) 
     def answer(packet: bytes, *_: object) -> Verdict | Output:
         return Output(effects=(Inject(proof),)) if is_syn(packet) else ACCEPT
 
-    judge = Recorder(answer)
+    evaluate = Recorder(answer)
     kind = socket.AF_PACKET, socket.SOCK_DGRAM, socket.htons(0x0800 if version == 4 else 0x86DD)
-    with serve(lab, judge) as queue, _sniff(lab.remote, kind) as wire:
+    with serve(lab, evaluate) as queue, _sniff(lab.remote, kind) as wire:
         with lab.socket(lab.remote, version) as client:
             client.bind((REMOTE[version], 6000))
             client.setblocking(False)
@@ -496,8 +496,8 @@ def test_our_own_packet_passes_the_queue_like_any_other(lab: Lab, version: int) 
             assert wait_until(lambda: _next_packet(wire).endswith(b"proof"))
         assert queue.injection_errors == 0
     # On a slow machine its kernel, which the answer confuses, repeats the SYN before the client is closed.
-    syns = [packet for packet, direction, _ in judge.seen if direction is Direction.INGRESS and is_syn(packet)]
-    sent = [packet for packet, direction, _ in judge.seen if direction is Direction.EGRESS]
+    syns = [packet for packet, direction, _ in evaluate.seen if direction is Direction.INGRESS and is_syn(packet)]
+    sent = [packet for packet, direction, _ in evaluate.seen if direction is Direction.EGRESS]
     assert sent == [proof] * len(syns)
 
 
@@ -531,15 +531,15 @@ def test_close_leaves_no_descriptor_and_no_namespace() -> None:
     with open_lab() as lab:
         BACKENDS["iptables-nft"]().apply(lab.pod, lab.rules())
         hold = Verdict(Action.HOLD, hold_id=1)
-        judge = Recorder(lambda *_: hold)
-        queue = PacketQueue.open(lab.pod, QUEUE, SIZES, judge, on_error=silent)
+        evaluate = Recorder(lambda *_: hold)
+        queue = PacketQueue.open(lab.pod, QUEUE, SIZES, evaluate, on_error=silent)
         with lab.socket(lab.remote, 4, socket.SOCK_DGRAM) as client:
             client.sendto(b"x", (POD[4], 53))
-        assert wait_until(lambda: queue.read_turn() == 0 and queue.held_packets == 1)
+        assert wait_until(lambda: queue.read_batch() == 0 and queue.held_packets == 1)
         queue.apply((Inject(tcp_packet((POD[4], 1), (REMOTE[4], 2), SYN)),))
         queue.close()
         queue.close()
-        assert (queue.fileno(), queue.read_turn()) == (-1, 0)
+        assert (queue.fileno(), queue.read_batch()) == (-1, 0)
         keep = os.dup(lab.node)
     try:
         # The pod's end of the veth goes with its namespace, and so does the node's.

@@ -111,9 +111,9 @@ def test_udp_of_the_node_and_its_answer_pass_and_other_udp_does_not(lab: Lab, ve
 
 @pytest.mark.parametrize("mark", [marks.RELEASED, marks.FORGET, marks.NODE, marks.OWN_MASK, marks.released_mark(9)])
 def test_a_mark_that_a_process_sets_gains_it_nothing(lab: Lab, version: int, mark: int) -> None:
-    judge = Recorder(lambda *_: DROP)
+    evaluate = Recorder(lambda *_: DROP)
     with (
-        serve(lab, judge),
+        serve(lab, evaluate),
         lab.socket(lab.pod, version) as stream,
         lab.socket(lab.pod, version, socket.SOCK_DGRAM) as datagrams,
     ):
@@ -123,31 +123,31 @@ def test_a_mark_that_a_process_sets_gains_it_nothing(lab: Lab, version: int, mar
         stream.connect_ex((REMOTE[version], 8080))
         datagrams.sendto(b"let me out", (REMOTE[version], 8080))
         protocol_at = 9 if version == 4 else 6
-        assert wait_until(lambda: {packet[protocol_at] for packet, _, _ in judge.seen} == {6, 17})
-    assert {seen & marks.OWN_MASK for _, _, seen in judge.seen} == {0}
+        assert wait_until(lambda: {packet[protocol_at] for packet, _, _ in evaluate.seen} == {6, 17})
+    assert {seen & marks.OWN_MASK for _, _, seen in evaluate.seen} == {0}
 
 
 def test_a_syn_that_answers_the_pods_own_shows_it(lab: Lab, version: int) -> None:
     silent = {4: "10.88.0.99", 6: "fd88::99"}[version]  # Nobody refuses the SYN.
-    judge = Recorder(lambda _, direction, __: ACCEPT if direction is Direction.EGRESS else DROP)
+    evaluate = Recorder(lambda _, direction, __: ACCEPT if direction is Direction.EGRESS else DROP)
     injector = Injector(lab.remote)
     try:
-        with serve(lab, judge), lab.socket(lab.pod, version) as client:
+        with serve(lab, evaluate), lab.socket(lab.pod, version) as client:
             client.bind((POD[version], 4_000))
             client.setblocking(False)
             client.connect_ex((silent, 4_001))
-            assert wait_until(lambda: bool(judge.seen))
+            assert wait_until(lambda: bool(evaluate.seen))
             for port in (4_001, 4_002):
                 assert injector.send(tcp_packet((silent, port), (POD[version], 4_000), SYN))
-            assert wait_until(lambda: _arrived(judge) == {4_001: marks.REPLY, 4_002: 0})
+            assert wait_until(lambda: _arrived(evaluate) == {4_001: marks.REPLY, 4_002: 0})
     finally:
         injector.close()
 
 
-def _arrived(judge: Recorder) -> dict[int, int]:
+def _arrived(evaluate: Recorder) -> dict[int, int]:
     """Give our bits of the marks of what arrived, by source port."""
     found = {}
-    for packet, direction, mark in judge.seen:
+    for packet, direction, mark in evaluate.seen:
         if direction is Direction.INGRESS:
             at = _transport_at(packet)
             found[int.from_bytes(packet[at : at + 2], "big")] = mark & marks.OWN_MASK
@@ -165,32 +165,32 @@ def test_a_connections_mark_that_a_sidecar_restores_does_not_release_a_syn(lab: 
 
 
 def test_a_syn_with_payload_is_queued_also_from_the_node(lab: Lab, version: int) -> None:
-    judge = Recorder(lambda *_: DROP)
+    evaluate = Recorder(lambda *_: DROP)
     injector = Injector(lab.node)
     try:
-        with serve(lab, judge):
+        with serve(lab, evaluate):
             assert injector.send(tcp_packet((NODE[version], 4000), (POD[version], 8080), SYN, b"f" * 300))
-            assert wait_until(lambda: len(judge.seen) == 1)
+            assert wait_until(lambda: len(evaluate.seen) == 1)
     finally:
         injector.close()
-    ((packet, direction, mark),) = judge.seen
+    ((packet, direction, mark),) = evaluate.seen
     assert (packet[-300:], direction, mark) == (b"f" * 300, Direction.INGRESS, 0)
 
 
 def test_an_unsolicited_packet_of_the_node_without_syn_is_queued(lab: Lab, version: int) -> None:
-    judge = Recorder(lambda *_: DROP)
+    evaluate = Recorder(lambda *_: DROP)
     injector = Injector(lab.node)
     try:
-        with serve(lab, judge):
+        with serve(lab, evaluate):
             injector.send(tcp_packet((NODE[version], 4000), (POD[version], 8080), ACK, b"data"))
-            assert wait_until(lambda: len(judge.seen) == 1)
+            assert wait_until(lambda: len(evaluate.seen) == 1)
     finally:
         injector.close()
 
 
 def test_a_released_flow_stays_in_the_kernel(lab: Lab, version: int) -> None:
-    judge = Recorder(release_on_ack)
-    with serve(lab, judge), lab.listen(lab.pod, version) as listener, lab.socket(lab.remote, version) as client:
+    evaluate = Recorder(release_on_ack)
+    with serve(lab, evaluate), lab.listen(lab.pod, version) as listener, lab.socket(lab.remote, version) as client:
         client.connect((POD[version], 8080))
         accepted, _ = listener.accept()
         with accepted:
@@ -198,8 +198,8 @@ def test_a_released_flow_stays_in_the_kernel(lab: Lab, version: int) -> None:
             sender.start()
             assert len(_read_all(accepted)) == 1 << 20
             sender.join()
-    assert len(judge.seen) == 3  # SYN, SYN-ACK, ACK
-    assert [direction for _, direction, _ in judge.seen] == [Direction.INGRESS, Direction.EGRESS, Direction.INGRESS]
+    assert len(evaluate.seen) == 3  # SYN, SYN-ACK, ACK
+    assert [direction for _, direction, _ in evaluate.seen] == [Direction.INGRESS, Direction.EGRESS, Direction.INGRESS]
 
 
 def test_a_released_flow_goes_on_when_the_enforcer_is_gone(lab: Lab, version: int) -> None:
@@ -222,8 +222,8 @@ def test_the_connections_mark_keeps_the_bits_of_others(lab: Lab) -> None:
 
 
 def test_a_reused_tuple_with_a_stale_release_is_queued_and_shows_it(lab: Lab, version: int) -> None:
-    judge = Recorder(release_on_ack)
-    with serve(lab, judge), lab.listen(lab.pod, version) as listener:
+    evaluate = Recorder(release_on_ack)
+    with serve(lab, evaluate), lab.listen(lab.pod, version) as listener:
         for _ in range(2):
             with lab.socket(lab.remote, version) as client:
                 client.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -233,26 +233,26 @@ def test_a_reused_tuple_with_a_stale_release_is_queued_and_shows_it(lab: Lab, ve
                 client.connect((POD[version], 8080))
                 accepted, _ = listener.accept()
                 accepted.close()
-        syns = [mark & marks.OWN_MASK for packet, _, mark in judge.seen if is_syn(packet)]
+        syns = [mark & marks.OWN_MASK for packet, _, mark in evaluate.seen if is_syn(packet)]
     assert len(syns) == 2
     assert syns[0] == 0
     assert syns[1] in (0, marks.released_mark(5))
 
 
 def test_forget_takes_a_release_back(lab: Lab, version: int) -> None:
-    judge = Recorder(release_on_ack)
+    evaluate = Recorder(release_on_ack)
     injector = Injector(lab.remote)
     try:
-        with serve(lab, judge), lab.listen(lab.pod, version) as listener, lab.socket(lab.remote, version) as client:
+        with serve(lab, evaluate), lab.listen(lab.pod, version) as listener, lab.socket(lab.remote, version) as client:
             client.bind((REMOTE[version], 5556))
             client.connect((POD[version], 8080))
             accepted, _ = listener.accept()
             with accepted:
-                judge.seen.clear()
-                judge.answer = lambda packet, *_: Verdict(Action.FORGET) if is_syn(packet) else DROP
+                evaluate.seen.clear()
+                evaluate.answer = lambda packet, *_: Verdict(Action.FORGET) if is_syn(packet) else DROP
                 injector.send(tcp_packet((REMOTE[version], 5556), (POD[version], 8080), SYN, seq=77))
-                assert wait_until(lambda: any(is_syn(packet) for packet, _, _ in judge.seen))
-                assert judge.seen[0][2] == marks.released_mark(5)
+                assert wait_until(lambda: any(is_syn(packet) for packet, _, _ in evaluate.seen))
+                assert evaluate.seen[0][2] == marks.released_mark(5)
                 client.sendall(b"unreleased")
                 accepted.settimeout(0.4)
                 with pytest.raises(TimeoutError):
@@ -263,9 +263,9 @@ def test_forget_takes_a_release_back(lab: Lab, version: int) -> None:
 
 def test_a_marked_datagram_of_a_released_flow_is_queued_and_shows_the_release(lab: Lab, version: int) -> None:
     """A message behind its data is for the enforcer; nft cannot find it there."""
-    judge = Recorder(lambda *_: Verdict(Action.RELEASE, mark=marks.released_mark(7)))
+    evaluate = Recorder(lambda *_: Verdict(Action.RELEASE, mark=marks.released_mark(7)))
     with (
-        serve(lab, judge),
+        serve(lab, evaluate),
         lab.socket(lab.pod, version, socket.SOCK_DGRAM) as server,
         lab.socket(lab.remote, version, socket.SOCK_DGRAM) as client,
         open_in(lab.remote, lambda: socket.socket(FAMILIES[version], socket.SOCK_RAW, socket.IPPROTO_RAW)) as raw,
@@ -276,17 +276,17 @@ def test_a_marked_datagram_of_a_released_flow_is_queued_and_shows_the_release(la
         assert server.recv(100) == b"first"
         client.sendto(b"in the kernel", (POD[version], 5353))
         assert server.recv(100) == b"in the kernel"
-        assert len(judge.seen) == 1
-        judge.answer = lambda *_: ACCEPT
+        assert len(evaluate.seen) == 1
+        evaluate.answer = lambda *_: ACCEPT
         ends = ip_address(REMOTE[version]).packed, ip_address(POD[version]).packed
         marked = with_marker(decode_udp(build_udp(*ends, (4444, 5353), b"marked")), MARKER_ID)
         raw.sendto(marked, (POD[version], 0))
         assert server.recv(100) == b"marked"
-        ((packet, *seen),) = judge.seen[1:]
+        ((packet, *seen),) = evaluate.seen[1:]
         assert (decode_udp(packet).payload, seen) == (b"marked", [Direction.INGRESS, marks.released_mark(7)])
         client.sendto(b"still in the kernel", (POD[version], 5353))
         assert server.recv(100) == b"still in the kernel"
-        assert len(judge.seen) == 2
+        assert len(evaluate.seen) == 2
 
 
 def test_icmp_passes_without_an_enforcer(lab: Lab, version: int) -> None:
@@ -321,17 +321,17 @@ def test_loopback_is_left_alone(lab: Lab, version: int) -> None:
 
 
 def test_beside_a_sidecar_only_the_port_of_the_answer_differs_from_the_remotes_view(lab: Lab, version: int) -> None:
-    """The un-NAT of an answer's source port comes after mangle POSTROUTING: the judge knows the flow by the rest."""
+    """The un-NAT of an answer's source port comes after mangle POSTROUTING: the flow is known by the rest."""
     redirect = {"PREROUTING": ("8080", "15006"), "OUTPUT": ("9090", "15001")}
     for chain, (port, sidecar) in redirect.items():
         rule = f"-t nat -A {chain} -p tcp --dport {port} -j REDIRECT --to-ports {sidecar}"
         run_in(lab.pod, ("iptables" if version == 4 else "ip6tables", *rule.split()))
-    judge = Recorder(release_on_ack)
-    with serve(lab, judge), lab.listen(lab.pod, version, 15006), lab.listen(lab.pod, version, 15001):
+    evaluate = Recorder(release_on_ack)
+    with serve(lab, evaluate), lab.listen(lab.pod, version, 15006), lab.listen(lab.pod, version, 15001):
         assert lab.connects(lab.remote, (POD[version], 8080))
         assert lab.connects(lab.pod, (REMOTE[version], 9090))  # ends at the sidecar, over lo
     offset = 20 if version == 4 else 40
-    handshake = judge.seen[:3]  # a FIN may be queued before the ACK's release is carried out
+    handshake = evaluate.seen[:3]  # a FIN may be queued before the ACK's release is carried out
     syn, syn_ack, ack = (struct.unpack_from("!HHII", packet, offset) for packet, _, _ in handshake)
     client_port, isn = syn[0], syn[2]
     assert (syn[1], ack[:2]) == (8080, (client_port, 8080))
@@ -346,10 +346,10 @@ def test_packets_that_wait_survive_new_rules(lab: Lab, backend: RulesBackend, ve
     def hold_the_first_syn(packet: bytes, *_: object) -> Verdict:
         if not is_syn(packet):
             return ACCEPT
-        return hold if len(judge.seen) == 1 else DROP
+        return hold if len(evaluate.seen) == 1 else DROP
 
-    judge = Recorder(hold_the_first_syn)
-    with serve(lab, judge) as queue, lab.listen(lab.pod, version), lab.socket(lab.remote, version) as client:
+    evaluate = Recorder(hold_the_first_syn)
+    with serve(lab, evaluate) as queue, lab.listen(lab.pod, version), lab.socket(lab.remote, version) as client:
         client.setblocking(False)
         client.connect_ex((POD[version], 8080))
         assert wait_until(lambda: queue.held_packets == 1)
@@ -374,15 +374,15 @@ def test_a_new_address_of_the_node_is_let_through_and_an_old_one_no_longer(
 
 def test_a_fragment_that_a_process_makes_is_dropped(lab: Lab) -> None:
     ip_nodefrag = 22  # linux/in.h
-    judge = Recorder()
+    evaluate = Recorder()
     raw = open_in(lab.pod, lambda: socket.socket(socket.AF_INET, socket.SOCK_RAW, socket.IPPROTO_RAW))
-    with raw, serve(lab, judge):
+    with raw, serve(lab, evaluate):
         raw.setsockopt(socket.IPPROTO_IP, ip_nodefrag, 1)
         packet = bytearray(tcp_packet((POD[4], 1), (REMOTE[4], 2), ACK, b"x" * 64))
         packet[6:8] = b"\x00\x05"  # offset 40
         with pytest.raises(PermissionError):  # what a dropped packet looks like to its sender
             raw.sendto(bytes(packet), (REMOTE[4], 0))
-    assert judge.seen == []
+    assert evaluate.seen == []
 
 
 @pytest.mark.stock_kernel

@@ -58,11 +58,13 @@ add rule inet repeat others tcp sport 8080 ct mark 0 ct mark set 0x539
 """
 
 
-def install(lab: Lab, judged: str = "counter drop", limits: QueueLimits = LIMITS) -> None:
+def install(lab: Lab, evaluated: str = "counter drop", limits: QueueLimits = LIMITS) -> None:
     """Apply the rules twice, with a chain of the test in place of the queue."""
     text = render_nft(dataclasses.replace(lab.rules(), limits=limits)).replace("priority -152", "priority -160")
-    text = text.replace(f"queue num {QUEUE}", "goto judged").replace(f"queue num {overflow_number(QUEUE)}", "drop")
-    text = f"add table inet trireme\nadd chain inet trireme judged\n{text}add rule inet trireme judged {judged}\n"
+    text = text.replace(f"queue num {QUEUE}", "goto evaluated").replace(f"queue num {overflow_number(QUEUE)}", "drop")
+    text = (
+        f"add table inet trireme\nadd chain inet trireme evaluated\n{text}add rule inet trireme evaluated {evaluated}\n"
+    )
     for _ in range(2):
         run_in(lab.pod, ("nft", "-f", "-"), text)
 
@@ -80,7 +82,7 @@ def version(request: pytest.FixtureRequest) -> int:
 
 
 def judged_packets(lab: Lab) -> int:
-    listing = run_in(lab.pod, ("nft", "list", "chain", "inet", "trireme", "judged"))
+    listing = run_in(lab.pod, ("nft", "list", "chain", "inet", "trireme", "evaluated"))
     return sum(map(int, re.findall(r"packets (\d+)", listing)))
 
 

@@ -16,7 +16,7 @@ Pod = dict[str, Any]
 
 
 def verdict(world: World, policies: list[Manifest], pod: Pod, peer: Pod | None, flow: Manifest) -> bool:
-    """Judge one end: may `pod` have this flow with `peer` (None: only an address is known)."""
+    """Evaluate one end: may `pod` have this flow with `peer` (None: only an address is known)."""
     rules = list(isolating_rules(policies, pod, flow["direction"]))
     if not rules:
         return True

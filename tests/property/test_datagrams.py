@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Flows of datagrams under whatever wire and attacker Hypothesis thinks of (tests/unit/datapath/datagram_world.py).
+"""Flows of datagrams under whatever wire and attacker Hypothesis thinks of (tests/unit/datapath/udp_pair.py).
 
 The client's egress and the server's ingress are isolated by labels in one half of the runs; in the other the client may
 send to any address, so that offers ride.
@@ -15,9 +15,9 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
 from enforcer_daemon.identity.authority import make_authority
-from enforcer_daemon.marks import CUT, UNSUMMED
-from tests.unit.datapath.datagram_world import MAX_HALF_OPEN, MAX_HELD, DatagramWorld
+from enforcer_daemon.marks import CHECKSUM_PARTIAL, GSO
 from tests.unit.datapath.pair import WALL, Node
+from tests.unit.datapath.udp_pair import MAX_HALF_OPEN, MAX_HELD, DatagramWorld
 
 AUTHORITY = make_authority("cluster.local", datetime.fromtimestamp(WALL, UTC))
 PORTS = st.sampled_from([40_000, 40_001])
@@ -31,14 +31,14 @@ class Datagrams(RuleBasedStateMachine):
 
     @initialize(is_free=st.booleans())
     def begin(self, is_free: bool) -> None:
-        bounds = {"max_half_open_flows": MAX_HALF_OPEN, "max_held_packets": MAX_HELD}
-        nodes = Node("node-1", AUTHORITY, 1, **bounds), Node("node-2", AUTHORITY, 2, **bounds)
+        limits = {"max_half_open_flows": MAX_HALF_OPEN, "max_held_packets": MAX_HELD}
+        nodes = Node("node-1", AUTHORITY, 1, **limits), Node("node-2", AUTHORITY, 2, **limits)
         self.world = DatagramWorld(nodes, ("10.1.0.2", "10.2.0.2"), is_free)
 
     @rule(
         port=PORTS,
         payload=st.sampled_from([b"", b"query", b"other", LARGE]),
-        offloads=st.sampled_from([0, UNSUMMED, UNSUMMED | CUT]),
+        offloads=st.sampled_from([0, CHECKSUM_PARTIAL, CHECKSUM_PARTIAL | GSO]),
     )
     def query(self, port: int, payload: bytes, offloads: int) -> None:
         self.world.query(port, payload, offloads)
@@ -91,13 +91,13 @@ class Datagrams(RuleBasedStateMachine):
     def change_a_byte(self, pick: int, at: int, value: int, at_server: bool) -> None:
         self.world.change_a_byte(pick, at, value, at_server)
 
-    @rule(pick=PICK, from_pick=PICK, port=PORTS, is_lone=st.booleans(), at_server=st.booleans())
-    def cross(self, pick: int, from_pick: int, port: int, is_lone: bool, at_server: bool) -> None:
-        self.world.cross(pick, from_pick, port, is_lone, at_server)
+    @rule(pick=PICK, from_pick=PICK, port=PORTS, is_standalone=st.booleans(), at_server=st.booleans())
+    def cross(self, pick: int, from_pick: int, port: int, is_standalone: bool, at_server: bool) -> None:
+        self.world.cross(pick, from_pick, port, is_standalone, at_server)
 
-    @rule(pick=PICK, port=PORTS, is_lone=st.booleans(), is_proof=st.booleans())
-    def forge(self, pick: int, port: int, is_lone: bool, is_proof: bool) -> None:
-        self.world.forge(pick, port, is_lone, is_proof)
+    @rule(pick=PICK, port=PORTS, is_standalone=st.booleans(), is_proof=st.booleans())
+    def forge(self, pick: int, port: int, is_standalone: bool, is_proof: bool) -> None:
+        self.world.forge(pick, port, is_standalone, is_proof)
 
     @rule(pick=PICK, at=PICK, change=st.integers(1, 255), port=PORTS, at_server=st.booleans())
     def tamper(self, pick: int, at: int, change: int, port: int, at_server: bool) -> None:

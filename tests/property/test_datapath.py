@@ -59,8 +59,8 @@ class Wire(RuleBasedStateMachine):
 
     @initialize()
     def begin(self) -> None:
-        bounds = {"max_half_open_flows": MAX_HALF_OPEN, "max_held_packets": MAX_HELD}
-        one, two = Node("node-1", AUTHORITY, 1, **bounds), Node("node-2", AUTHORITY, 2, **bounds)
+        limits = {"max_half_open_flows": MAX_HALF_OPEN, "max_held_packets": MAX_HELD}
+        one, two = Node("node-1", AUTHORITY, 1, **limits), Node("node-2", AUTHORITY, 2, **limits)
         self.now = 1.0
         self.client = one.endpoint("client", "10.1.0.2", "client")
         self.server = two.endpoint("server", "10.2.0.2", "server", FakePolicy(ingress=Rules(frozenset({"client"}))))
@@ -199,9 +199,11 @@ class Wire(RuleBasedStateMachine):
         if self.seen:
             self.arrive(self.server, with_options_and_payload(segment(self.seen[pick % len(self.seen)]), b"", payload))
 
-    @rule(sport=SPORTS, isn=ISNS, is_lone=st.booleans())
-    def forge(self, sport: int, isn: int, is_lone: bool) -> None:
-        self.arrive(self.server, self.connection(sport, isn).ack(b"", proof_option(bytes(16), is_lone=is_lone)))
+    @rule(sport=SPORTS, isn=ISNS, is_standalone=st.booleans())
+    def forge(self, sport: int, isn: int, is_standalone: bool) -> None:
+        self.arrive(
+            self.server, self.connection(sport, isn).ack(b"", proof_option(bytes(16), is_standalone=is_standalone))
+        )
 
     @rule(packet=st.binary(max_size=100), at_server=st.booleans(), direction=st.sampled_from(Direction))
     def garbage(self, packet: bytes, at_server: bool, direction: Direction) -> None:

@@ -94,13 +94,13 @@ def test_an_identity_block_round_trips(credential: bytes, token: bytes) -> None:
 
 
 @given(proofs, st.booleans(), kernel_options)
-def test_a_proof_is_found_before_and_after_a_kernels_options(proof: bytes, is_lone: bool, options: bytes) -> None:
+def test_a_proof_is_found_before_and_after_a_kernels_options(proof: bytes, is_standalone: bool, options: bytes) -> None:
     assert has_room(options)
-    found = find_proof(proof_option(proof, is_lone=is_lone) + options)
-    assert found == (proof, is_lone, options)
+    found = find_proof(proof_option(proof, is_standalone=is_standalone) + options)
+    assert found == (proof, is_standalone, options)
     ended = any(options[at:] == b"\0" * len(options[at:]) for at in range(len(options)))
     if not ended:
-        assert find_proof(options + proof_option(proof, is_lone=is_lone)) == (proof, is_lone, options)
+        assert find_proof(options + proof_option(proof, is_standalone=is_standalone)) == (proof, is_standalone, options)
 
 
 @given(st.binary(max_size=40))

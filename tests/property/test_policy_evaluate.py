@@ -35,7 +35,7 @@ def test_engine_and_reference_agree(world: Tree, manifests: list[Tree], pod: Tre
     known = None if peer is None else identity(world, peer, flow["address"])
     question = (known, ip_address(flow["address"]), flow["port"], Protocol[flow["protocol"]])
 
-    decision = policy.judge(*question)
+    decision = policy.evaluate(*question)
 
     isolating = dict(reference.isolating_rules(manifests, pod, flow["direction"]))
     allowing = reference.allowing(world, manifests, pod, peer, flow)
@@ -60,7 +60,7 @@ def test_nothing_is_allowed_that_could_not_be(world: Tree, manifests: list[Tree]
     policy = _direction(world, manifests, pod, flow)
     address, port, protocol = ip_address(flow["address"]), flow["port"], Protocol[flow["protocol"]]
 
-    if policy.judge(identity(world, peer, flow["address"]), address, port, protocol).is_allowed:
+    if policy.evaluate(identity(world, peer, flow["address"]), address, port, protocol).is_allowed:
         assert policy.could_allow(address, port, protocol)
         assert policy.could_allow(address, None, protocol)
         assert policy.could_allow(None, port, protocol)
@@ -77,7 +77,7 @@ def test_address_rules_say_the_same_as_judging_an_address(
 
     matches = any(rule.holds(address, port, protocol) for rule in policy.address_rules())
 
-    assert matches == policy.judge(None, address, port, protocol).is_allowed
+    assert matches == policy.evaluate(None, address, port, protocol).is_allowed
 
 
 @given(worlds(), policies(), policies(), pods, pods, flows)

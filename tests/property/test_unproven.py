@@ -12,7 +12,7 @@ from datetime import UTC, datetime
 from hypothesis import event, given, settings
 from hypothesis import strategies as st
 
-from enforcer_daemon.handshake.datagrams import LONE_EXID, RIDING_EXID
+from enforcer_daemon.handshake.datagrams import PIGGYBACKED_EXID, STANDALONE_EXID
 from enforcer_daemon.handshake.frames import (
     MARKER_ID,
     TYPE_ANSWER,
@@ -103,7 +103,7 @@ class Attacked:
                 "syn-ack": encode_syn_ack(answer),
                 "forged proof": b"data",
             }.get(kind, b"")
-            options = proof_option(nonce, is_lone=bool(n % 2)) if kind == "forged proof" else SYN_OPTIONS
+            options = proof_option(nonce, is_standalone=bool(n % 2)) if kind == "forged proof" else SYN_OPTIONS
             return with_options_and_payload(segment(bare), options, payload)
         plain = build_udp(far.address, near.address, udp, b"attack")
         if kind == "marker":
@@ -115,9 +115,9 @@ class Attacked:
             "again": encode_again(nonce),
         }[kind]
         if n % 3:
-            surplus = encode_option(UDP_HEADER, LONE_EXID, message)
+            surplus = encode_option(UDP_HEADER, STANDALONE_EXID, message)
             return build_udp(far.address, near.address, udp, b"", surplus)
-        return with_option(decode_udp(plain), RIDING_EXID, message, MARKER_ID)
+        return with_option(decode_udp(plain), PIGGYBACKED_EXID, message, MARKER_ID)
 
     def arrive(self, packet: bytes, at_server: bool) -> None:
         endpoint = self.server if at_server else self.client

@@ -18,7 +18,7 @@ from prometheus_client.metrics_core import Metric
 
 from enforcer_daemon.dataplane.ruleset import rules_table
 from enforcer_daemon.handshake import frames
-from enforcer_daemon.handshake.bounds import no_hits
+from enforcer_daemon.handshake.fairtable import no_hits
 from enforcer_daemon.handshake.lapse import TCP_LAPSE_S, UDP_LAPSE_S
 from enforcer_daemon.handshake.leaseframes import LEASE_BYTES, LEASE_PORT
 from enforcer_daemon.handshake.leasepairs import MAX_PAIRS
@@ -175,7 +175,7 @@ def test_wire_constants() -> None:
         f"kind {OPTION_EXPERIMENT_1} (RFC 4727)",
         f"length {frames.PROOF_OPTION_BYTES} |",
         f"`{frames.PROOF_EXID.hex(' ')}` on a segment",
-        f"`{frames.LONE_PROOF_EXID.hex(' ')}` in an ACK",
+        f"`{frames.STANDALONE_PROOF_EXID.hex(' ')}` in an ACK",
         f"inflated claims | {MAX_CLAIMS_BYTES:,} bytes",
     ):
         assert statement in text

@@ -11,8 +11,8 @@ from pathlib import Path
 import click
 
 from enforcer_daemon.model import Protocol
-from trireme_lab.check.plan import sample, share_worlds
-from trireme_lab.check.run import run_world
+from trireme_lab.check.plan import sample, share_labs
+from trireme_lab.check.run import run_lab
 from trireme_lab.check.score import Score
 from trireme_lab.errors import ScenarioError
 from trireme_lab.tools import Tools
@@ -29,7 +29,7 @@ def load_cases(files: Sequence[Path], count: int | None, seed: int) -> list[Case
     for case in chosen:
         for probe in case.probes:
             try:
-                case.world.judge(probe)
+                case.cluster.evaluate(probe)
             except ValueError as err:
                 raise ScenarioError(f"{case.name}: {probe}: {err}") from err
     return chosen
@@ -46,11 +46,11 @@ def check(
     """Run the cases, printing each difference as soon as it is known, then the counts."""
     score = Score()
     started = time.monotonic()
-    for number, world in enumerate(share_worlds(cases), 1):
+    for number, shared in enumerate(share_labs(cases), 1):
         if is_verbose:
-            places = f"{len(world.layout.pods)} pods, {len(world.cases)} cases"
-            click.echo(f"world {number} ({places}) after {time.monotonic() - started:.1f} s", err=True)
-        with closing(run_world(world, tools, deny_with, protocols)) as results:  # the lab ends here, whatever happens
+            places = f"{len(shared.layout.pods)} pods, {len(shared.cases)} cases"
+            click.echo(f"shared {number} ({places}) after {time.monotonic() - started:.1f} s", err=True)
+        with closing(run_lab(shared, tools, deny_with, protocols)) as results:  # the lab ends here, whatever happens
             for result in results:
                 for line in score.add(result):
                     click.echo(line)

@@ -15,7 +15,7 @@ from triremectl.cases import Case, Probe
 
 
 class Unprobed(Enum):
-    """Why a probe cannot be dialled; the value follows "N probes not probed: "."""
+    """Why a probe cannot be dialed; the value follows "N probes not probed: "."""
 
     ENDED_POD = "one end is a pod that has ended"
     NO_SUCH_PORT = "the destination has no port of that name to dial"

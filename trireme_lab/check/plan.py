@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which cases share a world, and who has which address in it. Pure.
+"""Which cases share a shared, and who has which address in it. Pure.
 
 Cases can share one as long as no pod, node or address means two things. Pods that a case does not know do not disturb
 it: nobody dials them, and policies add nothing for the others.
@@ -17,11 +17,11 @@ from typing import TypeVar
 from enforcer_daemon.model import IPAddress, PodRef
 from enforcer_daemon.policy import Pod
 from trireme_lab.errors import ScenarioError
-from trireme_lab.world import MAX_NODES, HostSpec, NodeSpec, PodSpec, WorldSpec
+from trireme_lab.spec import MAX_NODES, HostSpec, LabSpec, NodeSpec, PodSpec
 from triremectl.cases import Case
 
 MAX_PODS = 64
-"""Of one world: each is a network namespace with rules of its own."""
+"""Of one shared: each is a network namespace with rules of its own."""
 SPARE_NODES = ("spare-1", "spare-2")
 """Where pods run whose case names no node, in turns; nobody's own node in a probe."""
 
@@ -114,31 +114,31 @@ def _bare_addresses(case: Case) -> Iterable[IPAddress]:
 
 
 @dataclass(frozen=True, slots=True)
-class SharedWorld:
+class SharedLab:
     """Cases that one lab serves, in the order in which they run."""
 
     layout: Layout
     cases: tuple[Case, ...]
 
 
-def share_worlds(cases: Iterable[Case]) -> list[SharedWorld]:
-    """Put the cases into few worlds; a sequence's steps follow one another in one, if its pods keep their addresses."""
-    worlds: list[SharedWorld] = []
+def share_labs(cases: Iterable[Case]) -> list[SharedLab]:
+    """Put the cases into few labs; a sequence's steps follow one another in one, if its pods keep their addresses."""
+    labs: list[SharedLab] = []
     for unit in _units(cases):
         layout = _unit_layout(unit)
         parts = [(layout, unit)] if layout is not None else [(layout_of(case), [case]) for case in unit]
         for part, members in parts:
-            _place(worlds, part, members)
-    return worlds
+            _place(labs, part, members)
+    return labs
 
 
-def _place(worlds: list[SharedWorld], layout: Layout, cases: Sequence[Case]) -> None:
-    for index, world in enumerate(worlds):
-        joined = world.layout.joined(layout)
+def _place(labs: list[SharedLab], layout: Layout, cases: Sequence[Case]) -> None:
+    for index, shared in enumerate(labs):
+        joined = shared.layout.joined(layout)
         if joined is not None:
-            worlds[index] = SharedWorld(joined, (*world.cases, *cases))
+            labs[index] = SharedLab(joined, (*shared.cases, *cases))
             return
-    worlds.append(SharedWorld(layout, tuple(cases)))
+    labs.append(SharedLab(layout, tuple(cases)))
 
 
 def _unit_layout(unit: Sequence[Case]) -> Layout | None:
@@ -170,13 +170,13 @@ def sample(cases: Iterable[Case], count: int, seed: int) -> list[Case]:
     return chosen
 
 
-def world_of(layout: Layout, deny_with: str) -> WorldSpec:
-    """Return the lab's world for a layout: every pod with a route of its own, every other address a host."""
+def spec_of(layout: Layout, deny_with: str) -> LabSpec:
+    """Return the lab's shared for a layout: every pod with a route of its own, every other address a host."""
     spare = itertools.cycle(SPARE_NODES)
     pods = [PodSpec(ref, node or next(spare), addresses=ips) for ref, (ips, node) in layout.pods.items()]
     names = [*layout.nodes, *(SPARE_NODES if any(not node for _, node in layout.pods.values()) else ())]
     numbers = iter(range(1, MAX_NODES + 1))
-    return WorldSpec(
+    return LabSpec(
         nodes=tuple(_node(name, layout, pods, numbers) for name in names),
         pods=tuple(pods),
         hosts=tuple(

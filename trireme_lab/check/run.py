@@ -10,14 +10,14 @@ from dataclasses import dataclass, replace
 from enforcer_daemon.model import IPAddress, Protocol
 from trireme_lab.check.dial import Dial, Unprobed, dial_of
 from trireme_lab.check.objects import case_file, put_in_force
-from trireme_lab.check.plan import Layout, SharedWorld, world_of
+from trireme_lab.check.plan import Layout, SharedLab, spec_of
 from trireme_lab.lab import Lab
 from trireme_lab.probe import Probe as LabProbe
 from trireme_lab.probe import ProbeResult
 from trireme_lab.scenario import Flow
+from trireme_lab.spec import PortSpec
 from trireme_lab.tools import Tools
 from trireme_lab.why import Denial, find_denial
-from trireme_lab.world import PortSpec
 from triremectl.cases import Case, Probe
 
 PATIENT_TIMEOUT_S = 3.0
@@ -54,13 +54,13 @@ class CaseResult:
     """How many probes were not tried, by the reason."""
 
 
-def run_world(
-    world: SharedWorld, tools: Tools, deny_with: str, protocols: Collection[Protocol]
+def run_lab(
+    shared: SharedLab, tools: Tools, deny_with: str, protocols: Collection[Protocol]
 ) -> Generator[CaseResult, None, None]:
-    """Start a lab for the cases of one world and run them in order; yield each result as soon as it is known."""
-    with Lab(world_of(world.layout, deny_with), tools) as lab:
-        runner = _CaseRunner(lab, world.layout, protocols)
-        for case in world.cases:
+    """Start a lab for the cases of one shared and run them in order; yield each result as soon as it is known."""
+    with Lab(spec_of(shared.layout, deny_with), tools) as lab:
+        runner = _CaseRunner(lab, shared.layout, protocols)
+        for case in shared.cases:
             yield runner.run(case)
 
 
@@ -71,7 +71,7 @@ class _CaseRunner:
         self._protocols = protocols
         self._listening: set[tuple[str, IPAddress, int, Protocol]] = set()
         self._turn = 0
-        self._pods = {name: frozenset(spec.pod for spec in lab.world.pods if spec.node == name) for name in lab.nodes}
+        self._pods = {name: frozenset(spec.pod for spec in lab.spec.pods if spec.node == name) for name in lab.nodes}
 
     def run(self, case: Case) -> CaseResult:
         dials, unprobed = self._dials(case)

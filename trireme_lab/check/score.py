@@ -57,7 +57,7 @@ def difference(case: Case, attempt: Attempt) -> list[str]:
     probe = attempt.probe
     expected = f"{probe.expected} (by {probe.denied_by})" if probe.denied_by else probe.expected
     lines = [f"{case.name}: {probe}: expected {expected}, found {attempt.result.outcome.value}"]
-    lines += [f"  {line}" for line in in_words(probe, case.world.judge(probe, explain=True))]
+    lines += [f"  {line}" for line in in_words(probe, case.cluster.evaluate(probe, explain=True))]
     if attempt.denial is not None:
         rules = f" by {', '.join(attempt.denial.rules)}" if attempt.denial.rules else ""
         lines.append(

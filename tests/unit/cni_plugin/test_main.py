@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Every row of the plugin's behaviour table (docs/registration.md), against a real registration server."""
+"""Every row of the plugin's behavior table (docs/registration.md), against a real registration server."""
 
 from __future__ import annotations
 

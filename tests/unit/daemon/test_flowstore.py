@@ -19,7 +19,7 @@ from enforcer_daemon.daemon import flowstore, slices
 from enforcer_daemon.daemon.flowstore import FlowStore
 from enforcer_daemon.datapath.flowindex import FIRST, FlowIndex
 from enforcer_daemon.marks import MAX_INDEX
-from enforcer_daemon.model import Direction, Identity, JudgedFlow, NamedPort, PodRef, Protocol
+from enforcer_daemon.model import Direction, EvaluatedFlow, Identity, NamedPort, PodRef, Protocol
 from tests.unit.datapath.test_flowindex import number
 
 
@@ -45,11 +45,11 @@ PEER = Identity(
 )
 
 
-def entry(index: int, port: int = 80) -> tuple[int, JudgedFlow]:
-    return index, JudgedFlow(Direction.EGRESS, PEER, ip_address("fd00::9"), port, Protocol.UDP)
+def entry(index: int, port: int = 80) -> tuple[int, EvaluatedFlow]:
+    return index, EvaluatedFlow(Direction.EGRESS, PEER, ip_address("fd00::9"), port, Protocol.UDP)
 
 
-def facts(flow: JudgedFlow | None) -> list[object]:
+def facts(flow: EvaluatedFlow | None) -> list[object]:
     """Return all that a flow states; identities are compared by object."""
     assert flow is not None
     identity = [getattr(flow.peer, name) for name in Identity.__slots__]

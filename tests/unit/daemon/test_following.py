@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Namespaces follow worlds by themselves: none waits for another, and those between are skipped."""
+"""Namespaces follow states by themselves: none waits for another, and those between are skipped."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ NOTHING_NEW = Change(False, False, False)
 
 
 @dataclass
-class FakeWorld:
-    """A world by its number; compiling waits for the namespace's gate."""
+class FakeState:
+    """A state by its number; compiling waits for the namespace's gate."""
 
     number: int
     gates: dict[str, threading.Event] = field(default_factory=dict)
 
     @property
-    def world(self) -> FakeWorld:
+    def cluster(self) -> FakeState:
         return self
 
     @property
@@ -49,7 +49,7 @@ class FakeWorld:
 
 
 class FakeEndpoint:
-    """An endpoint that notes by which worlds it was updated."""
+    """An endpoint that notes by which states it was updated."""
 
     policy = None
     sandbox = SimpleNamespace(requests={})
@@ -69,17 +69,17 @@ class FakeEndpoint:
         self.seen.append(snapshot)
         return NOTHING_NEW
 
-    def forget_unfinished(self, *_: object) -> None:
+    def end_half_open(self, *_: object) -> None:
         """Do nothing."""
 
 
 class FakeRejudging:
     """Ends nothing."""
 
-    async def judge(self, *_: object) -> None:
+    async def evaluate(self, *_: object) -> None:
         """Do nothing."""
 
-    async def judge_masqueraded(self, _: object) -> None:
+    async def reevaluate_masqueraded(self, _: object) -> None:
         """Do nothing."""
 
 
@@ -110,10 +110,10 @@ def test_a_slow_namespace_holds_up_no_other_and_skips_what_lies_between(
     async def work() -> None:
         gate = threading.Event()
         follower = following(slow, quick)
-        worlds = [FakeWorld(number, {"slow": gate}) for number in (1, 2, 3)]
+        states = [FakeState(number, {"slow": gate}) for number in (1, 2, 3)]
         async with asyncio.timeout(10), asyncio.TaskGroup() as tasks:
-            for world in worlds:
-                tasks.create_task(follower.follow(cast(Any, world)))
+            for state in states:
+                tasks.create_task(follower.follow(cast(Any, state)))
             while quick.seen[-1:] != [3]:  # noqa: ASYNC110 - a fake's list
                 await asyncio.sleep(0.001)
             assert slow.seen == []

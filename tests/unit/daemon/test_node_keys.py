@@ -36,7 +36,7 @@ class Clock:
         return self.now
 
 
-class World:
+class ClusterState:
     """Nodes with directories, files and clocks of their own."""
 
     def __init__(self, directory: Path) -> None:
@@ -80,13 +80,13 @@ class World:
 
 
 @pytest.fixture
-def world(tmp_path: Path) -> Iterator[World]:
-    world = World(tmp_path)
+def world(tmp_path: Path) -> Iterator[ClusterState]:
+    world = ClusterState(tmp_path)
     yield world
     world.close()
 
 
-def judged(node: Node, token: LocalToken, wall_now: float, now: float = 1.0) -> str:
+def evaluated(node: Node, token: LocalToken, wall_now: float, now: float = 1.0) -> str:
     """Return what a node makes of a token: "believed", or the reason of the refusal."""
     try:
         node.verifier.verify(token.block, SOURCE, now, wall_now)
@@ -95,35 +95,35 @@ def judged(node: Node, token: LocalToken, wall_now: float, now: float = 1.0) -> 
     return "believed"
 
 
-def test_tokens_of_before_a_renewal_are_believed_until_they_end(world: World) -> None:
+def test_tokens_of_before_a_renewal_are_believed_until_they_end(world: ClusterState) -> None:
     issuer = authority()
     a, b = world.node("a", issuer), world.node("b", issuer)
     renewal = a.keys.renew_at
     world.clocks["a"].now = renewal - 1
     seen, unseen = a.sign(IDENTITY), a.sign(IDENTITY)
-    assert judged(b, seen, renewal - 1) == "believed"
+    assert evaluated(b, seen, renewal - 1) == "believed"
     world.clocks["a"].now = renewal
     assert a.renew_keys()
     after = a.sign(IDENTITY)
     for token in (seen, unseen, after):
-        assert judged(b, token, renewal + 590) == "believed"
+        assert evaluated(b, token, renewal + 590) == "believed"
     for token in (seen, unseen):
-        assert judged(b, token, renewal + 640) == "token-expired"
+        assert evaluated(b, token, renewal + 640) == "token-expired"
     assert world.events() == ["certificate renewed"]
 
 
-def test_a_renewal_makes_nobody_verify_anything_again(world: World) -> None:
+def test_a_renewal_makes_nobody_verify_anything_again(world: ClusterState) -> None:
     issuer = authority()
     a, b = world.node("a", issuer), world.node("b", issuer)
     world.clocks["a"].now = world.clocks["b"].now = b.keys.renew_at
     token = a.sign(IDENTITY)
     for _ in range(2):
-        judged(b, token, b.keys.renew_at)
+        evaluated(b, token, b.keys.renew_at)
         b.renew_keys()
     assert b.verifier.verifications == 1
 
 
-def test_a_token_ends_no_later_than_its_certificate(world: World) -> None:
+def test_a_token_ends_no_later_than_its_certificate(world: ClusterState) -> None:
     a = world.node("a", authority())
     end = a.keys.credential.not_after
     world.clocks["a"].now = end - 100
@@ -132,19 +132,19 @@ def test_a_token_ends_no_later_than_its_certificate(world: World) -> None:
     assert a.sign(IDENTITY).expires_at == end - 400
 
 
-def test_an_authority_that_leaves_the_bundle_takes_its_nodes_along(world: World) -> None:
+def test_an_authority_that_leaves_the_bundle_takes_its_nodes_along(world: ClusterState) -> None:
     old, new = authority(), authority()
     a, b = world.node("a", old), world.node("b", new)
     token = a.sign(IDENTITY)
-    assert judged(b, token, WALL) == "credential-untrusted"
+    assert evaluated(b, token, WALL) == "credential-untrusted"
     for bundle, verdict in (((old, new), "believed"), ((new,), "credential-untrusted"), ((old, new), "believed")):
         world.trust("b", *bundle)
         assert not b.renew_keys()  # its own certificate is not concerned
-        assert judged(b, token, WALL) == verdict
+        assert evaluated(b, token, WALL) == verdict
     assert world.events() == ["trust bundle in force"] * 3
 
 
-def test_a_refused_file_is_told_once_and_so_is_its_repair(world: World) -> None:
+def test_a_refused_file_is_told_once_and_so_is_its_repair(world: ClusterState) -> None:
     issuer = authority()
     b = world.node("b", issuer)
     world.bundle("b").write_text("garbage")
@@ -171,32 +171,34 @@ def test_a_refused_file_is_told_once_and_so_is_its_repair(world: World) -> None:
         (2 * DAY_S, "credential-expired"),
     ],
 )
-def test_clocks_that_disagree_by_more_than_the_leeway_have_a_reason(world: World, ahead_s: float, verdict: str) -> None:
+def test_clocks_that_disagree_by_more_than_the_leeway_have_a_reason(
+    world: ClusterState, ahead_s: float, verdict: str
+) -> None:
     issuer = authority()
     a, b = world.node("a", issuer), world.node("b", issuer)
-    assert judged(b, a.sign(IDENTITY), WALL + ahead_s) == verdict
+    assert evaluated(b, a.sign(IDENTITY), WALL + ahead_s) == verdict
 
 
-def test_the_leeway_is_a_setting(world: World) -> None:
+def test_the_leeway_is_a_setting(world: ClusterState) -> None:
     issuer = authority()
     a = world.node("a", issuer)
     patient = world.node("b", issuer, leeway_s=120.0)
     strict = world.node("c", issuer, leeway_s=0.0)
     token = a.sign(IDENTITY)
-    assert [judged(node, token, WALL - 100) for node in (patient, strict)] == ["believed", "token-not-yet-valid"]
-    assert [judged(node, token, WALL + 700) for node in (patient, strict)] == ["believed", "token-expired"]
+    assert [evaluated(node, token, WALL - 100) for node in (patient, strict)] == ["believed", "token-not-yet-valid"]
+    assert [evaluated(node, token, WALL + 700) for node in (patient, strict)] == ["believed", "token-expired"]
 
 
-def test_a_clock_that_is_set_right_forgets_what_it_refused(world: World) -> None:
+def test_a_clock_that_is_set_right_forgets_what_it_refused(world: ClusterState) -> None:
     issuer = authority()
     a, b = world.node("a", issuer), world.node("b", issuer)
     token = a.sign(IDENTITY)
     world.clocks["b"].now = WALL + 7_200
     b.follow_clock()
-    assert judged(b, token, WALL + 7_200) == judged(b, token, WALL) == "token-expired"
+    assert evaluated(b, token, WALL + 7_200) == evaluated(b, token, WALL) == "token-expired"
     world.clocks["b"].now = WALL
     b.follow_clock()
-    assert judged(b, token, WALL) == "believed"
+    assert evaluated(b, token, WALL) == "believed"
     assert world.events() == ["the wall clock was set; peers are verified anew"] * 2
     b.follow_clock()
     assert b.verifier.verifications == 2

@@ -10,13 +10,13 @@ from typing import Any
 
 import pytest
 
+from enforcer_daemon.daemon.clusterstate import CompiledState
 from enforcer_daemon.daemon.reconsider import MasqueradedFlows, Reconsideration
-from enforcer_daemon.daemon.world import CompiledWorld
 from enforcer_daemon.datapath.flowindex import BY_ADDRESS, UNKNOWN, FlowIndex
 from enforcer_daemon.dataplane.established import ReleasedFlow
-from enforcer_daemon.model import Direction, Identity, JudgedFlow, NamedPort, PodRef, Protocol
+from enforcer_daemon.model import Direction, EvaluatedFlow, Identity, NamedPort, PodRef, Protocol
 from enforcer_daemon.policy import compile_snapshot, decode_network_policy
-from enforcer_daemon.sources.manifests import World
+from enforcer_daemon.sources.manifests import ClusterState
 
 INGRESS, EGRESS = Direction.INGRESS, Direction.EGRESS
 DB = Identity(
@@ -45,18 +45,18 @@ def policy(app: str, namespace: str = "shop", **directions: Sequence[object]) ->
 
 def reconsideration(
     *policies: dict[str, Any],
-    flows: Mapping[int, JudgedFlow] | None = None,
+    flows: Mapping[int, EvaluatedFlow] | None = None,
     own: Identity = DB,
     namespaces: Mapping[str, Mapping[str, str]] | None = None,
     is_identity_new: bool = False,
 ) -> Reconsideration:
     snapshot = compile_snapshot([decode_network_policy(manifest) for manifest in policies], 1)
-    world = CompiledWorld(World(namespaces=namespaces or {}), snapshot, "node-a", "cluster.local")
+    world = CompiledState(ClusterState(namespaces=namespaces or {}), snapshot, "node-a", "cluster.local")
     return Reconsideration(own, snapshot.pod_policy(own), FlowIndex((flows or {}).items()), world, is_identity_new)
 
 
-def judged(direction: Direction = INGRESS, peer: Identity = WEB, port: int = 5432) -> JudgedFlow:
-    return JudgedFlow(direction, peer, peer.ips[0], port, Protocol.TCP)
+def evaluated(direction: Direction = INGRESS, peer: Identity = WEB, port: int = 5432) -> EvaluatedFlow:
+    return EvaluatedFlow(direction, peer, peer.ips[0], port, Protocol.TCP)
 
 
 def released(
@@ -85,38 +85,40 @@ def is_ended(question: Reconsideration, flow: ReleasedFlow) -> bool:
     ],
 )
 def test_a_flow_by_identity_is_judged_by_what_its_peer_stated(rules: list[object], ended: bool):
-    question = reconsideration(policy("db", ingress=rules), flows={2: judged()})
+    question = reconsideration(policy("db", ingress=rules), flows={2: evaluated()})
     assert is_ended(question, released(2)) is ended
     assert question.is_index_denied(2) is ended
-    assert question.is_index_denied(judged()) is ended, "likewise a handshake that has no index yet"
+    assert question.is_index_denied(evaluated()) is ended, "likewise a handshake that has no index yet"
 
 
 def test_a_flow_of_a_pod_that_nothing_isolates_goes_on():
-    question = reconsideration(flows={2: judged()})
+    question = reconsideration(flows={2: evaluated()})
     assert not is_ended(question, released(2))
     assert not question.is_index_denied(2)
 
 
 def test_egress_behind_a_service_is_judged_by_the_pod_that_answered():
-    flows = {2: judged(EGRESS, port=8080)}
+    flows = {2: evaluated(EGRESS, port=8080)}
     by_pod_port = {"to": [{"ipBlock": {"cidr": "10.2.0.0/16"}}], "ports": [{"port": 8080}]}
     by_service = {"to": [{"ipBlock": {"cidr": "10.96.0.0/16"}}], "ports": [{"port": 80}]}
-    dialled = released(2, EGRESS, SERVICE, 80)
-    assert not is_ended(reconsideration(policy("db", egress=[by_pod_port]), flows=flows), dialled)
-    assert is_ended(reconsideration(policy("db", egress=[by_service]), flows=flows), dialled)
+    dialed = released(2, EGRESS, SERVICE, 80)
+    assert not is_ended(reconsideration(policy("db", egress=[by_pod_port]), flows=flows), dialed)
+    assert is_ended(reconsideration(policy("db", egress=[by_service]), flows=flows), dialed)
 
 
 def test_the_namespace_labels_of_a_peer_are_those_of_now():
     rules = policy("db", ingress=[{"from": [TEAM_NEW]}])
-    assert is_ended(reconsideration(rules, flows={2: judged()}), released(2))
-    assert not is_ended(reconsideration(rules, flows={2: judged()}, namespaces={"front": {"team": "new"}}), released(2))
+    assert is_ended(reconsideration(rules, flows={2: evaluated()}), released(2))
+    assert not is_ended(
+        reconsideration(rules, flows={2: evaluated()}, namespaces={"front": {"team": "new"}}), released(2)
+    )
 
 
 def test_a_peer_of_another_trust_domain_keeps_the_labels_that_it_stated():
     stranger = replace(WEB, trust_domain="elsewhere", namespace_labels={"team": "new"})
     anyone = {"from": [{"ipBlock": {"cidr": "0.0.0.0/0"}}]}
     question = reconsideration(
-        policy("db", ingress=[anyone]), policy("web", "front", egress=[]), flows={2: judged(peer=stranger)},
+        policy("db", ingress=[anyone]), policy("web", "front", egress=[]), flows={2: evaluated(peer=stranger)},
         is_identity_new=True,
     )  # fmt: skip
     assert not is_ended(question, released(2))  # and its own policies are not known here
@@ -124,7 +126,7 @@ def test_a_peer_of_another_trust_domain_keeps_the_labels_that_it_stated():
 
 @pytest.mark.parametrize(("direction", "opposite"), [(INGRESS, "egress"), (EGRESS, "ingress")])
 def test_new_labels_of_the_pod_are_judged_by_its_peers_policies_too(direction: Direction, opposite: str):
-    flows = {2: judged(direction)}
+    flows = {2: evaluated(direction)}
     shop_db = {"namespaceSelector": {}, "podSelector": {"matchLabels": {"app": "db"}}}
     side = {"egress": "to", "ingress": "from"}[opposite]
     admits = policy("web", "front", **{opposite: [{side: [shop_db]}]})
@@ -132,12 +134,12 @@ def test_new_labels_of_the_pod_are_judged_by_its_peers_policies_too(direction: D
     flow = released(2, direction)
     assert not is_ended(reconsideration(admits, flows=flows, is_identity_new=True), flow)
     assert is_ended(reconsideration(admits, flows=flows, own=renamed, is_identity_new=True), flow)
-    # Where only policies changed, the peer's own node judges them.
+    # Where only policies changed, the peer's own node evaluates them.
     assert not is_ended(reconsideration(admits, flows=flows, own=renamed), flow)
 
 
 def test_a_pods_flow_to_itself_is_never_ended():
-    question = reconsideration(policy("db", ingress=[], egress=[]), flows={2: judged(peer=DB)}, is_identity_new=True)
+    question = reconsideration(policy("db", ingress=[], egress=[]), flows={2: evaluated(peer=DB)}, is_identity_new=True)
     assert not is_ended(question, released(2, remote=SERVICE))
 
 
@@ -181,11 +183,11 @@ def test_an_unknown_flow_ends_where_its_own_direction_is_isolated(index: int):
 
 
 def test_where_all_peers_may_go_on_the_kernel_is_not_asked():
-    flows = {2: judged(), 3: judged(EGRESS)}
+    flows = {2: evaluated(), 3: evaluated(EGRESS)}
     assert reconsideration(flows=flows).is_moot((2, 3))
     assert not reconsideration(policy("db", ingress=[]), flows=flows).is_moot((2, 3))
     assert reconsideration().is_moot(())
-    assert not reconsideration(flows={3: judged()}).is_moot((3,))  # flows of index 2 may be anyone's
+    assert not reconsideration(flows={3: evaluated()}).is_moot((3,))  # flows of index 2 may be anyone's
     full = reconsideration(flows=flows)
     full.flows.is_complete = False
     assert not full.is_moot((2, 3))

@@ -11,9 +11,16 @@ from dataclasses import dataclass, field
 
 import pytest
 
-from enforcer_daemon.daemon.service import MAX_LAG_S, MAX_REST_S, MIN_REST_S, REST_FACTOR, QueueService, Work
+from enforcer_daemon.daemon.service import (
+    MAX_LAG_S,
+    MAX_THROTTLE_S,
+    MIN_THROTTLE_S,
+    THROTTLE_FACTOR,
+    QueueService,
+    Work,
+)
 
-_TURN_S = 5 * MIN_REST_S / REST_FACTOR
+_TURN_S = 5 * MIN_THROTTLE_S / THROTTLE_FACTOR
 """Long enough that a rest is due after each turn, also of a queue that rests least."""
 
 
@@ -22,7 +29,7 @@ class PipeQueue:
     """A queue in a pipe: a byte is a packet, one is read in a turn."""
 
     is_mostly_refused: bool = False
-    is_in_vain: bool = False
+    is_unproductive: bool = False
     has_more: bool = False
     turn_s: float = _TURN_S
     turns: int = 0
@@ -32,7 +39,7 @@ class PipeQueue:
     def fileno(self) -> int:
         return self.ends[0]
 
-    def read_turn(self) -> int:
+    def read_batch(self) -> int:
         self.turns += 1
         self.turn_over.release()
         time.sleep(self.turn_s)
@@ -76,13 +83,13 @@ def rests_in_five_turns(queue: PipeQueue, work: Work) -> int:
 
 
 def test_what_is_refused_rests_also_where_nobody_else_has_work(queue: PipeQueue) -> None:
-    queue.is_mostly_refused = queue.is_in_vain = True
+    queue.is_mostly_refused = queue.is_unproductive = True
     assert rests_in_five_turns(queue, Work()) == 5
 
 
 @pytest.mark.parametrize(("work", "rests"), [(Work(), 0), (EndlessWork(), 5)], ids=["idle", "busy"])
 def test_what_is_in_vain_rests_while_others_have_work(queue: PipeQueue, work: Work, rests: int) -> None:
-    queue.is_in_vain = True
+    queue.is_unproductive = True
     assert rests_in_five_turns(queue, work) == rests
 
 
@@ -108,7 +115,7 @@ def test_a_turn_that_had_to_wait_for_the_cpu_is_not_paid_for_with_seconds(queue:
         service.close()
         return time.perf_counter() - rested_from
 
-    assert MAX_REST_S <= asyncio.run(serve()) < queue.turn_s * REST_FACTOR / 2
+    assert MAX_THROTTLE_S <= asyncio.run(serve()) < queue.turn_s * THROTTLE_FACTOR / 2
 
 
 def test_a_closed_service_reads_no_more_also_when_it_rested(queue: PipeQueue) -> None:

@@ -48,7 +48,7 @@ class FakeEndpoint:
 
 
 @dataclass
-class World:
+class ClusterState:
     """The kernel, the endpoints, and what was done to them in which order."""
 
     done: list[Any] = field(default_factory=list)
@@ -82,14 +82,14 @@ class World:
 
 
 @pytest.fixture
-def world(monkeypatch: pytest.MonkeyPatch) -> World:
-    world = World()
+def world(monkeypatch: pytest.MonkeyPatch) -> ClusterState:
+    world = ClusterState()
     monkeypatch.setattr(nodeflows, "remove_flows", world.remove_flows)
     monkeypatch.setattr(nodeflows, "remove_of", world.remove_of)
     return world
 
 
-def test_an_address_is_fresh_before_its_entries_are_removed(world: World) -> None:
+def test_an_address_is_fresh_before_its_entries_are_removed(world: ClusterState) -> None:
     endpoint = world.endpoints[0]
     world.stale.note_ended(endpoint, [released("10.0.0.1", "10.0.0.9"), released("10.0.0.8", "10.0.0.1")])  # type: ignore[arg-type]
     asyncio.run(world.stale.settle())
@@ -101,7 +101,7 @@ def test_an_address_is_fresh_before_its_entries_are_removed(world: World) -> Non
     assert len(world.done) == 2
 
 
-def test_peers_beside_are_told_of_a_change_and_of_an_end(world: World) -> None:
+def test_peers_beside_are_told_of_a_change_and_of_an_end(world: ClusterState) -> None:
     before = world.endpoints[0].identity
     after = Identity(before.pod, before.ips, {"app": "new"}, {}, "a")
     world.stale.note_change(before, after)
@@ -115,7 +115,7 @@ def test_peers_beside_are_told_of_a_change_and_of_an_end(world: World) -> None:
     ]
 
 
-def test_what_the_kernel_refuses_is_kept_and_tried_again(world: World) -> None:
+def test_what_the_kernel_refuses_is_kept_and_tried_again(world: ClusterState) -> None:
     world.refused = 1
     world.endpoints.pop()
     world.stale.note_ended(world.endpoints[0], [released("10.0.0.1", "10.0.0.9")])  # type: ignore[arg-type]
@@ -125,7 +125,7 @@ def test_what_the_kernel_refuses_is_kept_and_tried_again(world: World) -> None:
     assert world.done[-2:] == [("fresh", ["10.0.0.1"]), ("flows", [("10.0.0.1", "10.0.0.9")])]
 
 
-def test_a_newcomer_starts_clean_or_not_at_all(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_newcomer_starts_clean_or_not_at_all(world: ClusterState, monkeypatch: pytest.MonkeyPatch) -> None:
     newcomer = identity("two", 2)
 
     def refuse(*_: object) -> int:
@@ -144,7 +144,7 @@ def test_a_newcomer_starts_clean_or_not_at_all(world: World, monkeypatch: pytest
     assert len(world.done) == 3
 
 
-def test_a_newcomer_does_not_wait_for_flows_without_a_reply(world: World) -> None:
+def test_a_newcomer_does_not_wait_for_flows_without_a_reply(world: ClusterState) -> None:
     """Anybody can make them: what is left is the guard's, and nothing is removed later."""
     world.unanswered = 10 * staleflows.MAX_UNANSWERED
     world.endpoints.clear()
@@ -158,14 +158,14 @@ def test_a_newcomer_does_not_wait_for_flows_without_a_reply(world: World) -> Non
     assert len(world.done) == 3
 
 
-def test_entries_that_appear_without_end_are_an_error(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_entries_that_appear_without_end_are_an_error(world: ClusterState, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(nodeflows, "remove_of", lambda *_: nodeflows.MAX_REMOVED_AT_ONCE)
     world.stale.note_start(NETNS, identity("two", 2))
     with pytest.raises(DataplaneError, match="as fast as they are removed"):
         asyncio.run(world.stale.start_clean(NETNS))
 
 
-def test_what_waits_is_bounded(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_waits_is_bounded(world: ClusterState, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(staleflows, "MAX_PENDING", 2)
     for last in (1, 2, 3):
         world.stale.note_gone(identity("gone", last))

@@ -39,7 +39,7 @@ class FakeEndpoint:
 
 
 @dataclass
-class World:
+class ClusterState:
     """The kernel, and what it was told."""
 
     told: list[Any] = field(default_factory=list)
@@ -56,8 +56,8 @@ class World:
 
 
 @pytest.fixture
-def world(monkeypatch: pytest.MonkeyPatch) -> World:
-    world = World()
+def world(monkeypatch: pytest.MonkeyPatch) -> ClusterState:
+    world = ClusterState()
     monkeypatch.setattr(vouching, "time", SimpleNamespace(monotonic=lambda: world.now))
     return world
 
@@ -66,24 +66,24 @@ def look(watch: Vouching, endpoint: FakeEndpoint, *ports: int, way: Direction = 
     asyncio.run(watch.look(endpoint, {sent(port): way for port in ports}))  # type: ignore[arg-type]
 
 
-def vouching_of(world: World) -> Vouching:
+def vouching_of(world: ClusterState) -> Vouching:
     log = SimpleNamespace(info=lambda *_, **__: None, error=lambda *_, **__: world.told.append("error"))
     return Vouching(world, log)  # type: ignore[arg-type]
 
 
-def test_what_the_pod_has_is_vouched_for_with_all_others_of_its_connections(world: World) -> None:
+def test_what_the_pod_has_is_vouched_for_with_all_others_of_its_connections(world: ClusterState) -> None:
     look(vouching_of(world), FakeEndpoint(frozenset(map(sent, range(3)))), 1, 9)
     assert world.told == [({sent(0), sent(1), sent(2)}, [])]
 
 
-def test_no_more_connections_are_vouched_for_at_once_than_a_number_and_those_asked_for(world: World) -> None:
+def test_no_more_connections_are_vouched_for_at_once_than_a_number_and_those_asked_for(world: ClusterState) -> None:
     look(vouching_of(world), FakeEndpoint(frozenset(map(sent, range(2 * MAX_AT_ONCE)))), 7)
     (live, _), *_ = world.told
     assert sent(7) in live
     assert len(live) in (MAX_AT_ONCE, MAX_AT_ONCE + 1)
 
 
-def test_only_what_a_peer_sends_is_refused(world: World) -> None:
+def test_only_what_a_peer_sends_is_refused(world: ClusterState) -> None:
     watch = vouching_of(world)
     look(watch, FakeEndpoint(), 1)
     assert world.told == []
@@ -91,7 +91,7 @@ def test_only_what_a_peer_sends_is_refused(world: World) -> None:
     assert world.told == [({sent(2)}, [sent(1)])]
 
 
-def test_a_pod_of_which_nothing_is_found_is_looked_at_less_and_less(world: World) -> None:
+def test_a_pod_of_which_nothing_is_found_is_looked_at_less_and_less(world: ClusterState) -> None:
     watch, endpoint = vouching_of(world), FakeEndpoint()
     for _ in range(1_000):
         look(watch, endpoint, 1)
@@ -106,12 +106,12 @@ def test_a_pod_of_which_nothing_is_found_is_looked_at_less_and_less(world: World
     assert endpoint.looks == looks + 10
 
 
-def test_flows_that_end_during_a_look_are_not_vouched_for(world: World) -> None:
+def test_flows_that_end_during_a_look_are_not_vouched_for(world: ClusterState) -> None:
     look(vouching_of(world), FakeEndpoint(frozenset({sent(1)}), ends_meanwhile=True), 1)
     assert world.told[-1] == ("fresh", "10.0.0.1")
 
 
-def test_what_the_kernel_refuses_is_logged_and_asked_for_again(world: World) -> None:
+def test_what_the_kernel_refuses_is_logged_and_asked_for_again(world: ClusterState) -> None:
     watch, endpoint = vouching_of(world), FakeEndpoint(frozenset({sent(1)}))
     world.is_refusing = True
     look(watch, endpoint, 1)
@@ -121,7 +121,7 @@ def test_what_the_kernel_refuses_is_logged_and_asked_for_again(world: World) -> 
     assert world.told[-1] == ({sent(1)}, [])
 
 
-def test_a_closed_endpoint_is_left_alone(world: World) -> None:
+def test_a_closed_endpoint_is_left_alone(world: ClusterState) -> None:
     endpoint = FakeEndpoint(is_open=False)
     look(vouching_of(world), endpoint, 1)
     assert endpoint.looks == 0

@@ -18,7 +18,7 @@ from enforcer_daemon.verdict import Action, Effect, Inject, Verdict
 from tests.unit.datapath.pair import ENDING, SYN_OPTIONS, Endpoint, Result
 
 WIRE_S = 0.001
-_OPENING_S, _DATA_S, _DELAYED_ACK_S, _TEND_S = 1.0, 0.2, 0.04, 0.1
+_OPENING_S, _DATA_S, _DELAYED_ACK_S, _TIMERS_EVERY_S = 1.0, 0.2, 0.04, 0.1
 _CLIENT_PORT, _SERVER_PORT = 40_000, 80
 _MARK = 0xFFFF_FFFF
 
@@ -70,7 +70,7 @@ class Enforcer:
         self._endpoint, self._clock, self._wire, self._name = endpoint, clock, wire, name
         self._held: dict[int, tuple[bytes, Direction]] = {}
         self.is_released = False
-        clock.after(_TEND_S, self._tend)
+        clock.after(_TIMERS_EVERY_S, self._tend)
 
     def send(self, packet: bytes) -> None:
         self._pass(packet, Direction.EGRESS)
@@ -114,7 +114,7 @@ class Enforcer:
 
     def _tend(self) -> None:
         self._run_timers()
-        self._clock.after(_TEND_S, self._tend)
+        self._clock.after(_TIMERS_EVERY_S, self._tend)
 
 
 class Wire:

@@ -17,7 +17,7 @@ from cryptography.hazmat.primitives.serialization import Encoding
 from enforcer_daemon.datapath.context import EndpointContext, FlowReport
 from enforcer_daemon.datapath.decisions import FlowPolicy
 from enforcer_daemon.datapath.endpoint import EndpointDatapath, Output
-from enforcer_daemon.datapath.flowindex import FlowIndex, JudgedBy
+from enforcer_daemon.datapath.flowindex import EvaluatedBy, FlowIndex
 from enforcer_daemon.datapath.networks import Networks
 from enforcer_daemon.datapath.node import NodeContext
 from enforcer_daemon.handshake.flowkey import Role
@@ -76,7 +76,7 @@ class Rules:
     def is_isolated(self) -> bool:
         return self.apps is not None
 
-    def judge(self, peer: Identity | None, address: IPAddress, port: int | None, protocol: Protocol) -> Decision:
+    def evaluate(self, peer: Identity | None, address: IPAddress, port: int | None, protocol: Protocol) -> Decision:
         if self.apps is None:
             return Decision(True, Reason.NOT_ISOLATED, self.direction)
         rules = (RuleRef("default", "fake", 0),)
@@ -210,7 +210,7 @@ class Endpoint:
             else:
                 self._waiting[0].append(effect)
 
-    def end_denied(self, is_denied: Callable[[JudgedBy], bool]) -> tuple[Effect, ...]:
+    def end_denied(self, is_denied: Callable[[EvaluatedBy], bool]) -> tuple[Effect, ...]:
         """Change the policy so that it no longer allows some flows."""
         return self.note(self.datapath.end_denied(is_denied))
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A SYN that answers the pod's own: its kernel takes that for a simultaneous open, so egress is judged as well."""
+"""A SYN that answers the pod's own: its kernel takes that for a simultaneous open, so egress is evaluated as well."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def plain(back: Connection) -> bytes:
     return build(back.client.address, back.server.address, ports, (back.isn_i, 0), SYN, 64_240)
 
 
-def judged(pod: Endpoint, syn: bytes, mark: int = 0) -> tuple[bool, str]:
+def evaluated(pod: Endpoint, syn: bytes, mark: int = 0) -> tuple[bool, str]:
     """Give whether a SYN gets in, and why."""
     pod.take_reports()
     is_in = pod.receive(syn, mark=mark) != []
@@ -38,11 +38,11 @@ def judged(pod: Endpoint, syn: bytes, mark: int = 0) -> tuple[bool, str]:
 def test_without_an_identity_it_must_be_an_address_that_the_pod_may_reach() -> None:
     there, back = meeting(BY_IDENTITY)
     there.client.send(there.syn())
-    assert judged(there.client, plain(back)) == (False, "egress 80 unidentified-peer")
+    assert evaluated(there.client, plain(back)) == (False, "egress 80 unidentified-peer")
     assert there.client.datapath.half_open_flows == 1  # A stranger's SYN ends nobody's handshake.
     there, back = meeting(BY_IDENTITY, addresses=True)
     there.client.send(there.syn())
-    assert judged(there.client, plain(back)) == (True, "ingress 40000 not-isolated")
+    assert evaluated(there.client, plain(back)) == (True, "ingress 40000 not-isolated")
 
 
 @pytest.mark.parametrize(
@@ -55,13 +55,13 @@ def test_with_an_identity_it_must_be_one_that_the_pod_may_reach(
     there, back = meeting(apps)
     there.client.send(there.syn())
     (framed,) = back.client.send(back.syn())
-    assert judged(there.client, framed) == expected
+    assert evaluated(there.client, framed) == expected
 
 
 @pytest.mark.parametrize(("mark", "is_in"), [(0, True), (REPLY, False), (REPLY | RELEASED, False)])
 def test_conntrack_knows_a_syn_that_the_enforcer_remembers_no_more(mark: int, *, is_in: bool) -> None:
     there, back = meeting(BY_IDENTITY)
-    assert judged(there.client, plain(back), mark)[0] is is_in
+    assert evaluated(there.client, plain(back), mark)[0] is is_in
 
 
 def test_the_direction_alone_takes_no_release_back() -> None:

@@ -40,7 +40,7 @@ def test_a_relay_of_anothers_syn_from_its_own_address() -> None:
 
 
 def test_a_relay_of_a_whole_handshake_is_refused_by_the_initiator() -> None:
-    """The attacker, dialled by the client, has the server answer for it."""
+    """The attacker, dialed by the client, has the server answer for it."""
     client, server, attacker = guarded()
     (syn,) = client.send(Connection(client, attacker).syn())
     to_server = Connection(client, server)
@@ -198,13 +198,13 @@ def test_an_ack_without_a_proof() -> None:
     assert refusal(server, connection.ack()) == "proof-missing"
 
 
-@pytest.mark.parametrize("is_lone", [False, True])
-def test_an_ack_with_a_wrong_proof(is_lone: bool) -> None:
+@pytest.mark.parametrize("is_standalone", [False, True])
+def test_an_ack_with_a_wrong_proof(is_standalone: bool) -> None:
     client, server, _ = guarded()
     connection = Connection(client, server)
     server.receive(client.send(connection.syn())[0])
     server.send(connection.syn_ack())
-    forged = connection.ack(options=proof_option(bytes(16), is_lone=is_lone))
+    forged = connection.ack(options=proof_option(bytes(16), is_standalone=is_standalone))
     assert refusal(server, forged) == "proof-invalid"
     assert refusal(server, connection.ack()) == "proof-missing"
 
@@ -219,7 +219,7 @@ def test_a_proof_of_another_connection_between_the_same_pods() -> None:
         proofs.append(client.send(connection.ack())[0])
     found = find_proof(segment(proofs[0]).options)
     assert found is not None
-    crossed = Connection(client, server, sport=40_001).ack(options=proof_option(found.proof, is_lone=False))
+    crossed = Connection(client, server, sport=40_001).ack(options=proof_option(found.proof, is_standalone=False))
     assert refusal(server, crossed) == "proof-invalid"
 
 

@@ -141,7 +141,7 @@ def test_a_rst_of_the_server_after_its_answer_reaches_the_clients_kernel() -> No
     back = connection.dport, connection.sport
     reset = build(connection.server.address, connection.client.address, back, (5_001, 0), RST, 0)
     assert connection.client.receive(reset) == [reset]
-    assert connection.client.datapath.half_open_flows == 1  # The kernel judges its numbers, and says so by a RST.
+    assert connection.client.datapath.half_open_flows == 1  # The kernel evaluates its numbers, and says so by a RST.
 
 
 def test_a_syn_under_way_with_the_old_identity_is_sent_anew_with_the_new_one() -> None:

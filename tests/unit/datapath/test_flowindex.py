@@ -14,7 +14,7 @@ from enforcer_daemon.handshake.peers import Peer
 from enforcer_daemon.handshake.session import Grant
 from enforcer_daemon.identity.tokens import Claims
 from enforcer_daemon.marks import released_mark
-from enforcer_daemon.model import Direction, Identity, JudgedFlow, NamedPort, PodRef, Protocol
+from enforcer_daemon.model import Direction, EvaluatedFlow, Identity, NamedPort, PodRef, Protocol
 from enforcer_daemon.verdict import Action, Verdict
 from tests.unit.identity.certificates import authority, credential, new_key
 
@@ -25,7 +25,7 @@ WEB = Identity(PodRef("shop", "web"), (ADDRESS,), {"app": "web"}, {"team": "a"},
 
 def number(index: FlowIndex, identity: Identity = WEB, port: int = 80, protocol: Protocol = Protocol.TCP) -> int:
     peer = Peer(Claims(identity, bytes(32), 0.0, 0.0), b"token", CREDENTIAL)
-    return index.add(JudgedFlow(Direction.INGRESS, peer.identity, ADDRESS, port, protocol))
+    return index.add(EvaluatedFlow(Direction.INGRESS, peer.identity, ADDRESS, port, protocol))
 
 
 def test_numbers_begin_after_the_reserved_ones_and_are_given_once():
@@ -204,7 +204,7 @@ def test_a_flow_without_an_entry_keeps_the_index_incomplete_while_the_kernel_has
 
 def test_flows_of_one_grant_find_their_entry_again_while_it_stays_theirs():
     index = FlowIndex()
-    grant = Grant(Verdict(Action.RELEASE), JudgedFlow(Direction.INGRESS, WEB, ADDRESS, 80, Protocol.TCP))
+    grant = Grant(Verdict(Action.RELEASE), EvaluatedFlow(Direction.INGRESS, WEB, ADDRESS, 80, Protocol.TCP))
     first = index.release(grant)
     assert first.mark == released_mark(FIRST)
     assert index.release(grant) is first
@@ -217,7 +217,7 @@ def test_flows_of_one_grant_find_their_entry_again_while_it_stays_theirs():
 def test_a_grant_without_an_entry_of_its_own_is_looked_up_for_each_flow(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(flowindex, "MAX_OF_ONE_PEER", 0)
     index = FlowIndex()
-    grant = Grant(Verdict(Action.RELEASE), JudgedFlow(Direction.INGRESS, WEB, ADDRESS, 80, Protocol.TCP))
+    grant = Grant(Verdict(Action.RELEASE), EvaluatedFlow(Direction.INGRESS, WEB, ADDRESS, 80, Protocol.TCP))
     assert index.release(grant).mark == released_mark(FIRST)  # That of all ports.
     assert grant.entry is None
     monkeypatch.setattr(flowindex, "MAX_OF_ONE_PEER", 10)

@@ -11,7 +11,7 @@ from scapy.layers.inet6 import IPv6, IPv6ExtHdrDestOpt
 from scapy.layers.sctp import SCTP
 
 from enforcer_daemon.errors import PeerError
-from enforcer_daemon.handshake.bounds import Bound
+from enforcer_daemon.handshake.fairtable import Limit
 from enforcer_daemon.handshake.frames import find_proof, is_frame
 from enforcer_daemon.identity.authority import make_authority
 from enforcer_daemon.marks import NODE, RELEASED
@@ -221,7 +221,7 @@ def test_memory_of_nonces_and_reports_is_bounded() -> None:
     for n in range(110):
         node.use_nonce(n.to_bytes(16, "big"), 1, b"pod")
     assert len(node._nonces) == 100
-    assert node.bound_hits[Bound.NONCES] == 10
+    assert node.limit_hits[Limit.NONCES] == 10
     with pytest.raises(PeerError):
         node.use_nonce((100).to_bytes(16, "big"), 2, b"pod")
     for port in range(30):
@@ -229,4 +229,4 @@ def test_memory_of_nonces_and_reports_is_bounded() -> None:
     server.reasons()
     server.expire(1_000.0)  # All at once.
     assert server.reasons() == ["handshake-timeout"] * 20
-    assert node.bound_hits[Bound.REPORTS] == 10
+    assert node.limit_hits[Limit.REPORTS] == 10

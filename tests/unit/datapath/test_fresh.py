@@ -6,10 +6,10 @@ from __future__ import annotations
 import pytest
 
 from enforcer_daemon.handshake.carriers import UDP
-from enforcer_daemon.handshake.datagrams import LONE_EXID, find_message
+from enforcer_daemon.handshake.datagrams import STANDALONE_EXID, find_message
 from enforcer_daemon.handshake.frames import MARKER_ID, TYPE_OFFER, encode_again, frame_type
 from enforcer_daemon.handshake.lapse import UDP_LAPSE_S
-from enforcer_daemon.marks import CUT, RELEASED, REPLY
+from enforcer_daemon.marks import GSO, RELEASED, REPLY
 from enforcer_daemon.model import Direction
 from enforcer_daemon.packet.udp import UDP_HEADER, build_udp, decode_udp, encode_option, is_marked
 from enforcer_daemon.verdict import Action, Settle
@@ -83,7 +83,7 @@ def test_an_answer_at_last_releases_it(pod: Endpoint) -> None:
 
 def test_one_whose_peer_asks_to_shake_hands_again_shows_its_offer(pod: Endpoint) -> None:
     take_as_address(pod)
-    surplus = encode_option(UDP_HEADER, LONE_EXID, encode_again(bytes(16)))
+    surplus = encode_option(UDP_HEADER, STANDALONE_EXID, encode_again(bytes(16)))
     again = build_udp(v4("10.2.0.2"), pod.address, PORTS[::-1], b"", surplus)
     verdict = pod.verdict(again, Direction.INGRESS, 1.5, REPLY)
     assert (verdict.action, len(verdict.effects)) == (Action.TAKE, 1)
@@ -101,7 +101,7 @@ def test_what_has_no_room_gets_the_marker_and_an_offer_goes_alone_now_and_then(p
     verdicts = [pod.verdict(large, Direction.EGRESS, now) for now in (1.3, 1.35, 1.7)]
     assert all(is_marked(verdict.payload or b"", MARKER_ID) for verdict in verdicts)
     assert [len(verdict.effects) for verdict in verdicts] == [1, 0, 1]
-    cut = pod.verdict(large, Direction.EGRESS, 1.7, CUT)
+    cut = pod.verdict(large, Direction.EGRESS, 1.7, GSO)
     assert cut == Result(Action.ACCEPT)
     take_as_address(pod)
     assert is_marked(pod.verdict(large, Direction.EGRESS, 2.0).payload or b"", MARKER_ID)

@@ -9,7 +9,7 @@ import pytest
 
 from enforcer_daemon.datapath.flowindex import FIRST
 from enforcer_daemon.marks import INDEX_MASK, INDEX_SHIFT
-from enforcer_daemon.model import Direction, JudgedFlow
+from enforcer_daemon.model import Direction, EvaluatedFlow
 from enforcer_daemon.packet.udp import build_udp
 from tests.unit.datapath.pair import Connection, Endpoint, FakePolicy, Rules, make_pair
 
@@ -17,7 +17,7 @@ ADMITTING = FakePolicy(ingress=Rules(frozenset({"client"})))
 PORTS = 40_000, 53
 
 
-def entries(endpoint: Endpoint) -> list[JudgedFlow]:
+def entries(endpoint: Endpoint) -> list[EvaluatedFlow]:
     return [flow for _, flow in endpoint.index]
 
 
@@ -26,8 +26,8 @@ def test_an_offer_makes_no_entry_and_its_proof_makes_one():
     (framed,) = client.send(build_udp(client.address, server.address, PORTS, b"query"))
     server.receive(framed)
     assert entries(server) == []
-    (unfinished,) = server.datapath.judged_by()
-    assert isinstance(unfinished, JudgedFlow)
+    (unfinished,) = server.datapath.evaluated_by()
+    assert isinstance(unfinished, EvaluatedFlow)
     assert (unfinished.direction, unfinished.peer.pod, unfinished.port) == (
         Direction.INGRESS, client.identity.pod, 53,
     )  # fmt: skip
@@ -36,7 +36,7 @@ def test_an_offer_makes_no_entry_and_its_proof_makes_one():
     for proof in client.flush_injected():
         server.receive(proof)
     assert entries(server) == [unfinished]
-    assert server.datapath.judged_by() == {FIRST}
+    assert server.datapath.evaluated_by() == {FIRST}
 
 
 def test_a_syn_makes_no_entry_and_its_proof_makes_one():
@@ -60,8 +60,8 @@ def test_a_handshake_under_way_follows_its_peers_identity_or_is_given_up(is_deni
     (framed,) = client.send(build_udp(client.address, server.address, PORTS, b"query"))
     server.receive(framed)
     relabelled = replace(client.identity, labels={"app": "other"})
-    server.end_denied(lambda judged: is_denied and isinstance(judged, JudgedFlow))
-    server.datapath.replace_peers(lambda judged: replace(judged, peer=relabelled))
+    server.end_denied(lambda evaluated: is_denied and isinstance(evaluated, EvaluatedFlow))
+    server.datapath.replace_peers(lambda evaluated: replace(evaluated, peer=relabelled))
     client.receive(server.flush_injected()[0])
     for proof in client.flush_injected():
         server.receive(proof)

@@ -8,7 +8,7 @@ from dataclasses import replace
 import pytest
 
 from enforcer_daemon.handshake import leases
-from enforcer_daemon.handshake.datagrams import LONE_EXID, find_message
+from enforcer_daemon.handshake.datagrams import STANDALONE_EXID, find_message
 from enforcer_daemon.handshake.flowkey import Role
 from enforcer_daemon.handshake.frames import TYPE_ANSWER, TYPE_LEASE, frame_type
 from enforcer_daemon.handshake.leaseframes import LEASE_PORT
@@ -87,7 +87,7 @@ def test_a_lease_message_goes_from_address_to_address_on_ports_of_ours() -> None
     assert found is not None
     assert (datagram.src, datagram.dst) == (client.address, server.address)
     assert (datagram.sport, datagram.dport, frame_type(found[0])) == (LEASE_PORT, LEASE_PORT, TYPE_LEASE)
-    surplus = encode_option(UDP_HEADER, LONE_EXID, found[0])
+    surplus = encode_option(UDP_HEADER, STANDALONE_EXID, found[0])
     elsewhere = build_udp(client.address, server.address, PORTS, b"", surplus)
     assert server.verdict(elsewhere, Direction.INGRESS) == DROPPED
     assert server.reasons()[-1] == "malformed-frame"

@@ -6,7 +6,7 @@ from __future__ import annotations
 import pytest
 
 from enforcer_daemon.datapath.context import HOLD_S
-from enforcer_daemon.handshake.bounds import Bound
+from enforcer_daemon.handshake.fairtable import Limit
 from enforcer_daemon.handshake.frames import is_frame
 from enforcer_daemon.packet.tcp import ACK, FIN, build
 from enforcer_daemon.verdict import Inject, Settle
@@ -217,14 +217,14 @@ def test_held_data_is_dropped_after_a_while_and_the_bound_of_a_flow_holds() -> N
 
 
 @pytest.mark.parametrize(
-    ("bounds", "bound"),
+    ("limits", "bound"),
     [
-        ({"max_held_packets_per_pod": 2}, Bound.HELD_PACKETS),
-        ({"max_held_packets_per_source": 2}, Bound.HELD_PACKETS_PER_SOURCE),
+        ({"max_held_packets_per_pod": 2}, Limit.HELD_PACKETS),
+        ({"max_held_packets_per_source": 2}, Limit.HELD_PACKETS_PER_SOURCE),
     ],
 )
-def test_the_bounds_of_an_endpoint_count_what_waits_and_nothing_else(bounds: dict[str, int], bound: Bound) -> None:
-    client, server = make_pair(**bounds)
+def test_the_bounds_of_an_endpoint_count_what_waits_and_nothing_else(limits: dict[str, int], bound: Limit) -> None:
+    client, server = make_pair(**limits)
     for sport in range(40_000, 40_010):
         connection = Connection(client, server, sport=sport)
         connect(connection)
@@ -236,7 +236,7 @@ def test_the_bounds_of_an_endpoint_count_what_waits_and_nothing_else(bounds: dic
         server.receive(Connection(client, server, sport=sport).ack(b"x"))
     assert server.reasons() == ["hold-queue-full"]
     assert len(server.held) == server.context.held_packets == 2
-    assert server.context.node.bound_hits[bound] == 1
+    assert server.context.node.limit_hits[bound] == 1
     # What was dropped comes again, once its proof has.
     first = Connection(client, server, sport=40_000)
     (carrier,) = client.send(first.ack())

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import pytest
 
-from enforcer_daemon.handshake.datagrams import RIDING_EXID
+from enforcer_daemon.handshake.datagrams import PIGGYBACKED_EXID
 from enforcer_daemon.handshake.frames import MARKER_ID, encode_proof
 from enforcer_daemon.marks import RELEASED, REPLY
 from enforcer_daemon.model import Direction
@@ -71,7 +71,7 @@ def test_nothing_passes_and_nothing_ends_where_nobody_answers(now: float) -> Non
     stranger = replace_pod(client)
     proof = with_option(
         decode_udp(build_udp(client.address, server.address, PORTS, b"evil")),
-        RIDING_EXID,
+        PIGGYBACKED_EXID,
         encode_proof(bytes(16), bytes(16)),
         MARKER_ID,
     )
@@ -99,7 +99,7 @@ def test_right_after_the_handshake_nothing_is_asked() -> None:
 
 
 def test_questions_are_bounded() -> None:
-    client, server = flow(max_handshakes_again_per_s=1.0)
+    client, server = flow(max_rehandshakes_per_s=1.0)
     actions = [
         server.verdict(marked(client, server, (port, 53)), Direction.INGRESS, LATER, MARK).action
         for port in range(50_000, 50_003)

@@ -137,9 +137,9 @@ def connect_to_sidecar(connection: Connection) -> None:
     (syn,) = connection.client.send(connection.syn())
     connection.server.receive(syn)
     (framed,) = connection.server.send(by_sidecar(connection, connection.syn_ack()))
-    assert segment(framed).sport == SIDECAR_PORT  # The kernel puts the dialled port in afterwards.
-    dialled = with_payload(segment(connection.syn_ack()), segment(framed).payload)
-    assert connection.client.receive(dialled) == [connection.syn_ack()]
+    assert segment(framed).sport == SIDECAR_PORT  # The kernel puts the dialed port in afterwards.
+    dialed = with_payload(segment(connection.syn_ack()), segment(framed).payload)
+    assert connection.client.receive(dialed) == [connection.syn_ack()]
     (ack,) = connection.client.send(connection.ack())
     assert connection.server.receive(ack) == [connection.ack()]
 
@@ -158,8 +158,8 @@ def test_a_sidecar_answers_two_ports_that_were_dialled_at_the_same_moment(is_lat
         assert server.receive(syn) == [connection.syn()]
     for connection in reversed(both) if is_later_first else both:
         (framed,) = server.send(by_sidecar(connection, connection.syn_ack()))
-        dialled = with_payload(segment(connection.syn_ack()), segment(framed).payload)
-        assert client.receive(dialled) == [connection.syn_ack()]
+        dialed = with_payload(segment(connection.syn_ack()), segment(framed).payload)
+        assert client.receive(dialed) == [connection.syn_ack()]
         (ack,) = client.send(connection.ack())
         assert server.receive(ack) == [connection.ack()]
     assert server.datapath.half_open_flows == 0
@@ -209,7 +209,7 @@ def test_a_flow_that_was_answered_covers_no_other_port(connects: Callable[[Conne
 
 @pytest.mark.parametrize("flags", [ACK, RST])
 def test_what_comes_in_for_a_sidecars_own_port_is_no_part_of_the_flow(flags: int) -> None:
-    """The peer was allowed to reach the dialled port, and no other."""
+    """The peer was allowed to reach the dialed port, and no other."""
     connection = Connection(*make_pair())
     connect_to_sidecar(connection)
     connection.server.reasons()

@@ -11,12 +11,12 @@ import pytest
 
 from enforcer_daemon.datapath.udp import MAX_TRIES
 from enforcer_daemon.handshake import datagrams
-from enforcer_daemon.handshake.bounds import Bound
 from enforcer_daemon.handshake.carriers import UDP
-from enforcer_daemon.handshake.datagrams import RIDING_EXID, find_message
+from enforcer_daemon.handshake.datagrams import PIGGYBACKED_EXID, find_message
+from enforcer_daemon.handshake.fairtable import Limit
 from enforcer_daemon.handshake.flowkey import FlowKey, Role
 from enforcer_daemon.handshake.frames import TYPE_OFFER, TYPE_PROOF, encode_again, encode_proof, frame_type
-from enforcer_daemon.marks import CUT, RELEASED, REPLY, UNSUMMED
+from enforcer_daemon.marks import CHECKSUM_PARTIAL, GSO, RELEASED, REPLY
 from enforcer_daemon.model import Direction
 from enforcer_daemon.packet.udp import UDP_HEADER, build_udp, decode_udp, encode_option, with_option
 from enforcer_daemon.verdict import Action, Inject, Settle
@@ -226,7 +226,7 @@ def test_a_forged_proof_releases_nothing() -> None:
     assert found is not None
     nonce = found[0][8:24]
     for forged in (encode_proof(nonce, bytes(16)), encode_proof(bytes(16), bytes(16)), encode_proof(nonce, b"")):
-        riding = with_option(decode_udp(exchange.query(b"attack")), RIDING_EXID, forged)
+        riding = with_option(decode_udp(exchange.query(b"attack")), PIGGYBACKED_EXID, forged)
         assert exchange.server.receive(riding) == []
     assert len(exchange.server.held) == 1
 
@@ -284,7 +284,7 @@ def test_replies_are_never_judged_as_flows_of_their_own() -> None:
 def test_a_message_that_the_pod_makes_itself_does_not_leave() -> None:
     client, server = make_pair()
     own = with_option(
-        decode_udp(build_udp(client.address, server.address, PORTS, b"x")), RIDING_EXID, encode_again(bytes(16))
+        decode_udp(build_udp(client.address, server.address, PORTS, b"x")), PIGGYBACKED_EXID, encode_again(bytes(16))
     )
     assert client.verdict(own, Direction.EGRESS) == DROPPED
     assert client.reasons() == ["malformed-frame"]
@@ -404,7 +404,7 @@ def test_where_only_such_a_datagram_waits_the_proof_goes_alone() -> None:
 def test_a_send_that_is_not_cut_yet_passes_as_it_is_behind_the_proof() -> None:
     client, server = make_pair(BOUND, ADMITTING)
     send = build_udp(client.address, server.address, PORTS, bytes(300))
-    assert client.send(send, mark=UNSUMMED | CUT) == []
+    assert client.send(send, mark=CHECKSUM_PARTIAL | GSO) == []
     verdict = first_verdict(client, answer_to(client, server), Direction.INGRESS)
     assert [type(effect) for effect in verdict.effects] == [Inject, Settle]
     assert settled(verdict) == [(Action.RELEASE, True)]
@@ -414,7 +414,7 @@ def test_a_send_that_is_not_cut_yet_passes_as_it_is_behind_the_proof() -> None:
 
 def test_a_send_that_is_not_cut_yet_carries_no_offer_however_short() -> None:
     client, server = make_pair(OPEN, ADMITTING)
-    assert client.send(build_udp(client.address, server.address, PORTS, bytes(300)), mark=UNSUMMED | CUT) == []
+    assert client.send(build_udp(client.address, server.address, PORTS, bytes(300)), mark=CHECKSUM_PARTIAL | GSO) == []
     (offer,) = client.flush_injected()
     found = find_message(decode_udp(offer))
     assert found is not None
@@ -435,9 +435,9 @@ def test_a_checksum_that_is_not_made_yet_is_made_where_a_message_is_put_beside_t
     query = build_udp(client.address, server.address, PORTS, b"odd")
     at = decode_udp(query).offset + 6
     unsummed = query[:at] + b"\x12\x34" + query[at + 2 :]
-    (left,) = client.send(unsummed, mark=UNSUMMED)
+    (left,) = client.send(unsummed, mark=CHECKSUM_PARTIAL)
     assert bare(left) == query
-    assert datagrams.bare(decode_udp(left)._replace(is_unsummed=True)) == query
+    assert datagrams.bare(decode_udp(left)._replace(is_checksum_partial=True)) == query
 
 
 def test_a_checksum_that_shows_damage_stays() -> None:
@@ -477,15 +477,15 @@ def test_a_queue_that_is_behind_gets_no_more_offers_than_one_that_is_not() -> No
 
 
 def test_requests_to_shake_hands_again_are_bounded_and_counted() -> None:
-    client, server = make_pair(OPEN, ADMITTING, max_handshakes_again_per_s=20)
+    client, server = make_pair(OPEN, ADMITTING, max_rehandshakes_per_s=20)
     exchange = Exchange(client, server)
     exchange.say(b"met")
-    hits = server.node.context.bound_hits
+    hits = server.node.context.limit_hits
     for n in range(300):
         stray = build_udp(client.address, server.address, (10_000 + n, 53), b"stray")
         assert server.receive(stray, 50.0) == []
     assert len(server.held) == len(server.injected) == 20
-    assert hits[Bound.HANDSHAKES_AGAIN] == 300 - 20
+    assert hits[Limit.REHANDSHAKES] == 300 - 20
     for effect in server.expire(51.5):
         assert effect.verdict.action is Action.DROP
     server.expire(54.0)
@@ -515,7 +515,7 @@ def test_own_messages_that_never_came_to_the_queue_are_bounded_and_counted() -> 
     client, _ = make_pair(OPEN, ADMITTING, max_own_packets=50)
     for n in range(350):
         sent_alone(client, FlowKey(bytes(4), bytes(4), 53, n, UDP.protocol, Role.INITIATOR), b"lost")
-    assert client.node.context.bound_hits[Bound.OWN_PACKETS] == 300
+    assert client.node.context.limit_hits[Limit.OWN_PACKETS] == 300
 
 
 def test_a_burst_of_new_flows_knows_all_its_offers_again() -> None:
@@ -532,7 +532,7 @@ def test_a_proof_of_no_handshake_does_not_reach_the_pod_with_the_datagram_that_i
     exchange.say(b"first")
     exchange.now = 100.0
     lost = exchange.query(b"second")
-    proof = with_option(decode_udp(lost), RIDING_EXID, encode_proof(bytes(16), bytes(16)))
+    proof = with_option(decode_udp(lost), PIGGYBACKED_EXID, encode_proof(bytes(16), bytes(16)))
     assert exchange.server.receive(proof, exchange.now) == []
     (request,) = exchange.server.flush_injected(exchange.now)
     exchange.client.receive(request, exchange.now, RELEASED | REPLY)

@@ -6,8 +6,8 @@ from __future__ import annotations
 import pytest
 
 from enforcer_daemon.datapath import engine
-from enforcer_daemon.handshake.bounds import Bound
-from enforcer_daemon.handshake.datagrams import LONE_EXID, RIDING_EXID
+from enforcer_daemon.handshake.datagrams import PIGGYBACKED_EXID, STANDALONE_EXID
+from enforcer_daemon.handshake.fairtable import Limit
 from enforcer_daemon.handshake.frames import MARKER_ID, TYPE_OFFER, SynFrame, encode_proof, encode_syn
 from enforcer_daemon.marks import NODE, RELEASED, REPLY
 from enforcer_daemon.model import Direction
@@ -30,7 +30,7 @@ from tests.unit.datapath.pair import (
 ADMITTING = FakePolicy(ingress=Rules(frozenset({"client"})))
 MARK = RELEASED | 2 << 12
 BY_ADDRESS_MARK = RELEASED | 1 << 12
-"""Of the server's first flow that was judged by an identity."""
+"""Of the server's first flow that was evaluated by an identity."""
 PORTS = 40_000, 53
 
 
@@ -130,7 +130,7 @@ def test_rivals_are_bounded_and_one_that_is_not_kept_is_not_delivered(monkeypatc
     syns = [copied_syn(connection, bytes((n,)) * 16, 10_000 + n) for n in range(4)]
     actions = [arrive(connection.server, syn, MARK).action for syn in syns]
     assert actions == [Action.ACCEPT, Action.ACCEPT, Action.DROP, Action.DROP]
-    assert connection.server.node.context.bound_hits[Bound.HALF_OPEN_FLOWS_PER_SOURCE] == 2
+    assert connection.server.node.context.limit_hits[Limit.HALF_OPEN_FLOWS_PER_SOURCE] == 2
     assert arrive(connection.server, syns[3], MARK, now=1.0 + engine.RIVAL_S).action is Action.ACCEPT
     assert len(connection.server.datapath._tcp.responder.rivals) == 1
 
@@ -140,7 +140,7 @@ def test_rivals_of_all_sources_are_bounded(monkeypatch: pytest.MonkeyPatch) -> N
     connection = released()
     for n, action in enumerate((Action.ACCEPT, Action.DROP)):
         assert arrive(connection.server, copied_syn(connection, bytes((n,)) * 16, n), MARK).action is action
-    assert connection.server.node.context.bound_hits[Bound.HALF_OPEN_FLOWS] == 1
+    assert connection.server.node.context.limit_hits[Limit.HALF_OPEN_FLOWS] == 1
 
 
 def test_a_challenge_ack_leaves_though_its_flow_is_not_in_the_kernel() -> None:
@@ -157,16 +157,16 @@ def test_a_challenge_ack_leaves_though_its_flow_is_not_in_the_kernel() -> None:
 def offer(client: Endpoint, server: Endpoint, nonce: bytes, payload: bytes | None = None) -> bytes:
     message = encode_syn(SynFrame(nonce, client.context.local.block), TYPE_OFFER)
     if payload is None:
-        surplus = encode_option(UDP_HEADER, LONE_EXID, message)
+        surplus = encode_option(UDP_HEADER, STANDALONE_EXID, message)
         return build_udp(client.address, server.address, PORTS, b"", surplus)
     plain = build_udp(client.address, server.address, PORTS, payload)
-    return with_option(decode_udp(plain), RIDING_EXID, message)
+    return with_option(decode_udp(plain), PIGGYBACKED_EXID, message)
 
 
 def test_an_offer_on_a_released_flow_is_answered_and_the_release_stays() -> None:
     client, server = make_pair(None, ADMITTING)
-    lone = arrive(server, offer(client, server, b"a" * 16), MARK)
-    assert (lone.action, lone.mark, len(lone.effects)) == (Action.TAKE, 0, 1)
+    standalone = arrive(server, offer(client, server, b"a" * 16), MARK)
+    assert (standalone.action, standalone.mark, len(standalone.effects)) == (Action.TAKE, 0, 1)
     riding = arrive(server, offer(client, server, b"b" * 16, b"data"), MARK)
     assert (riding.action, len(riding.effects)) == (Action.HOLD, 1)
 
@@ -216,15 +216,15 @@ def test_only_its_proof_lets_a_second_handshake_take_the_place_of_the_first() ->
 def test_a_stray_proof_beside_a_datagram_of_a_released_flow_is_taken_off() -> None:
     client, server = make_pair(None, ADMITTING)
     plain = build_udp(client.address, server.address, PORTS, b"data")
-    framed = with_option(decode_udp(plain), RIDING_EXID, encode_proof(b"n" * 16, bytes(16)), MARKER_ID)
+    framed = with_option(decode_udp(plain), PIGGYBACKED_EXID, encode_proof(b"n" * 16, bytes(16)), MARKER_ID)
     assert arrive(server, framed, BY_ADDRESS_MARK) == Result(Action.ACCEPT, plain)
 
 
 def test_challenges_are_limited_and_counted() -> None:
-    client, server = make_pair(None, ADMITTING, max_handshakes_again_per_s=2.0)
+    client, server = make_pair(None, ADMITTING, max_rehandshakes_per_s=2.0)
     verdicts = [arrive(server, offer(client, server, bytes((n,)) * 16), MARK) for n in range(4)]
     assert [len(verdict.effects) for verdict in verdicts] == [1, 1, 0, 0]
-    assert server.node.context.bound_hits[Bound.HANDSHAKES_AGAIN] == 2
+    assert server.node.context.limit_hits[Limit.REHANDSHAKES] == 2
 
 
 def test_rivals_of_datagram_flows_are_bounded() -> None:
@@ -238,7 +238,7 @@ def test_rivals_of_datagram_flows_are_bounded() -> None:
 
 def test_a_request_to_shake_hands_again_takes_no_release_back() -> None:
     client, server = make_pair(FakePolicy(egress=Rules(frozenset(), direction=Direction.EGRESS)))
-    surplus = encode_option(UDP_HEADER, LONE_EXID, b"\xd3TRI\x01\x06\x00\x18" + bytes(16))
+    surplus = encode_option(UDP_HEADER, STANDALONE_EXID, b"\xd3TRI\x01\x06\x00\x18" + bytes(16))
     again = build_udp(server.address, client.address, PORTS[::-1], b"", surplus)
     assert arrive(client, again, MARK | REPLY) == DROPPED
 

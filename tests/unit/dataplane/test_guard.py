@@ -69,7 +69,7 @@ def test_what_an_isolated_pod_sends_needs_a_rule_by_address_for_what_it_dialed_o
 
 def test_no_frame_of_a_pod_is_believed_whose_rules_name_no_pods() -> None:
     by_address = replace(LINKED, by_identity=False)
-    assert contents(guard_egress.apply_lines(None, by_address))[0] == "oif != 0 jump lone"
+    assert contents(guard_egress.apply_lines(None, by_address))[0] == "oif != 0 jump standalone"
     for endpoint in (LINKED, by_address):
         framed = [line for line in guard_spoofing.apply_lines(None, endpoint) if "jump framed" in line]
         assert len(framed) == len(guard_vouched.framed_syns(by_identity=endpoint.by_identity))

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from enforcer_daemon.dataplane.netlink import encode_attribute
 from enforcer_daemon.dataplane.queuemessages import encode_uncut, offloads
-from enforcer_daemon.marks import CUT, UNSUMMED
+from enforcer_daemon.marks import CHECKSUM_PARTIAL, GSO
 
 HEAD = bytes(20) + encode_attribute(1, bytes(7)) + encode_attribute(5, bytes(4))
 LOOKALIKE = encode_attribute(14, b"\0\0\0\3")
@@ -17,7 +17,7 @@ LOOKALIKE = encode_attribute(14, b"\0\0\0\3")
 
 @pytest.mark.parametrize(
     ("info", "left_to_do"),
-    [(0, 0), (1, UNSUMMED), (2, CUT), (3, UNSUMMED | CUT), (4, 0), (7, UNSUMMED | CUT)],
+    [(0, 0), (1, CHECKSUM_PARTIAL), (2, GSO), (3, CHECKSUM_PARTIAL | GSO), (4, 0), (7, CHECKSUM_PARTIAL | GSO)],
 )
 def test_offloads(info: int, left_to_do: int) -> None:
     message = HEAD + encode_attribute(14, info.to_bytes(4, "big")) + encode_attribute(10, b"packet")

@@ -11,7 +11,7 @@ import pytest
 
 from enforcer_daemon.errors import FrameError, PeerError, ProofError
 from enforcer_daemon.handshake import leasepairs, leases
-from enforcer_daemon.handshake.bounds import Bound, no_hits
+from enforcer_daemon.handshake.fairtable import Limit, no_hits
 from enforcer_daemon.handshake.lapse import TCP_LAPSE_S, UDP_LAPSE_S
 from enforcer_daemon.handshake.leaseframes import (
     LEASE_BYTES,
@@ -613,7 +613,7 @@ def test_pairs_are_limited_and_one_without_flows_makes_room(monkeypatch: pytest.
     pods = [replace(identity, pod=PodRef("default", f"other-{n}")) for n in range(3)]
     found = [(pod, b.address, a.address, Protocol.TCP) for pod in pods]
     a.leases.use(found, 2.0, 2.0)
-    assert (len(a.leases), hits[Bound.LEASES]) == (2, 1)
+    assert (len(a.leases), hits[Limit.LEASES]) == (2, 1)
     assert a.leases.receive(presentation(b), (b.address, a.address), a.verify, 2.0) == []
     a.leases.note(a.verify(b.local.block), (b.address, a.address), Protocol.TCP, a.local, 2.0)
     assert len(a.leases) == 2

@@ -9,7 +9,7 @@ import pytest
 from cryptography.hazmat.primitives.asymmetric.ec import EllipticCurvePrivateKey
 
 from enforcer_daemon.errors import PeerError
-from enforcer_daemon.handshake.bounds import Bound
+from enforcer_daemon.handshake.fairtable import Limit
 from enforcer_daemon.handshake.frames import encode_block
 from enforcer_daemon.handshake.limits import HandshakeLimits
 from enforcer_daemon.handshake.peers import PeerVerifier
@@ -136,9 +136,9 @@ def test_tables_stay_bounded_and_what_they_lose_is_counted() -> None:
     assert len(known._peers) == len(known._refused) == len(known._refused_credentials) == 3
     assert len(known._credentials) == 1
     assert {len(sources) for sources in known._allowance._sources} <= {0, 1, 3}
-    assert known.bound_hits[Bound.CACHED_PEERS] >= 7
-    assert known.bound_hits[Bound.REFUSED_IDENTITIES] == 14
-    assert known.bound_hits[Bound.VERIFICATION_SOURCES] >= 7
+    assert known.limit_hits[Limit.CACHED_PEERS] >= 7
+    assert known.limit_hits[Limit.REFUSED_IDENTITIES] == 14
+    assert known.limit_hits[Limit.VERIFICATION_SOURCES] >= 7
 
 
 def test_the_memory_of_credentials_is_bounded() -> None:
@@ -149,4 +149,4 @@ def test_the_memory_of_credentials_is_bounded() -> None:
         known.verify(block(name), SOURCE, 1.0, WALL)
         known.verify(signed_block(name, WALL, other, key), SOURCE, 1.0, WALL)
     assert list(known._credentials) == [other.der]
-    assert known.bound_hits[Bound.CACHED_CREDENTIALS] == 3
+    assert known.limit_hits[Limit.CACHED_CREDENTIALS] == 3

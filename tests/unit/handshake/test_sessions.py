@@ -8,7 +8,7 @@ from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
 
 from enforcer_daemon.errors import FrameError, ProofError
 from enforcer_daemon.handshake import carriers, local
-from enforcer_daemon.handshake.bounds import Bound, no_hits
+from enforcer_daemon.handshake.fairtable import Limit, no_hits
 from enforcer_daemon.handshake.flowkey import FlowKey, Role
 from enforcer_daemon.handshake.frames import MAGIC, decode_block, decode_syn, decode_syn_ack, find_proof, is_frame
 from enforcer_daemon.handshake.machine import IllegalEventError, State
@@ -60,7 +60,7 @@ def test_one_peer_cannot_have_the_sessions_of_others_evicted() -> None:
 
 
 def test_released_sessions_make_room_and_are_found() -> None:
-    table, before = table_of(10, 10, 2), HITS[Bound.SETTLED_FLOWS]
+    table, before = table_of(10, 10, 2), HITS[Limit.SETTLED_FLOWS]
     first, *others = sessions = [session(port) for port in range(3)]
     for each in sessions:
         table.add(each)
@@ -70,7 +70,7 @@ def test_released_sessions_make_room_and_are_found() -> None:
     assert len(table) == 0
     assert table.get(first.key) is None
     assert table.known() == others
-    assert HITS[Bound.SETTLED_FLOWS] == before + 1
+    assert HITS[Limit.SETTLED_FLOWS] == before + 1
 
 
 def test_what_another_session_has_taken_over_stays_when_the_earlier_one_goes() -> None:
@@ -134,7 +134,7 @@ def test_a_flow_is_named_from_the_pods_side() -> None:
 def test_an_answer_without_an_offer_is_not_made() -> None:
     with pytest.raises(IllegalEventError):
         session().make_answer(1, bytes(16))
-    assert session().let_go(1.0) == DROP
+    assert session().establish(1.0) == DROP
 
 
 def test_a_pair_key_is_derived_once_and_differs_by_role(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -19,7 +19,7 @@ import pytest
 from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey, X25519PublicKey
 from cryptography.x509 import load_der_x509_certificate
 
-from enforcer_daemon.handshake.datagrams import LONE_EXID
+from enforcer_daemon.handshake.datagrams import STANDALONE_EXID
 from enforcer_daemon.handshake.frames import (
     SYN_ACK_OVERHEAD,
     TYPE_ANSWER,
@@ -110,8 +110,8 @@ def test_the_proofs_are_these_bytes() -> None:
     key, answer = raw("pair_key"), without_proof(raw("syn_ack_frame"))
     assert responder_proof(key, TCP_LABELS, covered, frame_hash(raw("syn_frame")), answer) == raw("proof_r")
     assert initiator_proof(key, TCP_LABELS, covered, raw("proof_r")) == raw("proof_i")
-    assert proof_option(raw("proof_i"), is_lone=False) == raw("proof_option")
-    assert proof_option(raw("proof_i"), is_lone=True) == raw("lone_proof_option")
+    assert proof_option(raw("proof_i"), is_standalone=False) == raw("proof_option")
+    assert proof_option(raw("proof_i"), is_standalone=True) == raw("lone_proof_option")
     found = find_proof(raw("proof_option"))
     assert found is not None
     assert found.proof == raw("proof_i")
@@ -136,7 +136,7 @@ def test_the_messages_beside_datagrams_are_these_bytes() -> None:
     proof_i = hmac.digest(raw("pair_key"), b"datagram-proof" + nonces + proof_r, "sha256")[:16]
     assert initiator_proof(raw("pair_key"), UDP_LABELS, nonces, proof_r) == proof_i == raw("datagrams", "proof_i")
     assert encode_proof(raw("initiator", "nonce"), proof_i) == raw("datagrams", "proof_message")
-    surplus = encode_option(UDP_HEADER, LONE_EXID, raw("datagrams", "proof_message"))
+    surplus = encode_option(UDP_HEADER, STANDALONE_EXID, raw("datagrams", "proof_message"))
     ends = ip_address("10.1.0.2").packed, address
     assert build_udp(*ends, (40_000, 53), b"", surplus) == raw("datagrams", "proof_packet")
 
@@ -165,7 +165,7 @@ def test_lease_messages_are_these_bytes() -> None:
         message = decode_lease(expected + rest)
         require_mac(expected + rest, key)
         assert encode_lease(message, key) == expected + rest
-    surplus = encode_option(UDP_HEADER, LONE_EXID, raw("lease", "probe"))
+    surplus = encode_option(UDP_HEADER, STANDALONE_EXID, raw("lease", "probe"))
     ends = ip_address("10.1.0.2").packed, ip_address("10.2.0.2").packed
     assert build_udp(*ends, (LEASE_PORT, LEASE_PORT), b"", surplus) == raw("lease", "probe_packet")
 

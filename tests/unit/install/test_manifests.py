@@ -99,7 +99,7 @@ def test_removal_takes_the_plugin_out_before_the_rules_and_leaves_no_enforcer() 
     steps = [[*container["command"], *container.get("args", ())] for container in pod["initContainers"]]
     assert [(step[0], step[-1]) for step in steps] == [
         ("trireme-install", "uninstall"),
-        ("trireme-enforcer", "--withdraw"),
+        ("trireme-enforcer", "--uninstall"),
     ]
     assert [container["name"] for container in pod["containers"]] == ["installer"]
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The cluster as a source, against an API server over HTTP: what reaches the world, and what happens without it."""
+"""The cluster as a source, against an API server over HTTP: what reaches the state, and what happens without it."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from enforcer_daemon.kube.source import ClusterSource
 from enforcer_daemon.model import AttachmentId, PodRef
 from enforcer_daemon.registration.request import AddRequest
 from enforcer_daemon.settings import KubernetesSettings, RegistrationSettings, Settings
-from enforcer_daemon.sources.manifests import World
+from enforcer_daemon.sources.manifests import ClusterState
 from enforcer_daemon.telemetry.metrics import Metrics
 from tests.kube.api import FakeApi
 
@@ -57,15 +57,15 @@ def api() -> Iterator[FakeApi]:
 
 @dataclass
 class Running:
-    """A source that runs, and what it last gave; as the daemon does, it asks for the next world at once."""
+    """A source that runs, and what it last gave; as the daemon does, it asks for the next state at once."""
 
     source: ClusterSource
     metrics: Metrics
-    worlds: list[World] = field(default_factory=list)
+    states: list[ClusterState] = field(default_factory=list)
 
     @property
     def policies(self) -> list[str]:
-        return [found.name for found in self.worlds[-1].policies] if self.worlds else []
+        return [found.name for found in self.states[-1].policies] if self.states else []
 
     async def until(self, condition: Callable[[], bool]) -> None:
         async with asyncio.timeout(20):
@@ -73,8 +73,8 @@ class Running:
                 await asyncio.sleep(0.005)
 
     async def follow(self) -> None:
-        async for world in self.source.worlds():
-            self.worlds.append(world)
+        async for state in self.source.states():
+            self.states.append(state)
 
     def metric(self, name: str, resource: str) -> float | None:
         return self.metrics.registry.get_sample_value(name, {"resource": resource})
@@ -117,17 +117,17 @@ def test_the_world_is_listed_in_pages_and_then_followed(api: FakeApi, tmp_path: 
     async def work() -> None:
         async with running(settings_for(api, tmp_path)) as found:
             await found.until(lambda: found.source.is_settled)
-            world = found.worlds[0]
+            state = found.states[0]
             assert found.policies == [f"p{number}" for number in range(5)]
-            assert world.labels_of("x") == {"team": "red", "kubernetes.io/metadata.name": "x"}
-            assert list(world.pods) == [PodRef("x", "web")]
+            assert state.labels_of("x") == {"team": "red", "kubernetes.io/metadata.name": "x"}
+            assert list(state.pods) == [PodRef("x", "web")]
             await asyncio.to_thread(api.delete, "NetworkPolicy", "x", "p0")
             await asyncio.to_thread(api.put, policy("p9"), namespace("x", team="blue"), pod("late", node="b"))
             await found.until(lambda: found.policies == ["p1", "p2", "p3", "p4", "p9"])
-            await found.until(lambda: found.worlds[-1].labels_of("x")["team"] == "blue")
+            await found.until(lambda: found.states[-1].labels_of("x")["team"] == "blue")
             await asyncio.to_thread(api.patch, "Pod", "x", "web", {"metadata": {"labels": {"app": "db"}}})
-            await found.until(lambda: found.worlds[-1].pods[PodRef("x", "web")].labels == {"app": "db"})
-            assert list(found.worlds[-1].pods) == [PodRef("x", "web")]
+            await found.until(lambda: found.states[-1].pods[PodRef("x", "web")].labels == {"app": "db"})
+            assert list(found.states[-1].pods) == [PodRef("x", "web")]
             assert found.metric("trireme_watch_up", "networkpolicies") == 1
         assert ("GET", "/apis/networking.k8s.io/v1/networkpolicies?limit=2") in api.requests
 
@@ -208,11 +208,11 @@ def test_a_bad_object_is_refused_alone(api: FakeApi, tmp_path: Path) -> None:
         async with running(settings_for(api, tmp_path)) as found:
             await found.until(lambda: found.source.is_settled)
             assert found.policies == ["bad", "p0"]
-            assert "x/bad: spec.policyTypes[0]" in str(found.worlds[-1].problems[0])
+            assert "x/bad: spec.policyTypes[0]" in str(found.states[-1].problems[0])
             await asyncio.to_thread(api.put, policy("p0", egress="all"), policy("p1"))
             await found.until(lambda: "p1" in found.policies)
             assert found.policies == ["bad", "p0", "p1"]
-            assert len(found.worlds[-1].problems) == 2
+            assert len(found.states[-1].problems) == 2
 
     asyncio.run(work())
 
@@ -224,10 +224,10 @@ def test_no_world_before_everything_is_listed(api: FakeApi, tmp_path: Path) -> N
     async def work() -> None:
         async with running(settings_for(api, tmp_path)) as found:
             await found.until(lambda: "networkpolicies" in api.watched())
-            assert found.worlds == []
+            assert found.states == []
             assert "namespaces" in found.source.problem()
             api.delays_s.clear()
-            await found.until(lambda: bool(found.worlds))
+            await found.until(lambda: bool(found.states))
             assert found.policies == ["p0"]
 
     asyncio.run(work())
@@ -282,25 +282,25 @@ def test_a_start_without_the_server_goes_on_with_what_was_kept(api: FakeApi, tmp
     api.put(policy("p0"), namespace("x", team="red"), pod("web"))
     settings = settings_for(api, tmp_path)
 
-    async def first() -> World:
+    async def first() -> ClusterState:
         async with running(settings) as found:
             await found.until(lambda: found.source.is_settled)
             await found.source.keep()
-            return found.worlds[-1]
+            return found.states[-1]
 
-    async def second(before: World) -> None:
+    async def second(before: ClusterState) -> None:
         with api.away():
             started = time.monotonic()
             async with running(settings) as found:
                 await found.until(lambda: found.source.is_settled)
                 assert time.monotonic() - started >= LIMITS.sync_timeout_s
-                assert found.worlds == [before]
+                assert found.states == [before]
                 assert found.source.networks().enforced
                 assert found.source.lag()
                 await asyncio.to_thread(api.delete, "NetworkPolicy", "x", "p0")
                 await found.source.keep()  # What is not known to be complete is not written over.
         async with running(settings) as found:
-            await found.until(lambda: bool(found.worlds))
+            await found.until(lambda: bool(found.states))
             await found.until(lambda: found.policies == [])
 
     before = asyncio.run(first())
@@ -315,7 +315,7 @@ def test_a_start_with_neither_waits_for_the_server(api: FakeApi, tmp_path: Path)
             async with running(settings) as found:
                 await found.until(lambda: "does not answer" in found.source.problem())
                 await asyncio.sleep(2 * LIMITS.sync_timeout_s)
-                assert found.worlds == []
+                assert found.states == []
         async with running(settings) as found:
             await found.until(lambda: found.source.is_settled)
 
@@ -374,7 +374,7 @@ def test_a_pod_that_the_watch_has_not_brought_is_asked_for(api: FakeApi, tmp_pat
             await asyncio.to_thread(api.put, pod("web"))
             answer = await admit(found, request())
             assert isinstance(answer, AddRequest)
-            assert found.worlds[-1].find_pod(PodRef("x", "web"), "u-1") is not None
+            assert found.states[-1].find_pod(PodRef("x", "web"), "u-1") is not None
 
     asyncio.run(work())
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Where the transport header begins, and which packets have none to judge."""
+"""Where the transport header begins, and which packets have none to evaluate."""
 
 from __future__ import annotations
 

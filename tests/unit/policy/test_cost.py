@@ -42,8 +42,8 @@ def test_many_peers_with_many_ports_are_kept_beside_each_other():
 
     policy = compiled({"from": peers, "ports": ports(1_500)})
 
-    assert policy.ingress.judge(PEER, PEER.ips[0], 2_999, Protocol.TCP).is_allowed
-    assert not policy.ingress.judge(PEER, PEER.ips[0], 3_000, Protocol.TCP).is_allowed
+    assert policy.ingress.evaluate(PEER, PEER.ips[0], 2_999, Protocol.TCP).is_allowed
+    assert not policy.ingress.evaluate(PEER, PEER.ips[0], 3_000, Protocol.TCP).is_allowed
     assert time.perf_counter() - started < GENEROUS_S
 
 
@@ -75,7 +75,7 @@ def test_a_peer_is_compared_with_the_selectors_once(monkeypatch: Any):
     matches = Selector.matches
     monkeypatch.setattr(Selector, "matches", lambda self, labels: asked.append(self) or matches(self, labels))
     for port in range(100):
-        policy.ingress.judge(PEER, PEER.ips[0], port, Protocol.TCP)
+        policy.ingress.evaluate(PEER, PEER.ips[0], port, Protocol.TCP)
     assert len(asked) == 10
 
 
@@ -84,7 +84,7 @@ def test_remembered_peers_are_bounded(monkeypatch: Any):
     policy = compiled({"from": [{"podSelector": {}}]})
     for number in range(5):
         peer = Identity(PodRef("farm", f"p{number}"), PEER.ips, {}, {}, "node")
-        assert policy.ingress.judge(peer, PEER.ips[0], 80, Protocol.TCP).is_allowed
+        assert policy.ingress.evaluate(peer, PEER.ips[0], 80, Protocol.TCP).is_allowed
     assert len(policy.ingress._rules._groups_of) <= 2
 
 
@@ -94,7 +94,7 @@ def test_remembered_groups_are_bounded(monkeypatch: Any):
     policy = compiled({"from": peers})
     for number in range(5):
         peer = Identity(PodRef("farm", f"p{number}"), PEER.ips, {"app": "hen"}, {}, "node")
-        assert policy.ingress.judge(peer, PEER.ips[0], 80, Protocol.TCP).is_allowed
+        assert policy.ingress.evaluate(peer, PEER.ips[0], 80, Protocol.TCP).is_allowed
         assert sum(map(len, policy.ingress._rules._groups_of.values())) <= 3
 
 
@@ -125,9 +125,12 @@ def test_a_namespace_with_too_many_policies_is_isolated(monkeypatch: pytest.Monk
     decoded = [decode_network_policy(manifest) for manifest in manifests]
 
     assert (
-        compile_snapshot(decoded[:1], 1).pod_policy(POD).ingress.judge(PEER, PEER.ips[0], 80, Protocol.TCP).is_allowed
+        compile_snapshot(decoded[:1], 1)
+        .pod_policy(POD)
+        .ingress.evaluate(PEER, PEER.ips[0], 80, Protocol.TCP)
+        .is_allowed
     )
     closed = compile_snapshot(decoded, 1).pod_policy(POD)
 
-    assert not closed.ingress.judge(PEER, PEER.ips[0], 80, Protocol.TCP).is_allowed
-    assert not closed.egress.judge(PEER, PEER.ips[0], 80, Protocol.TCP).is_allowed
+    assert not closed.ingress.evaluate(PEER, PEER.ips[0], 80, Protocol.TCP).is_allowed
+    assert not closed.egress.evaluate(PEER, PEER.ips[0], 80, Protocol.TCP).is_allowed

@@ -39,7 +39,7 @@ def policy_of(identity: Identity, **specs: dict[str, Any] | None) -> PodPolicy:
 def test_without_policies_everything_is_allowed():
     policy = policy_of(COW)
     assert not policy.ingress.is_isolated
-    assert policy.ingress.judge(None, OUTSIDE, None, None) == Decision(True, Reason.NOT_ISOLATED, Direction.INGRESS)
+    assert policy.ingress.evaluate(None, OUTSIDE, None, None) == Decision(True, Reason.NOT_ISOLATED, Direction.INGRESS)
     assert policy.egress.could_allow(None, None, None)
     assert policy.egress.address_rules() == (AddressRule(),)
 
@@ -49,7 +49,7 @@ def test_an_allowance_names_one_rule_and_its_explanation_all():
     ingress = policy_of(COW, a={"ingress": rules}, b={"ingress": [{}]}).ingress
     question = (HEN, HEN_ADDRESS, 80, Protocol.TCP)
 
-    assert ingress.judge(*question) == Decision(True, Reason.POLICY, Direction.INGRESS, (RuleRef("farm", "a", 1),))
+    assert ingress.evaluate(*question) == Decision(True, Reason.POLICY, Direction.INGRESS, (RuleRef("farm", "a", 1),))
     assert ingress.explain(*question).rules == (RuleRef("farm", "a", 1), RuleRef("farm", "b", 0))
 
 
@@ -59,7 +59,7 @@ def test_a_denial_names_the_policies_that_isolate():
     names = (RuleRef("farm", "a"), RuleRef("farm", "b"))
 
     assert egress.isolating == names
-    assert egress.judge(HEN, HEN_ADDRESS, 80, Protocol.TCP) == Decision(
+    assert egress.evaluate(HEN, HEN_ADDRESS, 80, Protocol.TCP) == Decision(
         False, Reason.EGRESS_DENIED, Direction.EGRESS, names
     )
     assert egress.explain(HEN, HEN_ADDRESS, 80, Protocol.TCP).rules == names
@@ -67,21 +67,21 @@ def test_a_denial_names_the_policies_that_isolate():
 
 def test_an_address_without_an_identity_is_denied_as_such():
     ingress = policy_of(COW, a={"ingress": [{"from": [{"podSelector": {}}]}]}).ingress
-    assert ingress.judge(HEN, HEN_ADDRESS, 80, Protocol.TCP).is_allowed
-    assert ingress.judge(None, HEN_ADDRESS, 80, Protocol.TCP).reason is Reason.UNIDENTIFIED_PEER
+    assert ingress.evaluate(HEN, HEN_ADDRESS, 80, Protocol.TCP).is_allowed
+    assert ingress.evaluate(None, HEN_ADDRESS, 80, Protocol.TCP).reason is Reason.UNIDENTIFIED_PEER
 
 
 def test_a_protocol_without_ports_needs_a_rule_without_ports():
     ingress = policy_of(COW, a={"ingress": [{"ports": [{"protocol": "TCP"}, {"protocol": "UDP"}]}]}).ingress
-    assert not ingress.judge(HEN, HEN_ADDRESS, None, None).is_allowed
-    assert policy_of(COW, a={"ingress": [{}]}).ingress.judge(HEN, HEN_ADDRESS, None, None).is_allowed
+    assert not ingress.evaluate(HEN, HEN_ADDRESS, None, None).is_allowed
+    assert policy_of(COW, a={"ingress": [{}]}).ingress.evaluate(HEN, HEN_ADDRESS, None, None).is_allowed
 
 
 def test_a_port_may_have_several_names():
     for name in ("milk", "dairy"):
         ingress = policy_of(COW, a={"ingress": [{"ports": [{"port": name}]}]}).ingress
-        assert ingress.judge(None, OUTSIDE, 8080, Protocol.TCP).is_allowed
-        assert not ingress.judge(None, OUTSIDE, 9090, Protocol.TCP).is_allowed
+        assert ingress.evaluate(None, OUTSIDE, 8080, Protocol.TCP).is_allowed
+        assert not ingress.evaluate(None, OUTSIDE, 9090, Protocol.TCP).is_allowed
 
 
 class TestTrustDomains:
@@ -91,7 +91,7 @@ class TestTrustDomains:
 
     def _may(self, peer: Identity, entry: dict[str, Any]) -> bool:
         ingress = policy_of(COW, a={"ingress": [{"from": [entry]}]}).ingress
-        return ingress.judge(peer, HEN_ADDRESS, 80, Protocol.TCP).is_allowed
+        return ingress.evaluate(peer, HEN_ADDRESS, 80, Protocol.TCP).is_allowed
 
     @pytest.mark.parametrize("entry", [{"podSelector": {}}, {"namespaceSelector": {}}])
     def test_a_foreign_pod_is_in_no_selector(self, entry: dict[str, Any]):
@@ -115,7 +115,9 @@ class TestTrustDomains:
 
     def test_a_foreign_pod_is_still_an_address_and_anyone(self):
         assert self._may(self.FOREIGN, {"ipBlock": {"cidr": "10.1.0.0/16"}})
-        assert policy_of(COW, a={"ingress": [{}]}).ingress.judge(self.FOREIGN, HEN_ADDRESS, 1, Protocol.TCP).is_allowed
+        assert (
+            policy_of(COW, a={"ingress": [{}]}).ingress.evaluate(self.FOREIGN, HEN_ADDRESS, 1, Protocol.TCP).is_allowed
+        )
 
 
 class TestCouldAllow:
@@ -172,7 +174,7 @@ def test_address_rules_resolve_the_pods_own_names_and_leave_pods_out():
 def test_address_rules_of_egress_have_no_named_ports():
     egress = policy_of(COW, a={"policyTypes": ["Egress"], "egress": [{"ports": [{"port": "milk"}]}]}).egress
     assert egress.address_rules() == ()
-    assert egress.judge(HEN, HEN_ADDRESS, 9090, Protocol.TCP).is_allowed
+    assert egress.evaluate(HEN, HEN_ADDRESS, 9090, Protocol.TCP).is_allowed
 
 
 def test_a_snapshot_keeps_what_it_compiled_and_forgets_it_at_its_bound(monkeypatch: pytest.MonkeyPatch):

@@ -72,7 +72,7 @@ def test_own_case(document: dict[str, Any]):
         "probes": [_probe(text) for text in document["probes"]],
     })  # fmt: skip
 
-    found = [(str(p), v.verdict, v.denied_by) for p in case.probes for v in [case.world.judge(p)]]
+    found = [(str(p), v.verdict, v.denied_by) for p in case.probes for v in [case.cluster.evaluate(p)]]
 
     assert found == [(str(p), p.expected, p.denied_by) for p in case.probes]
 
@@ -85,7 +85,7 @@ def test_all_shared_cases_have_the_expected_verdicts():
             case = decode_case(json.loads(line))
             for probe in case.probes:
                 count += 1
-                verdict = case.world.judge(probe)
+                verdict = case.cluster.evaluate(probe)
                 if (verdict.verdict, verdict.denied_by) != (probe.expected, probe.denied_by):
                     wrong.append((case.name, str(probe), verdict))
     assert wrong == []

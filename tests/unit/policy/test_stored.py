@@ -33,7 +33,7 @@ def block(cidr: str, *excepts: str) -> dict[str, Any]:
 def allows(entry: Entry[Any], address: str) -> bool:
     policy = compile_snapshot([entry.value], 1).pod_policy(Identity(PodRef("x", "a"), (), {}, {}, "n"))
     assert policy.ingress.is_isolated
-    return policy.ingress.judge(None, ip_address(address), 80, Protocol.TCP).is_allowed
+    return policy.ingress.evaluate(None, ip_address(address), 80, Protocol.TCP).is_allowed
 
 
 @pytest.mark.parametrize(

@@ -17,7 +17,7 @@ import pytest
 from enforcer_daemon.model import PodRef
 from enforcer_daemon.sources import directory as directory_module
 from enforcer_daemon.sources.directory import DirectorySource
-from enforcer_daemon.sources.manifests import MAX_FILE_BYTES, World
+from enforcer_daemon.sources.manifests import MAX_FILE_BYTES, ClusterState
 
 
 def policy(name: str, namespace: str = "farm", **spec: object) -> dict[str, Any]:
@@ -36,8 +36,8 @@ def write(path: Path, *manifests: dict[str, Any]) -> None:
     new.replace(path)
 
 
-def names(world: World) -> list[str]:
-    return [f"{p.namespace}/{p.name}" for p in world.policies]
+def names(state: ClusterState) -> list[str]:
+    return [f"{p.namespace}/{p.name}" for p in state.policies]
 
 
 BAD: dict[str, object] = {"policyTypes": ["Both"]}
@@ -54,14 +54,14 @@ def test_all_kinds_of_all_files_make_a_world(tmp_path: Path):
     (tmp_path / ".hidden.yaml").write_text("not: [read")
     (tmp_path / "below.yaml").mkdir()
 
-    world = DirectorySource(tmp_path).read()
+    state = DirectorySource(tmp_path).read()
 
-    assert names(world) == ["farm/a", "farm/b"]
-    assert world.problems == ()
-    assert world.labels_of("farm") == {"green": "yes", "kubernetes.io/metadata.name": "farm"}
-    assert world.labels_of("city") == {"kubernetes.io/metadata.name": "city"}
-    assert list(world.pods) == [PodRef("farm", "cow")]
-    assert world.pods[PodRef("farm", "cow")].labels == {"a": "b"}
+    assert names(state) == ["farm/a", "farm/b"]
+    assert state.problems == ()
+    assert state.labels_of("farm") == {"green": "yes", "kubernetes.io/metadata.name": "farm"}
+    assert state.labels_of("city") == {"kubernetes.io/metadata.name": "city"}
+    assert list(state.pods) == [PodRef("farm", "cow")]
+    assert state.pods[PodRef("farm", "cow")].labels == {"a": "b"}
 
 
 def test_a_bad_object_is_refused_and_its_last_good_version_stays(tmp_path: Path):
@@ -70,20 +70,20 @@ def test_a_bad_object_is_refused_and_its_last_good_version_stays(tmp_path: Path)
     before = source.read()
 
     write(tmp_path / "p.yaml", policy("a", **BAD), policy("b"), policy("c", **BAD))
-    world = source.read()
+    state = source.read()
 
-    assert world.policies == before.policies
-    assert [(p.object, p.field) for p in world.problems] == [
+    assert state.policies == before.policies
+    assert [(p.object, p.field) for p in state.problems] == [
         ("NetworkPolicy farm/a", "spec.policyTypes[0]"), ("NetworkPolicy farm/c", "spec.policyTypes[0]"),
     ]  # fmt: skip
-    assert world.problems[0].file == str(tmp_path / "p.yaml")
-    assert world.problems[0].line == 1
+    assert state.problems[0].file == str(tmp_path / "p.yaml")
+    assert state.problems[0].line == 1
 
     write(tmp_path / "p.yaml", policy("a"))
-    world = source.read()
-    assert names(world) == ["farm/a"]
-    assert world.policies != before.policies[:1]
-    assert world.problems == ()
+    state = source.read()
+    assert names(state) == ["farm/a"]
+    assert state.policies != before.policies[:1]
+    assert state.problems == ()
 
 
 @pytest.mark.parametrize("damage", [b"a: [", b"\xff\xfe", b"a: 1\na: 2", b"- 1", b"kind: {}"])
@@ -95,10 +95,10 @@ def test_a_damaged_file_keeps_its_objects(tmp_path: Path, damage: bytes):
 
     (tmp_path / "a.yaml").write_bytes(damage)
     (tmp_path / "c.yaml").unlink()
-    world = source.read()
+    state = source.read()
 
-    assert names(world) == ["farm/a", "farm/b"]
-    assert len({problem.file for problem in world.problems}) == 1
+    assert names(state) == ["farm/a", "farm/b"]
+    assert len({problem.file for problem in state.problems}) == 1
 
 
 @pytest.mark.parametrize(
@@ -112,9 +112,9 @@ def test_an_object_that_lost_its_name_or_kind_stays(tmp_path: Path, field: str, 
 
     write(tmp_path / "a.yaml", {**policy("a"), field: value})
 
-    world = source.read()
-    assert names(world) == ["farm/a"]
-    assert world.problems != ()
+    state = source.read()
+    assert names(state) == ["farm/a"]
+    assert state.problems != ()
 
 
 def test_a_file_that_cannot_be_read_keeps_its_objects(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
@@ -129,9 +129,9 @@ def test_a_file_that_cannot_be_read_keeps_its_objects(tmp_path: Path, monkeypatc
     (tmp_path / "a.yaml").unlink()
     with (tmp_path / "a.yaml").open("wb") as file:
         file.truncate(MAX_FILE_BYTES + 1)
-    world = source.read()
-    assert names(world) == ["farm/a"]
-    assert "larger than" in world.problems[0].message
+    state = source.read()
+    assert names(state) == ["farm/a"]
+    assert "larger than" in state.problems[0].message
 
 
 def test_a_directory_that_vanished_keeps_everything(tmp_path: Path):
@@ -142,10 +142,10 @@ def test_a_directory_that_vanished_keeps_everything(tmp_path: Path):
     source.read()
     place.rename(tmp_path / "away")
 
-    world = source.read()
+    state = source.read()
 
-    assert names(world) == ["farm/a"]
-    assert [problem.file for problem in world.problems] == [str(place)]
+    assert names(state) == ["farm/a"]
+    assert [problem.file for problem in state.problems] == [str(place)]
 
 
 def test_removed_objects_are_gone_and_moved_ones_are_not(tmp_path: Path):
@@ -165,15 +165,15 @@ def test_removed_objects_are_gone_and_moved_ones_are_not(tmp_path: Path):
 def test_of_two_objects_by_one_name_the_first_counts(tmp_path: Path):
     write(tmp_path / "a.yaml", policy("a"))
     write(tmp_path / "b.yaml", policy("a", policyTypes=["Egress"]))
-    world = DirectorySource(tmp_path).read()
-    assert world.policies[0].egress is None
-    assert [(p.file, p.field) for p in world.problems] == [(str(tmp_path / "b.yaml"), "metadata.name")]
+    state = DirectorySource(tmp_path).read()
+    assert state.policies[0].egress is None
+    assert [(p.file, p.field) for p in state.problems] == [(str(tmp_path / "b.yaml"), "metadata.name")]
 
 
 def test_a_list_without_items_and_other_kinds_are_problems(tmp_path: Path):
     write(tmp_path / "a.yaml", {"apiVersion": "v1", "kind": "List"}, {**policy("a"), "kind": "Deployment"})
-    world = DirectorySource(tmp_path).read()
-    assert [p.message for p in world.problems] == [
+    state = DirectorySource(tmp_path).read()
+    assert [p.message for p in state.problems] == [
         "items of a List must be a list",
         'Invalid value: "Deployment": is not read here; NetworkPolicy, Namespace and Pod are, alone or in a List',
     ]  # fmt: skip
@@ -190,9 +190,9 @@ def test_unchanged_files_are_not_decoded_again(tmp_path: Path):
     assert after.policies[1] != before.policies[1]
 
 
-async def _next(worlds: AsyncIterator[World]) -> World:
+async def _next(states: AsyncIterator[ClusterState]) -> ClusterState:
     async with asyncio.timeout(20):
-        return await anext(worlds)
+        return await anext(states)
 
 
 def _watched(source: DirectorySource) -> Any:
@@ -214,15 +214,15 @@ def test_changes_arrive(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, has_ino
 
     async def story() -> None:
         write(tmp_path / "a.yaml", policy("a"))
-        async with _watched(DirectorySource(tmp_path)) as worlds:
-            assert names(await _next(worlds)) == ["farm/a"]
+        async with _watched(DirectorySource(tmp_path)) as states:
+            assert names(await _next(states)) == ["farm/a"]
             write(tmp_path / "b.yaml", policy("b"))
-            assert names(await _next(worlds)) == ["farm/a", "farm/b"]
+            assert names(await _next(states)) == ["farm/a", "farm/b"]
             (tmp_path / "a.yaml").unlink()
-            assert names(await _next(worlds)) == ["farm/b"]
+            assert names(await _next(states)) == ["farm/b"]
             (tmp_path / "notes.txt").write_text("no manifest, no change")
             write(tmp_path / "b.yaml", policy("b", policyTypes=["Egress"]))
-            assert (await _next(worlds)).policies[0].egress == ()
+            assert (await _next(states)).policies[0].egress == ()
 
     asyncio.run(story())
 
@@ -237,9 +237,9 @@ def _publish(volume: Path, version: str, *manifests: dict[str, Any]) -> None:
 
 def test_a_change_is_known_at_once(tmp_path: Path):
     async def story() -> None:
-        async with _watched(DirectorySource(tmp_path)) as worlds:
-            await _next(worlds)
-            waiting = asyncio.ensure_future(_next(worlds))
+        async with _watched(DirectorySource(tmp_path)) as states:
+            await _next(states)
+            waiting = asyncio.ensure_future(_next(states))
             await asyncio.sleep(0.1)  # until the watch is in place
             began = time.monotonic()
             write(tmp_path / "a.yaml", policy("a"))
@@ -260,13 +260,13 @@ def test_what_the_kernel_does_not_report_is_found_later(tmp_path: Path, monkeypa
     monkeypatch.setattr(directory_module, "RECHECK_S", 0.02)
 
     async def story() -> None:
-        async with _watched(DirectorySource(place)) as worlds:
-            assert names(await _next(worlds)) == ["farm/a"]
+        async with _watched(DirectorySource(place)) as states:
+            assert names(await _next(states)) == ["farm/a"]
             write(elsewhere / "a.yaml", policy("c"))
-            assert names(await _next(worlds)) == ["farm/a", "farm/c"]  # by the link, and by what the other name has
+            assert names(await _next(states)) == ["farm/a", "farm/c"]  # by the link, and by what the other name has
             (elsewhere / "again").hardlink_to(place / "b.yaml")
             (elsewhere / "again").write_text(json.dumps(policy("d")))
-            assert names(await _next(worlds)) == ["farm/c", "farm/d"]
+            assert names(await _next(states)) == ["farm/c", "farm/d"]
 
     asyncio.run(story())
 
@@ -275,12 +275,12 @@ def test_a_config_map_is_followed(tmp_path: Path):
     async def story() -> None:
         _publish(tmp_path, "..2026_01", policy("a"))
         (tmp_path / "p.yaml").symlink_to("..data/p.yaml")
-        async with _watched(DirectorySource(tmp_path)) as worlds:
-            assert names(await _next(worlds)) == ["farm/a"]
+        async with _watched(DirectorySource(tmp_path)) as states:
+            assert names(await _next(states)) == ["farm/a"]
             _publish(tmp_path, "..2026_02", policy("b"))
-            assert names(await _next(worlds)) == ["farm/b"]
+            assert names(await _next(states)) == ["farm/b"]
             _publish(tmp_path, "..2026_03", policy("b"), policy("c"))
-            assert names(await _next(worlds)) == ["farm/b", "farm/c"]
+            assert names(await _next(states)) == ["farm/b", "farm/c"]
 
     asyncio.run(story())
 
@@ -290,20 +290,20 @@ def test_a_directory_may_come_later_and_be_replaced(tmp_path: Path, monkeypatch:
     place = tmp_path / "policies"
 
     async def story() -> None:
-        async with _watched(DirectorySource(place)) as worlds:
-            assert (await _next(worlds)).problems != ()
+        async with _watched(DirectorySource(place)) as states:
+            assert (await _next(states)).problems != ()
             place.mkdir()
             write(place / "a.yaml", policy("a"))
-            world = await _next(worlds)
-            while names(world) != ["farm/a"]:
-                world = await _next(worlds)
+            state = await _next(states)
+            while names(state) != ["farm/a"]:
+                state = await _next(states)
             place.rename(tmp_path / "away")
-            world = await _next(worlds)
-            assert (names(world), len(world.problems)) == (["farm/a"], 1)
+            state = await _next(states)
+            assert (names(state), len(state.problems)) == (["farm/a"], 1)
             place.mkdir()
             write(place / "b.yaml", policy("b"))
-            while names(world) != ["farm/b"]:
-                world = await _next(worlds)
+            while names(state) != ["farm/b"]:
+                state = await _next(states)
 
     asyncio.run(story())
 
@@ -325,11 +325,11 @@ def test_after_a_restart_what_is_bad_now_is_in_force_as_it_was(tmp_path: Path, d
     (place / "a.yaml").write_bytes(damage)
 
     source = DirectorySource(place, kept)
-    world = source.read()
-    assert world.policies[0].egress == ()
-    assert "in force as before the restart: NetworkPolicy farm/a" in world.problems[0].message
+    state = source.read()
+    assert state.policies[0].egress == ()
+    assert "in force as before the restart: NetworkPolicy farm/a" in state.problems[0].message
     assert not source.keep()
-    assert DirectorySource(place, kept).read() == world  # and after the next one
+    assert DirectorySource(place, kept).read() == state  # and after the next one
 
     write(place / "a.yaml", policy("a"))
     mended = source.read()
@@ -356,9 +356,9 @@ def test_the_good_objects_of_a_file_are_those_of_now_and_the_bad_ones_of_before(
     running.read()
     running.keep()
     (place / "a.yaml").write_bytes(b"\xff")
-    world = DirectorySource(place, kept).read()
-    assert [(p.name, p.egress) for p in world.policies] == [("a", ()), ("b", ())]
-    assert "NetworkPolicy farm/a, NetworkPolicy farm/b" in world.problems[0].message
+    state = DirectorySource(place, kept).read()
+    assert [(p.name, p.egress) for p in state.policies] == [("a", ()), ("b", ())]
+    assert "NetworkPolicy farm/a, NetworkPolicy farm/b" in state.problems[0].message
 
 
 def test_all_kinds_and_many_objects_are_kept(tmp_path: Path):
@@ -394,9 +394,9 @@ def test_a_damaged_keepsake_is_said_so_and_replaced(tmp_path: Path, damage: byte
     (file,) = kept.iterdir()
     file.write_bytes(damage)
     source = DirectorySource(place, kept)
-    world = source.read()
-    assert names(world) == ["farm/a"]
-    assert [problem.file for problem in world.problems] == [str(file)]
+    state = source.read()
+    assert names(state) == ["farm/a"]
+    assert [problem.file for problem in state.problems] == [str(file)]
     assert source.keep()
     assert source.read().problems == ()
     assert names(DirectorySource(place, kept).read()) == ["farm/a"]
@@ -409,9 +409,9 @@ def test_what_cannot_be_kept_is_said_so(tmp_path: Path):
     write(place / "a.yaml", policy("a"))
 
     async def story() -> None:
-        async with _watched(DirectorySource(place, tmp_path / "state" / "last-good")) as worlds:
-            assert (await _next(worlds)).problems == ()
-            assert "cannot be kept" in (await _next(worlds)).problems[0].message
+        async with _watched(DirectorySource(place, tmp_path / "state" / "last-good")) as states:
+            assert (await _next(states)).problems == ()
+            assert "cannot be kept" in (await _next(states)).problems[0].message
 
     asyncio.run(story())
 
@@ -442,13 +442,13 @@ def test_a_change_does_not_wait_until_the_one_before_is_kept(tmp_path: Path, mon
     monkeypatch.setattr(source, "keep", lambda: keeps.append(time.monotonic()) is not None)
 
     async def scenario() -> None:
-        async with aclosing(source.watch()) as worlds:
-            await anext(worlds)
+        async with aclosing(source.watch()) as states:
+            await anext(states)
             for number in range(3):
                 write(tmp_path / "a.yaml", policy(f"a{number}"))
-                await asyncio.wait_for(anext(worlds), 5)
+                await asyncio.wait_for(anext(states), 5)
                 assert len(keeps) <= 1
-            following = asyncio.ensure_future(anext(worlds))
+            following = asyncio.ensure_future(anext(states))
             while len(keeps) < 2:
                 await asyncio.wait({following}, timeout=0.01)
                 assert not following.done()
@@ -460,7 +460,7 @@ def test_a_change_does_not_wait_until_the_one_before_is_kept(tmp_path: Path, mon
                 number += 1
                 await asyncio.wait({following}, timeout=0.05)
                 if following.done():
-                    following = asyncio.ensure_future(anext(worlds))
+                    following = asyncio.ensure_future(anext(states))
             following.cancel()
             await asyncio.wait({following})
 

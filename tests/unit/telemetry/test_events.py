@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What becomes an Event and when: series, their counts, and the bounds of all."""
+"""What becomes an Event and when: series, their counts, and the limits of all."""
 
 from __future__ import annotations
 

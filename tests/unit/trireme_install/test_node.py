@@ -22,7 +22,7 @@ from trireme_install.bundle import launcher_bundle
 from trireme_install.errors import InstallError
 from trireme_install.netd import Listing
 from trireme_install.node import Keeper, Target, install, is_ready
-from trireme_install.pace import GIVE_UP_S, LONGEST_PAUSE_S, QUIET_S, Pace, Unreadable
+from trireme_install.pace import IGNORED_AFTER_S, LONGEST_PAUSE_S, QUIET_S, Pace, Unreadable
 
 FLANNEL = Path(__file__).parents[2] / "vectors" / "netd" / "10-flannel.conflist"
 WAIT_S = 30.0
@@ -218,10 +218,10 @@ def test_writings_that_follow_one_another_are_slowed_down_and_a_quiet_while_ends
 def test_a_file_counts_as_broken_only_after_a_while_and_not_once_it_is_mended() -> None:
     broken = Listing({"05.conflist": b"{", "10.conflist": FLANNEL.read_bytes()})
     seen = Unreadable().after_look(broken, 10.0)
-    assert (seen.name, seen.given_up) == ("05.conflist", frozenset())
-    assert seen.after_look(broken, 10.0 + GIVE_UP_S / 2).given_up == frozenset()
-    given_up = seen.after_look(broken, 10.0 + GIVE_UP_S)
-    assert given_up.given_up == {"05.conflist"}
-    assert given_up.after_look(broken, 99.0).given_up == {"05.conflist"}
+    assert (seen.name, seen.ignored) == ("05.conflist", frozenset())
+    assert seen.after_look(broken, 10.0 + IGNORED_AFTER_S / 2).ignored == frozenset()
+    ignored = seen.after_look(broken, 10.0 + IGNORED_AFTER_S)
+    assert ignored.ignored == {"05.conflist"}
+    assert ignored.after_look(broken, 99.0).ignored == {"05.conflist"}
     mended = Listing({"05.conflist": FLANNEL.read_bytes()})
-    assert given_up.after_look(mended, 99.0) == Unreadable()
+    assert ignored.after_look(mended, 99.0) == Unreadable()

@@ -186,7 +186,7 @@ def test_a_broken_file_that_sorts_first_is_left_alone(mode: Mode) -> None:
 
 def test_a_file_that_stays_broken_is_passed_over_as_cri_o_does() -> None:
     start = Listing({"05-broken.conflist": b"{", **listing(CALICO).files})
-    plan = plan_install(start, Wanted(), given_up=frozenset({"05-broken.conflist"}))
+    plan = plan_install(start, Wanted(), ignored=frozenset({"05-broken.conflist"}))
     assert [step.path for step in plan.steps] == [CALICO]
 
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Cases on the wire, without the wire: who shares a world, who is where, what is dialled, and what is counted."""
+"""Cases on the wire, without the wire: who shares a world, who is where, what is dialed, and what is counted."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from enforcer_daemon.sources.directory import DirectorySource
 from trireme_lab.chain import SHIPPED_CONFLIST, load_conflist, node_conflist
 from trireme_lab.check.dial import Dial, Unprobed, dial_of
 from trireme_lab.check.objects import TURN_NAMESPACE, case_file
-from trireme_lab.check.plan import SharedWorld, layout_of, sample, share_worlds, world_of
+from trireme_lab.check.plan import SharedLab, layout_of, sample, share_labs, spec_of
 from trireme_lab.check.run import Attempt, CaseResult
 from trireme_lab.check.score import Score
 from trireme_lab.errors import ScenarioError
@@ -54,13 +54,13 @@ def _dial(case: Case) -> Dial | Unprobed:
     return dial_of(layout_of(case), case, case.probes[0])
 
 
-def _names(worlds: list[SharedWorld]) -> list[list[str]]:
+def _names(worlds: list[SharedLab]) -> list[list[str]]:
     return [[case.name for case in world.cases] for world in worlds]
 
 
 def test_cases_share_a_world_unless_a_name_or_an_address_means_two_things() -> None:
     moved, usurper = {**WEB, "ip": "10.0.0.2"}, {**WEB, "name": "other"}
-    worlds = share_worlds(
+    worlds = share_labs(
         [
             _case("first"),
             _case("labels differ", pods=[{**WEB, "labels": {"app": "else"}}]),
@@ -81,13 +81,13 @@ def test_cases_share_a_world_unless_a_name_or_an_address_means_two_things() -> N
 
 def test_steps_of_a_sequence_run_in_order_in_one_world() -> None:
     steps = [_case(f"s{step}", sequence={"id": "q", "step": step, "of": 3}) for step in (2, 3, 1)]
-    assert _names(share_worlds([_case("a"), steps[0], _case("b"), *steps[1:]])) == [["a", "s1", "s2", "s3", "b"]]
+    assert _names(share_labs([_case("a"), steps[0], _case("b"), *steps[1:]])) == [["a", "s1", "s2", "s3", "b"]]
 
 
 def test_a_sequence_that_moves_a_pod_runs_in_several_worlds() -> None:
     moved = {**WEB, "ip": "10.0.0.2"}
     steps = [_case(f"s{n}", pods=[p], sequence={"id": "q", "step": n, "of": 2}) for n, p in ((1, WEB), (2, moved))]
-    assert _names(share_worlds(steps)) == [["s1"], ["s2"]]
+    assert _names(share_labs(steps)) == [["s1"], ["s2"]]
 
 
 def test_one_address_of_two_pods_is_refused() -> None:
@@ -106,7 +106,7 @@ def test_a_sample_is_the_same_for_the_same_seed_and_keeps_sequences_whole() -> N
 
 
 def test_pods_without_a_node_are_spread_and_have_routes_of_their_own() -> None:
-    world = world_of(layout_of(_case(probes=[_probe("203.0.113.9", "x/db"), _probe("fd01::5", "x/db")])), "reset")
+    world = spec_of(layout_of(_case(probes=[_probe("203.0.113.9", "x/db"), _probe("fd01::5", "x/db")])), "reset")
     assert [(spec.pod, spec.node) for spec in world.pods] == [
         (PodRef("x", "web"), "spare-1"), (PodRef("x", "db"), "spare-2"),
     ]  # fmt: skip
@@ -120,7 +120,7 @@ def test_pods_without_a_node_are_spread_and_have_routes_of_their_own() -> None:
 
 
 def test_nodes_have_the_addresses_of_the_case_and_others_do_not_take_them() -> None:
-    nodes = world_of(layout_of(_case(pods=[{**WEB, "node": "n1"}, DB], nodes=NODES)), "drop").nodes
+    nodes = spec_of(layout_of(_case(pods=[{**WEB, "node": "n1"}, DB], nodes=NODES)), "drop").nodes
     assert [node.name for node in nodes] == ["n1", "n2", "spare-1", "spare-2"]
     assert [ip_address("192.168.60.11") in node.addresses for node in nodes] == [True, False, False, False]
     assert nodes[1].addresses[0] == ip_address("192.0.2.2")
@@ -234,7 +234,7 @@ def test_own_cases_are_judged_as_they_say() -> None:
     for line in OWN_CASES.read_text(encoding="utf-8").splitlines():
         case = decode_case(json.loads(line))
         for probe in case.probes:
-            verdict = case.world.judge(probe)
+            verdict = case.cluster.evaluate(probe)
             assert (verdict.verdict, verdict.denied_by) == (probe.expected, probe.denied_by), f"{case.name}: {probe}"
 
 
@@ -246,11 +246,11 @@ def test_an_address_of_a_pod_with_two_is_judged_as_the_one_that_is_dialled() -> 
         policies=[{**POLICY, "spec": block}],
         probes=[_probe("fd00::9", "x/web", expected="allow"), _probe("172.20.0.9", "x/web", expected="deny")],
     )
-    assert [case.world.judge(probe).verdict for probe in case.probes] == ["allow", "deny"]
+    assert [case.cluster.evaluate(probe).verdict for probe in case.probes] == ["allow", "deny"]
 
 
 def test_a_routed_node_leaves_addresses_to_the_runtime() -> None:
-    (node,) = world_of(layout_of(_case(pods=[{**DB, "node": "n1"}], nodes=NODES[:1])), "reset").nodes
+    (node,) = spec_of(layout_of(_case(pods=[{**DB, "node": "n1"}], nodes=NODES[:1])), "reset").nodes
     shipped = load_conflist(SHIPPED_CONFLIST)
     chain = node_conflist(shipped, node.pod_networks, Path("/i"), Path("/r"), is_enforced=True, is_routed=True)
     bridge = chain["plugins"][0]

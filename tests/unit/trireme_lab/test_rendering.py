@@ -18,7 +18,7 @@ from trireme_lab.manifests import ObjectRef, object_ref, put_manifest, remove_ma
 from trireme_lab.network import fabric_steps, node_rules, uplink_steps
 from trireme_lab.node import NodeDirectories
 from trireme_lab.settings import daemon_settings, overlay
-from trireme_lab.world import NodeSpec, PodSpec, ServicePort, ServiceSpec, WorldSpec
+from trireme_lab.spec import LabSpec, NodeSpec, PodSpec, ServicePort, ServiceSpec
 
 NODE = NodeSpec.numbered("a", 1)
 
@@ -71,7 +71,7 @@ def test_a_conflist_that_cannot_be_read_is_named(tmp_path: Path) -> None:
 
 def test_settings_are_valid_and_a_world_can_overlay_them() -> None:
     service = ServiceSpec("x", "s", (ip_address("10.96.0.1"),), (), (ServicePort(80, 80, node_port=30080),))
-    world = WorldSpec(nodes=(NODE,), services=(service,), settings={"denyWith": "reset", "log": {"level": "debug"}})
+    world = LabSpec(nodes=(NODE,), services=(service,), settings={"denyWith": "reset", "log": {"level": "debug"}})
     tree = daemon_settings(world, NODE, NodeDirectories(Path("/d")), (Path("/ca"), Path("/key")))
     settings = decode_settings(tree)
     assert settings.networks.enforced == NODE.pod_networks
@@ -109,4 +109,4 @@ def test_objects_are_named_as_kubernetes_names_them() -> None:
 def test_a_world_refuses_what_occurs_twice() -> None:
     pod = PodSpec(PodRef("x", "y"), "a")
     with pytest.raises(ScenarioError, match="pods: x/y occurs twice"):
-        WorldSpec(nodes=(NODE,), pods=(pod, pod))
+        LabSpec(nodes=(NODE,), pods=(pod, pod))

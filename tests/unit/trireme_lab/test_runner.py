@@ -22,11 +22,11 @@ from trireme_lab.report import print_step, summary
 from trireme_lab.runner import FlowResult, StepResult, run_steps
 from trireme_lab.sandbox import Place
 from trireme_lab.scenario import Flow, Scenario, Step
-from trireme_lab.world import NodeSpec, PodSpec, ServicePort, ServiceSpec, WorldSpec
+from trireme_lab.spec import LabSpec, NodeSpec, PodSpec, ServicePort, ServiceSpec
 
 WEB = Place("x/web", "web", (ip_address("10.0.0.1"),))
 DB = Place("x/db", "db", (ip_address("10.0.0.2"),))
-WORLD = WorldSpec(
+WORLD = LabSpec(
     nodes=(NodeSpec.numbered("a", 1),),
     pods=(PodSpec(PodRef("x", "web"), "a"), PodSpec(PodRef("x", "db"), "a")),
     services=(ServiceSpec("x", "db", (ip_address("10.96.0.1"),), (PodRef("x", "db"),), (ServicePort(80, 5432),)),),
@@ -40,7 +40,7 @@ class FakeLab:
     """A world whose probes end as told, one outcome a try, and whose daemon answers as told."""
 
     def __init__(self, outcomes: Sequence[Outcome], endpoints: Sequence[dict[str, Any]] = ()) -> None:
-        self.world = WORLD
+        self.spec = WORLD
         self.pods = {PodRef("x", "web"): SimpleNamespace(place=WEB), PodRef("x", "db"): SimpleNamespace(place=DB)}
         self.applied: list[object] = []
         self._outcomes = list(outcomes)

@@ -17,7 +17,7 @@ from enforcer_daemon.reasons import Reason
 from trireme_lab.errors import ScenarioError
 from trireme_lab.manifests import ObjectRef
 from trireme_lab.scenario import SHIPPED, Flow, decode_scenario, load_scenario
-from trireme_lab.world import NodeSpec, PodSpec, PortSpec, ServicePort
+from trireme_lab.spec import NodeSpec, PodSpec, PortSpec, ServicePort
 
 OLD = {"kind": "NetworkPolicy", "metadata": {"namespace": "shop", "name": "old"}}
 NEW = {"kind": "NetworkPolicy", "metadata": {"namespace": "shop", "name": "new"}}
@@ -64,7 +64,7 @@ SCENARIO: dict[str, Any] = {
 
 def test_a_scenario_becomes_values() -> None:
     scenario = decode_scenario(SCENARIO)
-    world = scenario.world
+    world = scenario.spec
     assert world.nodes == (
         NodeSpec.numbered("a", 1),
         NodeSpec("b", (ip_address("192.0.2.1"),), (ip_network("10.1.0.0/24"),)),
@@ -113,10 +113,10 @@ def test_a_scenario_becomes_values() -> None:
         (["steps", 0, "flows"], {}, "steps[0].flows: must be a list"),
         (["steps", 0, "apply"], [{"kind": "NetworkPolicy"}], "steps[0].apply[0].metadata: must be a mapping"),
         (["policies"], [{"metadata": {"name": "x"}}], "policies[0].kind: must be a name"),
-        (["steps", 0, "flows", 0, "from"], "shop/x", "steps[0].flows[0].from: this world has no shop/x; must be "),
-        (["steps", 0, "flows", 0, "from"], "service:shop/db", "steps[0].flows[0].from: this world has no service:"),
-        (["steps", 0, "flows", 1, "to"], "db", "steps[0].flows[1].to: this world has no db; must be NAMESPACE/POD"),
-        (["steps", 0, "labelPods", 0, "name"], "shop/x", "steps[0].labelPods[0].name: this world has no shop/x"),
+        (["steps", 0, "flows", 0, "from"], "shop/x", "steps[0].flows[0].from: this lab has no shop/x; must be "),
+        (["steps", 0, "flows", 0, "from"], "service:shop/db", "steps[0].flows[0].from: this lab has no service:"),
+        (["steps", 0, "flows", 1, "to"], "db", "steps[0].flows[1].to: this lab has no db; must be NAMESPACE/POD"),
+        (["steps", 0, "labelPods", 0, "name"], "shop/x", "steps[0].labelPods[0].name: this lab has no shop/x"),
         (["steps", 0, "flows", 0, "reason"], "policy", "steps[0].flows[0].reason: is for flows with expect: deny"),
         (["steps", 0, "remove", 0, "name"], "new", "steps[0].remove[0]: there is no policy shop/new by then (in step"),
         (["services", 0, "addresses", 0], "192.0.2.9", "services[0].addresses[0]: 192.0.2.9 is not in 10.96.0.0/16"),

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from trireme_signer.judging import Grant
+from trireme_signer.issuance import Grant
 from trireme_signer.startup import DEFAULT_TAINT, Enforcer, enforcer_of, may_lose, without_taint
 
 GRANT = Grant("trireme.io/node", "cluster.local", "trireme", "trireme-enforcer", "trireme-enforcer", 86_400)

@@ -8,7 +8,7 @@ from ipaddress import ip_address
 
 import pytest
 
-from enforcer_daemon.daemon.world import compile_world
+from enforcer_daemon.daemon.clusterstate import compile_state
 from enforcer_daemon.model import AttachmentId, PodRef
 from enforcer_daemon.registration.request import AddRequest
 from enforcer_daemon.settings_file import decode_settings
@@ -26,7 +26,7 @@ def test_labels_are_known_by_a_manifest_or_by_the_runtime(
 ) -> None:
     found, problems = unique_objects([decode_file("pods.yaml", manifest)])
     assert problems == []
-    world = compile_world(assemble((entry for _, entry in found.values()), ()), decode_settings({"node": "a"}), None)
+    world = compile_state(assemble((entry for _, entry in found.values()), ()), decode_settings({"node": "a"}), None)
     attachment = AttachmentId("c1", "eth0")
     request = AddRequest(
         attachment, "/n", "net", PodRef("shop", "web"), "", labels, (ip_address("10.0.0.1"),), (), None

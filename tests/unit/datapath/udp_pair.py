@@ -8,11 +8,11 @@ all is over nothing is left. Each step asserts it. tests/property chooses the st
 from __future__ import annotations
 
 from enforcer_daemon.errors import FrameError, PacketError
-from enforcer_daemon.handshake.datagrams import LONE_EXID, RIDING_EXID, find_message
+from enforcer_daemon.handshake.datagrams import PIGGYBACKED_EXID, STANDALONE_EXID, find_message
 from enforcer_daemon.handshake.flowkey import Role
 from enforcer_daemon.handshake.frames import TYPE_PROOF, encode_again, encode_proof, frame_type
 from enforcer_daemon.handshake.machine import State
-from enforcer_daemon.marks import CUT, INDEX_MASK, RELEASED, REPLY
+from enforcer_daemon.marks import GSO, INDEX_MASK, RELEASED, REPLY
 from enforcer_daemon.model import Direction, Protocol
 from enforcer_daemon.packet.udp import UDP_HEADER, UDPDatagram, build_udp, decode_udp, encode_option, with_option
 from enforcer_daemon.reasons import Reason
@@ -65,9 +65,9 @@ class DatagramWorld:
     # What two kernels send.
 
     def query(self, port: int, payload: bytes, offloads: int = 0) -> None:
-        is_cut = bool(offloads & CUT)
-        packet = build_udp(self.client.address, self.server.address, (port, DNS), b"send " * is_cut + payload)
-        if is_cut:
+        is_gso = bool(offloads & GSO)
+        packet = build_udp(self.client.address, self.server.address, (port, DNS), b"send " * is_gso + payload)
+        if is_gso:
             self.sends.add(packet)
         self.send(self.client, packet, offloads)
 
@@ -139,17 +139,17 @@ class DatagramWorld:
             at %= len(packet)
             self.arrive(self.server if at_server else self.client, packet[:at] + bytes((value,)) + packet[at + 1 :])
 
-    def cross(self, pick: int, from_pick: int, port: int, is_lone: bool, at_server: bool) -> None:
+    def cross(self, pick: int, from_pick: int, port: int, is_standalone: bool, at_server: bool) -> None:
         """Put a message that was seen beside other data, or on other ports."""
         messages = [message for message in map(message_of, self.seen) if message]
         if messages:
-            self.attack(messages[from_pick % len(messages)], port, is_lone, at_server)
+            self.attack(messages[from_pick % len(messages)], port, is_standalone, at_server)
 
-    def forge(self, pick: int, port: int, is_lone: bool, is_proof: bool) -> None:
+    def forge(self, pick: int, port: int, is_standalone: bool, is_proof: bool) -> None:
         """Make up a proof for a handshake that was seen, or a request for another one."""
         nonces = [message[8:24] for message in map(message_of, self.seen) if message] or [bytes(16)]
         nonce = nonces[pick % len(nonces)]
-        self.attack(encode_proof(nonce, bytes(16)) if is_proof else encode_again(nonce), port, is_lone, is_proof)
+        self.attack(encode_proof(nonce, bytes(16)) if is_proof else encode_again(nonce), port, is_standalone, is_proof)
 
     def tamper(self, pick: int, at: int, change: int, port: int, at_server: bool) -> None:
         """Change a byte of a message that was seen, and its checksum with it."""
@@ -168,13 +168,13 @@ class DatagramWorld:
         self.send_own_packets()
         self.tamper(0, at, change, port, False)
 
-    def attack(self, message: bytes, port: int, is_lone: bool, at_server: bool) -> None:
+    def attack(self, message: bytes, port: int, is_standalone: bool, at_server: bool) -> None:
         ends = (self.client.address, self.server.address) if at_server else (self.server.address, self.client.address)
         ports = (port, DNS) if at_server else (DNS, port)
-        if is_lone:
-            packet = build_udp(*ends, ports, b"", encode_option(UDP_HEADER, LONE_EXID, message))
+        if is_standalone:
+            packet = build_udp(*ends, ports, b"", encode_option(UDP_HEADER, STANDALONE_EXID, message))
         else:
-            packet = with_option(decode_udp(build_udp(*ends, ports, b"attack")), RIDING_EXID, message)
+            packet = with_option(decode_udp(build_udp(*ends, ports, b"attack")), PIGGYBACKED_EXID, message)
         self.arrive(self.server if at_server else self.client, packet)
 
     # Carrying it out, and what must hold.

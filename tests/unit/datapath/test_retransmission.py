@@ -104,7 +104,7 @@ def test_so_is_one_that_ended(connection: Connection) -> None:
 
 
 def test_what_comes_unproven_right_after_it_asks_for_itself(connection: Connection) -> None:
-    """A bare ACK that overtakes its lone proof is dropped, and only an answer brings another."""
+    """A bare ACK that overtakes its standalone proof is dropped, and only an answer brings another."""
     connection.client.receive(offer(connection), NOW)
     repeated(connection, DUE)
     assert connection.client.send(connection.ack(options=CROWDED), DUE) == []

@@ -6,7 +6,7 @@ from __future__ import annotations
 from hypothesis import given
 from hypothesis import strategies as st
 
-from enforcer_daemon.handshake.bounds import FairTable, source_of
+from enforcer_daemon.handshake.fairtable import FairTable, source_of
 
 A, B, C = b"a", b"b", b"c"
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import pytest
 
-from enforcer_daemon.handshake.bounds import Bound
+from enforcer_daemon.handshake.fairtable import Limit
 from enforcer_daemon.handshake.frames import (
     SynFrame,
     encode_block,
@@ -27,20 +27,20 @@ def test_a_flood_of_new_tokens_is_charged_to_its_source() -> None:
         block = encode_block(server.node.credential.der, b"%d" % n)
         server.receive(framed_syn(client, server, encode_syn(SynFrame(bytes(16), block))))
     assert server.reasons() == ["token-malformed"] * 3 + ["verify-rate"] * 2
-    assert server.context.node.bound_hits[Bound.VERIFICATIONS_PER_SOURCE] == 2
+    assert server.context.node.limit_hits[Limit.VERIFICATIONS_PER_SOURCE] == 2
 
 
 @pytest.mark.parametrize(
-    ("bounds", "bound"),
+    ("limits", "bound"),
     [
-        ({"max_half_open_flows": 2}, Bound.HALF_OPEN_FLOWS),
-        ({"max_half_open_flows_per_source": 2}, Bound.HALF_OPEN_FLOWS_PER_SOURCE),
+        ({"max_half_open_flows": 2}, Limit.HALF_OPEN_FLOWS),
+        ({"max_half_open_flows_per_source": 2}, Limit.HALF_OPEN_FLOWS_PER_SOURCE),
     ],
 )
 def test_the_tables_of_handshakes_are_bounded_and_the_oldest_one_is_given_up(
-    bounds: dict[str, int], bound: Bound
+    limits: dict[str, int], bound: Limit
 ) -> None:
-    client, server = make_pair(**bounds)
+    client, server = make_pair(**limits)
     connections = [Connection(client, server, sport=sport) for sport in (1, 2, 3)]
     for connection in connections:
         for syn in client.send(connection.syn()):
@@ -50,7 +50,7 @@ def test_the_tables_of_handshakes_are_bounded_and_the_oldest_one_is_given_up(
     given_up = [(report.direction, report.port) for report in reports if report.reason is Reason.FLOW_TABLE_FULL]
     assert given_up == [(Direction.EGRESS, 80), (Direction.INGRESS, 80)]
     assert [endpoint.datapath.half_open_flows for endpoint in (client, server)] == [2, 2]
-    assert [endpoint.context.node.bound_hits[bound] for endpoint in (client, server)] == [1, 1]
+    assert [endpoint.context.node.limit_hits[bound] for endpoint in (client, server)] == [1, 1]
 
 
 def test_who_floods_with_handshakes_gives_up_his_own() -> None:
@@ -65,7 +65,7 @@ def test_who_floods_with_handshakes_gives_up_his_own() -> None:
         (syn,) = connection.client.send(connection.syn())
         assert len(server.receive(syn)) == 1  # Nobody is refused.
     assert server.datapath.half_open_flows == 16
-    assert server.context.node.bound_hits[Bound.HALF_OPEN_FLOWS] == honest_connections + 100 - 16
+    assert server.context.node.limit_hits[Limit.HALF_OPEN_FLOWS] == honest_connections + 100 - 16
     for connection in waiting:
         (answer,) = server.send(connection.syn_ack())
         assert len(honest.receive(answer)) == 1

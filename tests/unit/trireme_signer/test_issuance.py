@@ -15,7 +15,7 @@ from cryptography.hazmat.primitives.asymmetric import ec, rsa
 from cryptography.x509.oid import NameOID
 
 from enforcer_daemon.identity.request import make_request
-from trireme_signer.judging import Grant, Granted, RefusedError, Requester, Witnesses, identify, judge
+from trireme_signer.issuance import Grant, Granted, RefusedError, Requester, Witnesses, evaluate, identify
 
 GRANT = Grant("trireme.io/node", "cluster.local", "trireme", "trireme-enforcer", "trireme-enforcer", 86_400)
 KEY = ec.generate_private_key(ec.SECP256R1())
@@ -60,7 +60,7 @@ WITNESSES = Witnesses(POD, {"metadata": {"uid": "node-1"}}, {"metadata": {"uid":
 
 
 def decide(asked: Tree, witnesses: Witnesses = WITNESSES) -> Granted:
-    return judge(asked, identify(asked, GRANT), witnesses, GRANT)
+    return evaluate(asked, identify(asked, GRANT), witnesses, GRANT)
 
 
 def refusal(asked: Tree, witnesses: Witnesses = WITNESSES) -> str:

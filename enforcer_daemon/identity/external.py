@@ -25,7 +25,7 @@ _RENEWED_AT = 2 / 3
 """Part of a certificate's life after which the daemon asks for another: the files should have a new one by then."""
 
 
-class GivenFiles(NamedTuple):
+class ExternalFiles(NamedTuple):
     """Where what is given lies. Certificate and key may be one file."""
 
     certificate: Path
@@ -33,35 +33,35 @@ class GivenFiles(NamedTuple):
     trust_bundle: Path
 
 
-def given_files(settings: Settings) -> GivenFiles:
+def external_files(settings: Settings) -> ExternalFiles:
     """Return where the files are; raise ValueError if the settings do not speak of files."""
     credentials = settings.credentials
     if credentials.source is CredentialSource.KUBERNETES:
         node = settings.state_dir / "node-credential.pem"  # One file: key and certificate change in one step.
-        return GivenFiles(node, node, credentials.trust_bundle or settings.state_dir / "bundle.pem")
+        return ExternalFiles(node, node, credentials.trust_bundle or settings.state_dir / "bundle.pem")
     certificate, key, bundle = credentials.certificate, credentials.key, credentials.trust_bundle
     if certificate is None or key is None or bundle is None:
         raise ValueError("credentials.certificate, credentials.key and credentials.trustBundle are not all set")
-    return GivenFiles(certificate, key, bundle)
+    return ExternalFiles(certificate, key, bundle)
 
 
-def open_given_identity(settings: Settings, wall_now: float) -> NodeIdentity:
+def open_external_identity(settings: Settings, wall_now: float) -> NodeIdentity:
     """Read what is given; raise SettingsError, which names the file, where it cannot be used.
 
     An expired certificate is no fault here. It proves nothing to others, but policies by address, the node's own
     traffic and established connections need none.
     """
-    files = given_files(settings)
+    files = external_files(settings)
     key = _read_key(files.key)
     credential, bundle = _read_credential(files.certificate), _read_bundle(files.trust_bundle)
-    check_given(settings, key, credential, bundle, wall_now)
+    check_external(settings, key, credential, bundle, wall_now)
     return NodeIdentity(key, credential, bundle, renewal_time(credential))
 
 
-def check_given_files(settings: Settings, wall_now: float) -> list[str]:
+def check_external_files(settings: Settings, wall_now: float) -> list[str]:
     """Return what is wrong with the files that others bring; nothing is written."""
     try:
-        open_given_identity(settings, wall_now)
+        open_external_identity(settings, wall_now)
     except SettingsError as err:
         return [str(err)]
     return []
@@ -72,22 +72,22 @@ def renewal_time(credential: Credential) -> float:
     return credential.not_before + (credential.not_after - credential.not_before) * _RENEWED_AT
 
 
-def check_given(
+def check_external(
     settings: Settings, key: ec.EllipticCurvePrivateKey, credential: Credential, bundle: TrustBundle, wall_now: float
 ) -> None:
     """Raise SettingsError unless this is this node's certificate, for this key, and believed by this bundle."""
-    where = given_files(settings).certificate
+    where = external_files(settings).certificate
     wanted, found = (settings.trust_domain, settings.node), (credential.trust_domain, credential.node)
     if found != wanted:
         raise SettingsError(
             f"{where}: names spiffe://{found[0]}/node/{found[1]}, this node is spiffe://{wanted[0]}/node/{wanted[1]}"
         )
     if credential.public_key.public_numbers() != key.public_key().public_numbers():
-        raise SettingsError(f"{where}: is not a certificate of the key in {given_files(settings).key}")
+        raise SettingsError(f"{where}: is not a certificate of the key in {external_files(settings).key}")
     try:
         bundle.verify(credential, min(wall_now, credential.not_after), settings.credentials.clock_leeway_s)
     except CredentialError as err:
-        raise SettingsError(f"{where}: {given_files(settings).trust_bundle} does not vouch for it: {err}") from err
+        raise SettingsError(f"{where}: {external_files(settings).trust_bundle} does not vouch for it: {err}") from err
 
 
 def _read_key(path: Path) -> ec.EllipticCurvePrivateKey:

@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections import OrderedDict
 
 from enforcer_daemon.errors import PeerError
-from enforcer_daemon.handshake.bounds import Bound, BoundHits, source_of
+from enforcer_daemon.handshake.fairtable import Limit, LimitHits, source_of
 from enforcer_daemon.handshake.limits import HandshakeLimits
 from enforcer_daemon.ratelimiter import RateLimiter
 from enforcer_daemon.reasons import Reason
@@ -27,7 +27,7 @@ class TokenBucket:
 
     __slots__ = ("_bound", "_hits", "_limiter")
 
-    def __init__(self, rate: float, hits: BoundHits, bound: Bound) -> None:
+    def __init__(self, rate: float, hits: LimitHits, bound: Limit) -> None:
         self._hits = hits
         self._bound = bound
         self._limiter = RateLimiter(rate)
@@ -40,12 +40,12 @@ class TokenBucket:
         return False
 
 
-class Allowance:
+class SignatureBudget:
     """The signature checks that a node will still make, for whom."""
 
     __slots__ = ("_hits", "_node", "_rate", "_source_rate", "_sources", "_sources_bound", "_trusted", "_trusted_bound")
 
-    def __init__(self, settings: HandshakeLimits, hits: BoundHits) -> None:
+    def __init__(self, settings: HandshakeLimits, hits: LimitHits) -> None:
         self._source_rate = settings.max_verifications_per_s
         self._rate = settings.max_total_verifications_per_s
         self._trusted_bound = settings.max_cached_peers
@@ -62,7 +62,7 @@ class Allowance:
         self._trusted.move_to_end(address)
         if len(self._trusted) > self._trusted_bound:
             self._trusted.popitem(last=False)
-            self._hits[Bound.CACHED_PEERS] += 1
+            self._hits[Limit.CACHED_PEERS] += 1
 
     def take(self, address: bytes, *, is_pod: bool, is_credential_known: bool, now: float) -> None:
         """Count one verification; raise PeerError where the source, or all of its rank, had as many as they may.
@@ -75,16 +75,16 @@ class Allowance:
         own = of_rank.pop(source, None) or RateLimiter(self._source_rate, now=now)
         of_rank[source] = own
         if not own.take(now):
-            self._refuse(Bound.VERIFICATIONS_PER_SOURCE, f"more than {self._source_rate:g} new tokens a second")
+            self._refuse(Limit.VERIFICATIONS_PER_SOURCE, f"more than {self._source_rate:g} new tokens a second")
         is_spent = not self._node.take(now, self._node.burst * _RESERVES[rank])
         if is_spent:
             own.give_back()
         if len(of_rank) > self._sources_bound:
             of_rank.popitem(last=False)  # The one that was asked for longest ago.
-            self._hits[Bound.VERIFICATION_SOURCES] += 1
+            self._hits[Limit.VERIFICATION_SOURCES] += 1
         if is_spent:
-            self._refuse(Bound.VERIFICATIONS, f"the node makes {self._rate:g} a second; peers of rank {rank} wait")
+            self._refuse(Limit.VERIFICATIONS, f"the node makes {self._rate:g} a second; peers of rank {rank} wait")
 
-    def _refuse(self, bound: Bound, detail: str) -> None:
+    def _refuse(self, bound: Limit, detail: str) -> None:
         self._hits[bound] += 1
         raise PeerError(Reason.VERIFY_RATE, detail)

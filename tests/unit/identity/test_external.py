@@ -12,7 +12,7 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat
 
 from enforcer_daemon.errors import SettingsError
-from enforcer_daemon.identity.given import open_given_identity
+from enforcer_daemon.identity.external import open_external_identity
 from enforcer_daemon.identity.renewal import NodeKeys
 from enforcer_daemon.settings import Settings
 from enforcer_daemon.settings_file import decode_settings
@@ -50,13 +50,13 @@ def bring(directory: Path, node: str = "node-1", trust_domain: str = "cluster.lo
 def test_what_is_brought_is_used_and_nothing_is_written(tmp_path: Path) -> None:
     settings = bring(tmp_path)
     before = sorted(tmp_path.iterdir())
-    identity = open_given_identity(settings, WALL)
+    identity = open_external_identity(settings, WALL)
     assert (identity.credential.node, len(identity.bundle.authorities)) == ("node-1", 1)
     assert sorted(tmp_path.iterdir()) == before
 
 
 def test_another_is_asked_for_at_two_thirds(tmp_path: Path) -> None:
-    identity = open_given_identity(bring(tmp_path), WALL)
+    identity = open_external_identity(bring(tmp_path), WALL)
     part = (identity.renew_at - identity.credential.not_before) / (
         identity.credential.not_after - identity.credential.not_before
     )
@@ -114,7 +114,7 @@ def test_what_cannot_be_used_is_refused_by_name(tmp_path: Path, spoil: Callable[
     settings = bring(tmp_path)
     spoil(tmp_path)
     with pytest.raises(SettingsError, match=re.escape(message)):
-        open_given_identity(settings, WALL)
+        open_external_identity(settings, WALL)
 
 
 @pytest.mark.parametrize(

@@ -16,7 +16,7 @@ from enforcer_daemon.registration.request import AddRequest
 from enforcer_daemon.telemetry.logs import Logger
 
 
-class Adoption:
+class Recovery:
     """The records that a start begins with, and the pods that it could not take over."""
 
     def __init__(self, registry: Registry, log: Logger) -> None:
@@ -27,12 +27,12 @@ class Adoption:
 
     @property
     def cut_off(self) -> list[str]:
-        """Pods that could not be adopted, or the records that do not say which: nobody serves their queues."""
+        """Pods that could not be recovered, or the records that do not say which: nobody serves their queues."""
         pods = [str(pod) for pod in dict.fromkeys(self._cut_off.values())]
         return pods + [f"record {aside.path} ({aside.problem})" for aside in self._registry.set_aside]
 
     def load(self) -> None:
-        """Read the records; call it once, before anything is deleted or adopted."""
+        """Read the records; call it once, before anything is deleted or recovered."""
         for unreadable in self._registry.load():
             self._log.error("record set aside", path=str(unreadable.path), error=unreadable.problem)
 
@@ -56,7 +56,7 @@ class Adoption:
                 found[record.netns] = Sandbox(descriptor, record.netns, {record.attachment: record.request})
         return [with_found_links(sandbox, self._log) for sandbox in found.values()]
 
-    async def set_free(
+    async def detach(
         self, is_excluded: Callable[[AddRequest], bool], flow_store: Callable[[NetnsId], FlowStore], kernel: Kernel
     ) -> None:
         """Take the rules out of excluded pods: they may be of a time before, and nobody serves their queues now."""
@@ -72,9 +72,9 @@ class Adoption:
                 os.close(sandbox.netns_fd)
 
     def give_up(self, sandbox: Sandbox, err: Exception) -> None:
-        """Remember that a pod could not be adopted."""
+        """Remember that a pod could not be recovered."""
         self._cut_off.update(dict.fromkeys(sandbox.requests, sandbox.pod))
-        self._log.error("endpoint not adopted", pod=str(sandbox.pod), error=str(err))
+        self._log.error("endpoint not recovered", pod=str(sandbox.pod), error=str(err))
 
     def forget(self, attachment: AttachmentId) -> None:
         """The pod was deleted."""

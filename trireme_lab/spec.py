@@ -99,7 +99,7 @@ class ServiceSpec:
 
 
 @dataclass(frozen=True, slots=True)
-class WorldSpec:
+class LabSpec:
     """All that exists when a lab has started."""
 
     nodes: tuple[NodeSpec, ...]

@@ -1,17 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Takes everything of ours out of the node, when the product is removed: pods go on, and nobody judges them."""
+"""Takes everything of ours out of the node, when the product is removed: pods go on, and nobody evaluates them."""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Iterable
 
-from enforcer_daemon.daemon.adoption import Adoption
 from enforcer_daemon.daemon.flowstore import FlowStore
+from enforcer_daemon.daemon.recovery import Recovery
 from enforcer_daemon.daemon.sandbox import Sandbox
+from enforcer_daemon.dataplane.backendrecord import BackendRecord
 from enforcer_daemon.dataplane.backends import RulesBackend, choose_backend
 from enforcer_daemon.dataplane.guard import Guard
-from enforcer_daemon.dataplane.succession import Succession
 from enforcer_daemon.errors import DataplaneError, NetnsError
 from enforcer_daemon.model import NetnsId
 from enforcer_daemon.registration.admin import AdminServer
@@ -20,7 +20,7 @@ from enforcer_daemon.settings import Settings
 from enforcer_daemon.telemetry.logs import Logger
 
 
-def withdraw(settings: Settings, log: Logger) -> list[str]:
+def uninstall(settings: Settings, log: Logger) -> list[str]:
     """Remove the rules of all recorded pods, the records and the guard; give what is left, each with its cause.
 
     Raise EnforcerError if a daemon runs, which would put everything back, or where the kernel cannot be asked.
@@ -28,16 +28,16 @@ def withdraw(settings: Settings, log: Logger) -> list[str]:
     run_dir = settings.registration.run_dir
     with AdminServer(run_dir / "admin.sock", {}):  # Its lock is the daemon's.
         backend = choose_backend(settings.dataplane.rules_backend)
-        backends = (backend, *Succession(run_dir).others(backend))
+        backends = (backend, *BackendRecord(run_dir).others(backend))
         registry = Registry(run_dir / "endpoints")
-        adoption = Adoption(registry, log)
-        adoption.load()
+        recovery = Recovery(registry, log)
+        recovery.load()
 
         def flow_store(netns: NetnsId) -> FlowStore:
             return FlowStore.of(run_dir, netns, log)
 
         left = [f"record {aside.path}: {aside.problem}" for aside in registry.set_aside]
-        for sandbox in adoption.sandboxes(lambda _: False, flow_store):
+        for sandbox in recovery.sandboxes(lambda _: False, flow_store):
             problem = _remove_rules(sandbox, backends)
             if problem:
                 left.append(problem)

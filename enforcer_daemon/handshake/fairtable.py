@@ -17,7 +17,7 @@ from enforcer_daemon.enums import with_plain_members
 
 
 @with_plain_members
-class Bound(Enum):
+class Limit(Enum):
     """What can be full; the value is the label `limit` of trireme_limit_reached_total."""
 
     HALF_OPEN_FLOWS = "half-open-flows"
@@ -34,20 +34,20 @@ class Bound(Enum):
     NONCES = "nonces"
     SETTLED_FLOWS = "settled-flows"
     REPORTS = "reports"
-    HANDSHAKES_AGAIN = "handshakes-again"
+    REHANDSHAKES = "rehandshakes"
     OWN_PACKETS = "own-packets"
     LEASES = "leases"
 
     __hash__ = object.__hash__  # Members are single objects; Enum's own hash is in Python.
 
 
-BoundHits = dict[Bound, int]
+LimitHits = dict[Limit, int]
 """How often each bound cost somebody an entry, a packet or a verification."""
 
 
-def no_hits() -> BoundHits:
+def no_hits() -> LimitHits:
     """Begin to count."""
-    return dict.fromkeys(Bound, 0)
+    return dict.fromkeys(Limit, 0)
 
 
 _V6_HOSTS_BYTES = 8

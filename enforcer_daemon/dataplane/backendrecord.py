@@ -18,7 +18,7 @@ FILE_NAME = "backends"
 """In the run directory."""
 
 
-class Succession:
+class BackendRecord:
     """The names in a file beside the pods' records; it has the lifetime of their namespaces."""
 
     def __init__(self, run_dir: Path) -> None:

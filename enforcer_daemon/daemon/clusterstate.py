@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A world as a source knows it, compiled; and who a registered pod is in it."""
+"""A state as a source knows it, compiled; and who a registered pod is in it."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from enforcer_daemon.model import AttachmentId, Identity
 from enforcer_daemon.policy.compile import MAX_NAMESPACE_BYTES, PolicySnapshot, compile_snapshot
 from enforcer_daemon.registration.request import AddRequest
 from enforcer_daemon.settings import Settings
-from enforcer_daemon.sources.manifests import Problem, World
+from enforcer_daemon.sources.manifests import ClusterState, Problem
 
 MAX_PEER_NAMESPACE_BYTES = 1024 * 1024
 """Policies of a namespace that are decoded because a pod with flows into it got other labels. They may be another
@@ -20,10 +20,10 @@ tenant's; beyond, the peer's node alone evaluates the peer's direction, as it do
 
 
 @dataclass(frozen=True, slots=True)
-class CompiledWorld:
-    """What all endpoints are judged by at one moment."""
+class CompiledState:
+    """What all endpoints are evaluated by at one moment."""
 
-    world: World
+    cluster: ClusterState
     snapshot: PolicySnapshot
     node: str
     trust_domain: str
@@ -38,9 +38,9 @@ class CompiledWorld:
         """
         request = next(iter(requests.values()))
         ips = tuple(dict.fromkeys(ip for attached in requests.values() for ip in attached.ips))
-        namespace_labels = self.world.labels_of(request.pod.namespace)
-        pod = self.world.find_pod(request.pod, request.uid)
-        if pod is None and last is not None and self.world.is_cluster:
+        namespace_labels = self.cluster.labels_of(request.pod.namespace)
+        pod = self.cluster.find_pod(request.pod, request.uid)
+        if pod is None and last is not None and self.cluster.is_cluster:
             return replace(last, ips=ips, namespace_labels=namespace_labels)
         return Identity(
             pod=request.pod,
@@ -59,9 +59,9 @@ class CompiledWorld:
 
         With a cluster a pod is known before it is registered, and stays what it was when it is gone there.
         """
-        if self.world.is_cluster:
+        if self.cluster.is_cluster:
             return True
-        return any(request.labels or request.pod in self.world.pods for request in requests.values())
+        return any(request.labels or request.pod in self.cluster.pods for request in requests.values())
 
     def evaluates(self, peer: Identity) -> bool:
         """Return whether this node evaluates a peer's own policies too: not those of large namespaces."""
@@ -83,7 +83,7 @@ class CompiledWorld:
         policy.egress.address_rules()
 
 
-def with_large_namespaces(compiled: CompiledWorld, namespaces: Iterable[str]) -> CompiledWorld:
+def with_large_namespaces(compiled: CompiledState, namespaces: Iterable[str]) -> CompiledState:
     """Note as problems which of these namespaces have more policies than are compiled."""
     large = sorted(name for name in namespaces if compiled.snapshot.size_of(name) > MAX_NAMESPACE_BYTES)
     if not large:
@@ -92,18 +92,18 @@ def with_large_namespaces(compiled: CompiledWorld, namespaces: Iterable[str]) ->
         f"its NetworkPolicies take more than {MAX_NAMESPACE_BYTES} bytes, which is the limit: its pods are isolated"
     )
     found = tuple(Problem("networkpolicies", 0, f"Namespace {name}", "", message) for name in large)
-    return replace(compiled, world=replace(compiled.world, problems=(*compiled.world.problems, *found)))
+    return replace(compiled, cluster=replace(compiled.cluster, problems=(*compiled.cluster.problems, *found)))
 
 
-def compile_world(
-    world: World, settings: Settings, previous: CompiledWorld | None, keep: Container[str] | None = None
-) -> CompiledWorld:
-    """Compile a world; what did not change of the namespaces in `keep` (None: all) is taken over from the previous one.
+def compile_state(
+    cluster: ClusterState, settings: Settings, previous: CompiledState | None, keep: Container[str] | None = None
+) -> CompiledState:
+    """Compile a state; what did not change of the namespaces in `keep` (None: all) is taken over from the previous one.
 
     A namespace is compiled when it is first asked for.
     """
     generation = 1 if previous is None else previous.snapshot.generation + 1
     before = None if previous is None else previous.snapshot
-    snapshot = compile_snapshot(world.policies, generation, before, keep)
-    has_uids = world.is_cluster and settings.kubernetes.verify_placement
-    return CompiledWorld(world, snapshot, settings.node, settings.trust_domain, has_uids)
+    snapshot = compile_snapshot(cluster.policies, generation, before, keep)
+    has_uids = cluster.is_cluster and settings.kubernetes.verify_placement
+    return CompiledState(cluster, snapshot, settings.node, settings.trust_domain, has_uids)

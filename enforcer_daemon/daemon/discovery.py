@@ -33,7 +33,7 @@ MAX_RESULTS = 4096
 """Files that are looked at; as many as attachments that a node can have."""
 
 
-class Enrolling(Protocol):
+class Discovering(Protocol):
     """Has an attachment enforced."""
 
     async def add(self, request: AddRequest, netns_fd: int) -> None:
@@ -49,11 +49,11 @@ class _Found:
     netns_fd: int
 
 
-class Enrolment:
+class Discovery:
     """Looks through the runtime's cache, at the start and again from time to time."""
 
     def __init__(
-        self, directory: Path, registrar: Enrolling, is_known: Callable[[AttachmentId], bool], log: Logger
+        self, directory: Path, registrar: Discovering, is_known: Callable[[AttachmentId], bool], log: Logger
     ) -> None:
         self._directory = directory
         self._registrar = registrar
@@ -77,12 +77,12 @@ class Enrolment:
         if not settled:
             return 0
         located = await asyncio.to_thread(_locate, settled)
-        enrolled = 0
+        discovered = 0
         for attachment, found in located.items():
-            enrolled += await self._enrol(settled[attachment].request, found)
-        return enrolled
+            discovered += await self._discover(settled[attachment].request, found)
+        return discovered
 
-    async def _enrol(self, request: AddRequest, found: _Found) -> int:
+    async def _discover(self, request: AddRequest, found: _Found) -> int:
         host_interfaces = pair_ends(request.host_interfaces)
         request = replace(request, netns_path=found.path, host_interfaces=host_interfaces)
         if self._is_known(request.attachment):  # its ADD came in the meantime
@@ -93,7 +93,7 @@ class Enrolment:
         except EnforcerError as err:
             self._report(str(request.attachment), f"{request.pod}: {err}")
             return 0
-        self._log.warning("pod enrolled that had started without the plugin", pod=str(request.pod))
+        self._log.warning("pod discovered that had started without the plugin", pod=str(request.pod))
         return 1
 
     def _missing(self) -> dict[AttachmentId, CachedResult]:
@@ -138,7 +138,7 @@ class Enrolment:
             if len(self._reported) >= MAX_RESULTS:
                 self._reported.clear()
             self._reported[subject] = problem
-            self._log.error("pod not enrolled", problem=problem)
+            self._log.error("pod not discovered", problem=problem)
 
 
 def _read(path: Path) -> bytes:

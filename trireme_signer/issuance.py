@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Whether a node gets the certificate that it asks for. Pure: Kubernetes objects in, the key to sign or a refusal out.
 
-What is believed: what the API server writes into the request about who sent it (username and extra, which come from the
+What is trusted: what the API server writes into the request about who sent it (username and extra, which come from the
 token of a pod and replace whatever the sender wrote), and the objects that the API server holds. Nothing else.
 """
 
@@ -93,7 +93,7 @@ def _bound(extra: Mapping[str, Any], name: str) -> str:
     return values[0]
 
 
-def judge(request: Mapping[str, Any], requester: Requester, witnesses: Witnesses, grant: Grant) -> Granted:
+def evaluate(request: Mapping[str, Any], requester: Requester, witnesses: Witnesses, grant: Grant) -> Granted:
     """Return what to sign; raise RefusedError unless the request is exactly what the daemon on that node asks for."""
     _check_pod(requester, witnesses, grant)
     _check_node(requester, witnesses)

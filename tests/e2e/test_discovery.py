@@ -15,7 +15,7 @@ import pytest
 
 from enforcer_daemon.daemon.limits import DaemonLimits
 from tests.e2e.operation_world import HTTP, NODES, app, listening, pod, policy
-from trireme_lab import Lab, Outcome, Tools, WorldSpec
+from trireme_lab import Lab, LabSpec, Outcome, Tools
 from trireme_lab.enforcer import enforcer_with
 from trireme_lab.manifests import pod_manifest
 from trireme_lab.netns import delete_all, open_socket
@@ -35,7 +35,7 @@ ONLY_LATE = policy("only-late", "server", ingress=[{"from": [app("late")]}])
 def lab(plugin: Path) -> Iterator[Lab]:
     pods = (pod("server", "a"), pod("open", "a"))
     tools = Tools(plugin=plugin, enforcer=enforcer_with(LIMITS))
-    with Lab(WorldSpec(NODES, pods=pods, manifests=(ONLY_LATE,)), tools) as lab:
+    with Lab(LabSpec(NODES, pods=pods, manifests=(ONLY_LATE,)), tools) as lab:
         yield lab
 
 
@@ -127,7 +127,7 @@ def test_a_pod_that_starts_past_the_plugin_is_found_and_its_del_is_served(lab: L
     with late(lab) as pod_:
         wait_for(pod_.is_enrolled)
         assert pod_.outcome() is Outcome.CONNECTED
-        lab.node(NODE).restart()  # from now on it is adopted, by its record
+        lab.node(NODE).restart()  # from now on it is recovered, by its record
         assert pod_.is_enrolled()
     wait_for(lambda: not pod_.is_enrolled())
 
@@ -172,9 +172,9 @@ def test_a_registered_pod_is_not_enrolled_again(lab: Lab) -> None:
     lab.add_pod(spec)
     time.sleep(4 * EVERY_S)
     lab.remove_pod("x/usual")
-    assert "x/usual" not in [record.get("pod") for record in enrolled(lab)]
+    assert "x/usual" not in [record.get("pod") for record in discovered(lab)]
 
 
-def enrolled(lab: Lab) -> list[dict[str, object]]:
+def discovered(lab: Lab) -> list[dict[str, object]]:
     records = lab.node(NODE).log_records()
-    return [dict(record) for record in records if str(record.get("event", "")).startswith("pod enrolled")]
+    return [dict(record) for record in records if str(record.get("event", "")).startswith("pod discovered")]

@@ -8,19 +8,19 @@ from itertools import count
 import pytest
 
 from enforcer_daemon.errors import PeerError
-from enforcer_daemon.handshake.allowance import Allowance
-from enforcer_daemon.handshake.bounds import Bound, BoundHits, no_hits
+from enforcer_daemon.handshake.fairtable import Limit, LimitHits, no_hits
 from enforcer_daemon.handshake.limits import HandshakeLimits
+from enforcer_daemon.handshake.signaturebudget import SignatureBudget
 from enforcer_daemon.reasons import Reason
 
 GOOD = bytes((10, 1, 0, 2))
 
 
-def allowance(hits: BoundHits | None = None, **rates: float) -> Allowance:
-    return Allowance(HandshakeLimits(**rates), hits or no_hits())  # type: ignore[arg-type]
+def allowance(hits: LimitHits | None = None, **rates: float) -> SignatureBudget:
+    return SignatureBudget(HandshakeLimits(**rates), hits or no_hits())  # type: ignore[arg-type]
 
 
-def may(allowance: Allowance, address: bytes, now: float, *, known: bool = False, is_pod: bool = True) -> bool:
+def may(allowance: SignatureBudget, address: bytes, now: float, *, known: bool = False, is_pod: bool = True) -> bool:
     try:
         allowance.take(address, is_pod=is_pod, is_credential_known=known, now=now)
     except PeerError as err:
@@ -35,7 +35,7 @@ def forged() -> bytes:
 _numbers = count(1)
 
 
-def flood(target: Allowance, now: float, *, known: bool = False, packets: int = 2_000) -> int:
+def flood(target: SignatureBudget, now: float, *, known: bool = False, packets: int = 2_000) -> int:
     """Send from as many forged addresses; answer how many verifications that caused."""
     return sum(may(target, forged(), now, known=known) for _ in range(packets))
 
@@ -44,7 +44,7 @@ def test_strangers_leave_half_to_those_that_are_known() -> None:
     hits = no_hits()
     target = allowance(hits)
     assert flood(target, 1.0) == 500
-    assert hits[Bound.VERIFICATIONS] == 1_500
+    assert hits[Limit.VERIFICATIONS] == 1_500
     assert flood(target, 1.0, known=True) == 250  # As strangers do who have heard a node's credential.
     target.trust(GOOD)
     assert may(target, GOOD, 1.0, known=True)
@@ -71,7 +71,7 @@ def test_hosts_of_ipv6_share_the_allowance_of_their_network_and_pods_do_not() ->
     target = allowance(hits, max_verifications_per_s=10.0)
     addresses = [bytes.fromhex("20010db8000000000000000000000000")[:14] + n.to_bytes(2, "big") for n in range(100)]
     assert sum(may(target, address, 1.0, is_pod=False) for address in addresses) == 10
-    assert hits[Bound.VERIFICATIONS_PER_SOURCE] == 90
+    assert hits[Limit.VERIFICATIONS_PER_SOURCE] == 90
     assert sum(may(target, address, 1.0, is_pod=True) for address in addresses) == 100
 
 
