@@ -15,7 +15,7 @@ from enforcer_daemon.model import IPNetwork
 from tests.attacks import ipvs
 from tests.attacks.kube_proxy import Front
 from trireme_lab import Lab
-from trireme_lab.netns import exec_prefix, ip_batch, run, write_sysctls
+from trireme_lab.netns import exec_prefix, run, write_sysctls
 
 _TOOLS = ("ipvsadm", "ipset")
 _IPVS = Path("/proc/net/ip_vs")
@@ -48,7 +48,7 @@ def _apply(
     own = [*spec.addresses, *(network[1] for network in spec.pod_networks)]
     write_sysctls(netns, ipvs.SYSCTLS)
     stack.callback(run, [*inside, "ip", "link", "delete", ipvs.DUMMY])
-    ip_batch(ipvs.link_lines(fronts), netns)
+    run([*inside, "ip", "-batch", "-"], "\n".join([*ipvs.link_lines(fronts), ""]))
     stack.callback(run, [*inside, "ipvsadm", "--clear"])
     run([*inside, "ipvsadm", "--restore"], "\n".join([*ipvs.server_lines(fronts, own), ""]))
     stack.callback(run, [*inside, "ipset", "destroy"])  # Of both families, after the rules that name them.
