@@ -3,6 +3,8 @@ VENV := .venv
 BIN := $(VENV)/bin
 PYTHON ?= python3
 PYTEST := $(BIN)/python -m pytest
+# Most tests wait for packets and clocks, so a file more than this machine has cores runs at a time.
+PARALLEL := --numprocesses 3 --dist loadfile
 VM_TIMEOUT ?= 1800
 
 .PHONY: help setup demo test test-vm check lint plugin manifests bench fuzz lock format clean
@@ -27,7 +29,7 @@ demo: plugin ## two nodes, real pods, a policy change: who may reach whom (as ro
 	$(BIN)/triremectl lab run --plugin dist/trireme/trireme demo
 
 test: plugin lint ## all tests that this kernel can run (as root)
-	$(PYTEST) tests
+	$(PYTEST) $(PARALLEL) tests
 
 test-vm: plugin ## tests marked stock_kernel, on Debian's own kernel under qemu (as root)
 	install/vm-packages.sh
@@ -35,7 +37,7 @@ test-vm: plugin ## tests marked stock_kernel, on Debian's own kernel under qemu 
 	$(BIN)/python tests/vm/boot.py --timeout $(VM_TIMEOUT) .venv/bin/python tests/vm/suite.py
 
 check: lint ## format, lint, types, import rules, unit tests: seconds, no root
-	$(PYTEST) -q tests/unit tests/property
+	$(PYTEST) --quiet --numprocesses auto --dist loadfile tests/unit tests/property
 
 lint: $(VENV)/.ready
 	$(BIN)/ruff format --check --quiet .
