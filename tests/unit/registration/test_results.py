@@ -6,6 +6,7 @@ from __future__ import annotations
 import base64
 import json
 from ipaddress import ip_address
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -16,6 +17,7 @@ from cni_plugin.messages import MessageError
 from enforcer_daemon.model import AttachmentId, PodRef
 from enforcer_daemon.registration.results import CachedResult, decode_cached
 
+VECTORS = Path(__file__).parents[2] / "vectors" / "cni-results"
 ARGS = [["IgnoreUnknown", "1"], ["K8S_POD_NAMESPACE", "shop"], ["K8S_POD_NAME", "web-0"], ["K8S_POD_UID", "u-1"]]
 RESULT = {
     "cniVersion": "0.3.1",
@@ -56,6 +58,13 @@ def test_a_pod_is_read_as_its_add_would_have_said() -> None:
     assert request.ips == (ip_address("10.244.0.5"),)
     assert request.host_interfaces == ("cni0", "veth1")
     assert found.paths == ("/var/run/netns/cni-1", "/run/netns/cni-1")
+
+
+def test_a_placeholder_of_the_primary_is_passed_over() -> None:
+    vector = json.loads((VECTORS / "aws-vpc.json").read_text())
+    found = read(netns=None, result=vector["prevResult"])
+    assert found.request.ips == (ip_address("10.24.1.9"),)
+    assert found.paths == ("/var/run/netns/cni-4f6c",)
 
 
 def test_an_entry_need_not_say_where_the_pod_is() -> None:
