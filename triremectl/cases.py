@@ -51,6 +51,8 @@ class ProbeVerdict:
 
     egress: Decision
     ingress: Decision
+    limits: tuple[str, ...] = ()
+    """Limits that the policies of the two ends exceed, which shape these decisions."""
 
     @property
     def is_allowed(self) -> bool:
@@ -110,6 +112,17 @@ class CaseCluster:
         )
         return _End(pod.ips, identity)
 
+    def limits_of(self, pod: PodRef) -> tuple[str, ...]:
+        """Return the limits that a pod's policies exceed, in the daemon's words."""
+        return self._limits(self._pods[str(pod)].identity)
+
+    def _limits(self, identity: Identity | None) -> tuple[str, ...]:
+        if identity is None:
+            return ()
+        if problem := self._snapshot.problem_of(identity.pod.namespace):
+            return (problem,)
+        return self._snapshot.pod_policy(identity).problems
+
     def evaluate(self, probe: Probe, *, explain: bool = False) -> ProbeVerdict:
         """Evaluate a probe at both ends; `explain` names all rules that allow it, not one. ValueError: no such end."""
         source, destination = self._end(probe.source), self._end(probe.destination)
@@ -133,7 +146,8 @@ class CaseCluster:
             )
             if source.node and source.node == destination.identity.node:
                 ingress = _allowed(Reason.NODE, Direction.INGRESS)
-        return ProbeVerdict(egress, ingress)
+        limits = dict.fromkeys((*self._limits(source.identity), *self._limits(destination.identity)))
+        return ProbeVerdict(egress, ingress, tuple(limits))
 
     def _end(self, name: str) -> _End:
         if "/" in name:

@@ -135,6 +135,7 @@ def _explanation(probe: Probe, verdict: ProbeVerdict) -> dict[str, object]:
         "denied_by": verdict.denied_by,
         "egress": _decision(verdict.egress),
         "ingress": _decision(verdict.ingress),
+        **({"limits": list(verdict.limits)} if verdict.limits else {}),
     }
 
 
@@ -184,6 +185,7 @@ def in_words(probe: Probe, verdict: ProbeVerdict) -> list[str]:
     return [
         f"egress of {probe.source}: {_decision_in_words(verdict.egress)}",
         f"ingress of {probe.destination}: {_decision_in_words(verdict.ingress)}",
+        *(f"limit exceeded: {limit}" for limit in verdict.limits),
     ]
 
 

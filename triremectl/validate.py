@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`triremectl validate`: would Kubernetes accept these manifests? Says which field of which object is at fault."""
+"""`triremectl validate`: do Kubernetes and the daemon accept these manifests? Says which field is at fault."""
 
 from __future__ import annotations
 
@@ -9,19 +9,22 @@ from pathlib import Path
 import click
 
 from enforcer_daemon.sources.manifests import ManifestFile, decode_file, manifest_files, read_file, unique_objects
+from triremectl.limits import limit_problems
 from triremectl.output import printable
 
 
 @click.command("validate")
 @click.argument("paths", nargs=-1, required=True, type=click.Path(path_type=Path, allow_dash=True))
 def command(paths: tuple[Path, ...]) -> None:
-    """Check manifests as the Kubernetes API server does.
+    """Check manifests as the Kubernetes API server and the daemon do.
 
-    NetworkPolicy, Namespace and Pod are read. PATHS are YAML or JSON files, directories of them, or - for standard
+    NetworkPolicy, Namespace and Pod are read. Limits on sums count for what is given: those of a pod only if the pod is
+    among it. PATHS are YAML or JSON files, directories of them, or - for standard
     input. Each problem is a line: file and line, object, field, message. The exit status is 0 if all is valid, else 1.
     """
     files = [file for path in paths for file in _read(path)]
     found, problems = unique_objects(files)
+    problems += limit_problems(found)
     for problem in problems:
         click.echo(printable(str(problem)))
     if not any(file.entries or file.problem for file in files):

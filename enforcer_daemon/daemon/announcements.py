@@ -41,6 +41,12 @@ class Announcements:
             if problem:
                 self.note_identity(requests, problem)
 
+    def note_policy_limit(self, requests: Mapping[AttachmentId, AddRequest], text: str) -> None:
+        """Note that the policies that select a pod exceed a limit."""
+        subject = pod_subject(requests)
+        notice = Notice(subject, EventKind.POLICY_LIMIT_EXCEEDED, text)
+        self._book.note_state(subject, text, partial(_same, notice))
+
     def note_denied_node(self, node: str, why: str) -> None:
         """Tell that a node is believed no longer; `kubectl describe node` asks for its name in place of a UID."""
         subject = Subject("v1", "Node", "", node, node)

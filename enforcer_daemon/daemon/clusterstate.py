@@ -4,12 +4,12 @@
 from __future__ import annotations
 
 from collections.abc import Container, Iterable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 from cni_plugin import messages
 from enforcer_daemon.errors import RegistrationError
 from enforcer_daemon.model import AttachmentId, Identity
-from enforcer_daemon.policy.compile import MAX_NAMESPACE_BYTES, PolicySnapshot, compile_snapshot
+from enforcer_daemon.policy.compile import PolicySnapshot, compile_snapshot
 from enforcer_daemon.registration.request import AddRequest
 from enforcer_daemon.settings import Settings
 from enforcer_daemon.sources.manifests import ClusterState, Problem
@@ -29,6 +29,8 @@ class CompiledState:
     trust_domain: str
     has_uids: bool = False
     """Whether identities state their pods' UIDs, for nodes that look up where these are."""
+    large: Mapping[str, str] = field(default_factory=dict)
+    """Namespaces that have more policies than are compiled, each with the problem."""
 
     def identity_of(self, requests: Mapping[AttachmentId, AddRequest], last: Identity | None = None) -> Identity:
         """Return the identity of the pod that these attachments belong to, and which was `last` until now.
@@ -84,15 +86,13 @@ class CompiledState:
 
 
 def with_large_namespaces(compiled: CompiledState, namespaces: Iterable[str]) -> CompiledState:
-    """Note as problems which of these namespaces have more policies than are compiled."""
-    large = sorted(name for name in namespaces if compiled.snapshot.size_of(name) > MAX_NAMESPACE_BYTES)
+    """Add a problem for each of these namespaces that has more policies than are compiled."""
+    large = {name: problem for name in sorted(namespaces) if (problem := compiled.snapshot.problem_of(name))}
     if not large:
         return compiled
-    message = (
-        f"its NetworkPolicies take more than {MAX_NAMESPACE_BYTES} bytes, which is the limit: its pods are isolated"
-    )
-    found = tuple(Problem("networkpolicies", 0, f"Namespace {name}", "", message) for name in large)
-    return replace(compiled, cluster=replace(compiled.cluster, problems=(*compiled.cluster.problems, *found)))
+    found = (Problem("networkpolicies", 0, f"Namespace {name}", "", problem) for name, problem in large.items())
+    cluster = replace(compiled.cluster, problems=(*compiled.cluster.problems, *found))
+    return replace(compiled, cluster=cluster, large=large)
 
 
 def compile_state(

@@ -63,7 +63,7 @@ class Endpoints:
         self.stale = StaleFlows(kernel, self.__iter__, log, metrics)
         self._turns = turns
         work = FollowingWork(kernel, turns, self._reevaluation, self.stale)
-        self._following = Following(self._by_netns, work, self._leave_pending, log)
+        self._following = Following(self._by_netns, work, self._leave_pending)
         self._recovery = Recovery(registry, log)
         self._changing = asyncio.Lock()
         """Registrations take turns; a change of the state does not wait for them."""

@@ -22,7 +22,6 @@ from enforcer_daemon.errors import DataplaneError, EnforcerError
 from enforcer_daemon.model import Identity, NetnsId
 from enforcer_daemon.policy.address_rules import size_of
 from enforcer_daemon.sources.turns import Turns
-from enforcer_daemon.telemetry.logs import Logger
 
 MAX_BATCH_SPANS = 4_096
 """Spans of addresses and ports in one transaction of the guard; an endpoint that has more is one by itself. Others wait
@@ -58,13 +57,11 @@ class Following:
         endpoints: Mapping[NetnsId, Endpoint],
         work: FollowingWork,
         leave_pending: Callable[[Endpoint, EnforcerError], None],
-        log: Logger,
     ) -> None:
         """Follow for these endpoints, as they are at any time."""
         self._endpoints = endpoints
         self._kernel, self._turns, self._reevaluation, self._stale = work
         self._leave_pending = leave_pending
-        self._log = log
         self._state: CompiledState | None = None
         self._namespaces: dict[str, _Turn] = {}
         self._labelled: set[str] = set()
@@ -123,9 +120,6 @@ class Following:
         async with asyncio.TaskGroup() as tasks:
             for endpoint, change in changed:
                 tasks.create_task(self._reevaluation.evaluate(endpoint, state, change))
-        for endpoint in to_guard:
-            if problem := endpoint.policy.ingress.problem or endpoint.policy.egress.problem:
-                self._log.error("rules left out", pod=str(endpoint.identity.pod), problem=problem)
         await self._guard(to_guard)
         await self._reevaluation.reevaluate_masqueraded(to_guard)
         if self._stale.is_pending and changed:  # What ended is this namespace's, or of pods that have flows with it.

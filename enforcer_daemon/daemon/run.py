@@ -26,6 +26,7 @@ from enforcer_daemon.daemon.limits import DEFAULT_LIMITS, DaemonLimits
 from enforcer_daemon.daemon.node import Node
 from enforcer_daemon.daemon.notices import Notices
 from enforcer_daemon.daemon.placement import PlacementGuard
+from enforcer_daemon.daemon.policylimits import PolicyLimits
 from enforcer_daemon.daemon.registrar import Registrar
 from enforcer_daemon.daemon.status import Status
 from enforcer_daemon.daemon.vouching import Vouching
@@ -120,7 +121,8 @@ class Daemon:
         self._registrar = Registrar(self._endpoints, settings, self._cluster)
         results = settings.registration.cni_results_dir
         self._discovery = None if results is None else Discovery(results, self._registrar, self._endpoints.knows, log)
-        self._status = Status(settings, self._node, self._registrar, self._metrics, self._kernel)
+        self._policy_limits = PolicyLimits(self._endpoints.__iter__, self._announcements, log)
+        self._status = Status(settings, self._node, self._registrar, self._metrics, self._kernel, self._policy_limits)
         self._status.placement = self._placement
         self._admin = AdminServer(run_dir / "admin.sock", self._status.commands())
         self._registration = RegistrationServer(run_dir / "registration.sock", self._registrar)
@@ -307,6 +309,7 @@ class Daemon:
                 self._announcements.note_problems(
                     (endpoint.sandbox.requests, endpoint.problem) for endpoint in self._endpoints
                 )
+            self._policy_limits.report(self._status.cluster)
             self._measure()
 
     def _measure(self) -> None:

@@ -17,6 +17,7 @@ from enforcer_daemon.daemon.endpoint import Endpoint
 from enforcer_daemon.daemon.kernel import Kernel
 from enforcer_daemon.daemon.node import Node
 from enforcer_daemon.daemon.placement import PlacementGuard
+from enforcer_daemon.daemon.policylimits import PolicyLimits
 from enforcer_daemon.daemon.registrar import Registrar
 from enforcer_daemon.dataplane.guard_links import passed_by_tc
 from enforcer_daemon.dataplane.guard_vouched import NOT_CLAIMED
@@ -36,13 +37,22 @@ _log = structlog.get_logger(__name__)
 class Status:
     """Answers the commands of the admin socket."""
 
-    def __init__(self, settings: Settings, node: Node, registrar: Registrar, metrics: Metrics, kernel: Kernel) -> None:
+    def __init__(
+        self,
+        settings: Settings,
+        node: Node,
+        registrar: Registrar,
+        metrics: Metrics,
+        kernel: Kernel,
+        limits: PolicyLimits,
+    ) -> None:
         self._settings = settings
         self._node = node
         self._registrar = registrar
         self._endpoints = registrar.endpoints
         self._metrics = metrics
         self._kernel = kernel
+        self._limits = limits
         self._since = time.time()
         self.cluster: CompiledState | None = None
         self.placement: PlacementGuard | None = None
@@ -109,7 +119,7 @@ class Status:
             "policies": len(self.cluster.cluster.policies),
             "namespaces": len(self.cluster.cluster.namespaces),
             "pods": len(self.cluster.cluster.pods),
-            "problems": [str(problem) for problem in self.cluster.cluster.problems],
+            "problems": [str(problem) for problem in (*self.cluster.cluster.problems, *self._limits.problems())],
         }
 
     def _is_bare(self, endpoint: Endpoint) -> bool:
@@ -192,8 +202,8 @@ def _unevaluated(lost: LostPackets) -> dict[str, int]:
 
 def _guard_problem(endpoint: Endpoint, passed_by: frozenset[str]) -> str:
     """Return what the guard on the node cannot see of the pod, or does not allow it; empty if all is in order."""
-    if problem := endpoint.policy.ingress.problem or endpoint.policy.egress.problem:
-        return problem
+    if problems := endpoint.policy.problems:
+        return "; ".join(problems)
     links = endpoint.sandbox.links
     named = ", ".join(name for name in links.names if name in passed_by)
     if not named:

@@ -7,17 +7,13 @@ rendered is as large as the policies are.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
 from enforcer_daemon.model import IPAddress, IPNetwork, Protocol
 from enforcer_daemon.policy.objects import LAST_PORT, IPBlock
 from enforcer_daemon.policy.tables import AddressSet, PortSet, Span, merged
 
-MAX_KERNEL_RULES = 256
-MAX_KERNEL_SPANS = 65_536
-"""Rules by address of one pod in one direction that the kernel is given, and spans of addresses and ports in them. A
-rule is one allowance of addresses on ports that no other shares; a span is what an ipBlock leaves, or some ports."""
 _ALL_PORTS = ((0, LAST_PORT),)
 
 
@@ -116,8 +112,3 @@ def size_of(rules: Iterable[AddressRule]) -> int:
     return sum(
         1 + (0 if rule.addresses is None else len(rule.addresses.spans)) + len(rule.spans or ()) for rule in rules
     )
-
-
-def is_too_large(rules: Sequence[AddressRule]) -> bool:
-    """Return whether rules are more than the kernel is given."""
-    return len(rules) > MAX_KERNEL_RULES or size_of(rules) > MAX_KERNEL_SPANS

@@ -13,6 +13,7 @@ from operator import attrgetter
 
 from enforcer_daemon.model import Direction, Identity
 from enforcer_daemon.policy.evaluate import CompiledRules, DirectionPolicy, PodPolicy
+from enforcer_daemon.policy.limits import namespace_problem
 from enforcer_daemon.policy.objects import AnyPolicy, NetworkPolicy
 from enforcer_daemon.policy.tables import LabelTable
 
@@ -20,9 +21,6 @@ MAX_COMPILED_SETS = 4_096
 """Sets of policies of one namespace that stay compiled. A set is what selects some pod of this node, so a node has
 fewer of them than pods; the bound is for those who ask about many pods, and beyond it all are compiled anew."""
 
-MAX_NAMESPACE_BYTES = 4 * 1024 * 1024
-"""Policies of one namespace, as they are kept: some ten thousand. Decoded and compiled they take about twenty times as
-much memory and some seconds; of a namespace with more, all pods are isolated."""
 _BY_NAME = attrgetter("name")
 
 _CompiledSet = tuple[CompiledRules, CompiledRules]
@@ -60,14 +58,9 @@ class _NamespacePolicies:
 
 def loaded(listed: Sequence[AnyPolicy]) -> tuple[NetworkPolicy, ...]:
     """Decode the policies of one namespace; where they are too large, isolate all of its pods instead."""
-    if is_too_large(listed):
+    if namespace_problem(listed):
         return (NetworkPolicy(listed[0].namespace, "policies-too-large", ingress=(), egress=()),)
     return tuple(policy.load() for policy in listed)
-
-
-def is_too_large(listed: Iterable[AnyPolicy]) -> bool:
-    """Return whether a namespace has more policies than are compiled."""
-    return sum(policy.size for policy in listed) > MAX_NAMESPACE_BYTES
 
 
 _NO_RULES: _CompiledSet = (CompiledRules((), Direction.INGRESS), CompiledRules((), Direction.EGRESS))
@@ -134,6 +127,10 @@ class PolicySnapshot:
     def size_of(self, namespace: str) -> int:
         """Return the bytes of a namespace's policies, as far as they are known."""
         return sum(policy.size for policy in self._policies.get(namespace, ()))
+
+    def problem_of(self, namespace: str) -> str:
+        """Return what is wrong with a namespace's policies together; empty if nothing is."""
+        return namespace_problem(self._policies.get(namespace, ()))
 
     def pod_policy(self, identity: Identity) -> PodPolicy:
         """Return what selects this pod; its cost does not grow with the number of policies that do not."""

@@ -11,6 +11,7 @@ from collections.abc import Mapping
 
 from enforcer_daemon.model import IPNetwork, Protocol
 from enforcer_daemon.policy.complexity import check_policy
+from enforcer_daemon.policy.limits import stored_bytes, stored_form
 from enforcer_daemon.policy.metadata import check_object_name, read_metadata, read_object, read_selector
 from enforcer_daemon.policy.objects import IPBlock, NetworkPolicy, Peer, PodPeer, PortMatch, PortName, PortRange, Rule
 from enforcer_daemon.policy.reader import Reader, child
@@ -46,6 +47,7 @@ def decode_network_policy(manifest: object, *, mask_host_bits: bool = False) -> 
         pod_selector=selector,
         ingress=ingress if "Ingress" in types else None,
         egress=egress if "Egress" in types else None,
+        size=len(stored_bytes(stored_form(metadata.namespace, metadata.name, top.get("spec")))),
     )
 
 

@@ -11,22 +11,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-from enforcer_daemon.model import (
-    Decision,
-    Direction,
-    Identity,
-    IPAddress,
-    Protocol,
-    RuleRef,
-)
-from enforcer_daemon.policy.address_rules import (
-    MAX_KERNEL_RULES,
-    MAX_KERNEL_SPANS,
-    AddressRule,
-    is_too_large,
-    rules_of,
-    united,
-)
+from enforcer_daemon.model import Decision, Direction, Identity, IPAddress, Protocol, RuleRef
+from enforcer_daemon.policy.address_rules import AddressRule, rules_of, united
+from enforcer_daemon.policy.limits import address_rules_problem
 from enforcer_daemon.policy.objects import (
     EVERYTHING,
     TRUST_DOMAIN_LABEL,
@@ -82,10 +69,16 @@ MAX_REMEMBERED_PEERS = 1_024
 MAX_REMEMBERED_GROUPS = 65_536
 """Peers, and groups of all peers, that are remembered by one set of rules; beyond, all are found again. To find the
 groups of a peer may mean to try each selector of a namespace, which must not happen for each of the peer's flows."""
-_MAX_NAMED = 10
-"""Policies that a problem names."""
 MAX_NAMINGS = 16
 """Ways in which the pods of one set of rules name their ports, of which the rules by address are kept."""
+
+
+class KernelRules(NamedTuple):
+    """The rules by address that the kernel is given."""
+
+    rules: tuple[AddressRule, ...]
+    """None if there are more than the kernel is given."""
+    problem: str
 
 
 class CompiledRules:
@@ -120,11 +113,9 @@ class CompiledRules:
                     ports = port_sets[rule.ports] = PortSet(rule.ports)
                 self._add(policy.namespace, rule.peers, ports, decision)
         self._pods = LabelTable((_filing_selectors(group), group) for group in self._pod_groups.values())
-        self.is_left_out = False
-        """Whether there are more rules by address than the kernel is given."""
         self._groups_of: dict[Identity, tuple[_PodGroup, ...]] = {}
         self._remembered = 0
-        self._address_rules: dict[frozenset[tuple[object, ...]], tuple[AddressRule, ...]] = {}
+        self._kernel_rules: dict[frozenset[tuple[object, ...]], KernelRules] = {}
 
     def _add(self, namespace: str, peers: tuple[PodPeer | IPBlock, ...], ports: PortSet, decision: Decision) -> None:
         number = len(self._rules)
@@ -212,18 +203,15 @@ class CompiledRules:
                     return True
         return False
 
-    def address_rules(self, own_names: PortNames) -> tuple[AddressRule, ...]:
-        """Return what is allowed by address alone, each once, where the pod's own ports have these names.
-
-        Of more than the kernel is given, nothing.
-        """
+    def kernel_rules(self, own_names: PortNames) -> KernelRules:
+        """Return what is allowed by address alone, each once, if the pod's own ports have these names."""
         by_name: dict[tuple[Protocol, str], list[int]] = {}
         if self._ports.has_names:
             for (protocol, number), names in own_names.items():
                 for name in names:
                     by_name.setdefault((protocol, name), []).append(number)
         key = frozenset((protocol, name, *numbers) for (protocol, name), numbers in by_name.items())
-        known = self._address_rules.get(key)
+        known = self._kernel_rules.get(key)
         if known is None:
             found = (
                 allowed
@@ -231,12 +219,11 @@ class CompiledRules:
                 for blocks in ((None,) if rule.blocks is None else rule.blocks)
                 for allowed in rules_of(blocks, rule.ports, by_name)
             )
-            if len(self._address_rules) >= MAX_NAMINGS:
-                self._address_rules.clear()
-            known = united(found)
-            if is_too_large(known):
-                known, self.is_left_out = (), True
-            self._address_rules[key] = known
+            if len(self._kernel_rules) >= MAX_NAMINGS:
+                self._kernel_rules.clear()
+            rules = united(found)
+            problem = address_rules_problem(rules, self.direction, self.isolating)
+            known = self._kernel_rules[key] = KernelRules(() if problem else rules, problem)
         return known
 
 
@@ -251,7 +238,7 @@ def _filing_selectors(group: _PodGroup) -> tuple[Selector, Selector]:
 class DirectionPolicy:
     """What policy says of one pod's flows in one direction."""
 
-    __slots__ = ("_allows_all", "_own_names", "_rules", "_trust_domain")
+    __slots__ = ("_allows_all", "_own_names", "_problem", "_rules", "_trust_domain")
 
     def __init__(self, rules: CompiledRules, identity: Identity) -> None:
         self._rules = rules
@@ -259,6 +246,7 @@ class DirectionPolicy:
         # For ingress the pod itself is the destination that gives ports their names.
         self._own_names = port_names(identity) if rules.direction is Direction.INGRESS else None
         self._allows_all = None if rules.isolating else Decision(True, Reason.NOT_ISOLATED, rules.direction)
+        self._problem: str | None = None
 
     @property
     def is_isolated(self) -> bool:
@@ -277,12 +265,10 @@ class DirectionPolicy:
 
     @property
     def problem(self) -> str:
-        """What is not in force in the kernel, and by which policies; empty if all is."""
-        if self._allows_all is not None or not self._rules.is_left_out:
-            return ""
-        named = ", ".join(map(str, self.isolating[:_MAX_NAMED]))
-        limits = f"{MAX_KERNEL_RULES} rules or {MAX_KERNEL_SPANS} ranges"
-        return f"{self._rules.direction.value} by address: more than {limits}, so none is allowed by the guard: {named}"
+        """Which limit the rules by address exceed, and by which policies; empty if none."""
+        if self._problem is None:  # Asked for every flow and every second; the rules may keep no more namings.
+            self._problem = "" if self._allows_all is not None else self._kernel_rules().problem
+        return self._problem
 
     def is_same(self, other: DirectionPolicy) -> bool:
         """Return whether both were compiled from the very same policies for the same pod, so that they evaluate
@@ -328,6 +314,8 @@ class DirectionPolicy:
                 names = [p.name for p in peer.named_ports if p.number == port and p.protocol is protocol]
         if peer is not None:
             yield from self._rules.allowing_pod(peer, self._trust_domain, port, protocol, names)
+        if self._own_names is None and self.problem:
+            return  # Egress: the guard lets none of it leave the node, so it is denied here, with a reason.
         yield from self._rules.allowing_address(address, port, protocol, names)
 
     def could_allow(self, address: IPAddress | None, port: int | None, protocol: Protocol | None) -> bool:
@@ -346,7 +334,10 @@ class DirectionPolicy:
         """
         if self._allows_all is not None:
             return (AddressRule(),)
-        return self._rules.address_rules(self._own_names or {})
+        return self._kernel_rules().rules
+
+    def _kernel_rules(self) -> KernelRules:
+        return self._rules.kernel_rules(self._own_names or {})
 
 
 def port_names(identity: Identity) -> PortNames:
@@ -364,6 +355,11 @@ class PodPolicy:
     identity: Identity
     ingress: DirectionPolicy
     egress: DirectionPolicy
+
+    @property
+    def problems(self) -> tuple[str, ...]:
+        """Which limits the pod's policies exceed."""
+        return tuple(problem for problem in (self.ingress.problem, self.egress.problem) if problem)
 
     def direction(self, direction: Direction) -> DirectionPolicy:
         """Return one direction's policy."""

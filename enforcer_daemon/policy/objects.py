@@ -9,7 +9,7 @@ anyone, a rule without ports for every port of every protocol.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import Enum
 from typing import Protocol as Protocol_
 
@@ -138,6 +138,9 @@ class NetworkPolicy:
     egress: tuple[Rule, ...] | None = None
     """None: the policy does not isolate its pods for egress. Empty: it isolates them and allows nothing."""
 
+    size: int = field(default=0, compare=False)
+    """Bytes that it is stored in (`limits`); 0 of one that stands in for others."""
+
     def rules(self, direction: Direction) -> tuple[Rule, ...] | None:
         """Return the rules of one direction; None if the policy does not isolate in it."""
         return self.ingress if direction is Direction.INGRESS else self.egress
@@ -148,11 +151,6 @@ class NetworkPolicy:
 
     def unload(self) -> None:
         """Do nothing: it has no other form."""
-
-    @property
-    def size(self) -> int:
-        """Bytes of what it was decoded from; not known."""
-        return 0
 
 
 class AnyPolicy(Protocol_):

@@ -38,6 +38,7 @@ class EventKind(Enum):
     POLICY_REFUSED = ("PolicyRefused", "Refuse")
     SERVICE_REFUSED = ("ServiceRefused", "Refuse")
     IDENTITY_TOO_LARGE = ("IdentityTooLarge", "SignToken")
+    POLICY_LIMIT_EXCEEDED = ("PolicyLimitExceeded", "Isolate")
     NODE_DENIED = ("NodeDenied", "Deny")
 
     def __init__(self, reason: str, action: str) -> None:

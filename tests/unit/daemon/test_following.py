@@ -10,7 +10,6 @@ from types import SimpleNamespace
 from typing import Any, cast
 
 import pytest
-import structlog
 
 from enforcer_daemon.daemon import following as module
 from enforcer_daemon.daemon.endpoint import Change
@@ -99,7 +98,7 @@ def following(*endpoints: FakeEndpoint) -> Following:
     by_netns: Any = dict(enumerate(endpoints))
     nothing = cast(Any, None)
     work = FollowingWork(nothing, Turns(), cast(Any, FakeRejudging()), cast(Any, FakeStale()))
-    return Following(by_netns, work, nothing, structlog.get_logger())
+    return Following(by_netns, work, nothing)
 
 
 def test_a_slow_namespace_holds_up_no_other_and_skips_what_lies_between(

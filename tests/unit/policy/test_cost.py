@@ -4,15 +4,17 @@
 from __future__ import annotations
 
 import time
+from dataclasses import replace
 from ipaddress import ip_address
 from typing import Any
 
 import pytest
 
 from enforcer_daemon.dataplane.guard_rules import address_rule
-from enforcer_daemon.model import Identity, PodRef, Protocol
+from enforcer_daemon.model import Identity, NamedPort, PodRef, Protocol
 from enforcer_daemon.policy import PodPolicy, compile_snapshot, decode_network_policy
-from enforcer_daemon.policy.objects import NetworkPolicy, Selector
+from enforcer_daemon.policy.objects import Selector
+from enforcer_daemon.reasons import Reason
 
 POD = Identity(PodRef("farm", "cow"), (ip_address("10.0.0.1"),), {"app": "cow"}, {}, "node")
 PEER = Identity(PodRef("farm", "hen"), (ip_address("10.0.0.2"),), {"app": "hen", "key7": ""}, {}, "node")
@@ -20,12 +22,15 @@ GENEROUS_S = 1.0
 """Many times what is needed; the product of peers and ports took longer."""
 
 
-def compiled(*rules: dict[str, Any], peers: str = "from") -> PodPolicy:
+def manifest_of(*rules: dict[str, Any], peers: str = "from") -> dict[str, Any]:
     direction = {"from": "ingress", "to": "egress"}[peers]
     spec = {"podSelector": {}, "policyTypes": ["Ingress", "Egress"], direction: list(rules)}
     metadata = {"namespace": "farm", "name": "all"}
-    manifest = {"apiVersion": "networking.k8s.io/v1", "kind": "NetworkPolicy", "metadata": metadata, "spec": spec}
-    return compile_snapshot([decode_network_policy(manifest)], 1).pod_policy(POD)
+    return {"apiVersion": "networking.k8s.io/v1", "kind": "NetworkPolicy", "metadata": metadata, "spec": spec}
+
+
+def compiled(*rules: dict[str, Any], peers: str = "from") -> PodPolicy:
+    return compile_snapshot([decode_network_policy(manifest_of(*rules, peers=peers))], 1).pod_policy(POD)
 
 
 def blocks(count: int) -> list[dict[str, Any]]:
@@ -103,20 +108,22 @@ def test_rules_beyond_the_kernels_limit_are_none_and_are_named():
     policy = compiled(*rules, peers="to")
 
     assert policy.egress.address_rules() == ()
-    assert "farm/all" in policy.egress.problem
+    assert policy.egress.problem == (
+        "egress by address: 257 rules with 771 ranges, more than the limit of 256 rules or 65536 ranges: nothing is "
+        "allowed by address; policies: farm/all"
+    )
     assert policy.ingress.problem == ""
     assert len(compiled(*rules[:256], peers="to").egress.address_rules()) == 256
 
 
 def test_spans_beyond_the_kernels_limit_are_none(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr("enforcer_daemon.policy.address_rules.MAX_KERNEL_SPANS", 20)
+    monkeypatch.setattr("enforcer_daemon.policy.limits.MAX_KERNEL_SPANS", 20)
     assert compiled({"to": blocks(20)}, peers="to").egress.address_rules() == ()
     assert len(compiled({"to": blocks(19)}, peers="to").egress.address_rules()) == 1
 
 
 def test_a_namespace_with_too_many_policies_is_isolated(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr("enforcer_daemon.policy.compile.MAX_NAMESPACE_BYTES", 1_000)
-    monkeypatch.setattr(NetworkPolicy, "size", 600)
+    monkeypatch.setattr("enforcer_daemon.policy.limits.MAX_NAMESPACE_BYTES", 150)
     metadata = {"apiVersion": "networking.k8s.io/v1", "kind": "NetworkPolicy"}
     manifests = [
         {**metadata, "metadata": {"namespace": "farm", "name": name}, "spec": {"podSelector": {}, "ingress": [{}]}}
@@ -134,3 +141,44 @@ def test_a_namespace_with_too_many_policies_is_isolated(monkeypatch: pytest.Monk
 
     assert not closed.ingress.evaluate(PEER, PEER.ips[0], 80, Protocol.TCP).is_allowed
     assert not closed.egress.evaluate(PEER, PEER.ips[0], 80, Protocol.TCP).is_allowed
+
+
+def test_egress_by_address_beyond_the_limit_is_denied_where_it_is_evaluated():
+    """The guard lets none of it leave the node; the pod's own enforcer says why."""
+    rules = [{"to": [block], "ports": [{"port": 1 + number}]} for number, block in enumerate(blocks(257))]
+    allowed = ip_address("10.0.0.1")
+    evaluated = [
+        compiled(*rules[:most], peers="to").egress.evaluate(None, allowed, 1, Protocol.TCP) for most in (256, 257)
+    ]
+    assert [(decision.is_allowed, decision.reason) for decision in evaluated] == [
+        (True, Reason.POLICY),
+        (False, Reason.UNIDENTIFIED_PEER),
+    ]
+
+
+def test_pods_that_name_ports_otherwise_do_not_share_a_limit():
+    """One policy, two pods: only the one whose names make too many rules exceeds the limit."""
+    named = [{"from": [block], "ports": [{"port": f"p{number}"}]} for number, block in enumerate(blocks(257))]
+    snapshot = compile_snapshot([decode_network_policy(manifest_of(*named))], 1)
+    names = tuple(NamedPort(f"p{number}", 1 + number, Protocol.TCP) for number in range(257))
+    many = snapshot.pod_policy(replace(POD, named_ports=names))
+    assert many.ingress.problem != ""
+    assert snapshot.pod_policy(POD).ingress.problem == ""
+
+
+def test_a_limit_is_decided_once_for_each_pod(monkeypatch: pytest.MonkeyPatch):
+    """The daemon asks every second, and one set of rules remembers few namings."""
+    named = [{"from": [block], "ports": [{"port": "web"}]} for block in blocks(2)]
+    snapshot = compile_snapshot([decode_network_policy(manifest_of(*named))], 1)
+    pods = [replace(POD, named_ports=(NamedPort("web", 1 + number, Protocol.TCP),)) for number in range(40)]
+    policies = [snapshot.pod_policy(pod) for pod in pods]
+    decided = []
+
+    def decide(*arguments: object) -> str:
+        decided.append(arguments)
+        return ""
+
+    monkeypatch.setattr("enforcer_daemon.policy.evaluate.address_rules_problem", decide)
+    for _ in range(3):
+        assert [policy.ingress.problem for policy in policies] == [""] * 40
+    assert len(decided) == 40
