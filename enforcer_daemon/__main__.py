@@ -17,6 +17,7 @@ import uvloop
 from enforcer_daemon.daemon.preflight import find_problems
 from enforcer_daemon.errors import EnforcerError
 from enforcer_daemon.settings import Settings
+from enforcer_daemon.settings_effects import warnings_of
 from enforcer_daemon.settings_file import load_settings
 from enforcer_daemon.telemetry.logs import Logger, open_log
 
@@ -80,6 +81,8 @@ def main(config: Path, node: str | None, *, check_config: bool, uninstall: bool)
 
 def _check(config: Path, settings: Settings) -> None:
     problems = find_problems(settings, time.time())
+    for warning in warnings_of(settings):
+        click.echo(f"{config}: warning: {warning}", err=True)
     for problem in problems:
         click.echo(f"{config}: {problem}", err=True)
     if problems:

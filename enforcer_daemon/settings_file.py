@@ -13,6 +13,7 @@ from enforcer_daemon.decoding import decode
 from enforcer_daemon.documents import DocumentError, read_document
 from enforcer_daemon.errors import SettingsError
 from enforcer_daemon.settings import CredentialSettings, CredentialSource, Settings
+from enforcer_daemon.settings_effects import errors_of
 
 SETTINGS: TypeAdapter[Settings] = TypeAdapter(Settings)
 """The model, as pydantic reads it."""
@@ -62,6 +63,8 @@ def _check(settings: Settings) -> None:
         split_listen(settings.metrics.listen)
     _check_cluster(settings)
     _check_lifetime(settings.credentials)
+    if errors := list(errors_of(settings)):
+        raise SettingsError("; ".join(errors))
 
 
 def _check_cluster(settings: Settings) -> None:

@@ -6,10 +6,16 @@ A change is as large as what changed, so that whoever holds a copy (the datapath
 
 from __future__ import annotations
 
+from ipaddress import IPv4Network, IPv6Network
 from typing import NamedTuple
 
-from enforcer_daemon.model import Protocol
+from enforcer_daemon.model import IPNetwork, Protocol
 
+NO_HOST: tuple[IPNetwork, ...] = (
+    *map(IPv4Network, ("0.0.0.0/8", "127.0.0.0/8", "169.254.0.0/16", "224.0.0.0/3")),
+    *map(IPv6Network, ("::/127", "::ffff:0:0/96", "fe80::/10", "ff00::/8")),
+)
+"""This host, link-local, multicast, reserved (RFC 6890), and IPv4-mapped IPv6: no Service makes them virtual."""
 NodePort = tuple[Protocol, int]
 ServicePort = tuple[bytes, Protocol, int]
 """A packed address, and a port of it that kube-proxy translates."""

@@ -14,7 +14,7 @@ from rich.text import Text
 
 from triremectl.output import as_list, as_mapping, as_text, ask, daemon_options, make_console, print_json
 
-_LATER = ("snapshot", "drops", "bundle", "key_problems")
+_LATER = ("snapshot", "drops", "bundle", "key_problems", "setting_warnings")
 """Keys that get rows or tables of their own."""
 
 
@@ -70,7 +70,8 @@ def print_status(console: Console, status: Mapping[str, object]) -> None:
         for reason, count in sorted(drops.items()):
             table.add_row(reason, as_text(count))
         console.print(table)
-    for warning in as_list(as_mapping(status.get("cluster")).get("warnings")):
+    warnings = [*as_list(status.get("setting_warnings")), *as_list(as_mapping(status.get("cluster")).get("warnings"))]
+    for warning in warnings:
         console.print(Text(f"warning: {as_text(warning)}", style="yellow"), soft_wrap=True)
     for problem in _problems(status):
         console.print(Text(f"problem: {as_text(problem)}", style="bold red"), soft_wrap=True)

@@ -45,6 +45,7 @@ from enforcer_daemon.registration.deletions import drain
 from enforcer_daemon.registration.registry import Registry
 from enforcer_daemon.registration.server import RegistrationServer
 from enforcer_daemon.settings import CredentialSource, NetworkSettings, Settings
+from enforcer_daemon.settings_effects import warnings_of
 from enforcer_daemon.settings_file import split_listen
 from enforcer_daemon.sources.directory import DirectorySource
 from enforcer_daemon.sources.manifests import ClusterState, Problem
@@ -129,6 +130,8 @@ class Daemon:
         self._networks: NetworkSettings | None = None
         self._state: CompiledState | None = None
         self._reported: set[Problem] = set()
+        for warning in warnings_of(settings):
+            log.warning("setting to check", setting=warning)
         log.info("starting", node=settings.node, rules_backend=backend.name, run_dir=str(run_dir))
 
     async def run(self) -> None:

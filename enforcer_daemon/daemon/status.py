@@ -29,6 +29,7 @@ from enforcer_daemon.reasons import Reason
 from enforcer_daemon.registration.admin import AdminError, Command
 from enforcer_daemon.registration.server import Availability
 from enforcer_daemon.settings import NetworkSettings, Settings
+from enforcer_daemon.settings_effects import warnings_of
 from enforcer_daemon.telemetry.metrics import Metrics
 
 _log = structlog.get_logger(__name__)
@@ -91,6 +92,7 @@ class Status:
             "bundle": [_describe_authority(authority) for authority in self._node.keys.bundle.authorities],
             "key_problems": self._node.key_problems(),
             "networks": _describe_networks(self._settings.networks if cluster is None else cluster.networks()),
+            "setting_warnings": list(warnings_of(self._settings)),
             "cluster": None if cluster is None else cluster.status(),
             "denied_nodes": [] if self.placement is None else self.placement.denied(),
             "endpoints": len(self._endpoints),

@@ -22,20 +22,14 @@ from enforcer_daemon.kube.table import Key
 from enforcer_daemon.model import IPAddress, IPNetwork
 from enforcer_daemon.prefixes import PrefixSet
 from enforcer_daemon.settings import NetworkSettings
-from enforcer_daemon.virtual import NodePort, ServicePort, VirtualChange, VirtualEntries
+from enforcer_daemon.virtual import NO_HOST, NodePort, ServicePort, VirtualChange, VirtualEntries
 
 MAX_NAMESPACE_PORTS = 1_024
 """Ports of addresses that the Services of one namespace make virtual, each Service's counted by itself."""
 MAX_PORTS = 16_384
 """The same of the cluster, the same port of an address counted once; as many elements have the guard's sets."""
 _EVERYWHERE = (IPv4Network("0.0.0.0/0"), IPv6Network("::/0"))
-_SPECIAL = PrefixSet(
-    [
-        *map(IPv4Network, ("0.0.0.0/8", "127.0.0.0/8", "169.254.0.0/16", "224.0.0.0/3")),
-        *map(IPv6Network, ("::/127", "::ffff:0:0/96", "fe80::/10", "ff00::/8")),
-    ]
-)
-"""This host, link-local, multicast, reserved (RFC 6890), and IPv4 in other clothes."""
+_SPECIAL = PrefixSet(NO_HOST)
 
 T = TypeVar("T")
 

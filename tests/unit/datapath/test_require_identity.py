@@ -103,6 +103,8 @@ def test_by_default_policy_alone_decides() -> None:
 
 
 def test_the_setting_is_true_or_false() -> None:
-    assert decode_settings({"node": "n", "networks": {"requireIdentity": True}}).networks.require_identity
+    assert decode_settings(
+        {"node": "n", "networks": {"enforced": ["10.0.0.0/8"], "requireIdentity": True}}
+    ).networks.require_identity
     with pytest.raises(SettingsError, match=r"networks\.requireIdentity: must be true or false"):
         decode_settings({"node": "n", "networks": {"requireIdentity": 1}})

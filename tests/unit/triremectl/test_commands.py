@@ -91,6 +91,13 @@ def test_status_shows_whom_the_node_trusts_and_fails_on_problems_with_keys(daemo
         assert text in result.stdout
 
 
+def test_status_warns_of_settings_without_failing(daemon: Daemon) -> None:
+    answer = {"ready": True, "setting_warnings": ["policyDir: is null"], "cluster": {"warnings": ["Service x/y: z"]}}
+    result = _run("status", "--run-dir", str(daemon({"status": answer})))
+    assert result.exit_code == 0
+    assert result.stdout.splitlines()[-2:] == ["warning: policyDir: is null", "warning: Service x/y: z"]
+
+
 def test_status_of_a_daemon_that_is_well_exits_0(daemon: Daemon) -> None:
     assert _run("status", "--run-dir", str(daemon({"status": {"ready": True}}))).exit_code == 0
 
