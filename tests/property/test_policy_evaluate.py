@@ -30,7 +30,9 @@ def _direction(world: Tree, manifests: list[Tree], pod: Tree, flow: Tree) -> Dir
 
 @given(worlds(), policies(), pods, st.one_of(st.none(), pods), flows)
 @settings(max_examples=1_000, deadline=None)
-def test_engine_and_reference_agree(world: Tree, manifests: list[Tree], pod: Tree, peer: Tree | None, flow: Tree):
+def test_engine_and_reference_agree(
+    world: Tree, manifests: list[Tree], pod: Tree, peer: Tree | None, flow: Tree
+) -> None:
     policy = _direction(world, manifests, pod, flow)
     known = None if peer is None else identity(world, peer, flow["address"])
     question = (known, ip_address(flow["address"]), flow["port"], Protocol[flow["protocol"]])
@@ -56,7 +58,9 @@ def test_engine_and_reference_agree(world: Tree, manifests: list[Tree], pod: Tre
 
 @given(worlds(), policies(), pods, pods, flows)
 @settings(max_examples=500, deadline=None)
-def test_nothing_is_allowed_that_could_not_be(world: Tree, manifests: list[Tree], pod: Tree, peer: Tree, flow: Tree):
+def test_nothing_is_allowed_that_could_not_be(
+    world: Tree, manifests: list[Tree], pod: Tree, peer: Tree, flow: Tree
+) -> None:
     policy = _direction(world, manifests, pod, flow)
     address, port, protocol = ip_address(flow["address"]), flow["port"], Protocol[flow["protocol"]]
 
@@ -71,7 +75,7 @@ def test_nothing_is_allowed_that_could_not_be(world: Tree, manifests: list[Tree]
 @settings(max_examples=500, deadline=None)
 def test_address_rules_say_the_same_as_judging_an_address(
     world: Tree, manifests: list[Tree], pod: Tree, flow: Tree, text: str, port: int
-):
+) -> None:
     policy = _direction(world, manifests, pod, flow)
     address, protocol = ip_address(text), Protocol[flow["protocol"]]
 
@@ -84,7 +88,7 @@ def test_address_rules_say_the_same_as_judging_an_address(
 @settings(max_examples=200, deadline=None)
 def test_a_snapshot_that_takes_over_from_another_answers_as_a_new_one(
     world: Tree, before: list[Tree], after: list[Tree], pod: Tree, peer: Tree, flow: Tree
-):
+) -> None:
     first = _compile(before)
     own, other = identity(world, pod, "10.0.0.200"), identity(world, peer, flow["address"])
     first.pod_policy(own)
@@ -108,7 +112,7 @@ _ANY = st.recursive(
 @given(policies().filter(bool), st.data())
 @settings(max_examples=300, deadline=None)
 @example([{"apiVersion": "networking.k8s.io/v1", "kind": "NetworkPolicy", "metadata": None, "spec": []}], None)
-def test_any_damage_gives_a_policy_or_a_named_problem(manifests: list[Tree], data: st.DataObject | None):
+def test_any_damage_gives_a_policy_or_a_named_problem(manifests: list[Tree], data: st.DataObject | None) -> None:
     manifest: Any = manifests[0]
     if data is not None:
         node: Any = manifest
@@ -126,7 +130,7 @@ def test_any_damage_gives_a_policy_or_a_named_problem(manifests: list[Tree], dat
 @settings(max_examples=150, deadline=None)
 def test_a_snapshot_made_by_changes_is_the_one_made_at_once(
     changes: list[tuple[int, Tree | None]], manifests: list[Tree], world: Tree, pod: Tree
-):
+) -> None:
     """Whatever was created, replaced, deleted, or read anew as it was."""
     objects = {manifest["metadata"]["name"]: decode_network_policy(manifest) for manifest in manifests}
     own = identity(world, pod, "10.0.0.200")

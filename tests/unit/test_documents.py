@@ -15,12 +15,12 @@ def only(text: str) -> Document:
     return document
 
 
-def test_documents_have_their_lines_and_empty_ones_are_left_out():
+def test_documents_have_their_lines_and_empty_ones_are_left_out() -> None:
     documents = read_documents("# nothing\n---\na: 1\n---\n---\nb: 2\n", is_json=False)
     assert [(d.line, d.manifest) for d in documents] == [(3, {"a": 1}), (6, {"b": 2})]
 
 
-def test_json_documents_may_follow_each_other():
+def test_json_documents_may_follow_each_other() -> None:
     documents = read_documents('{"a": 1}\n\n {"b": [2, null]}\n', is_json=True)
     assert [(d.line, d.manifest) for d in documents] == [(1, {"a": 1}), (3, {"b": [2, None]})]
 
@@ -43,18 +43,18 @@ def test_json_documents_may_follow_each_other():
         ("=", "="),
     ],
 )
-def test_scalars_are_read_as_kubernetes_reads_them(text: str, value: object):
+def test_scalars_are_read_as_kubernetes_reads_them(text: str, value: object) -> None:
     found = only(f"a: {text}").manifest
     assert found == {"a": value}
     assert isinstance(found, dict)
     assert type(found["a"]) is type(value)
 
 
-def test_keys_become_strings():
+def test_keys_become_strings() -> None:
     assert only("{1: a, true: b, x: c}").manifest == {"1": "a", "true": "b", "x": "c"}
 
 
-def test_aliases_and_merges_are_followed():
+def test_aliases_and_merges_are_followed() -> None:
     assert only("a: &x {k: 1, l: 2}\nb: {<<: *x, k: 3}\nc: *x").manifest == {
         "a": {"k": 1, "l": 2}, "b": {"k": 3, "l": 2}, "c": {"k": 1, "l": 2},
     }  # fmt: skip
@@ -74,7 +74,7 @@ def test_aliases_and_merges_are_followed():
         ("[" * 150 + "]" * 150, 1, "nested more than 100 deep"),
     ],
 )
-def test_a_document_at_fault_leaves_the_others(text: str, line: int, message: str):
+def test_a_document_at_fault_leaves_the_others(text: str, line: int, message: str) -> None:
     faulty, sound = read_documents(text + "\n---\nsound: 1\n", is_json=False)
     assert faulty.error
     assert message in faulty.error
@@ -93,13 +93,13 @@ def test_a_document_at_fault_leaves_the_others(text: str, line: int, message: st
         ("a: \x01", False, 1),
     ],
 )
-def test_text_that_cannot_be_parsed_names_the_line(text: str, is_json: bool, line: int):
+def test_text_that_cannot_be_parsed_names_the_line(text: str, is_json: bool, line: int) -> None:
     with pytest.raises(DocumentError) as error:
         read_documents(text, is_json=is_json)
     assert error.value.line == line
 
 
-def test_a_field_is_found_by_its_path():
+def test_a_field_is_found_by_its_path() -> None:
     document = only("spec:\n  rules:\n  - a: 1\n  - from:\n    - x.y/z: 1\n")
     assert document.line_of("spec.rules[1].from[0].x.y/z") == 5
     assert document.line_of("spec.rules[1].from[0].absent") == 5
@@ -109,7 +109,7 @@ def test_a_field_is_found_by_its_path():
 
 
 @given(st.one_of(st.text(), st.binary().map(lambda b: b.decode("latin-1"))), st.booleans())
-def test_any_text_gives_documents_or_an_error(text: str, is_json: bool):
+def test_any_text_gives_documents_or_an_error(text: str, is_json: bool) -> None:
     try:
         documents = read_documents(text, is_json=is_json)
     except DocumentError as error:

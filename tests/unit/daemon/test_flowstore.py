@@ -64,7 +64,7 @@ def load(path: Path, log: Log | None = None, highest_in_use: int = 0) -> FlowInd
     return store(path, log).load(highest_in_use)
 
 
-def test_what_was_appended_comes_back(tmp_path: Path):
+def test_what_was_appended_comes_back(tmp_path: Path) -> None:
     kept = store(tmp_path)
     assert len(kept.load(0)) == 0
     kept.append([entry(2)])
@@ -79,7 +79,7 @@ def test_what_was_appended_comes_back(tmp_path: Path):
     assert stat.S_IMODE((tmp_path / "flows").stat().st_mode) == 0o700
 
 
-def test_a_removed_index_is_empty(tmp_path: Path):
+def test_a_removed_index_is_empty(tmp_path: Path) -> None:
     kept = store(tmp_path)
     kept.append([entry(2)])
     kept.remove()
@@ -99,7 +99,7 @@ def test_a_removed_index_is_empty(tmp_path: Path):
         json.dumps({"index": "x"}).encode(),
     ],
 )
-def test_a_damaged_line_is_unknown_and_said_so(tmp_path: Path, damage: bytes):
+def test_a_damaged_line_is_unknown_and_said_so(tmp_path: Path, damage: bytes) -> None:
     log = Log()
     kept = store(tmp_path)
     kept.append([entry(2), entry(3), entry(4)])
@@ -114,14 +114,14 @@ def test_a_damaged_line_is_unknown_and_said_so(tmp_path: Path, damage: bytes):
 
 
 @pytest.mark.parametrize("index", [-1, 0, FIRST - 1, MAX_INDEX + 1])
-def test_an_index_that_no_peer_can_have_is_refused(tmp_path: Path, index: int):
+def test_an_index_that_no_peer_can_have_is_refused(tmp_path: Path, index: int) -> None:
     log = Log()
     store(tmp_path).append([entry(index)])
     assert len(load(tmp_path, log)) == 0
     assert len(log.errors) == 1
 
 
-def test_an_entry_after_a_torn_line_is_kept(tmp_path: Path):
+def test_an_entry_after_a_torn_line_is_kept(tmp_path: Path) -> None:
     store(tmp_path).append([entry(2), entry(3)])
     file = tmp_path / "flows" / "one.jsonl"
     file.write_bytes(file.read_bytes()[:-40])
@@ -132,7 +132,7 @@ def test_an_entry_after_a_torn_line_is_kept(tmp_path: Path):
     assert [index for index, _ in load(tmp_path)] == [2, 4, 5]
 
 
-def test_an_index_whose_entry_was_lost_is_not_given_to_another_peer(tmp_path: Path):
+def test_an_index_whose_entry_was_lost_is_not_given_to_another_peer(tmp_path: Path) -> None:
     store(tmp_path).append([entry(2), entry(3)])
     file = tmp_path / "flows" / "one.jsonl"
     file.write_bytes(file.read_bytes().splitlines(keepends=True)[0])
@@ -141,7 +141,7 @@ def test_an_index_whose_entry_was_lost_is_not_given_to_another_peer(tmp_path: Pa
     assert number(load(tmp_path, highest_in_use=3)) == 4
 
 
-def test_a_file_that_cannot_be_read_or_written_is_said_so(tmp_path: Path):
+def test_a_file_that_cannot_be_read_or_written_is_said_so(tmp_path: Path) -> None:
     log = Log()
     (tmp_path / "flows" / "one.jsonl").mkdir(parents=True)
     kept = store(tmp_path, log)
@@ -152,7 +152,7 @@ def test_a_file_that_cannot_be_read_or_written_is_said_so(tmp_path: Path):
 
 @settings(max_examples=100, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(content=st.binary(max_size=200))
-def test_any_bytes_are_an_index_or_reported(tmp_path: Path, content: bytes):
+def test_any_bytes_are_an_index_or_reported(tmp_path: Path, content: bytes) -> None:
     (tmp_path / "flows").mkdir(exist_ok=True)
     (tmp_path / "flows" / "one.jsonl").write_bytes(content)
     log = Log()

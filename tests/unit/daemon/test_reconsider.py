@@ -84,20 +84,20 @@ def is_ended(question: Reconsideration, flow: ReleasedFlow) -> bool:
         ([], True),
     ],
 )
-def test_a_flow_by_identity_is_judged_by_what_its_peer_stated(rules: list[object], ended: bool):
+def test_a_flow_by_identity_is_judged_by_what_its_peer_stated(rules: list[object], ended: bool) -> None:
     question = reconsideration(policy("db", ingress=rules), flows={2: evaluated()})
     assert is_ended(question, released(2)) is ended
     assert question.is_index_denied(2) is ended
     assert question.is_index_denied(evaluated()) is ended, "likewise a handshake that has no index yet"
 
 
-def test_a_flow_of_a_pod_that_nothing_isolates_goes_on():
+def test_a_flow_of_a_pod_that_nothing_isolates_goes_on() -> None:
     question = reconsideration(flows={2: evaluated()})
     assert not is_ended(question, released(2))
     assert not question.is_index_denied(2)
 
 
-def test_egress_behind_a_service_is_judged_by_the_pod_that_answered():
+def test_egress_behind_a_service_is_judged_by_the_pod_that_answered() -> None:
     flows = {2: evaluated(EGRESS, port=8080)}
     by_pod_port = {"to": [{"ipBlock": {"cidr": "10.2.0.0/16"}}], "ports": [{"port": 8080}]}
     by_service = {"to": [{"ipBlock": {"cidr": "10.96.0.0/16"}}], "ports": [{"port": 80}]}
@@ -106,7 +106,7 @@ def test_egress_behind_a_service_is_judged_by_the_pod_that_answered():
     assert is_ended(reconsideration(policy("db", egress=[by_service]), flows=flows), dialed)
 
 
-def test_the_namespace_labels_of_a_peer_are_those_of_now():
+def test_the_namespace_labels_of_a_peer_are_those_of_now() -> None:
     rules = policy("db", ingress=[{"from": [TEAM_NEW]}])
     assert is_ended(reconsideration(rules, flows={2: evaluated()}), released(2))
     assert not is_ended(
@@ -114,7 +114,7 @@ def test_the_namespace_labels_of_a_peer_are_those_of_now():
     )
 
 
-def test_a_peer_of_another_trust_domain_keeps_the_labels_that_it_stated():
+def test_a_peer_of_another_trust_domain_keeps_the_labels_that_it_stated() -> None:
     stranger = replace(WEB, trust_domain="elsewhere", namespace_labels={"team": "new"})
     anyone = {"from": [{"ipBlock": {"cidr": "0.0.0.0/0"}}]}
     question = reconsideration(
@@ -125,7 +125,7 @@ def test_a_peer_of_another_trust_domain_keeps_the_labels_that_it_stated():
 
 
 @pytest.mark.parametrize(("direction", "opposite"), [(INGRESS, "egress"), (EGRESS, "ingress")])
-def test_new_labels_of_the_pod_are_judged_by_its_peers_policies_too(direction: Direction, opposite: str):
+def test_new_labels_of_the_pod_are_judged_by_its_peers_policies_too(direction: Direction, opposite: str) -> None:
     flows = {2: evaluated(direction)}
     shop_db = {"namespaceSelector": {}, "podSelector": {"matchLabels": {"app": "db"}}}
     side = {"egress": "to", "ingress": "from"}[opposite]
@@ -138,14 +138,14 @@ def test_new_labels_of_the_pod_are_judged_by_its_peers_policies_too(direction: D
     assert not is_ended(reconsideration(admits, flows=flows, own=renamed), flow)
 
 
-def test_a_pods_flow_to_itself_is_never_ended():
+def test_a_pods_flow_to_itself_is_never_ended() -> None:
     question = reconsideration(policy("db", ingress=[], egress=[]), flows={2: evaluated(peer=DB)}, is_identity_new=True)
     assert not is_ended(question, released(2, remote=SERVICE))
 
 
 @pytest.mark.parametrize("direction", [INGRESS, EGRESS])
 @pytest.mark.parametrize("protocol", [6, 17, 132])
-def test_a_flow_by_address_is_judged_by_address_port_and_protocol(direction: Direction, protocol: int):
+def test_a_flow_by_address_is_judged_by_address_port_and_protocol(direction: Direction, protocol: int) -> None:
     side = {"ingress": "from", "egress": "to"}[direction.value]
     name = Protocol(protocol).name
     rule = {side: [{"ipBlock": {"cidr": "203.0.113.0/24"}}], "ports": [{"port": 53, "protocol": name}]}
@@ -155,7 +155,7 @@ def test_a_flow_by_address_is_judged_by_address_port_and_protocol(direction: Dir
     assert is_ended(question, released(BY_ADDRESS, direction, WEB.ips[0], 53, protocol))
 
 
-def test_an_ipv6_flow_is_judged_by_ipv6_blocks():
+def test_an_ipv6_flow_is_judged_by_ipv6_blocks() -> None:
     remote = ip_address("2001:db8::9")
     flow = ReleasedFlow(6, remote, 40_000, DB.ips[1], 5432, BY_ADDRESS, (DB.ips[1], 5432), b"")
     allowing = policy("db", ingress=[{"from": [{"ipBlock": {"cidr": "2001:db8::/32"}}]}])
@@ -163,7 +163,7 @@ def test_an_ipv6_flow_is_judged_by_ipv6_blocks():
     assert is_ended(reconsideration(policy("db", ingress=[{"from": [{"ipBlock": {"cidr": "0.0.0.0/0"}}]}])), flow)
 
 
-def test_protocols_that_no_rule_can_name_go_on_by_rules_without_ports():
+def test_protocols_that_no_rule_can_name_go_on_by_rules_without_ports() -> None:
     flow = released(BY_ADDRESS, protocol=47)
     assert not is_ended(reconsideration(policy("db", egress=[])), flow)
     assert not is_ended(reconsideration(policy("db", ingress=[{}])), flow)
@@ -173,7 +173,7 @@ def test_protocols_that_no_rule_can_name_go_on_by_rules_without_ports():
 
 
 @pytest.mark.parametrize("index", [UNKNOWN, 77], ids=["no room was left", "entry lost"])
-def test_an_unknown_flow_ends_where_its_own_direction_is_isolated(index: int):
+def test_an_unknown_flow_ends_where_its_own_direction_is_isolated(index: int) -> None:
     question = reconsideration(policy("db", ingress=[{}]))
     assert not is_ended(question, released(index, EGRESS))
     assert is_ended(question, released(index, INGRESS))  # whatever was said of the one before
@@ -182,7 +182,7 @@ def test_an_unknown_flow_ends_where_its_own_direction_is_isolated(index: int):
     assert not reconsideration().is_index_denied(index)
 
 
-def test_where_all_peers_may_go_on_the_kernel_is_not_asked():
+def test_where_all_peers_may_go_on_the_kernel_is_not_asked() -> None:
     flows = {2: evaluated(), 3: evaluated(EGRESS)}
     assert reconsideration(flows=flows).is_moot((2, 3))
     assert not reconsideration(policy("db", ingress=[]), flows=flows).is_moot((2, 3))

@@ -9,13 +9,13 @@ from enforcer_daemon.daemon import slices
 from enforcer_daemon.daemon.slices import BATCH, batches, in_slices
 
 
-def test_batches_keep_order_and_are_bounded():
+def test_batches_keep_order_and_are_bounded() -> None:
     found = list(batches(range(2 * BATCH + 1)))
     assert [len(batch) for batch in found] == [BATCH, BATCH, 1]
     assert [n for batch in found for n in batch] == list(range(2 * BATCH + 1))
 
 
-def test_others_have_a_turn_after_each_slice(monkeypatch: pytest.MonkeyPatch):
+def test_others_have_a_turn_after_each_slice(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(slices, "SLICE_S", 0.0)
     done: list[str] = []
 

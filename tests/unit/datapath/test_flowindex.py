@@ -28,7 +28,7 @@ def number(index: FlowIndex, identity: Identity = WEB, port: int = 80, protocol:
     return index.add(EvaluatedFlow(Direction.INGRESS, peer.identity, ADDRESS, port, protocol))
 
 
-def test_numbers_begin_after_the_reserved_ones_and_are_given_once():
+def test_numbers_begin_after_the_reserved_ones_and_are_given_once() -> None:
     index = FlowIndex()
     assert (UNKNOWN, BY_ADDRESS, number(index)) == (0, 1, FIRST)
     assert number(index, port=81) == FIRST + 1
@@ -36,7 +36,7 @@ def test_numbers_begin_after_the_reserved_ones_and_are_given_once():
     assert len(index) == 2
 
 
-def test_a_new_token_of_the_same_identity_finds_the_same_number():
+def test_a_new_token_of_the_same_identity_finds_the_same_number() -> None:
     index = FlowIndex()
     assert number(index) == number(index, replace(WEB, labels=dict(WEB.labels)))
 
@@ -53,13 +53,13 @@ def test_a_new_token_of_the_same_identity_finds_the_same_number():
     ],
     ids=lambda change: next(iter(change)),
 )
-def test_whatever_policy_may_judge_by_makes_another_number(change: dict[str, object]):
+def test_whatever_policy_may_judge_by_makes_another_number(change: dict[str, object]) -> None:
     index = FlowIndex()
     assert number(index) != number(index, replace(WEB, **change))  # type: ignore[arg-type]
     assert number(index) != number(index, protocol=Protocol.UDP)
 
 
-def test_fresh_entries_are_given_once():
+def test_fresh_entries_are_given_once() -> None:
     index = FlowIndex()
     assert not index.fresh
     first = number(index)
@@ -69,7 +69,7 @@ def test_fresh_entries_are_given_once():
     assert index.take_fresh() == []
 
 
-def test_an_index_goes_on_where_an_earlier_one_stopped():
+def test_an_index_goes_on_where_an_earlier_one_stopped() -> None:
     earlier = FlowIndex()
     old = number(earlier)
     later = FlowIndex(earlier)
@@ -79,13 +79,13 @@ def test_an_index_goes_on_where_an_earlier_one_stopped():
     assert number(later, port=81) == old + 1
 
 
-def test_a_number_that_the_kernel_still_bears_is_not_given_to_another_peer():
+def test_a_number_that_the_kernel_still_bears_is_not_given_to_another_peer() -> None:
     index = FlowIndex(highest_in_use=41)
     assert not index.is_complete
     assert number(index) == 42
 
 
-def test_a_full_table_gives_unknown_and_still_finds_what_it_has(monkeypatch: pytest.MonkeyPatch):
+def test_a_full_table_gives_unknown_and_still_finds_what_it_has(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(flowindex, "MAX_INDEX", FIRST)
     index = FlowIndex()
     assert number(index) == FIRST
@@ -96,7 +96,7 @@ def test_a_full_table_gives_unknown_and_still_finds_what_it_has(monkeypatch: pyt
     assert index.get(UNKNOWN) is None
 
 
-def test_flows_of_a_pod_are_found_by_its_address_name_and_uid():
+def test_flows_of_a_pod_are_found_by_its_address_name_and_uid() -> None:
     index = FlowIndex()
     first, second = number(index, replace(WEB, uid="1")), number(index, replace(WEB, pod=PodRef("shop", "later")))
     assert set(index.of_pod(WEB)) == {first}
@@ -106,7 +106,7 @@ def test_flows_of_a_pod_are_found_by_its_address_name_and_uid():
     assert set(index.of_strangers(WEB)) == {second}
 
 
-def test_flows_follow_their_peers_identity():
+def test_flows_follow_their_peers_identity() -> None:
     index = FlowIndex()
     one, other = number(index), number(index, port=81)
     relabelled = replace(WEB, labels={"app": "quarantine"})
@@ -119,7 +119,7 @@ def test_flows_follow_their_peers_identity():
     assert number(index, port=81) == other
 
 
-def test_flows_that_ended_with_their_pod_are_not_found_until_their_number_is_used_again():
+def test_flows_that_ended_with_their_pod_are_not_found_until_their_number_is_used_again() -> None:
     index = FlowIndex()
     one = number(index)
     index.note_ended([one])
@@ -128,7 +128,7 @@ def test_flows_that_ended_with_their_pod_are_not_found_until_their_number_is_use
     assert set(index.of_pod(WEB)) == {one}
 
 
-def test_one_peer_has_its_share_and_then_an_entry_for_all_ports_it_has_beyond(monkeypatch: pytest.MonkeyPatch):
+def test_one_peer_has_its_share_and_then_an_entry_for_all_ports_it_has_beyond(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(flowindex, "MAX_OF_ONE_PEER", 2)
     index = FlowIndex()
     own = [number(index, port=port) for port in range(1, 10)]
@@ -140,7 +140,7 @@ def test_one_peer_has_its_share_and_then_an_entry_for_all_ports_it_has_beyond(mo
     assert index.is_complete
 
 
-def test_what_a_peers_changes_of_labels_add_is_bounded(monkeypatch: pytest.MonkeyPatch):
+def test_what_a_peers_changes_of_labels_add_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(flowindex, "MAX_OF_ONE_PEER", 2)
     index = FlowIndex()
     for n in range(200):
@@ -148,7 +148,7 @@ def test_what_a_peers_changes_of_labels_add_is_bounded(monkeypatch: pytest.Monke
     assert len(index) == 2 + 64
 
 
-def test_an_entry_that_no_flow_bears_for_two_looks_is_free_but_the_address_stays_known():
+def test_an_entry_that_no_flow_bears_for_two_looks_is_free_but_the_address_stays_known() -> None:
     index = FlowIndex()
     numbers = [number(index, port=80 + n) for n in range(4)]
     index.begin_look()
@@ -167,7 +167,7 @@ def test_an_entry_that_no_flow_bears_for_two_looks_is_free_but_the_address_stays
     assert {number(index, port=180 + n) for n in range(3)} <= set(numbers), "free numbers are given again"
 
 
-def test_a_number_given_again_between_the_look_and_its_end_is_not_freed():
+def test_a_number_given_again_between_the_look_and_its_end_is_not_freed() -> None:
     index = FlowIndex()
     first, second = number(index), number(index, port=81)
     index.begin_look()
@@ -180,7 +180,7 @@ def test_a_number_given_again_between_the_look_and_its_end_is_not_freed():
     assert index.get(second) is None
 
 
-def test_an_index_with_gaps_is_complete_once_no_flow_bears_them():
+def test_an_index_with_gaps_is_complete_once_no_flow_bears_them() -> None:
     index = FlowIndex(highest_in_use=FIRST + 1)
     index.begin_look()
     index.unused({FIRST})
@@ -191,7 +191,9 @@ def test_an_index_with_gaps_is_complete_once_no_flow_bears_them():
     assert number(index) in (FIRST, FIRST + 1)
 
 
-def test_a_flow_without_an_entry_keeps_the_index_incomplete_while_the_kernel_has_it(monkeypatch: pytest.MonkeyPatch):
+def test_a_flow_without_an_entry_keeps_the_index_incomplete_while_the_kernel_has_it(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     monkeypatch.setattr(flowindex, "MAX_INDEX", FIRST)
     index = FlowIndex()
     number(index)
@@ -202,7 +204,7 @@ def test_a_flow_without_an_entry_keeps_the_index_incomplete_while_the_kernel_has
         assert index.is_complete is is_complete
 
 
-def test_flows_of_one_grant_find_their_entry_again_while_it_stays_theirs():
+def test_flows_of_one_grant_find_their_entry_again_while_it_stays_theirs() -> None:
     index = FlowIndex()
     grant = Grant(Verdict(Action.RELEASE), EvaluatedFlow(Direction.INGRESS, WEB, ADDRESS, 80, Protocol.TCP))
     first = index.release(grant)
@@ -214,7 +216,7 @@ def test_flows_of_one_grant_find_their_entry_again_while_it_stays_theirs():
     assert index.release(by_address) is by_address.verdict
 
 
-def test_a_grant_without_an_entry_of_its_own_is_looked_up_for_each_flow(monkeypatch: pytest.MonkeyPatch):
+def test_a_grant_without_an_entry_of_its_own_is_looked_up_for_each_flow(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(flowindex, "MAX_OF_ONE_PEER", 0)
     index = FlowIndex()
     grant = Grant(Verdict(Action.RELEASE), EvaluatedFlow(Direction.INGRESS, WEB, ADDRESS, 80, Protocol.TCP))

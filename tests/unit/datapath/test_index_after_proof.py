@@ -21,7 +21,7 @@ def entries(endpoint: Endpoint) -> list[EvaluatedFlow]:
     return [flow for _, flow in endpoint.index]
 
 
-def test_an_offer_makes_no_entry_and_its_proof_makes_one():
+def test_an_offer_makes_no_entry_and_its_proof_makes_one() -> None:
     client, server = make_pair(None, ADMITTING)
     (framed,) = client.send(build_udp(client.address, server.address, PORTS, b"query"))
     server.receive(framed)
@@ -39,7 +39,7 @@ def test_an_offer_makes_no_entry_and_its_proof_makes_one():
     assert server.datapath.evaluated_by() == {FIRST}
 
 
-def test_a_syn_makes_no_entry_and_its_proof_makes_one():
+def test_a_syn_makes_no_entry_and_its_proof_makes_one() -> None:
     client, server = make_pair(None, ADMITTING)
     connection = Connection(client, server)
     server.receive(client.send(connection.syn())[0])
@@ -55,7 +55,7 @@ def test_a_syn_makes_no_entry_and_its_proof_makes_one():
 
 
 @pytest.mark.parametrize("is_denied", [False, True])
-def test_a_handshake_under_way_follows_its_peers_identity_or_is_given_up(is_denied: bool):
+def test_a_handshake_under_way_follows_its_peers_identity_or_is_given_up(is_denied: bool) -> None:
     client, server = make_pair(None, ADMITTING)
     (framed,) = client.send(build_udp(client.address, server.address, PORTS, b"query"))
     server.receive(framed)

@@ -7,6 +7,8 @@ import re
 from dataclasses import replace
 from ipaddress import IPv6Address, ip_address, ip_network
 
+import pytest
+
 from enforcer_daemon.dataplane import guard_egress, guard_fresh, guard_masquerade, guard_spoofing, guard_vouched
 from enforcer_daemon.dataplane.guard_render import render_apply, render_remove, render_replace
 from enforcer_daemon.dataplane.guard_rules import ALLOWS_ALL, GuardedEndpoint, Links, without_log
@@ -187,7 +189,9 @@ def test_replace_begins_with_nothing() -> None:
     assert lines[3:6] == [f"{verb} table inet trireme_guard" for verb in ("add", "delete", "add")]
 
 
-def test_the_first_transaction_has_all_endpoints_but_not_the_rules_of_the_largest(monkeypatch) -> None:
+def test_the_first_transaction_has_all_endpoints_but_not_the_rules_of_the_largest(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     monkeypatch.setattr("enforcer_daemon.dataplane.guard_shares.MAX_REPLACED", 12)
     large = replace(CAGED, attachment=AttachmentId("c0", "eth0"), rules=WEB.rules * 3)
 

@@ -41,7 +41,7 @@ def ports(count: int) -> list[dict[str, Any]]:
     return [{"port": 1 + 2 * number} for number in range(count)]
 
 
-def test_many_peers_with_many_ports_are_kept_beside_each_other():
+def test_many_peers_with_many_ports_are_kept_beside_each_other() -> None:
     peers = [{"podSelector": {"matchLabels": {f"key{number}": ""}}} for number in range(1_000)]
     started = time.perf_counter()
 
@@ -52,7 +52,7 @@ def test_many_peers_with_many_ports_are_kept_beside_each_other():
     assert time.perf_counter() - started < GENEROUS_S
 
 
-def test_many_blocks_with_many_ports_are_one_rule_of_the_kernel():
+def test_many_blocks_with_many_ports_are_one_rule_of_the_kernel() -> None:
     policy = compiled({"to": blocks(500), "ports": ports(500)}, peers="to")
 
     (rule,) = policy.egress.address_rules()
@@ -63,7 +63,7 @@ def test_many_blocks_with_many_ports_are_one_rule_of_the_kernel():
     assert len(address_rule(rule, "ip daddr", "ip6 daddr")) < 30 * 1_000
 
 
-def test_rules_for_the_same_addresses_or_ports_are_united():
+def test_rules_for_the_same_addresses_or_ports_are_united() -> None:
     rules = [{"to": [block], "ports": [{"port": 443}]} for block in blocks(300)]
     rules += [{"ports": [{"port": 53, "endPort": 53 + number}]} for number in range(300)]
 
@@ -72,7 +72,7 @@ def test_rules_for_the_same_addresses_or_ports_are_united():
     assert [(rule.addresses is None, rule.spans) for rule in united] == [(False, ((443, 443),)), (True, ((53, 352),))]
 
 
-def test_a_peer_is_compared_with_the_selectors_once(monkeypatch: Any):
+def test_a_peer_is_compared_with_the_selectors_once(monkeypatch: Any) -> None:
     strangers = [{"matchExpressions": [{"key": f"k{number}", "operator": "DoesNotExist"}]} for number in range(9)]
     selectors = [*strangers, {"matchLabels": {"app": "hen"}}]
     policy = compiled({"from": [{"podSelector": each} for each in selectors], "ports": [{"port": 80}]})
@@ -84,7 +84,7 @@ def test_a_peer_is_compared_with_the_selectors_once(monkeypatch: Any):
     assert len(asked) == 10
 
 
-def test_remembered_peers_are_bounded(monkeypatch: Any):
+def test_remembered_peers_are_bounded(monkeypatch: Any) -> None:
     monkeypatch.setattr("enforcer_daemon.policy.evaluate.MAX_REMEMBERED_PEERS", 2)
     policy = compiled({"from": [{"podSelector": {}}]})
     for number in range(5):
@@ -93,7 +93,7 @@ def test_remembered_peers_are_bounded(monkeypatch: Any):
     assert len(policy.ingress._rules._groups_of) <= 2
 
 
-def test_remembered_groups_are_bounded(monkeypatch: Any):
+def test_remembered_groups_are_bounded(monkeypatch: Any) -> None:
     monkeypatch.setattr("enforcer_daemon.policy.evaluate.MAX_REMEMBERED_GROUPS", 3)
     peers = [{"podSelector": {"matchLabels": {"app": "hen"}}}, {"podSelector": {}}]
     policy = compiled({"from": peers})
@@ -103,7 +103,7 @@ def test_remembered_groups_are_bounded(monkeypatch: Any):
         assert sum(map(len, policy.ingress._rules._groups_of.values())) <= 3
 
 
-def test_rules_beyond_the_kernels_limit_are_none_and_are_named():
+def test_rules_beyond_the_kernels_limit_are_none_and_are_named() -> None:
     rules = [{"to": [block], "ports": [{"port": 1 + number}]} for number, block in enumerate(blocks(257))]
     policy = compiled(*rules, peers="to")
 
@@ -116,13 +116,13 @@ def test_rules_beyond_the_kernels_limit_are_none_and_are_named():
     assert len(compiled(*rules[:256], peers="to").egress.address_rules()) == 256
 
 
-def test_spans_beyond_the_kernels_limit_are_none(monkeypatch: pytest.MonkeyPatch):
+def test_spans_beyond_the_kernels_limit_are_none(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("enforcer_daemon.policy.limits.MAX_KERNEL_SPANS", 20)
     assert compiled({"to": blocks(20)}, peers="to").egress.address_rules() == ()
     assert len(compiled({"to": blocks(19)}, peers="to").egress.address_rules()) == 1
 
 
-def test_a_namespace_with_too_many_policies_is_isolated(monkeypatch: pytest.MonkeyPatch):
+def test_a_namespace_with_too_many_policies_is_isolated(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("enforcer_daemon.policy.limits.MAX_NAMESPACE_BYTES", 150)
     metadata = {"apiVersion": "networking.k8s.io/v1", "kind": "NetworkPolicy"}
     manifests = [

@@ -31,7 +31,7 @@ def manifest(spec: object, **metadata: object) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("vector", REFUSED, ids=[next(iter(v["faults"])) or "document" for v in REFUSED])
-def test_a_fault_is_refused_at_its_field(vector: dict[str, Any]):
+def test_a_fault_is_refused_at_its_field(vector: dict[str, Any]) -> None:
     tree = vector["manifest"] if "manifest" in vector else manifest(vector["spec"])
 
     with pytest.raises(InvalidObjectError) as refusal:
@@ -42,7 +42,7 @@ def test_a_fault_is_refused_at_its_field(vector: dict[str, Any]):
         assert problems[field].startswith(message)
 
 
-def test_all_problems_are_told_at_once_and_the_first_is_the_errors_own():
+def test_all_problems_are_told_at_once_and_the_first_is_the_errors_own() -> None:
     tree = manifest({"policyTypes": ["In"], "ingress": [{"ports": [{"port": 0}]}]}, name="P")
 
     with pytest.raises(PolicyError) as refusal:
@@ -56,7 +56,7 @@ def test_all_problems_are_told_at_once_and_the_first_is_the_errors_own():
     assert str(refusal.value).count("; ") == 2
 
 
-def test_a_whole_policy_is_read_into_values():
+def test_a_whole_policy_is_read_into_values() -> None:
     spec = {
         "podSelector": {"matchLabels": {"b": "2", "a": "1"}},
         "ingress": [
@@ -96,11 +96,11 @@ def test_a_whole_policy_is_read_into_values():
         manifest({}, labels={"a": ""}, annotations={"Example.com/X": "any thing"}, uid="u", creationTimestamp="t"),
     ],
 )
-def test_legal_oddities_are_accepted(tree: dict[str, Any]):
+def test_legal_oddities_are_accepted(tree: dict[str, Any]) -> None:
     assert decode_network_policy(tree).namespace == "farm"
 
 
-def test_a_policy_without_a_namespace_is_in_default():
+def test_a_policy_without_a_namespace_is_in_default() -> None:
     assert decode_network_policy(manifest({}, namespace=None)).namespace == "default"
 
 
@@ -115,19 +115,19 @@ def test_a_policy_without_a_namespace_is_in_default():
         ("::ffff:0:0/90", "::ffc0:0:0/90"),
     ],
 )
-def test_what_was_stored_before_1_36_is_read_as_then(text: str, network: str):
+def test_what_was_stored_before_1_36_is_read_as_then(text: str, network: str) -> None:
     assert parse_cidr(text)[1] != [] or text.startswith("::ffff:0:0")
     found, complaints = parse_cidr(text, mask_host_bits=True)
     assert complaints == []
     assert found == ip_network(network, strict=False)
 
 
-def test_masking_does_not_accept_what_never_was():
+def test_masking_does_not_accept_what_never_was() -> None:
     for text in ("10.0.0.0", "10.0.0.0/33", "fe80::1%1/64", "", "/8", "10.0.0.0/" + "9" * 5_000):
         assert parse_cidr(text, mask_host_bits=True)[0] is None
 
 
-def test_a_namespace_always_has_the_label_of_its_name():
+def test_a_namespace_always_has_the_label_of_its_name() -> None:
     tree = {"apiVersion": "v1", "kind": "Namespace", "metadata": {"name": "farm", "labels": {"green": "yes"}}}
     assert decode_namespace(tree).labels == {"green": "yes", "kubernetes.io/metadata.name": "farm"}
 
@@ -135,7 +135,7 @@ def test_a_namespace_always_has_the_label_of_its_name():
     assert decode_namespace(tree).labels == {"kubernetes.io/metadata.name": "farm"}
 
 
-def test_a_pods_named_ports_are_those_of_containers_and_sidecars():
+def test_a_pods_named_ports_are_those_of_containers_and_sidecars() -> None:
     port = {"containerPort": 80, "name": "web"}
     spec = {
         "serviceAccountName": "milker",
@@ -178,7 +178,7 @@ def test_a_pods_named_ports_are_those_of_containers_and_sidecars():
         ({"metadata": {"name": "cow", "labels": {"a": 1}}}, "metadata.labels.a"),
     ],
 )
-def test_a_pod_at_fault_is_refused_at_its_field(change: dict[str, Any], field: str):
+def test_a_pod_at_fault_is_refused_at_its_field(change: dict[str, Any], field: str) -> None:
     tree = {"apiVersion": "v1", "kind": "Pod", "metadata": {"name": "cow"}, **change}
     with pytest.raises(InvalidObjectError) as refusal:
         decode_pod(tree)

@@ -61,7 +61,7 @@ def _probe(text: str) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("document", DOCUMENTS, ids=[document["name"] for document in DOCUMENTS])
-def test_own_case(document: dict[str, Any]):
+def test_own_case(document: dict[str, Any]) -> None:
     case = decode_case({
         "name": document["name"],
         "requires": document.get("requires"),
@@ -78,7 +78,7 @@ def test_own_case(document: dict[str, Any]):
 
 
 @needs_shared_cases
-def test_all_shared_cases_have_the_expected_verdicts():
+def test_all_shared_cases_have_the_expected_verdicts() -> None:
     wrong, count = [], 0
     with gzip.open(SHARED / "cases.jsonl.gz", "rt", encoding="utf-8") as lines:
         for line in lines:
@@ -93,7 +93,7 @@ def test_all_shared_cases_have_the_expected_verdicts():
 
 
 @needs_shared_cases
-def test_all_shared_bad_policies_are_refused_at_the_right_field():
+def test_all_shared_bad_policies_are_refused_at_the_right_field() -> None:
     for line in (SHARED / "bad_policies.jsonl").read_text(encoding="utf-8").splitlines():
         bad = json.loads(line)
         with pytest.raises(InvalidObjectError) as refusal:

@@ -64,7 +64,7 @@ def changed(**probe: object) -> str:
     return json.dumps({**CASE, "probes": [{**CASE["probes"][0], **probe}, CASE["probes"][1]]})
 
 
-def test_a_case_gives_a_line_of_verdicts_in_order():
+def test_a_case_gives_a_line_of_verdicts_in_order() -> None:
     result = run_simulate("-", text=json.dumps(CASE) + "\n\n" + json.dumps({**CASE, "name": "again"}) + "\n")
     assert [json.loads(line) for line in result.stdout.splitlines()] == [
         {"name": "milk", "verdicts": ["allow", "deny"]},
@@ -73,13 +73,13 @@ def test_a_case_gives_a_line_of_verdicts_in_order():
     assert result.exit_code == 0
 
 
-def test_packed_files_are_read(tmp_path: Path):
+def test_packed_files_are_read(tmp_path: Path) -> None:
     with gzip.open(tmp_path / "cases.jsonl.gz", "wt") as file:
         file.write(json.dumps(CASE))
     assert run_simulate(tmp_path / "cases.jsonl.gz").exit_code == 0
 
 
-def test_an_explanation_names_ends_and_rules():
+def test_an_explanation_names_ends_and_rules() -> None:
     line = json.loads(run_simulate("--explain", text=json.dumps(CASE)).stdout)
     assert line["explanations"][0]["ingress"] == {"allowed": True, "reason": "policy", "rules": ["farm/p[0]"]}
     assert line["explanations"][1] == {
@@ -89,7 +89,7 @@ def test_an_explanation_names_ends_and_rules():
     }  # fmt: skip
 
 
-def test_check_counts_what_is_as_expected():
+def test_check_counts_what_is_as_expected() -> None:
     result = run_simulate("--check", text=json.dumps(CASE))
     assert result.stdout == "2 of 2 probes as expected (1 cases)\n"
     assert result.exit_code == 0
@@ -103,7 +103,7 @@ def test_check_counts_what_is_as_expected():
          "milk: farm/hen -> farm/cow TCP 82: expected deny (by egress), found deny (by ingress)"),
     ],
 )  # fmt: skip
-def test_check_tells_each_difference_with_its_explanation(change: dict[str, Any], line: str):
+def test_check_tells_each_difference_with_its_explanation(change: dict[str, Any], line: str) -> None:
     result = run_simulate("--check", text=changed(**change))
     lines = result.stdout.splitlines()
     assert lines[0] == line
@@ -113,7 +113,7 @@ def test_check_tells_each_difference_with_its_explanation(change: dict[str, Any]
     assert result.exit_code == 1
 
 
-def test_check_without_anything_expected_fails():
+def test_check_without_anything_expected_fails() -> None:
     result = run_simulate("--check", text=json.dumps({**CASE, "probes": []}))
     assert result.exit_code == 1
 
@@ -131,13 +131,13 @@ def test_check_without_anything_expected_fails():
         (json.dumps({**CASE, "pods": [{"ip": "x"}]}), "pods[0].ip: Invalid value"),
     ],
 )
-def test_a_case_that_cannot_be_judged_is_named(text: str, message: str):
+def test_a_case_that_cannot_be_judged_is_named(text: str, message: str) -> None:
     result = run_simulate(text=text)
     assert result.exit_code == 1
     assert message in result.stderr
 
 
-def test_nodes_may_be_a_list_or_a_map():
+def test_nodes_may_be_a_list_or_a_map() -> None:
     for nodes in ([{"name": "n1", "ip": "192.168.0.1"}], {"n1": "192.168.0.1"}, {"n1": {"ips": ["192.168.0.1"]}}):
         pods = [{**pod, "node": "n1"} for pod in CASE["pods"]]
         probe = {"from": "192.168.0.1", "to": "farm/cow", "port": 81, "protocol": "TCP"}
@@ -157,7 +157,7 @@ def manifests(tmp_path: Path) -> tuple[Path, Path]:
     ("port", "answer"),
     [("8080", "allowed"), ("milk", "allowed"), ("80", "denied by ingress"), ("x", "denied by ingress")],
 )
-def test_one_question_about_manifests(manifests: tuple[Path, Path], port: str, answer: str):
+def test_one_question_about_manifests(manifests: tuple[Path, Path], port: str, answer: str) -> None:
     policies, pods = manifests
     result = run_simulate(
         "--policies", policies, "--pods", pods, "--from", "farm/hen", "--to", "farm/cow", "--port", port
@@ -173,7 +173,9 @@ def ask(manifests: tuple[Path, Path], source: str = "farm/hen", to: str = "farm/
     return run_simulate("--policies", policies, "--pods", pods, "--from", source, "--to", to, "--port", port)
 
 
-def test_a_rule_by_address_meets_a_stand_in_for_an_address_that_the_manifest_lacks(manifests: tuple[Path, Path]):
+def test_a_rule_by_address_meets_a_stand_in_for_an_address_that_the_manifest_lacks(
+    manifests: tuple[Path, Path],
+) -> None:
     policy = manifests[0] / "p.yaml"
     policy.write_text(POLICY.replace("[{ports", "[{from: [{ipBlock: {cidr: 10.0.0.0/8}}], ports"))
     result = ask(manifests)
@@ -182,31 +184,31 @@ def test_a_rule_by_address_meets_a_stand_in_for_an_address_that_the_manifest_lac
 
 
 @pytest.mark.parametrize("port", ["0", "-1", "65536", "99999"])
-def test_a_number_that_is_no_port_has_no_answer(manifests: tuple[Path, Path], port: str):
+def test_a_number_that_is_no_port_has_no_answer(manifests: tuple[Path, Path], port: str) -> None:
     result = ask(manifests, port=port)
     assert (result.exit_code, result.stdout) == (2, "")
     assert "--port: must be 1 to 65535, or a name" in result.stderr
 
 
 @pytest.mark.parametrize("end", ["hen", "10.0.0"])
-def test_an_end_that_is_nothing_is_said_with_what_it_may_be(manifests: tuple[Path, Path], end: str):
+def test_an_end_that_is_nothing_is_said_with_what_it_may_be(manifests: tuple[Path, Path], end: str) -> None:
     result = ask(manifests, source=end)
     assert (result.exit_code, result.stdout) == (2, "")
     assert f"Error: {end}: must be NAMESPACE/POD or an IP address" in result.stderr
 
 
-def test_a_port_has_its_name_at_the_pods_address_too(manifests: tuple[Path, Path]):
+def test_a_port_has_its_name_at_the_pods_address_too(manifests: tuple[Path, Path]) -> None:
     assert "no TCP port" not in ask(manifests, to="10.1.0.1", port="milk").stdout
     assert "10.1.0.1 has no TCP port with the name beer" in ask(manifests, to="10.1.0.1", port="beer").stdout
 
 
-def test_pods_may_be_a_directory(manifests: tuple[Path, Path]):
+def test_pods_may_be_a_directory(manifests: tuple[Path, Path]) -> None:
     policies, pods = manifests
     (policies.parent / "pods").mkdir()
     assert ask((policies, pods.rename(policies.parent / "pods" / "all.yaml").parent)).exit_code == 0
 
 
-def test_one_question_answered_for_programs(manifests: tuple[Path, Path]):
+def test_one_question_answered_for_programs(manifests: tuple[Path, Path]) -> None:
     policies, pods = manifests
     result = run_simulate(
         "--policies", policies, "--pods", pods, "--from", "farm/hen", "--to", "farm/cow", "--port", "x",
@@ -218,7 +220,7 @@ def test_one_question_answered_for_programs(manifests: tuple[Path, Path]):
     assert "no TCP port" in answer["note"]
 
 
-def test_a_question_about_bad_manifests_is_not_answered(manifests: tuple[Path, Path]):
+def test_a_question_about_bad_manifests_is_not_answered(manifests: tuple[Path, Path]) -> None:
     policies, pods = manifests
     (policies / "q.yaml").write_text(POLICY.replace("milk", "Milk"))
     result = run_simulate(
@@ -228,7 +230,7 @@ def test_a_question_about_bad_manifests_is_not_answered(manifests: tuple[Path, P
     assert "spec.ingress[0].ports[0].port" in result.stderr
 
 
-def test_options_that_do_not_go_together_are_refused():
+def test_options_that_do_not_go_together_are_refused() -> None:
     assert run_simulate("--port", "80").exit_code == 2
     assert run_simulate("--policies", "x", "--port", "80").exit_code == 2
     assert run_simulate("--policies", "x", "--check").exit_code == 2
@@ -238,13 +240,13 @@ def run_validate(*paths: object, text: str | None = None) -> Result:
     return CliRunner().invoke(validate.command, [str(path) for path in paths], input=text)
 
 
-def test_valid_manifests_are_counted(manifests: tuple[Path, Path]):
+def test_valid_manifests_are_counted(manifests: tuple[Path, Path]) -> None:
     result = run_validate(*manifests)
     assert result.stdout == "4 valid, 0 refused, in 2 files\n"
     assert result.exit_code == 0
 
 
-def test_each_problem_names_file_line_object_and_field(manifests: tuple[Path, Path]):
+def test_each_problem_names_file_line_object_and_field(manifests: tuple[Path, Path]) -> None:
     policies, _ = manifests
     (policies / "p.yaml").write_text(POLICY + "  policyTypes: [Both]\n---\n" + POLICY.replace("name: p", "name: q"))
     result = run_validate(policies)
@@ -255,12 +257,12 @@ def test_each_problem_names_file_line_object_and_field(manifests: tuple[Path, Pa
     assert result.exit_code == 1
 
 
-def test_standard_input_is_validated():
+def test_standard_input_is_validated() -> None:
     assert run_validate("-", text=POLICY).exit_code == 0
     assert run_validate("-", text=POLICY.replace("kind: N", "kind: n")).exit_code == 1
 
 
-def test_a_path_that_holds_nothing_is_an_error(tmp_path: Path):
+def test_a_path_that_holds_nothing_is_an_error(tmp_path: Path) -> None:
     assert run_validate(tmp_path).exit_code == 1
     result = run_validate(tmp_path / "absent.yaml")
     assert result.exit_code == 1

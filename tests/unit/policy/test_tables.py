@@ -20,7 +20,7 @@ _PORTS = st.lists(_RANGES | st.sampled_from("ab").map(lambda name: PortName(Prot
 @given(st.lists(_PORTS, max_size=12), _NUMBERS, st.lists(st.sampled_from("abc"), max_size=2))
 def test_a_port_is_found_in_exactly_the_rules_that_hold_it(
     rules: list[list[PortRange | PortName]], port: int, names: list[str]
-):
+) -> None:
     table, sets = PortTable(), [PortSet(ports) for ports in rules]
     for number, ports in enumerate(sets):
         table.add(ports, number)
@@ -46,7 +46,7 @@ _BLOCKS = st.tuples(_SMALL, st.lists(_SMALL, max_size=4)).map(
 
 
 @given(st.lists(_BLOCKS, max_size=6))
-def test_a_union_of_blocks_holds_what_some_block_holds(blocks: list[IPBlock]):
+def test_a_union_of_blocks_holds_what_some_block_holds(blocks: list[IPBlock]) -> None:
     union = AddressSet.of_blocks(4, blocks)
     for number in range(256):
         address = ip_address(number)
@@ -55,13 +55,13 @@ def test_a_union_of_blocks_holds_what_some_block_holds(blocks: list[IPBlock]):
     assert all(last + 1 < first for (_, last), (first, _) in zip(union.spans, union.spans[1:], strict=False))
 
 
-def test_a_union_of_one_family_leaves_the_other_out():
+def test_a_union_of_one_family_leaves_the_other_out() -> None:
     blocks = [IPBlock(ip_network("10.0.0.0/8")), IPBlock(ip_network("fd00::/8"))]
     assert ip_address("fd00::1") not in AddressSet.of_blocks(4, blocks)
     assert ip_address("fd00::1") in AddressSet.of_blocks(6, blocks)
 
 
-def test_wide_ranges_are_kept_once_each():
+def test_wide_ranges_are_kept_once_each() -> None:
     table = PortTable()
     for number in range(1_000):
         table.add(PortSet([PortRange(Protocol.TCP, 1 + number, 65_000 - number)]), number)

@@ -43,7 +43,7 @@ def names(state: ClusterState) -> list[str]:
 BAD: dict[str, object] = {"policyTypes": ["Both"]}
 
 
-def test_all_kinds_of_all_files_make_a_world(tmp_path: Path):
+def test_all_kinds_of_all_files_make_a_world(tmp_path: Path) -> None:
     namespace = {"apiVersion": "v1", "kind": "Namespace", "metadata": {"name": "farm", "labels": {"green": "yes"}}}
     pod = {"apiVersion": "v1", "kind": "Pod", "metadata": {"name": "cow", "namespace": "farm", "labels": {"a": "b"}}}
     finished = {**pod, "metadata": {"name": "calf", "namespace": "farm"}, "status": {"phase": "Succeeded"}}
@@ -64,7 +64,7 @@ def test_all_kinds_of_all_files_make_a_world(tmp_path: Path):
     assert state.pods[PodRef("farm", "cow")].labels == {"a": "b"}
 
 
-def test_a_bad_object_is_refused_and_its_last_good_version_stays(tmp_path: Path):
+def test_a_bad_object_is_refused_and_its_last_good_version_stays(tmp_path: Path) -> None:
     source = DirectorySource(tmp_path)
     write(tmp_path / "p.yaml", policy("a", policyTypes=["Egress"]), policy("b"))
     before = source.read()
@@ -87,7 +87,7 @@ def test_a_bad_object_is_refused_and_its_last_good_version_stays(tmp_path: Path)
 
 
 @pytest.mark.parametrize("damage", [b"a: [", b"\xff\xfe", b"a: 1\na: 2", b"- 1", b"kind: {}"])
-def test_a_damaged_file_keeps_its_objects(tmp_path: Path, damage: bytes):
+def test_a_damaged_file_keeps_its_objects(tmp_path: Path, damage: bytes) -> None:
     source = DirectorySource(tmp_path)
     write(tmp_path / "a.yaml", policy("a"), policy("b"))
     write(tmp_path / "c.yaml", policy("c"))
@@ -105,7 +105,7 @@ def test_a_damaged_file_keeps_its_objects(tmp_path: Path, damage: bytes):
     ("field", "value"),
     [("kind", "NetworkPolicies"), ("metadata", {"name": "A", "namespace": "farm"}), ("metadata", {})],
 )
-def test_an_object_that_lost_its_name_or_kind_stays(tmp_path: Path, field: str, value: object):
+def test_an_object_that_lost_its_name_or_kind_stays(tmp_path: Path, field: str, value: object) -> None:
     source = DirectorySource(tmp_path)
     write(tmp_path / "a.yaml", policy("a"))
     source.read()
@@ -117,7 +117,7 @@ def test_an_object_that_lost_its_name_or_kind_stays(tmp_path: Path, field: str, 
     assert state.problems != ()
 
 
-def test_a_file_that_cannot_be_read_keeps_its_objects(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_a_file_that_cannot_be_read_keeps_its_objects(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     source = DirectorySource(tmp_path)
     write(tmp_path / "a.yaml", policy("a"))
     source.read()
@@ -134,7 +134,7 @@ def test_a_file_that_cannot_be_read_keeps_its_objects(tmp_path: Path, monkeypatc
     assert "larger than" in state.problems[0].message
 
 
-def test_a_directory_that_vanished_keeps_everything(tmp_path: Path):
+def test_a_directory_that_vanished_keeps_everything(tmp_path: Path) -> None:
     place = tmp_path / "policies"
     place.mkdir()
     source = DirectorySource(place)
@@ -148,7 +148,7 @@ def test_a_directory_that_vanished_keeps_everything(tmp_path: Path):
     assert [problem.file for problem in state.problems] == [str(place)]
 
 
-def test_removed_objects_are_gone_and_moved_ones_are_not(tmp_path: Path):
+def test_removed_objects_are_gone_and_moved_ones_are_not(tmp_path: Path) -> None:
     source = DirectorySource(tmp_path)
     write(tmp_path / "a.yaml", policy("a"), policy("b"))
     source.read()
@@ -162,7 +162,7 @@ def test_removed_objects_are_gone_and_moved_ones_are_not(tmp_path: Path):
     assert names(source.read()) == ["farm/a"]
 
 
-def test_of_two_objects_by_one_name_the_first_counts(tmp_path: Path):
+def test_of_two_objects_by_one_name_the_first_counts(tmp_path: Path) -> None:
     write(tmp_path / "a.yaml", policy("a"))
     write(tmp_path / "b.yaml", policy("a", policyTypes=["Egress"]))
     state = DirectorySource(tmp_path).read()
@@ -170,7 +170,7 @@ def test_of_two_objects_by_one_name_the_first_counts(tmp_path: Path):
     assert [(p.file, p.field) for p in state.problems] == [(str(tmp_path / "b.yaml"), "metadata.name")]
 
 
-def test_a_list_without_items_and_other_kinds_are_problems(tmp_path: Path):
+def test_a_list_without_items_and_other_kinds_are_problems(tmp_path: Path) -> None:
     write(tmp_path / "a.yaml", {"apiVersion": "v1", "kind": "List"}, {**policy("a"), "kind": "Deployment"})
     state = DirectorySource(tmp_path).read()
     assert [p.message for p in state.problems] == [
@@ -179,7 +179,7 @@ def test_a_list_without_items_and_other_kinds_are_problems(tmp_path: Path):
     ]  # fmt: skip
 
 
-def test_unchanged_files_are_not_decoded_again(tmp_path: Path):
+def test_unchanged_files_are_not_decoded_again(tmp_path: Path) -> None:
     source = DirectorySource(tmp_path)
     write(tmp_path / "a.yaml", policy("a"))
     write(tmp_path / "b.yaml", policy("b"))
@@ -208,7 +208,7 @@ def _without_inotify(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize("has_inotify", [True, False], ids=["inotify", "compared"])
-def test_changes_arrive(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, has_inotify: bool):
+def test_changes_arrive(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, has_inotify: bool) -> None:
     if not has_inotify:
         _without_inotify(monkeypatch)
 
@@ -235,7 +235,7 @@ def _publish(volume: Path, version: str, *manifests: dict[str, Any]) -> None:
     (volume / "..data_tmp").replace(volume / "..data")
 
 
-def test_a_change_is_known_at_once(tmp_path: Path):
+def test_a_change_is_known_at_once(tmp_path: Path) -> None:
     async def story() -> None:
         async with _watched(DirectorySource(tmp_path)) as states:
             await _next(states)
@@ -249,7 +249,7 @@ def test_a_change_is_known_at_once(tmp_path: Path):
     asyncio.run(story())
 
 
-def test_what_the_kernel_does_not_report_is_found_later(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_what_the_kernel_does_not_report_is_found_later(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A network file system reports what this machine changes alone; a link's target may lie anywhere."""
     place, elsewhere = tmp_path / "policies", tmp_path / "elsewhere"
     place.mkdir()
@@ -271,7 +271,7 @@ def test_what_the_kernel_does_not_report_is_found_later(tmp_path: Path, monkeypa
     asyncio.run(story())
 
 
-def test_a_config_map_is_followed(tmp_path: Path):
+def test_a_config_map_is_followed(tmp_path: Path) -> None:
     async def story() -> None:
         _publish(tmp_path, "..2026_01", policy("a"))
         (tmp_path / "p.yaml").symlink_to("..data/p.yaml")
@@ -285,7 +285,7 @@ def test_a_config_map_is_followed(tmp_path: Path):
     asyncio.run(story())
 
 
-def test_a_directory_may_come_later_and_be_replaced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_a_directory_may_come_later_and_be_replaced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(directory_module, "RECHECK_S", 0.05)
     place = tmp_path / "policies"
 
@@ -320,7 +320,7 @@ def restarted(tmp_path: Path, *manifests: dict[str, Any]) -> tuple[Path, Path]:
 
 
 @pytest.mark.parametrize("damage", [json.dumps(policy("a", **BAD)).encode(), b"a: ["], ids=["object", "file"])
-def test_after_a_restart_what_is_bad_now_is_in_force_as_it_was(tmp_path: Path, damage: bytes):
+def test_after_a_restart_what_is_bad_now_is_in_force_as_it_was(tmp_path: Path, damage: bytes) -> None:
     place, kept = restarted(tmp_path, policy("a", policyTypes=["Egress"]))
     (place / "a.yaml").write_bytes(damage)
 
@@ -338,7 +338,7 @@ def test_after_a_restart_what_is_bad_now_is_in_force_as_it_was(tmp_path: Path, d
     assert "before the restart" not in source.read().problems[0].message
 
 
-def test_after_a_restart_what_is_absent_is_gone(tmp_path: Path):
+def test_after_a_restart_what_is_absent_is_gone(tmp_path: Path) -> None:
     place, kept = restarted(tmp_path, policy("a"), policy("b"))
     write(place / "a.yaml", policy("a"))
     assert names(DirectorySource(place, kept).read()) == ["farm/a"]
@@ -349,7 +349,7 @@ def test_after_a_restart_what_is_absent_is_gone(tmp_path: Path):
     assert list(kept.iterdir()) == []
 
 
-def test_the_good_objects_of_a_file_are_those_of_now_and_the_bad_ones_of_before(tmp_path: Path):
+def test_the_good_objects_of_a_file_are_those_of_now_and_the_bad_ones_of_before(tmp_path: Path) -> None:
     place, kept = restarted(tmp_path, policy("a", policyTypes=["Egress"]), policy("b"))
     write(place / "a.yaml", policy("a", **BAD), policy("b", policyTypes=["Egress"]))
     running = DirectorySource(place, kept)
@@ -361,7 +361,7 @@ def test_the_good_objects_of_a_file_are_those_of_now_and_the_bad_ones_of_before(
     assert "NetworkPolicy farm/a, NetworkPolicy farm/b" in state.problems[0].message
 
 
-def test_all_kinds_and_many_objects_are_kept(tmp_path: Path):
+def test_all_kinds_and_many_objects_are_kept(tmp_path: Path) -> None:
     namespace = {"apiVersion": "v1", "kind": "Namespace", "metadata": {"name": "farm", "labels": {"green": "yes"}}}
     pod = {"metadata": {"name": "cow", "namespace": "farm", "labels": {"a": "b"}}}
     pods = {"apiVersion": "v1", "kind": "PodList", "items": [pod]}
@@ -373,7 +373,7 @@ def test_all_kinds_and_many_objects_are_kept(tmp_path: Path):
     assert after.problems[0].message.endswith(" and 4 more")
 
 
-def test_what_is_kept_is_for_the_daemon_alone_and_written_only_when_it_changes(tmp_path: Path):
+def test_what_is_kept_is_for_the_daemon_alone_and_written_only_when_it_changes(tmp_path: Path) -> None:
     place, kept = restarted(tmp_path, policy("a"))
     (file,) = kept.iterdir()
     assert [stat.S_IMODE(path.stat().st_mode) for path in (file, kept)] == [0o600, 0o700]
@@ -389,7 +389,7 @@ def test_what_is_kept_is_for_the_daemon_alone_and_written_only_when_it_changes(t
 
 
 @pytest.mark.parametrize("damage", [b"", b"[]", b'{"file": "../../etc/passwd"}', b"\xff", b"{"])
-def test_a_damaged_keepsake_is_said_so_and_replaced(tmp_path: Path, damage: bytes):
+def test_a_damaged_keepsake_is_said_so_and_replaced(tmp_path: Path, damage: bytes) -> None:
     place, kept = restarted(tmp_path, policy("a"))
     (file,) = kept.iterdir()
     file.write_bytes(damage)
@@ -402,7 +402,7 @@ def test_a_damaged_keepsake_is_said_so_and_replaced(tmp_path: Path, damage: byte
     assert names(DirectorySource(place, kept).read()) == ["farm/a"]
 
 
-def test_what_cannot_be_kept_is_said_so(tmp_path: Path):
+def test_what_cannot_be_kept_is_said_so(tmp_path: Path) -> None:
     (tmp_path / "state").write_text("in the way")
     place = tmp_path / "policies"
     place.mkdir()
@@ -416,7 +416,7 @@ def test_what_cannot_be_kept_is_said_so(tmp_path: Path):
     asyncio.run(story())
 
 
-def test_a_problem_says_whether_an_earlier_version_is_in_force(tmp_path: Path):
+def test_a_problem_says_whether_an_earlier_version_is_in_force(tmp_path: Path) -> None:
     write(tmp_path / "a.yaml", policy("a"))
     source = DirectorySource(tmp_path)
     source.read()
@@ -435,7 +435,7 @@ def test_a_problem_says_whether_an_earlier_version_is_in_force(tmp_path: Path):
     assert [problem.has_earlier for problem in source.read().problems if problem.file.endswith("a.yaml")] == [True]
 
 
-def test_a_change_does_not_wait_until_the_one_before_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_a_change_does_not_wait_until_the_one_before_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """What is in force is kept when no change follows, or at the latest after a second."""
     source = DirectorySource(tmp_path)
     keeps: list[float] = []
