@@ -86,8 +86,8 @@ def test_pools_where_no_service_makes_an_address_virtual(key: str, pool: str, wh
 def test_everybodys_addresses_are_a_warning() -> None:
     assert cluster_warnings(externalIpNetworks=["0.0.0.0/0"]) == [
         (
-            "networks.externalIpNetworks: 0.0.0.0/0 allows every IPv4 address: any user who may create a Service decides "
-            "where pods of all namespaces send their identity"
+            "networks.externalIpNetworks: 0.0.0.0/0 allows every IPv4 address: any user who may create a Service "
+            "decides where pods of all namespaces send their identity"
         )
     ]
     assert cluster_warnings(loadBalancerNetworks=["0.0.0.0/0", "::/0"]) == [
@@ -116,8 +116,8 @@ def test_a_required_identity_needs_networks_where_it_is_required() -> None:
 def test_enforced_networks_within_virtual_ones_are_a_warning() -> None:
     assert cluster_warnings(enforced=["10.1.0.0/16", "10.2.0.0/16"], virtual=["10.1.0.0/16"]) == [
         (
-            "networks.enforced: 10.1.0.0/16 is within networks.virtual, which takes precedence: pods there are dialed as "
-            "Services are, and networks.requireIdentity does not apply to them"
+            "networks.enforced: 10.1.0.0/16 is within networks.virtual, which takes precedence: pods there are "
+            "dialed as Services are, and networks.requireIdentity does not apply to them"
         )
     ]
 
@@ -125,8 +125,8 @@ def test_enforced_networks_within_virtual_ones_are_a_warning() -> None:
 def test_a_daemon_that_neither_knows_networks_nor_policies_says_so() -> None:
     assert warnings() == [
         (
-            "networks.enforced and networks.virtual: both are empty, so no connection carries an identity, and policies "
-            "decide by address alone"
+            "networks.enforced and networks.virtual: both are empty, so no connection carries an identity, and "
+            "policies decide by address alone"
         ),
         "policyDir: is null without kubernetes.enabled, so there are no policies, and no pod is isolated",
     ]
@@ -168,14 +168,14 @@ def test_lifetimes_without_effect_are_warnings() -> None:
     files = {"source": "files", "certificate": "/c", "key": "/k", "trustBundle": "/b"}
     assert warnings(credentials={**files, "certificateLifetimeSeconds": 7200}, **KUBERNETES) == [
         (
-            "credentials.certificateLifetimeSeconds: has no effect with credentials.source files: the file's certificate "
-            "states its validity"
+            "credentials.certificateLifetimeSeconds: has no effect with credentials.source files: the file's "
+            "certificate states its validity"
         )
     ]
     assert warnings(credentials={"tokenLifetimeSeconds": 7200, "certificateLifetimeSeconds": 3600}, **KUBERNETES) == [
         (
-            "credentials.tokenLifetimeSeconds: 7200 has no effect beyond credentials.certificateLifetimeSeconds (3600): a "
-            "token ends with the certificate that signs it"
+            "credentials.tokenLifetimeSeconds: 7200 has no effect beyond credentials.certificateLifetimeSeconds "
+            "(3600): a token ends with the certificate that signs it"
         )
     ]
     assert warnings(credentials={**files, "tokenLifetimeSeconds": 86_400}, **KUBERNETES) == []
