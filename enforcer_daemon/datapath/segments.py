@@ -72,6 +72,26 @@ def answer_of(session: Session, mtu: int) -> bytes | None:
     return framed(decode_tcp(again), session, session.nonce_r, mtu)
 
 
+def is_after_frame(segment: Segment, session: Session) -> bool:
+    """Tell whether a segment acknowledges our frame as data of the SYN, as a kernel without an enforcer may."""
+    return segment.ack == successor(session.isn_i) + len(session.frame) & _NUMBERS
+
+
+def refusal(segment: Segment, session: Session) -> Verdict:
+    """Let in the RST that refuses the pod's SYN; raise PeerError if it refuses another.
+
+    A kernel without an enforcer acknowledges the frame as well (RFC 9293, section 3.10.7.1), of which the pod's kernel
+    knows nothing: it gets the RST that refuses its own SYN.
+    """
+    expected = successor(session.isn_i)
+    if segment.ack == expected:
+        return bare_reset(segment)
+    if not is_after_frame(segment, session):
+        raise PeerError(Reason.UNKNOWN_FLOW, "RST that refuses another SYN")
+    ports = segment.sport, segment.dport
+    return Verdict(Action.ACCEPT, build(segment.src, segment.dst, ports, (segment.seq, expected), segment.flags, 0))
+
+
 def bare_reset(segment: Segment) -> Verdict:
     """Let a RST pass, without the data that it may carry: there is no proof yet."""
     return ACCEPT if segment.data == segment.end else Verdict(Action.ACCEPT, with_payload(segment, b""))

@@ -61,11 +61,11 @@ class Strays:
             if direction is Direction.EGRESS:
                 self._reset_pod(segment)
             else:
-                self._reset_remote(segment)
+                self.reset_remote(segment)
 
     def refuse_both(self, segment: Segment, key: FlowKey) -> Verdict:
         """Refuse a SYN-ACK to both ends: to the peer by a RST, to the pod by one in its place, if so configured."""
-        self._reset_remote(segment)
+        self.reset_remote(segment)
         if self._context.node.deny_with is not DenyWith.RESET:
             return DROP
         ports = key.remote_port, key.own_port
@@ -138,7 +138,7 @@ class Strays:
         ports = segment.sport, segment.dport
         onward = build(segment.src, segment.dst, ports, (segment.seq, segment.ack), RST | ACK, 0)
         if direction is Direction.INGRESS:
-            self._reset_remote(segment)
+            self.reset_remote(segment)
             return Verdict(Action.ACCEPT, onward)
         self._reset_pod(segment)
         outbound = context.policy.outbound(segment.dst, segment.dport, protocol)
@@ -158,7 +158,7 @@ class Strays:
         """Answer the pod's own segment; the RST reaches the pod over its loopback."""
         self._context.effects.append(Inject(_answer(segment)[0]))
 
-    def _reset_remote(self, segment: Segment) -> None:
+    def reset_remote(self, segment: Segment) -> None:
         """Answer the peer's segment as the pod's kernel would, and recognize the RST when it leaves."""
         packet, flags, numbers = _answer(segment)
         ends = segment.src, segment.dst, segment.sport, segment.dport

@@ -9,7 +9,17 @@ from __future__ import annotations
 
 from enforcer_daemon.datapath.context import EndpointContext
 from enforcer_daemon.datapath.engine import Initiator, Responder
-from enforcer_daemon.datapath.segments import answer_of, answers, bare, bare_reset, framed, standalone_proof, successor
+from enforcer_daemon.datapath.segments import (
+    answer_of,
+    answers,
+    bare,
+    bare_reset,
+    framed,
+    is_after_frame,
+    refusal,
+    standalone_proof,
+    successor,
+)
 from enforcer_daemon.datapath.strays import Strays
 from enforcer_daemon.errors import PacketError, PeerError
 from enforcer_daemon.handshake.carriers import TCP
@@ -155,6 +165,8 @@ class TCPFlows:
                 return self._strays.refuse_answer(segment, key)
             return self._strays.end_forgotten(segment, key) if is_framed else ACCEPT  # Bare, the kernels settle it.
         if segment.ack != successor(session.isn_i):
+            if not is_framed and session.state is State.SHOWN and is_after_frame(segment, session):
+                return self._without_frame(segment, session)
             raise PeerError(Reason.UNKNOWN_FLOW, "SYN-ACK acknowledges another SYN")
         if not is_framed:
             return self._plain_answer(segment, session)
@@ -163,6 +175,16 @@ class TCPFlows:
         if not self.initiator.accept_answer(segment, session, payload, segment.seq, now):
             return self._strays.refuse_both(segment, key)
         return Verdict(Action.ACCEPT, bare(segment))
+
+    def _without_frame(self, segment: Segment, session: Session) -> Verdict:
+        """Reset a connection whose responder took our frame for data, and let the next SYN leave without it.
+
+        It accepts data of every SYN (Fast Open without a cookie), and has no enforcer. Its bare answer is decided on by
+        its address, as any other; the pod's kernel retransmits the SYN a second later.
+        """
+        self._strays.reset_remote(segment)
+        session.frame, session.frame_sum = b"", 0
+        return DROP
 
     def _plain_answer(self, segment: Segment, session: Session) -> Verdict:
         """Take the peer for its address, whatever it sits behind: there is no frame in its SYN-ACK."""
@@ -205,6 +227,8 @@ class TCPFlows:
     def _opened_out(self, segment: Segment, session: Session, mark: int, now: float) -> Verdict:
         """Let the pod's first segment after the SYN-ACK carry the proof, and release the flow with it."""
         if segment.flags & RST:
+            if self._context.is_injected(session.key.ends, segment.flags, (segment.seq, segment.ack)):
+                return ACCEPT  # That of `_without_frame`; the handshake goes on.
             self._context.end(self._opened, session, Event.RESET)
             return bare_reset(segment)
         match session.state:
@@ -257,11 +281,11 @@ class TCPFlows:
             return session.establish(now)
         is_shown = session.state is State.SHOWN
         if segment.flags & RST:
-            if is_shown and segment.ack != successor(session.isn_i):
-                raise PeerError(Reason.UNKNOWN_FLOW, "RST that refuses another SYN")
-            if is_shown:
-                self._context.end(self._opened, session, Event.RESET)
-            return bare_reset(segment)
+            if not is_shown:
+                return bare_reset(segment)
+            verdict = refusal(segment, session)
+            self._context.end(self._opened, session, Event.RESET)
+            return verdict
         if segment.data == segment.end and is_shown:
             # A challenge ACK of a peer that still has the last connection of these ports (RFC 5961): the pod's kernel
             # answers it with a RST and sends its SYN again.

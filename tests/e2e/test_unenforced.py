@@ -4,20 +4,24 @@
 from __future__ import annotations
 
 import socket
+import struct
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from ipaddress import ip_address
 from pathlib import Path
 
 import pytest
 
 from enforcer_daemon.handshake.frames import is_frame
+from enforcer_daemon.model import Protocol
 from enforcer_daemon.packet.tcp import ACK, SYN, SYN_ACK, build
 from enforcer_daemon.packet.udp import build_udp
 from enforcer_daemon.reasons import Reason
 from tests.e2e.attackers import SYN_OPTIONS, Wire, await_denial, silenced
 from tests.e2e.operation_world import FAMILIES, HTTP, NODES, RESET, block, denials, outcome, pod, policy, segments
 from trireme_lab import HostSpec, Lab, LabSpec, Outcome, PodSpec, PortSpec, Tools
+from trireme_lab.netns import write_sysctls
 
 pytestmark = pytest.mark.kernel
 
@@ -33,6 +37,10 @@ ALL_BUT_THEM: list[dict[str, object]] = [
     {"ipBlock": {"cidr": "0.0.0.0/0", "except": ["203.0.113.0/24", "10.244.2.200/32"]}},
     {"ipBlock": {"cidr": "::/0", "except": ["2001:db8::/64", "fd00:10:244:2::200/128"]}},
 ]
+CLOSED = 9_099
+"""A port on which nothing listens."""
+MSG_FASTOPEN = 0x20000000
+CLIENT_FAST_OPEN, SERVER_FAST_OPEN_WITHOUT_COOKIE = 0x1, 0x602
 HTTP_ONLY: list[dict[str, object]] = [{"port": HTTP.number}]
 
 
@@ -191,3 +199,59 @@ def test_a_host_that_answers_a_syn_by_a_syn_is_judged_as_one_that_answers(
         client.settimeout(10)
         assert client.send(b"hello") == 5
         wire.await_segment(lambda found: found.dport == port and found.payload == b"hello")
+
+
+# What the answer of a host without an enforcer says of our SYN, which was longer than its sender's kernel knows.
+
+
+@pytest.mark.parametrize("version", [4, 6])
+@pytest.mark.parametrize("host", HOSTS)
+@pytest.mark.parametrize("protocol", [Protocol.TCP, Protocol.UDP])
+def test_a_closed_port_of_a_host_refuses_at_once(lab: Lab, host: str, protocol: Protocol, version: int) -> None:
+    assert lab.probe("x/open", host, CLOSED, version, protocol).outcome is Outcome.REFUSED
+
+
+@pytest.mark.parametrize("version", [4, 6])
+def test_a_closed_port_of_a_host_refuses_fast_open_at_once(lab: Lab, version: int) -> None:
+    write_sysctls(lab.place("x/open").netns, {"net/ipv4/tcp_fastopen": str(CLIENT_FAST_OPEN)})
+    with lab.open_socket("x/open", FAMILIES[version]) as client:
+        client.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, struct.pack("ll", 10, 0))
+        with pytest.raises(ConnectionRefusedError):
+            client.sendto(b"hello", MSG_FASTOPEN, (str(lab.place("host:inside").address(version)), CLOSED))
+
+
+@pytest.mark.parametrize("version", [4, 6])
+@pytest.mark.parametrize("reject", ["tcp reset", "icmpx type port-unreachable"])
+def test_a_hosts_firewall_refuses_at_once(lab: Lab, reject: str, version: int) -> None:
+    """The ICMP error quotes our SYN with its frame."""
+    chain = "add chain inet refusing input { type filter hook input priority 0; }"
+    lab.run("host:inside", "nft", f"add table inet refusing; {chain}")
+    try:
+        lab.run("host:inside", "nft", f"add rule inet refusing input tcp dport {HTTP.number} reject with {reject}")
+        assert outcome(lab, "x/open", "host:inside", HTTP.number, version) is Outcome.REFUSED
+    finally:
+        lab.run("host:inside", "nft", "delete table inet refusing")
+
+
+@pytest.mark.parametrize("version", [4, 6])
+def test_a_host_that_takes_data_of_a_syn_gets_the_clients_words_all_the_same(lab: Lab, version: int) -> None:
+    """Fast Open without a cookie: our frame comes to the application, in a connection that ends at once."""
+    write_sysctls(lab.place("host:inside").netns, {"net/ipv4/tcp_fastopen": str(SERVER_FAST_OPEN_WITHOUT_COOKIE)})
+    address = str(lab.place("host:inside").address(version))
+    with (
+        lab.open_socket("host:inside", FAMILIES[version]) as listener,
+        lab.open_socket("x/open", FAMILIES[version]) as client,
+    ):
+        listener.bind((address, 0))
+        listener.listen()
+        client.settimeout(10)
+        client.connect(listener.getsockname()[:2])
+        client.sendall(b"hello")
+        listener.settimeout(10)
+        words = []
+        while b"hello" not in words:
+            server, _ = listener.accept()
+            with server, suppress(ConnectionResetError):
+                server.settimeout(10)
+                words.append(server.recv(100))
+        assert len(words) <= 2

@@ -3,10 +3,12 @@
 
 from __future__ import annotations
 
+from ipaddress import ip_address
+
 import pytest
 
-from enforcer_daemon.packet.tcp import ACK, RST, build, with_payload
-from tests.unit.datapath.pair import TIMESTAMPS, Connection, connect, make_pair, segment
+from enforcer_daemon.packet.tcp import ACK, RST, SYN, SYN_ACK, build, with_payload
+from tests.unit.datapath.pair import SYN_OPTIONS, TIMESTAMPS, Connection, connect, make_pair, segment
 
 CROWDED = TIMESTAMPS * 2
 """Options that leave no room for a proof."""
@@ -81,6 +83,38 @@ def test_a_blind_refusal_does_not_end_the_clients_attempt() -> None:
     blind = build(connection.server.address, connection.client.address, back, (0, 77), RST | ACK, 0)
     assert connection.client.receive(blind) == []
     assert connection.client.datapath.half_open_flows == 1
+
+
+@pytest.mark.parametrize(("address", "remote"), [("10.1.0.2", "10.2.0.9"), ("fd00::2", "fd00:2::9")])
+def test_a_refusal_that_acknowledges_the_frame_too_reaches_the_kernel_as_one_of_its_own_syn(
+    address: str, remote: str
+) -> None:
+    """The refusing kernel has no enforcer: to it the frame was data of the SYN."""
+    client, far = make_pair()[0].node.endpoint("other", address, "client"), ip_address(remote).packed
+    syn = segment(build(client.address, far, (40_000, 81), (0xFFFF_FFFF, 0), SYN, 64_240, SYN_OPTIONS))
+    (framed,) = client.send(syn.packet)
+    for acknowledged, delivered in ((segment(framed).payload, True), (b"x", False)):
+        ack = len(acknowledged)  # ISN + 1 + the frame's length, where ISN + 1 is 0
+        received = client.receive(build(far, client.address, (81, 40_000), (0, ack), RST | ACK, 0))
+        expected = build(far, client.address, (81, 40_000), (0, 0), RST | ACK, 0)
+        assert received == ([expected] if delivered else [])
+        assert client.datapath.half_open_flows == 0
+
+
+def test_after_an_answer_that_takes_the_frame_for_data_the_syn_leaves_without_it() -> None:
+    """Fast Open without a cookie: the connection that got the frame is reset, and the next one is the pod's own."""
+    connection = Connection(*make_pair())
+    client, remote = connection.client, connection.server.address
+    (framed,) = client.send(connection.syn())
+    back, end = (connection.dport, connection.sport), 1001 + len(segment(framed).payload)
+    assert client.receive(build(remote, client.address, back, (5000, end), SYN_ACK, 65_160, SYN_OPTIONS)) == []
+    (reset,) = client.flush_injected()
+    assert (segment(reset).flags, segment(reset).seq) == (RST, end)
+    (bare,) = client.send(connection.syn(), now=2.0)
+    assert (segment(bare).payload, segment(bare).seq) == (b"", 1000)
+    answer = build(remote, client.address, back, (6000, 1001), SYN_ACK, 65_160, SYN_OPTIONS)
+    assert client.receive(answer, now=2.0) == [answer]
+    assert client.datapath.half_open_flows == 0
 
 
 def test_a_challenge_ack_of_the_last_connection_reaches_the_kernel() -> None:
