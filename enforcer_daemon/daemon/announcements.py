@@ -9,7 +9,7 @@ from typing import Any
 
 from enforcer_daemon.datapath.context import FlowReport
 from enforcer_daemon.kube.source import RefusedPolicy
-from enforcer_daemon.kube.table import Entry
+from enforcer_daemon.kube.table import Entry, Key
 from enforcer_daemon.model import AttachmentId
 from enforcer_daemon.reasons import Reason
 from enforcer_daemon.registration.request import AddRequest
@@ -67,6 +67,13 @@ class Announcements:
             instead = "an earlier version stays in force" if service.problems[0].has_earlier else _NONE_COUNTS
             text = f"{instead}: {'; '.join(f'{problem.field}: {problem.message}' for problem in service.problems)}"
             notice = Notice(subject, EventKind.SERVICE_REFUSED, text, is_shared=True)
+            self._book.note_state(subject, text, partial(_same, notice))
+
+    def note_ignored_addresses(self, services: Iterable[tuple[Key, str, str]]) -> None:
+        """Note which Services ask for addresses that are not virtual: key, UID, and what is ignored, and why."""
+        for key, uid, text in services:
+            subject = Subject("v1", "Service", *key, uid)
+            notice = Notice(subject, EventKind.ADDRESS_NOT_VIRTUAL, text, is_shared=True)
             self._book.note_state(subject, text, partial(_same, notice))
 
 

@@ -244,6 +244,7 @@ class Daemon:
         if self._announcements is not None and self._cluster is not None:
             self._announcements.note_refused(self._cluster.refused_policies())
             self._announcements.note_refused_services(self._cluster.refused_services())
+            self._announcements.note_ignored_addresses(self._cluster.ignored_addresses())
         told, self._reported = self._reported, set(state.problems)
         for problem in self._reported - told:
             self._log.error("object refused", problem=str(problem), earlier_in_force=problem.has_earlier)

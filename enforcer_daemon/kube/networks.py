@@ -11,15 +11,16 @@ or refuses it, so an identity that is sent there stays in the cluster; any other
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import replace
-from ipaddress import IPv4Network, IPv6Network, collapse_addresses, ip_address
-from itertools import islice, product
+from ipaddress import IPv4Network, IPv6Network, collapse_addresses
+from itertools import product
 from typing import Generic, TypeVar
 
+from enforcer_daemon.kube.ignored import WHOLE, IgnoredAddresses
 from enforcer_daemon.kube.resources import NodeNetworks, ServiceAddresses
 from enforcer_daemon.kube.table import Key
-from enforcer_daemon.model import IPAddress, IPNetwork
+from enforcer_daemon.model import IPNetwork
 from enforcer_daemon.prefixes import PrefixSet
 from enforcer_daemon.settings import NetworkSettings
 from enforcer_daemon.virtual import NO_HOST, NodePort, ServicePort, VirtualChange, VirtualEntries
@@ -70,7 +71,9 @@ class VirtualAddresses:
         """How many Services hold a port of an address."""
         self._ports_of: dict[Key, tuple[NodePort, ...]] = {}
         self._port_holders: Counter[NodePort] = Counter()
-        self._refused: dict[Key, str] = {}
+        self._keys_of: dict[bytes, set[Key]] = {}
+        """The Services that hold an address."""
+        self.ignored = IgnoredAddresses()
         self._in_force: _Tracked[ServicePort] = _Tracked()
         self._nodes: _Tracked[bytes] = _Tracked()
         self._ports: _Tracked[NodePort] = _Tracked()
@@ -90,9 +93,16 @@ class VirtualAddresses:
             return
         self._enforced, self._pods = enforced, PrefixSet(enforced)
         self._nodes.become(addresses)
+        looked_at: dict[bytes, str] = {}
         for entry in self._holders:
-            if entry[0] in changed or entry[0] in moved:
-                self._decide(entry)
+            packed = entry[0]
+            if packed in changed or packed in moved:
+                if packed not in looked_at:
+                    looked_at[packed] = self._blocked(packed)
+                self._decide(entry, looked_at[packed])
+        for packed, why in looked_at.items():
+            for key in self._keys_of[packed]:
+                self.ignored.put(key, packed, why)
 
     def take_change(self) -> VirtualChange:
         """Return what changed since the last time."""
@@ -102,24 +112,22 @@ class VirtualAddresses:
         )
 
     def refusals(self, most: int) -> list[str]:
-        """Say of Services what is not believed, and why, of so many at most."""
-        return [f"Service {'/'.join(key)}: {why}" for key, why in islice(self._refusals(), most)]
-
-    def _refusals(self) -> Iterator[tuple[Key, str]]:
-        yield from self._refused.items()
-        if len(self) == len(self._holders):
-            return
-        for key, held in self._held.items():
-            for packed in dict.fromkeys(packed for packed, _, _ in held):
-                if why := self._blocked(packed):
-                    yield key, f"{ip_address(packed)} is not virtual: {why}"
+        """Return which addresses of Services are not virtual, and why: a line for each Service, so many at most."""
+        lines = [f"Service {'/'.join(key)}: {why}" for key, why in self.ignored.told(most).items()]
+        more = len(self.ignored) - len(lines)
+        return [*lines, f"{more} more Services with addresses that are not virtual"] if more else lines
 
     def __len__(self) -> int:
         return len(self._in_force.in_force)
 
     def _remove(self, key: Key) -> None:
-        self._refused.pop(key, None)
+        self.ignored.drop(key)
         held = self._held.pop(key, [])
+        for packed, _, _ in held:
+            if keys := self._keys_of.get(packed):
+                keys.discard(key)
+                if not keys:
+                    del self._keys_of[packed]
         self._in_namespace[key[0]] -= len(held)
         if not self._in_namespace[key[0]]:
             del self._in_namespace[key[0]]
@@ -129,53 +137,68 @@ class VirtualAddresses:
             self._ports.discard(port)
 
     def _grant(self, key: Key, service: ServiceAddresses) -> None:
-        held: list[ServicePort] = []
-        allowed = self._allowed(key, service.external, self._external, "networks.externalIpNetworks")
-        allowed += self._allowed(key, service.load_balancers, self._balancers, "networks.loadBalancerNetworks")
-        for packed, (protocol, number) in product(allowed, service.ports):
-            entry = packed, protocol, number
-            if why := self._limit(key[0], entry):
-                self._refused[key] = why
-                break
-            held.append(entry)
-            self._in_namespace[key[0]] += 1
-            self._holders[entry] += 1
-            self._decide(entry)
-        if held:
-            self._held[key] = held
+        self._hold(key, self._allowed(key, service), service.ports)
         if service.node_ports:
             self._ports_of[key] = service.node_ports
         for port in service.node_ports:
             self._port_holders[port] += 1
             self._ports.add(port)
 
-    def _allowed(self, key: Key, addresses: Iterable[IPAddress], allowed: PrefixSet, setting: str) -> list[bytes]:
-        """Return those of these addresses that the operator allows."""
-        found = []
-        for address in addresses:
-            packed = address.packed
-            if packed in allowed and packed not in _SPECIAL:
-                found.append(packed)
-            else:
-                why = "not the address of one host" if packed in allowed else f"outside {setting}"
-                self._refused.setdefault(key, f"{address} is not virtual: {why}")
-        return found
+    def _allowed(self, key: Key, service: ServiceAddresses) -> list[bytes]:
+        """Return the addresses of a Service that the operator allows."""
+        found: dict[bytes, None] = {}
+        ignored: dict[bytes, str] = {}
+        for addresses, allowed, setting in (
+            (service.external, self._external, "networks.externalIpNetworks"),
+            (service.load_balancers, self._balancers, "networks.loadBalancerNetworks"),
+        ):
+            for packed in (address.packed for address in addresses):
+                if packed in allowed and packed not in _SPECIAL:
+                    found[packed] = None
+                else:
+                    why = "not the address of one host" if packed in allowed else f"outside {setting}"
+                    ignored.setdefault(packed, why)
+        for packed, why in ignored.items():
+            if packed not in found:
+                self.ignored.put(key, packed, why)
+        return list(found)
+
+    def _hold(self, key: Key, allowed: Iterable[bytes], ports: Iterable[NodePort]) -> None:
+        """Hold these ports of allowed addresses for a Service, as far as the limits go."""
+        held: list[ServicePort] = []
+        blocked: dict[bytes, str] = {}
+        for packed, (protocol, number) in product(allowed, ports):
+            entry = packed, protocol, number
+            if why := self._limit(key[0], entry):
+                self.ignored.put(key, WHOLE, why)
+                break
+            if packed not in blocked:
+                blocked[packed] = self._blocked(packed)
+                self._keys_of.setdefault(packed, set()).add(key)
+                self.ignored.put(key, packed, blocked[packed])
+            held.append(entry)
+            self._in_namespace[key[0]] += 1
+            self._holders[entry] += 1
+            self._decide(entry, blocked[packed])
+        if held:
+            self._held[key] = held
 
     def _limit(self, namespace: str, entry: ServicePort) -> str:
         if self._in_namespace[namespace] >= MAX_NAMESPACE_PORTS:
-            return f"not all is virtual: its namespace has {MAX_NAMESPACE_PORTS} virtual ports of addresses already"
+            return f"its namespace has {MAX_NAMESPACE_PORTS} virtual ports of addresses already"
         if len(self._holders) >= MAX_PORTS and entry not in self._holders:
-            return f"not all is virtual: the cluster has {MAX_PORTS} virtual ports of addresses already"
+            return f"the cluster has {MAX_PORTS} virtual ports of addresses already"
         return ""
 
-    def _decide(self, entry: ServicePort) -> None:
-        """Have a port of an address that Services hold in force, or not."""
-        if self._blocked(entry[0]):
+    def _decide(self, entry: ServicePort, blocked: str) -> None:
+        """Have a port of an address that Services hold in force, unless its address is blocked."""
+        if blocked:
             self._in_force.discard(entry)
         else:
             self._in_force.add(entry)
 
     def _blocked(self, packed: bytes) -> str:
+        """Return why no Service can make an address virtual; empty if one can."""
         if packed in self._nodes.in_force:
             return "a node's own address"
         return "inside the pods' networks" if packed in self._pods else ""

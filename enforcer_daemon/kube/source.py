@@ -17,12 +17,13 @@ from typing import Any
 
 from enforcer_daemon.kube import kept
 from enforcer_daemon.kube.client import ClusterApi
+from enforcer_daemon.kube.ignored import IgnoredLog
 from enforcer_daemon.kube.intake import Intake
 from enforcer_daemon.kube.limits import ClusterLimits
 from enforcer_daemon.kube.networks import VirtualAddresses, discover, missing_networks
 from enforcer_daemon.kube.reflector import Reflector, Surroundings, WatchHealth
 from enforcer_daemon.kube.resources import NAMESPACES, NETWORK_POLICIES, NODES, PODS, SERVICE_CIDRS, SERVICES
-from enforcer_daemon.kube.table import Entry, Table
+from enforcer_daemon.kube.table import Entry, Key, Table
 from enforcer_daemon.model import PodRef
 from enforcer_daemon.policy import AnyPolicy, Pod
 from enforcer_daemon.settings import NetworkSettings, Settings
@@ -74,6 +75,7 @@ class ClusterSource:
         self._service_cidrs: Table[Any] = Table(SERVICE_CIDRS)
         self._virtual = VirtualAddresses(settings.networks)
         self._services: Table[Any] = Table(SERVICES, self._virtual.put)
+        self._ignored = IgnoredLog(self._virtual.ignored, log, time.monotonic())
         self.namespaces = Reflector(self._namespaces, surroundings)
         self.pods = Reflector(self._pods, surroundings, f"spec.nodeName={settings.node}")
         networks = settings.networks
@@ -188,6 +190,7 @@ class ClusterSource:
 
     def take_virtual_change(self) -> VirtualChange:
         """Return what Services have made virtual beside these networks, or no longer do, since the last time."""
+        self._ignored.follow(time.monotonic())
         return self._virtual.take_change()
 
     def problem(self) -> str:
@@ -221,6 +224,11 @@ class ClusterSource:
     def refused_services(self) -> list[Entry[Any]]:
         """Return the Services whose present version counts for nothing."""
         return self._services.refused()
+
+    def ignored_addresses(self) -> list[tuple[Key, str, str]]:
+        """Return Services with addresses that are not virtual, each with its UID and what is ignored, and why."""
+        entries = self._services.entries
+        return [(key, entries[key].uid, text) for key, text in self._ignored.told.items() if key in entries]
 
     def status(self) -> Mapping[str, object]:
         """Describe the source, for operators."""

@@ -37,6 +37,7 @@ class EventKind(Enum):
     FLOW_DENIED = ("FlowDenied", "Deny")
     POLICY_REFUSED = ("PolicyRefused", "Refuse")
     SERVICE_REFUSED = ("ServiceRefused", "Refuse")
+    ADDRESS_NOT_VIRTUAL = ("AddressNotVirtual", "Ignore")
     IDENTITY_TOO_LARGE = ("IdentityTooLarge", "SignToken")
     POLICY_LIMIT_EXCEEDED = ("PolicyLimitExceeded", "Isolate")
     NODE_DENIED = ("NodeDenied", "Deny")

@@ -180,3 +180,36 @@ def test_a_service_with_very_many_addresses_is_refused_and_its_author_is_told(la
             assert time.monotonic() < deadline
             time.sleep(0.05)
         assert (told[0]["regarding"]["kind"], told[0]["regarding"]["name"]) == ("Service", "mine")
+
+
+def test_addresses_that_are_not_virtual_are_told_for_each_service_until_it_is_mended(lab: KubeLab) -> None:
+    def told() -> list[str]:
+        cluster = lab.node("a").status()["cluster"]
+        assert isinstance(cluster, dict)
+        return [str(warning) for warning in cluster["warnings"]]
+
+    def about(name: str) -> list[str]:
+        events = [event for event in lab.api.all("Event") if event["reason"] == "AddressNotVirtual"]
+        return [event["note"] for event in events if event["regarding"]["name"] == name]
+
+    other = ObjectRef("Service", "x", "other")
+    ports = [{"port": 80, "targetPort": 8080}]
+    wrong = service("other", ports=ports, externalIPs=["203.0.113.99", "10.77.0.1"])
+    why = "outside networks.externalIpNetworks"
+    try:
+        with stating(lab, externalIPs=["203.0.113.98"]):
+            assert lab.apply(wrong)
+            assert told() == [
+                f"Service x/mine: 203.0.113.98 is not virtual: {why}",
+                f"Service x/other: 203.0.113.99, 10.77.0.1 are not virtual: {why}",
+            ]
+            deadline = time.monotonic() + _PATIENCE_S
+            while not (about("mine") and about("other")):
+                assert time.monotonic() < deadline
+                time.sleep(0.05)
+            assert about("mine") == [f"203.0.113.98 is not virtual: {why}"]
+            assert about("other") == [f"203.0.113.99, 10.77.0.1 are not virtual: {why}"]
+        assert lab.apply(service("other", ports=ports, externalIPs=[str(ALLOWED.addresses[0])]))
+        assert told() == []
+    finally:
+        lab.remove(other)

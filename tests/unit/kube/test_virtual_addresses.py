@@ -8,6 +8,7 @@ from ipaddress import IPv4Address, IPv4Network, IPv6Network, ip_address, ip_netw
 import pytest
 
 from enforcer_daemon.datapath.networks import Destination, Networks
+from enforcer_daemon.kube.ignored import IgnoredAddresses
 from enforcer_daemon.kube.networks import MAX_NAMESPACE_PORTS, MAX_PORTS, VirtualAddresses
 from enforcer_daemon.kube.resources import NodeNetworks, ServiceAddresses
 from enforcer_daemon.model import IPAddress, Protocol
@@ -67,7 +68,8 @@ def test_external_addresses_are_believed_nowhere_by_default_and_load_balancers_e
     virtual = book(NetworkSettings(enforced=PODS))
     virtual.put(WEB, stated(addresses("203.0.113.1", "2001:db8::1"), addresses("198.51.100.7", "2001:db8::7")))
     assert virtual.take_change().added.services == on_80("198.51.100.7", "2001:db8::7")
-    assert virtual.refusals(10) == ["Service shop/web: 203.0.113.1 is not virtual: outside networks.externalIpNetworks"]
+    told = "Service shop/web: 203.0.113.1, 2001:db8::1 are not virtual: outside networks.externalIpNetworks"
+    assert virtual.refusals(10) == [told]
 
 
 def test_both_are_believed_as_far_as_the_operator_allows() -> None:
@@ -148,6 +150,17 @@ def test_addresses_times_ports_are_no_more_than_the_share() -> None:
     virtual.put(WEB, stated(many(0, 64), ports=ports))
     assert len(virtual) == MAX_NAMESPACE_PORTS
     assert len(virtual.take_change().added.services) == MAX_NAMESPACE_PORTS
+    everywhere = NetworkSettings(enforced=(ip_network("203.0.0.0/16"),))
+    virtual.set_networks(everywhere, NODES)
+    assert len(virtual) == 0
+    assert virtual.refusals(1) == [
+        (
+            "Service shop/web: not all is virtual: its namespace has 1024 virtual ports of addresses already; "
+            "203.0.0.0, 203.0.0.1 are not virtual: inside the pods' networks"
+        )
+    ]
+    virtual.set_networks(ALLOWED, NODES)
+    assert len(virtual) == MAX_NAMESPACE_PORTS
     virtual.put(WEB, None)
     assert len(virtual) == 0
 
@@ -173,6 +186,62 @@ def test_a_change_of_one_service_looks_at_its_own_addresses_alone(monkeypatch: p
     assert len(looked_at) == 3
     change = virtual.take_change()
     assert (len(change.added.services), len(change.removed.services)) == (3, 256)
+
+
+def test_what_is_ignored_is_told_for_each_service_until_it_is_resolved() -> None:
+    virtual = book(NetworkSettings(enforced=PODS, external_ip_networks=(ip_network("198.51.100.0/24"),)))
+    virtual.put(WEB, stated(addresses("203.0.113.1", "203.0.113.2", "10.1.0.9", "198.51.100.1")))
+    virtual.put(("farm", "db"), stated(addresses("203.0.113.1")))
+    why = "outside networks.externalIpNetworks"
+    assert virtual.refusals(10) == [
+        f"Service shop/web: 203.0.113.1, 203.0.113.2, 10.1.0.9 are not virtual: {why}",
+        f"Service farm/db: 203.0.113.1 is not virtual: {why}",
+    ]
+    virtual.put(WEB, stated(addresses("198.51.100.1")))
+    assert virtual.refusals(10) == [f"Service farm/db: 203.0.113.1 is not virtual: {why}"]
+    virtual.set_networks(NetworkSettings(enforced=PODS), [*NODES, NodeNetworks("c", (), addresses("198.51.100.1"))])
+    assert virtual.refusals(10)[1] == "Service shop/web: 198.51.100.1 is not virtual: a node's own address"
+    virtual.set_networks(NetworkSettings(enforced=PODS), NODES)
+    virtual.put(("farm", "db"), None)
+    assert virtual.refusals(10) == []
+
+
+def test_an_address_that_one_of_both_lists_earns_is_not_called_ignored() -> None:
+    virtual = book(NetworkSettings(enforced=PODS))
+    virtual.put(WEB, stated(addresses("203.0.113.1"), addresses("203.0.113.1")))
+    assert virtual.take_change().added.services == on_80("203.0.113.1")
+    assert virtual.refusals(10) == []
+
+
+def test_long_lists_of_addresses_are_cut() -> None:
+    virtual = book(NetworkSettings(enforced=PODS))
+    virtual.put(WEB, stated(many(0, 64)))
+    (told,) = virtual.refusals(10)
+    assert "203.0.0.0, 203.0.0.1, 203.0.0.2, 203.0.0.3 and 60 more are not virtual: outside" in told
+
+
+def test_no_namespace_hides_what_another_is_told() -> None:
+    virtual = book(NetworkSettings(enforced=PODS))
+    for number in range(500):
+        virtual.put(("greedy", f"s{number}"), stated(addresses("203.0.113.1")))
+    virtual.put(("shy", "web"), stated(addresses("203.0.113.1")))
+    told = virtual.refusals(10)
+    assert len(told) == 11
+    assert told[1].startswith("Service shy/web: ")
+    assert told[10] == "491 more Services with addresses that are not virtual"
+
+
+def test_services_that_share_an_address_cost_a_change_of_nodes_no_product(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A thousand Services with a port each of one address: told once for each, not for each port."""
+    virtual = book()
+    for number in range(MAX_NAMESPACE_PORTS):
+        virtual.put(("shop", f"s{number}"), stated(addresses("203.0.113.1"), ports=((Protocol.TCP, 1 + number),)))
+    noted: list[object] = []
+    put = IgnoredAddresses.put
+    monkeypatch.setattr(IgnoredAddresses, "put", lambda self, *what: noted.append(what) or put(self, *what))
+    virtual.set_networks(ALLOWED, [*NODES, NodeNetworks("c", (), addresses("203.0.113.1"))])
+    assert len(noted) == MAX_NAMESPACE_PORTS
+    assert len(virtual.take_change().added.services) == 0
 
 
 # What the datapath makes of it.
