@@ -143,7 +143,7 @@ def test_a_namespace_with_too_many_policies_is_isolated(monkeypatch: pytest.Monk
     assert not closed.egress.evaluate(PEER, PEER.ips[0], 80, Protocol.TCP).is_allowed
 
 
-def test_egress_by_address_beyond_the_limit_is_denied_where_it_is_evaluated():
+def test_egress_by_address_beyond_the_limit_is_denied_where_it_is_evaluated() -> None:
     """The guard lets none of it leave the node; the pod's own enforcer says why."""
     rules = [{"to": [block], "ports": [{"port": 1 + number}]} for number, block in enumerate(blocks(257))]
     allowed = ip_address("10.0.0.1")
@@ -156,7 +156,7 @@ def test_egress_by_address_beyond_the_limit_is_denied_where_it_is_evaluated():
     ]
 
 
-def test_pods_that_name_ports_otherwise_do_not_share_a_limit():
+def test_pods_that_name_ports_otherwise_do_not_share_a_limit() -> None:
     """One policy, two pods: only the one whose names make too many rules exceeds the limit."""
     named = [{"from": [block], "ports": [{"port": f"p{number}"}]} for number, block in enumerate(blocks(257))]
     snapshot = compile_snapshot([decode_network_policy(manifest_of(*named))], 1)
@@ -166,7 +166,7 @@ def test_pods_that_name_ports_otherwise_do_not_share_a_limit():
     assert snapshot.pod_policy(POD).ingress.problem == ""
 
 
-def test_a_limit_is_decided_once_for_each_pod(monkeypatch: pytest.MonkeyPatch):
+def test_a_limit_is_decided_once_for_each_pod(monkeypatch: pytest.MonkeyPatch) -> None:
     """The daemon asks every second, and one set of rules remembers few namings."""
     named = [{"from": [block], "ports": [{"port": "web"}]} for block in blocks(2)]
     snapshot = compile_snapshot([decode_network_policy(manifest_of(*named))], 1)
