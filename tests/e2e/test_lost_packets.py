@@ -92,7 +92,7 @@ def test_whoever_speaks_first_is_heard_at_once(lab: Lab, lost: str, first: str, 
 
 
 @pytest.mark.parametrize("version", [4, 6])
-def test_a_burst_whose_lone_proof_is_lost(lab: Lab, version: int) -> None:
+def test_a_burst_whose_standalone_proof_is_lost(lab: Lab, version: int) -> None:
     """No bare ACK before it: the proof travels in an ACK of the enforcer's own, and the burst comes unproven."""
     _require_quick(lambda: _recovery_s(lab, version, "client", ACK, NO_QUICK_ACK, bytes(100_000)))
 

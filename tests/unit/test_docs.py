@@ -195,7 +195,8 @@ def example() -> dict[str, bytes]:
     values["syn_head"] = known["syn_frame"][: 2 * frames.SYN_OVERHEAD]
     values["sha256_syn_frame"] = sha256_of(known["syn_frame"])
     values["syn_ack_head"] = known["syn_ack_frame"][: 2 * frames.SYN_ACK_OVERHEAD]
-    values |= {name: known[name] for name in ("pair_key", "proof_r", "proof_i", "proof_option", "lone_proof_option")}
+    values |= {name: known[name] for name in ("pair_key", "proof_r", "proof_i")}
+    values |= {name: known[name] for name in ("proof_option", "standalone_proof_option")}
     return {name: bytes.fromhex(digits) for name, digits in values.items()}
 
 

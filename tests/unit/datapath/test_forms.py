@@ -77,7 +77,7 @@ def test_mptcp_leaves_no_room_and_its_third_ack_follows_untouched() -> None:
     assert connection.server.receive(ack) == [ack]
 
 
-def test_a_burst_before_any_pure_ack_follows_the_lone_proof_whole() -> None:
+def test_a_burst_before_any_pure_ack_follows_the_standalone_proof_whole() -> None:
     connection = Connection(*make_pair())
     connection.server.receive(connection.client.send(connection.syn())[0])
     connection.client.receive(connection.server.send(connection.syn_ack())[0])
@@ -198,7 +198,7 @@ def test_the_nodes_own_datagram_is_let_in_and_one_that_it_masquerades_is_judged(
         (outside, "unidentified-peer"),
         (None, "unidentified-peer"),
     ):
-        node.true_source = lambda *_, found=true_source: found  # type: ignore[method-assign, misc]
+        node.true_source = lambda *_, found=true_source: found
         verdict = server.verdict(packet, Direction.INGRESS)
         assert (verdict.action is Action.RELEASE) == (reason == "node")
         assert server.reasons() == [reason]

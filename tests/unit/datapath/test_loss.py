@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 
 from enforcer_daemon.datapath.context import HOLD_S
@@ -111,7 +113,7 @@ def test_the_proof_twice_changes_nothing() -> None:
     assert connection.server.receive(ack) == [connection.ack()]
 
 
-def test_a_lone_proof_twice_and_after_the_release_is_consumed() -> None:
+def test_a_standalone_proof_twice_and_after_the_release_is_consumed() -> None:
     connection = Connection(*make_pair())
     connect(connection)
     connection.client.send(connection.ack(b"data", CROWDED))
@@ -122,7 +124,7 @@ def test_a_lone_proof_twice_and_after_the_release_is_consumed() -> None:
     assert connection.server.receive(proof) == []
 
 
-def test_data_that_overtakes_the_lone_proof_waits_for_it() -> None:
+def test_data_that_overtakes_the_standalone_proof_waits_for_it() -> None:
     connection = Connection(*make_pair())
     connect(connection)
     connection.client.send(connection.ack(b"data", CROWDED))
@@ -223,7 +225,7 @@ def test_held_data_is_dropped_after_a_while_and_the_bound_of_a_flow_holds() -> N
         ({"max_held_packets_per_source": 2}, Limit.HELD_PACKETS_PER_SOURCE),
     ],
 )
-def test_the_bounds_of_an_endpoint_count_what_waits_and_nothing_else(limits: dict[str, int], bound: Limit) -> None:
+def test_the_bounds_of_an_endpoint_count_what_waits_and_nothing_else(limits: dict[str, Any], bound: Limit) -> None:
     client, server = make_pair(**limits)
     for sport in range(40_000, 40_010):
         connection = Connection(client, server, sport=sport)

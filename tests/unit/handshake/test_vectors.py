@@ -111,7 +111,7 @@ def test_the_proofs_are_these_bytes() -> None:
     assert responder_proof(key, TCP_LABELS, covered, frame_hash(raw("syn_frame")), answer) == raw("proof_r")
     assert initiator_proof(key, TCP_LABELS, covered, raw("proof_r")) == raw("proof_i")
     assert proof_option(raw("proof_i"), is_standalone=False) == raw("proof_option")
-    assert proof_option(raw("proof_i"), is_standalone=True) == raw("lone_proof_option")
+    assert proof_option(raw("proof_i"), is_standalone=True) == raw("standalone_proof_option")
     found = find_proof(raw("proof_option"))
     assert found is not None
     assert found.proof == raw("proof_i")

@@ -106,8 +106,8 @@ def make() -> dict[str, Any]:
         "syn_ack_frame": encode_syn_ack(blank._replace(proof=proof_r)).hex(),
         "proof_r": proof_r.hex(),
         "proof_i": proof_i.hex(),
-        "proof_option": proof_option(proof_i, is_lone=False).hex(),
-        "lone_proof_option": proof_option(proof_i, is_lone=True).hex(),
+        "proof_option": proof_option(proof_i, is_standalone=False).hex(),
+        "standalone_proof_option": proof_option(proof_i, is_standalone=True).hex(),
         "lease": make_lease(raw),
         "datagrams": make_datagrams(key, raw["i"], blank._replace(port=53)),
     }
@@ -126,7 +126,7 @@ def make_lease(raw: dict[str, dict[str, bytes]]) -> dict[str, str]:
     answer = LeaseMessage(two["nonce"], one["nonce"], ids["r"], ids["i"], LeaseFlag(0))
     block = encode_block(one["credential"], one["token"])
     shown = probe._replace(flags=LeaseFlag.PROBE | LeaseFlag.PRESENTS, block=block)
-    surplus = encode_option(UDP_HEADER, datagrams.LONE_EXID, encode_lease(probe, key))
+    surplus = encode_option(UDP_HEADER, datagrams.STANDALONE_EXID, encode_lease(probe, key))
     ends = ip_address("10.1.0.2").packed, ip_address("10.2.0.2").packed
     return {
         "lease_key": key.hex(),
@@ -147,7 +147,7 @@ def make_datagrams(key: bytes, initiator: dict[str, bytes], blank: SynAckFrame) 
     answer = encode_syn_ack(blank._replace(proof=proof_r), TYPE_ANSWER)
     proof_i = initiator_proof(key, UDP_LABELS, nonces, proof_r)
     message = encode_proof(initiator["nonce"], proof_i)
-    surplus = encode_option(UDP_HEADER, datagrams.LONE_EXID, message)
+    surplus = encode_option(UDP_HEADER, datagrams.STANDALONE_EXID, message)
     ends = ip_address("10.1.0.2").packed, blank.address
     return {
         "sha256_offer": sha256(offer).hexdigest(),
