@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import replace
 from ipaddress import ip_address
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import pytest
 
@@ -42,7 +42,7 @@ def netns() -> Iterator[Callable[[Callable[[], T]], T]]:
         subprocess.run(("ip", "netns", "del", name), check=True)
 
 
-def test_sets_of_every_kind_are_what_the_kernel_takes(netns: Callable[..., object]) -> None:
+def test_sets_of_every_kind_are_what_the_kernel_takes(netns: Callable[..., Any]) -> None:
     rules = tuple(
         AddressRule.of(AddressSet(version, [(base, base + 5), (base + 9, base + 9)]), protocol, ((1, 5), (9, 9)))
         for version, base in ((4, 0x0A000000), (6, 0xFD << 120))
@@ -71,7 +71,7 @@ def _endpoint(name: str, number: int, rules: tuple[AddressRule, ...]) -> Guarded
     return GuardedEndpoint(AttachmentId(name, "eth0"), (ip_address(0x0A000000 + number),), rules, rules)
 
 
-def test_many_pods_with_many_rules_do_not_slow_the_guard_for_others(netns: Callable[..., object]) -> None:
+def test_many_pods_with_many_rules_do_not_slow_the_guard_for_others(netns: Callable[..., Any]) -> None:
     heavy, guard = _rules(1 << 20), Guard()
     tenants = [_endpoint(f"t{number}", number, heavy) for number in range(PODS)]
 

@@ -10,12 +10,14 @@ from __future__ import annotations
 import socket
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from ipaddress import ip_address
 from pathlib import Path
 
 import pytest
 
 from enforcer_daemon.model import IPAddress, PodRef, Protocol
+from enforcer_daemon.packet.tcp import Segment
 from tests.attacks.guard_world import (
     FORMS,
     Sender,
@@ -187,6 +189,10 @@ def test_a_rule_for_what_was_dialed_holds_behind_the_translation(
             direct.connect((str(back[0]), back[1]))
 
 
+def _is_for(port: int, segment: Segment) -> bool:
+    return segment.dport == port
+
+
 @hooks
 @versions
 @pytest.mark.parametrize("target", ["bridge-of-b", "host:inside"])
@@ -204,7 +210,7 @@ def test_the_bare_answer_to_a_frame_does_not_come_back(lab: Lab, target: str, ve
             own, sport = lab.place(source).address(version), fresh_port()
             with Sender(lab, source) as sender, Wire(lab, source, version) as wire:
                 sender.send(gate, [packet("framed-syn", own, address, sport, port)])
-                answer = wire.find_segment(lambda found, sport=sport: found.dport == sport, 1.0)
+                answer = wire.find_segment(partial(_is_for, sport), 1.0)
                 heard[source] = answer is not None
     assert heard == {"x/to-web": False, "x/free": True}
 

@@ -303,7 +303,8 @@ def test_a_plain_socket_while_the_servers_enforcer_is_down(
         with _pod(lab, "new", node, "free") as new, ExitStack() as down:
             if node == "b":
                 lab.node("a").kill()
-                down.callback(lambda: (lab.node("a").start(), lab.node("a").wait_ready()))
+                down.callback(lab.node("a").wait_ready)
+                down.callback(lab.node("a").start)
             with lab.open_socket(new, FAMILIES[version], socket.SOCK_DGRAM) as sock:
                 sock.bind((str(lab.place(new).address(version)), port))
                 assert not flow.arrives(sock, times=20)

@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-from scapy.layers.inet import ICMP, IP, TCP, UDP, fragment
+from scapy.layers.inet import ICMP, IP, TCP, UDP
 from scapy.layers.inet6 import (
     ICMPv6ND_NA,
     ICMPv6ND_NS,
@@ -29,6 +29,7 @@ from scapy.packet import Raw
 
 from enforcer_daemon.dataplane.addresses import interface
 from enforcer_daemon.handshake.frames import MAGIC
+from tests.support.fragments import fragment_v4
 from trireme_lab import Lab
 from trireme_lab.netns import in_netns, netns_path
 from trireme_lab.network import POD_BRIDGE
@@ -94,9 +95,9 @@ def data_of_no_connection(scene: Scene, marker: bytes) -> Sequence[Any]:
 
 
 def fragmented_syn(scene: Scene, marker: bytes) -> Sequence[Any]:
-    pieces = fragment(_tcp(scene, marker, "S"), fragsize=16)
+    pieces = fragment_v4(_tcp(scene, marker, "S"), 16)
     assert len(pieces) > 1
-    return list(pieces)
+    return pieces
 
 
 def syn_in_fragments_behind_options(scene: Scene, marker: bytes) -> Sequence[Any]:

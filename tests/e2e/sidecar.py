@@ -10,6 +10,7 @@ import struct
 import threading
 from collections.abc import Callable
 from contextlib import ExitStack, suppress
+from functools import partial
 from types import TracebackType
 
 from tests.e2e.operation_world import FAMILIES
@@ -68,8 +69,10 @@ class Sidecar:
                 listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
                 listener.bind(("0.0.0.0" if self._version == 4 else "::", port))  # noqa: S104 - in the pod alone
                 listener.listen(64)
-                self._run(lambda listener=listener: self._accept(listener, stopped))  # type: ignore[misc]
-            self._stack.callback(lambda: (stop.close(), self._threads[0].join(), self._threads[1].join()))
+                self._run(partial(self._accept, listener, stopped))
+            for thread in self._threads:
+                self._stack.callback(thread.join)
+            self._stack.callback(stop.close)
         for rule in rules:
             self._lab.run(self._pod, tool, "-t", "nat", "-A", *rule)
             self._stack.callback(self._lab.run, self._pod, tool, "-t", "nat", "-D", *rule)

@@ -345,7 +345,8 @@ def test_a_policy_that_is_bad_after_a_restart_still_denies(lab: Lab) -> None:
     lab.apply(DENY)
     assert outcome(lab, "x/client", "x/server", HTTP.number).is_denied
     broken = policy("access", "server", ingress=[{"ports": [{"port": 90, "endPort": 80}]}])
-    for damage in (lambda: lab.node("b").put(broken), lambda: _damage_policy(lab)):
+    damages: tuple[Callable[[], object], ...] = (lambda: lab.node("b").put(broken), lambda: _damage_policy(lab))
+    for damage in damages:
         with without_enforcer(lab, "b"):
             damage()
         assert outcome(lab, "x/client", "x/server", HTTP.number).is_denied

@@ -17,8 +17,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from scapy.layers.inet import IP, TCP, fragment
-from scapy.layers.inet6 import IPv6, IPv6ExtHdrFragment, fragment6
+from scapy.layers.inet import TCP
 
 from enforcer_daemon.dataplane.queue import MAX_COPIED_BYTES
 from enforcer_daemon.model import PodRef
@@ -45,6 +44,7 @@ from tests.e2e.operation_world import (
 )
 from tests.e2e.raw_pod import RawPod
 from tests.e2e.sidecar import Sidecar
+from tests.support.fragments import fragment_segment
 from trireme_lab import Lab, LabError, Outcome, PodSpec, Tools
 from trireme_lab.capture import Capture
 from trireme_lab.chain import load_conflist
@@ -186,10 +186,7 @@ def test_a_syn_in_fragments_is_judged_as_a_whole(lab: Lab, version: int) -> None
     source, target = (str(lab.place(place).address(version)) for place in ("host:outside", "x/server"))
     before = denied(lab, "b")
     segment = TCP(sport=4321, dport=HTTP.number, flags="S", seq=77) / os.urandom(1400)
-    if version == 4:
-        pieces = fragment(IP(src=source, dst=target) / segment, fragsize=720)
-    else:
-        pieces = fragment6(IPv6(src=source, dst=target) / IPv6ExtHdrFragment(id=7) / segment, 1280)
+    pieces = fragment_segment((source, target), segment, identification=7)
     assert len(pieces) == 2
     family = {4: socket.AF_INET, 6: socket.AF_INET6}[version]
     with open_socket(lab.place("host:outside").netns, family, socket.SOCK_RAW, socket.IPPROTO_RAW) as sock:
@@ -220,10 +217,7 @@ def test_data_in_fragments_of_an_established_connection(lab: Lab, version: int) 
         said = words_of(capture, sport)[-1]
         seq, ack = said.seq + len(said.payload), said.ack
         segment = TCP(sport=sport, dport=dport, flags="PA", seq=seq & 0xFFFF_FFFF, ack=ack) / payload
-        if version == 4:
-            pieces = fragment(IP(src=source, dst=target) / segment, fragsize=720)
-        else:
-            pieces = fragment6(IPv6(src=source, dst=target) / IPv6ExtHdrFragment(id=8) / segment, 1280)
+        pieces = fragment_segment((source, target), segment, identification=8)
         assert len(pieces) > 1
         raw.send("x/server", pieces)
         assert read_all(server, len(payload)) == payload

@@ -25,7 +25,7 @@ from enforcer_daemon.identity.credential import TrustBundle
 from enforcer_daemon.model import Direction, Protocol
 from enforcer_daemon.packet.tcp import ACK, FIN, PSH, RST, SYN_ACK, Segment, build, decode_tcp, with_options_and_payload
 from enforcer_daemon.reasons import Reason
-from enforcer_daemon.verdict import Action, Inject, Verdict
+from enforcer_daemon.verdict import Action, Effect, Inject, Verdict
 from tests.unit.datapath.pair import (
     ENDING,
     SYN_OPTIONS,
@@ -267,13 +267,12 @@ class Exchange:
             passed += self.settle(endpoint, effect)
         return passed
 
-    def settle(self, endpoint: Endpoint, effect: object) -> list[bytes]:
+    def settle(self, endpoint: Endpoint, effect: Effect) -> list[bytes]:
         if isinstance(effect, Inject):
             decode_tcp(effect.packet)
             self.own.append((endpoint, effect.packet))
             return []
-        hold_id, verdict = effect  # type: ignore[misc]
-        return self.carry_out(endpoint, endpoint.held.pop(hold_id), verdict)
+        return self.carry_out(endpoint, endpoint.held.pop(effect.hold_id), effect.verdict)
 
     def check_release(self, endpoint: Endpoint, packet: bytes) -> None:
         segment = decode_tcp(packet)

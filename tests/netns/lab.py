@@ -78,14 +78,14 @@ class Lab:
     def rules(self) -> EndpointRules:
         return EndpointRules(("eth0",), QUEUE, open_in(self.node, node_addresses), LIMITS)
 
-    def socket(self, place: int, version: int, kind: int = socket.SOCK_STREAM) -> socket.socket:
+    def open_socket(self, place: int, version: int, kind: int = socket.SOCK_STREAM) -> socket.socket:
         """Make a socket in one of the namespaces."""
         sock = open_in(place, lambda: socket.socket(FAMILIES[version], kind))
         sock.settimeout(PATIENCE_S)
         return sock
 
     def listen(self, place: int, version: int, port: int = 8080) -> socket.socket:
-        sock = self.socket(place, version)
+        sock = self.open_socket(place, version)
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         sock.bind(("::" if version == 6 else "0.0.0.0", port))  # noqa: S104 - a namespace of the test's own
         sock.listen()
@@ -93,7 +93,7 @@ class Lab:
 
     def connects(self, place: int, target: tuple[str, int], timeout_s: float = PATIENCE_S, mark: int = 0) -> bool:
         """Return whether a connection comes about in that time (DENIED_S if none must); a refusal is False, too."""
-        with self.socket(place, ip_address(target[0]).version) as sock:
+        with self.open_socket(place, ip_address(target[0]).version) as sock:
             if mark:
                 sock.setsockopt(socket.SOL_SOCKET, socket.SO_MARK, struct.pack("=I", mark))
             sock.settimeout(timeout_s)
@@ -187,7 +187,7 @@ def serve(lab: Lab, answer: Answer, sizes: QueueSizes = SIZES) -> Iterator[Packe
 
     def loop() -> None:
         while True:
-            ready, _, _ = select.select([queue, stop_read], [], [])
+            ready, _, _ = select.select([queue.fileno(), stop_read], [], [])
             if stop_read in ready:
                 return
             queue.read_batch()
@@ -243,7 +243,7 @@ def tcp_packet(
 
 def _checksum(data: bytes) -> int:
     data += bytes(len(data) % 2)
-    total = sum(struct.unpack(f"!{len(data) // 2}H", data))
+    total: int = sum(struct.unpack(f"!{len(data) // 2}H", data))
     while total >> 16:
         total = (total & 0xFFFF) + (total >> 16)
     return ~total & 0xFFFF

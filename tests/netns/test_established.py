@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 import pytest
 
-from enforcer_daemon.dataplane import established
+from enforcer_daemon.dataplane import established, netlink
 from enforcer_daemon.dataplane.backends import choose_backend
 from enforcer_daemon.dataplane.established import ReleasedFlow, end_flows, highest_index, list_released
 from enforcer_daemon.dataplane.netlink import SOCK_DESTROY
@@ -67,7 +67,7 @@ def flow(
     """Yield the pod's and the remote's end of a connection."""
     client_at, server_at = (lab.remote, lab.pod) if direction is Direction.INGRESS else (lab.pod, lab.remote)
     address = (POD if direction is Direction.INGRESS else REMOTE)[version]
-    with lab.listen(server_at, version, port) as listener, lab.socket(client_at, version) as client:
+    with lab.listen(server_at, version, port) as listener, lab.open_socket(client_at, version) as client:
         client.connect((address, port))
         server, _ = listener.accept()
         with server:
@@ -132,12 +132,12 @@ def test_a_listening_socket_lives_on_and_takes_the_next_connection(lab: Lab) -> 
     """Also where conntrack remembers a connection whose socket is gone, so that only the listener is found."""
     with serve(lab, Recorder(release)), lab.listen(lab.pod, 4) as listener:
         for _ in range(3):
-            with lab.socket(lab.remote, 4) as client:
+            with lab.open_socket(lab.remote, 4) as client:
                 client.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
                 client.connect((POD[4], PORT))
                 listener.accept()[0].close()
         end_flows(lab.pod, Ended())
-        with lab.socket(lab.remote, 4) as client:
+        with lab.open_socket(lab.remote, 4) as client:
             client.connect((POD[4], PORT))
             listener.accept()[0].close()
 
@@ -145,7 +145,7 @@ def test_a_listening_socket_lives_on_and_takes_the_next_connection(lab: Lab) -> 
 @pytest.mark.parametrize("version", [4, 6])
 def test_a_socket_in_time_wait_is_no_error(lab: Lab, version: int) -> None:
     with serve(lab, Recorder(release)), lab.listen(lab.remote, version) as listener:
-        with lab.socket(lab.pod, version) as client:
+        with lab.open_socket(lab.pod, version) as client:
             client.connect((REMOTE[version], PORT))
             server, _ = listener.accept()
             client.close()  # first, so that the pod's end is the one that waits
@@ -158,7 +158,11 @@ def test_a_socket_in_time_wait_is_no_error(lab: Lab, version: int) -> None:
 
 
 def test_a_connection_of_an_ipv6_listener_for_both_families_is_cut(lab: Lab) -> None:
-    with serve(lab, Recorder(release)), lab.socket(lab.pod, 6) as listener, lab.socket(lab.remote, 4) as client:
+    with (
+        serve(lab, Recorder(release)),
+        lab.open_socket(lab.pod, 6) as listener,
+        lab.open_socket(lab.remote, 4) as client,
+    ):
         listener.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 0)
         listener.bind(("::", PORT))
         listener.listen()
@@ -173,7 +177,7 @@ def test_a_connection_of_an_ipv6_listener_for_both_families_is_cut(lab: Lab) -> 
 def test_a_connection_that_a_sidecar_took_over_is_cut(lab: Lab) -> None:
     redirect = ("iptables", "-t", "nat", "-A", "PREROUTING", "-p", "tcp", "--dport", "80", "-j", "REDIRECT")
     run_in(lab.pod, (*redirect, "--to-ports", str(PORT)))
-    with serve(lab, Recorder(release)), lab.listen(lab.pod, 4) as sidecar, lab.socket(lab.remote, 4) as client:
+    with serve(lab, Recorder(release)), lab.listen(lab.pod, 4) as sidecar, lab.open_socket(lab.remote, 4) as client:
         client.connect((POD[4], 80))
         server, _ = sidecar.accept()
         with server:
@@ -190,7 +194,7 @@ def test_a_udp_flow_loses_its_mark_and_is_judged_anew(lab: Lab, version: int) ->
     with ExitStack() as stack:
         stack.enter_context(serve(lab, evaluate))
         pod, remote = (
-            stack.enter_context(lab.socket(place, version, socket.SOCK_DGRAM)) for place in (lab.pod, lab.remote)
+            stack.enter_context(lab.open_socket(place, version, socket.SOCK_DGRAM)) for place in (lab.pod, lab.remote)
         )
         remote.bind((REMOTE[version], 53))
         pod.connect((REMOTE[version], 53))
@@ -216,7 +220,7 @@ def test_a_udp_flow_loses_its_mark_and_is_judged_anew(lab: Lab, version: int) ->
 
 @pytest.mark.parametrize("version", [4, 6])
 def test_flows_of_the_node_are_never_asked_about(lab: Lab, version: int) -> None:
-    with lab.listen(lab.pod, version) as listener, lab.socket(lab.node, version) as probe:
+    with lab.listen(lab.pod, version) as listener, lab.open_socket(lab.node, version) as probe:
         probe.connect((POD[version], PORT))
         server, _ = listener.accept()
         with server:
@@ -230,7 +234,7 @@ def test_the_mark_goes_also_where_the_kernel_destroys_no_sockets(
     lab: Lab, monkeypatch: pytest.MonkeyPatch, code: int
 ) -> None:
     """A kernel without INET_DIAG_DESTROY answers EOPNOTSUPP, which is no error: the flow ends with its next data."""
-    real = established.acknowledged
+    real = netlink.acknowledged
 
     def refusing(sock: socket.socket, kind: int, body: bytes, tolerated: Container[int] = ()) -> None:
         if kind != SOCK_DESTROY:
@@ -263,7 +267,7 @@ def test_two_thousand_flows_are_judged_in_a_moment(lab: Lab) -> None:
     with serve(lab, Recorder(release)), ExitStack() as stack, lab.listen(lab.pod, 4) as listener:
         pairs = []
         for _ in range(2_000):
-            client = stack.enter_context(lab.socket(lab.remote, 4))
+            client = stack.enter_context(lab.open_socket(lab.remote, 4))
             client.connect((POD[4], PORT))
             server, _ = listener.accept()
             pairs.append((stack.enter_context(server), client))

@@ -242,7 +242,7 @@ def test_a_connection_needs_a_handshake(lab: Lab, guard: Guard, pod: Wire, remot
 
     pod.send(data((4444, 80)))
     assert remote.find(b"injected", 0.3) is None
-    with lab.listen(lab.remote, version, 80) as listener, lab.socket(lab.pod, version) as client:
+    with lab.listen(lab.remote, version, 80) as listener, lab.open_socket(lab.pod, version) as client:
         client.connect((REMOTE[version], 80))
         server, _ = listener.accept()
         with server:
@@ -338,7 +338,7 @@ def test_an_unclean_address_has_flows_of_its_own(
 ) -> None:
     on_node(lab, lambda: guard.freshen([ip_address(POD[version])], is_clean=False))
     here, there, address = (lab.pod, lab.remote, REMOTE) if opener == "pod" else (lab.remote, lab.pod, POD)
-    with lab.listen(there, version, 80) as listener, lab.socket(here, version) as client:
+    with lab.listen(there, version, 80) as listener, lab.open_socket(here, version) as client:
         client.settimeout(PATIENCE_S)
         client.connect((address[version], 80))
         server, _ = listener.accept()
@@ -384,7 +384,7 @@ def test_entries_of_an_address_are_removed_and_no_others(lab: Lab, guard: Guard,
     addresses = [ip_address(POD[version])]
     for port in range(4444, 4450):
         pod.send(pod.datagram(b"one", ports=(port, 5353)))
-    with lab.socket(lab.node, version, socket.SOCK_DGRAM) as other:
+    with lab.open_socket(lab.node, version, socket.SOCK_DGRAM) as other:
         other.bind((NODE_OUTSIDE[version], 4444))
         other.sendto(b"another's", (REMOTE[version], 5353))
         _await(lambda: _count(lab) == 7)

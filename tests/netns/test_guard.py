@@ -21,7 +21,7 @@ from enforcer_daemon.dataplane.tools import run_in
 from enforcer_daemon.errors import DataplaneError
 from enforcer_daemon.model import AttachmentId, Protocol
 from enforcer_daemon.packet.udp import build_udp
-from enforcer_daemon.policy.evaluate import AddressRule
+from enforcer_daemon.policy.address_rules import AddressRule
 from enforcer_daemon.policy.objects import IPBlock
 from enforcer_daemon.policy.tables import AddressSet
 from enforcer_daemon.verdict import DROP
@@ -119,7 +119,7 @@ def test_a_client_that_the_pod_reset_is_judged_again_on_the_same_ports(lab: Lab,
 
 
 def _reusing_client(lab: Lab, version: int) -> socket.socket:
-    client = lab.socket(lab.remote, version)
+    client = lab.open_socket(lab.remote, version)
     client.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     client.bind((REMOTE[version], 7_100))
     return client
@@ -163,8 +163,8 @@ def test_masqueraded_datagrams_are_judged_too(lab: Lab, version: int) -> None:
     guard = Guard()
     act(lab, lambda: guard.replace([guarded()]))
     with (
-        lab.socket(lab.pod, version, socket.SOCK_DGRAM) as service,
-        lab.socket(lab.remote, version, socket.SOCK_DGRAM) as client,
+        lab.open_socket(lab.pod, version, socket.SOCK_DGRAM) as service,
+        lab.open_socket(lab.remote, version, socket.SOCK_DGRAM) as client,
     ):
         service.bind((POD[version], 8080))
         client.sendto(b"denied", (NODE_OUTSIDE[version], NODE_PORT))
@@ -198,14 +198,14 @@ def test_nobody_passes_for_the_node_from_outside(lab: Lab, version: int) -> None
     act(lab, lambda: guard.replace([GuardedEndpoint(ATTACHMENT, guarded().addresses, ALLOWS_ALL)]))
     evaluate = Recorder(lambda *_: DROP)
     try:
-        with lab.socket(lab.pod, version, socket.SOCK_DGRAM) as service, serve(lab, evaluate):
+        with lab.open_socket(lab.pod, version, socket.SOCK_DGRAM) as service, serve(lab, evaluate):
             service.bind((POD[version], 8080))
             for source in (NODE, NODE_OUTSIDE):
                 for length in (0, 600):
                     ends = (source[version], 4_000 + length), (POD[version], 8080)
                     assert injector.send(tcp_packet(*ends, SYN, bytes(length)))
                     assert injector.send(_datagram(*ends, bytes(length)))
-            with lab.socket(lab.node, version, socket.SOCK_DGRAM) as node:
+            with lab.open_socket(lab.node, version, socket.SOCK_DGRAM) as node:
                 node.sendto(b"the node", (POD[version], 8080))
             assert service.recv(1024) == b"the node"
     finally:

@@ -24,7 +24,7 @@ from enforcer_daemon.dataplane.netns import open_in
 from enforcer_daemon.dataplane.tools import run_in
 from enforcer_daemon.errors import DataplaneError
 from enforcer_daemon.model import AttachmentId, Protocol
-from enforcer_daemon.policy.evaluate import AddressRule
+from enforcer_daemon.policy.address_rules import AddressRule
 from tests.netns.lab import ACK, DENIED_S, NODE, PATIENCE_S, POD, REMOTE, SYN, Lab, ip, open_lab, tcp_packet
 
 pytestmark = [pytest.mark.kernel, pytest.mark.stock_kernel]
@@ -56,7 +56,10 @@ def guarded(lab: Lab, container: str = "c1") -> GuardedEndpoint:
 
 def gets_through(lab: Lab, source: str, within_s: float = PATIENCE_S) -> bool:
     """Send a datagram from the pod under an address; return whether the remote host hears it in that time."""
-    with lab.socket(lab.remote, 4, socket.SOCK_DGRAM) as remote, lab.socket(lab.pod, 4, socket.SOCK_DGRAM) as pod:
+    with (
+        lab.open_socket(lab.remote, 4, socket.SOCK_DGRAM) as remote,
+        lab.open_socket(lab.pod, 4, socket.SOCK_DGRAM) as pod,
+    ):
         remote.bind((REMOTE[4], 5000))
         remote.settimeout(within_s)
         pod.setsockopt(socket.SOL_IP, IP_TRANSPARENT, 1)

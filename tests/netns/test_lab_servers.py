@@ -7,6 +7,7 @@ import os
 import socket
 import subprocess
 from collections.abc import Iterator
+from functools import partial
 from ipaddress import ip_address
 
 import pytest
@@ -45,4 +46,4 @@ def test_a_server_that_was_asked_for_just_before_the_end_is_closed_too(netns: st
         for port in PORTS:
             servers.listen("x/one", netns, LOOPBACK, port, Protocol.TCP)
         servers.close()
-        assert [port for port in PORTS if in_netns(netns, lambda port=port: _listening(port))] == []
+        assert [port for port in PORTS if in_netns(netns, partial(_listening, port))] == []

@@ -9,6 +9,7 @@ import os
 import socket
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -90,8 +91,8 @@ def test_a_payload_of_the_judge_takes_the_packets_place(lab: Lab) -> None:
 
     with (
         serve(lab, shout),
-        lab.socket(lab.pod, 4, socket.SOCK_DGRAM) as service,
-        lab.socket(lab.remote, 4, socket.SOCK_DGRAM) as client,
+        lab.open_socket(lab.pod, 4, socket.SOCK_DGRAM) as service,
+        lab.open_socket(lab.remote, 4, socket.SOCK_DGRAM) as client,
     ):
         service.bind((POD[4], 53))
         client.sendto(b"whisper", (POD[4], 53))
@@ -107,8 +108,8 @@ def test_held_packets_are_settled_in_the_order_of_the_effects(lab: Lab) -> None:
 
     with (
         serve(lab, hold_until_three) as queue,
-        lab.socket(lab.pod, 4, socket.SOCK_DGRAM) as service,
-        lab.socket(lab.remote, 4, socket.SOCK_DGRAM) as client,
+        lab.open_socket(lab.pod, 4, socket.SOCK_DGRAM) as service,
+        lab.open_socket(lab.remote, 4, socket.SOCK_DGRAM) as client,
     ):
         service.bind((POD[4], 53))
         for text in (b"1", b"2", b"3"):
@@ -124,8 +125,8 @@ def test_a_flow_is_released_when_nothing_more_waits(lab: Lab) -> None:
     queue = PacketQueue.open(lab.pod, QUEUE, one_a_turn, Recorder(lambda *_: released), on_error=silent)
     try:
         with (
-            lab.socket(lab.pod, 4, socket.SOCK_DGRAM) as service,
-            lab.socket(lab.remote, 4, socket.SOCK_DGRAM) as client,
+            lab.open_socket(lab.pod, 4, socket.SOCK_DGRAM) as service,
+            lab.open_socket(lab.remote, 4, socket.SOCK_DGRAM) as client,
         ):
             service.bind((POD[4], 53))
             client.connect((POD[4], 53))
@@ -150,8 +151,8 @@ def test_a_send_that_the_kernel_will_cut_comes_whole_and_nothing_of_it_is_lost(l
     sends = [[bytes((65 + send, 65 + n)) * 50 for n in range(4)] for send in range(3)]
     try:
         with (
-            lab.socket(lab.remote, version, socket.SOCK_DGRAM) as service,
-            lab.socket(lab.pod, version, socket.SOCK_DGRAM) as client,
+            lab.open_socket(lab.remote, version, socket.SOCK_DGRAM) as service,
+            lab.open_socket(lab.pod, version, socket.SOCK_DGRAM) as client,
         ):
             service.bind((REMOTE[version], 53))
             client.connect((REMOTE[version], 53))
@@ -173,7 +174,7 @@ def test_a_send_that_the_kernel_will_cut_is_never_rewritten(lab: Lab) -> None:
     evaluate = Recorder(lambda packet, *_: Verdict(Action.ACCEPT, packet))
     queue = PacketQueue.open(lab.pod, QUEUE, SIZES, evaluate, on_error=errors.append)
     try:
-        with lab.socket(lab.pod, 4, socket.SOCK_DGRAM) as client:
+        with lab.open_socket(lab.pod, 4, socket.SOCK_DGRAM) as client:
             client.connect((REMOTE[4], 53))
             client.setsockopt(socket.IPPROTO_UDP, UDP_SEGMENT, 100)
             client.send(bytes(400))
@@ -189,8 +190,8 @@ def test_a_send_that_is_longer_than_the_copy_of_it_passes(lab: Lab, version: int
     evaluate = Recorder()
     with (
         serve(lab, evaluate),
-        lab.socket(lab.pod, version, socket.SOCK_DGRAM) as service,
-        lab.socket(lab.remote, version, socket.SOCK_DGRAM) as client,
+        lab.open_socket(lab.pod, version, socket.SOCK_DGRAM) as service,
+        lab.open_socket(lab.remote, version, socket.SOCK_DGRAM) as client,
     ):
         service.bind((POD[version], 53))
         client.connect((POD[version], 53))
@@ -203,7 +204,7 @@ def test_a_send_that_is_longer_than_the_copy_of_it_passes(lab: Lab, version: int
 def test_a_judge_that_fails_lets_nothing_pass(lab: Lab) -> None:
     errors: list[Exception] = []
 
-    def fail(*_: object) -> Verdict:
+    def fail(*_: object) -> Output:
         raise ValueError("a bug")
 
     queue = PacketQueue.open(lab.pod, QUEUE, SIZES, fail, on_error=errors.append)
@@ -222,7 +223,7 @@ def test_an_effect_that_fails_is_reported(lab: Lab) -> None:
     hold = Verdict(Action.HOLD, hold_id=1)
     queue = PacketQueue.open(lab.pod, QUEUE, SIZES, Recorder(lambda *_: hold), on_error=errors.append)
     try:
-        with lab.socket(lab.remote, 4, socket.SOCK_DGRAM) as client:
+        with lab.open_socket(lab.remote, 4, socket.SOCK_DGRAM) as client:
             for _ in range(2):
                 client.sendto(b"x", (POD[4], 53))
             assert wait_until(lambda: queue.read_batch() == 0 and queue.errors == 1)
@@ -326,7 +327,7 @@ def test_what_is_released_again_is_of_no_use(lab: Lab) -> None:
             for count in (1, WINDOW - 1):
                 for _ in range(count):
                     assert injector.send(tcp_packet(("10.88.0.99", 4_000), (POD[4], 8080), SYN))
-                assert wait_until(lambda count=count: waiting(lab) >= count)
+                assert wait_until(partial(has_waiting, lab, count))
                 drain(queue)
         first, *others = (mark & OWN_MASK for _, _, mark in evaluate.seen)
         assert (first, set(others)) == (0, {RELEASED.mark})
@@ -341,6 +342,10 @@ def drain(queue: PacketQueue) -> None:
         pass
 
 
+def has_waiting(lab: Lab, count: int) -> bool:
+    return waiting(lab) >= count
+
+
 def waiting(lab: Lab) -> int:
     """Return how many packets wait for a verdict, by the kernel's count."""
     path = Path("/proc/thread-self/net/netfilter/nfnetlink_queue")
@@ -349,7 +354,7 @@ def waiting(lab: Lab) -> int:
 
 
 def send_datagrams(lab: Lab, count: int, length: int = 1_000) -> None:
-    with lab.socket(lab.remote, 4, socket.SOCK_DGRAM) as client:
+    with lab.open_socket(lab.remote, 4, socket.SOCK_DGRAM) as client:
         for _ in range(count):
             client.sendto(bytes(length), (POD[4], 53))
 
@@ -401,7 +406,7 @@ def flood(lab: Lab, queue: PacketQueue, evaluate: Recorder, rate: int) -> Flood:
     def most() -> int:
         return int(rate * (1 + time.monotonic() - started)) + 1
 
-    with lab.socket(lab.remote, 4, socket.SOCK_DGRAM) as client:
+    with lab.open_socket(lab.remote, 4, socket.SOCK_DGRAM) as client:
         while sent < 2 * most():
             client.sendto(b"flood", (POD[4], 53))
             sent += 1
@@ -421,11 +426,11 @@ def test_what_comes_faster_than_its_source_may_send_is_dropped_by_the_kernel_and
             assert LOW_RATE * DATAGRAMS <= result.queued <= result.most
             assert result.dropped > 0
             evaluate.seen.clear()
-            with lab.socket(lab.remote, 4) as same_source:
+            with lab.open_socket(lab.remote, 4) as same_source:
                 same_source.setblocking(False)
                 same_source.connect_ex((POD[4], 8080))
                 assert wait_until(lambda: any(is_syn(packet) for packet, _, _ in evaluate.seen))
-            with lab.socket(lab.remote, 6, socket.SOCK_DGRAM) as other_source:
+            with lab.open_socket(lab.remote, 6, socket.SOCK_DGRAM) as other_source:
                 other_source.sendto(b"other", (POD[6], 53))
                 assert wait_until(lambda: any(packet.endswith(b"other") for packet, _, _ in evaluate.seen))
 
@@ -489,7 +494,7 @@ def test_our_own_packet_passes_the_queue_like_any_other(lab: Lab, version: int) 
     evaluate = Recorder(answer)
     kind = socket.AF_PACKET, socket.SOCK_DGRAM, socket.htons(0x0800 if version == 4 else 0x86DD)
     with serve(lab, evaluate) as queue, _sniff(lab.remote, kind) as wire:
-        with lab.socket(lab.remote, version) as client:
+        with lab.open_socket(lab.remote, version) as client:
             client.bind((REMOTE[version], 6000))
             client.setblocking(False)
             client.connect_ex((POD[version], 8080))
@@ -511,7 +516,7 @@ def test_a_reset_of_our_own_reaches_the_pods_process(lab: Lab, version: int) -> 
         reset = tcp_packet((REMOTE[version], 8080), (POD[version], port), RST | ACK, ack=isn + 1)
         return Output(effects=(Inject(reset),))
 
-    with serve(lab, refuse), lab.socket(lab.pod, version) as client, pytest.raises(ConnectionRefusedError):
+    with serve(lab, refuse), lab.open_socket(lab.pod, version) as client, pytest.raises(ConnectionRefusedError):
         client.connect((REMOTE[version], 8080))
 
 
@@ -533,7 +538,7 @@ def test_close_leaves_no_descriptor_and_no_namespace() -> None:
         hold = Verdict(Action.HOLD, hold_id=1)
         evaluate = Recorder(lambda *_: hold)
         queue = PacketQueue.open(lab.pod, QUEUE, SIZES, evaluate, on_error=silent)
-        with lab.socket(lab.remote, 4, socket.SOCK_DGRAM) as client:
+        with lab.open_socket(lab.remote, 4, socket.SOCK_DGRAM) as client:
             client.sendto(b"x", (POD[4], 53))
         assert wait_until(lambda: queue.read_batch() == 0 and queue.held_packets == 1)
         queue.apply((Inject(tcp_packet((POD[4], 1), (REMOTE[4], 2), SYN)),))

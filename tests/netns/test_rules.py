@@ -83,7 +83,7 @@ def test_without_an_enforcer_the_pod_reaches_nobody_also_not_the_node(lab: Lab, 
 
 
 def test_a_probe_carries_data_both_ways_without_an_enforcer(lab: Lab, version: int) -> None:
-    with lab.listen(lab.pod, version) as listener, lab.socket(lab.node, version) as probe:
+    with lab.listen(lab.pod, version) as listener, lab.open_socket(lab.node, version) as probe:
         probe.connect((POD[version], 8080))
         accepted, _ = listener.accept()
         with accepted:
@@ -95,11 +95,11 @@ def test_a_probe_carries_data_both_ways_without_an_enforcer(lab: Lab, version: i
 
 
 def test_udp_of_the_node_and_its_answer_pass_and_other_udp_does_not(lab: Lab, version: int) -> None:
-    with lab.socket(lab.pod, version, socket.SOCK_DGRAM) as service:
+    with lab.open_socket(lab.pod, version, socket.SOCK_DGRAM) as service:
         service.bind((POD[version], 53))
         with (
-            lab.socket(lab.remote, version, socket.SOCK_DGRAM) as remote,
-            lab.socket(lab.node, version, socket.SOCK_DGRAM) as node,
+            lab.open_socket(lab.remote, version, socket.SOCK_DGRAM) as remote,
+            lab.open_socket(lab.node, version, socket.SOCK_DGRAM) as node,
         ):
             remote.sendto(b"remote", (POD[version], 53))
             node.sendto(b"node", (POD[version], 53))
@@ -114,8 +114,8 @@ def test_a_mark_that_a_process_sets_gains_it_nothing(lab: Lab, version: int, mar
     evaluate = Recorder(lambda *_: DROP)
     with (
         serve(lab, evaluate),
-        lab.socket(lab.pod, version) as stream,
-        lab.socket(lab.pod, version, socket.SOCK_DGRAM) as datagrams,
+        lab.open_socket(lab.pod, version) as stream,
+        lab.open_socket(lab.pod, version, socket.SOCK_DGRAM) as datagrams,
     ):
         for sock in (stream, datagrams):
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_MARK, struct.pack("=I", mark))
@@ -132,7 +132,7 @@ def test_a_syn_that_answers_the_pods_own_shows_it(lab: Lab, version: int) -> Non
     evaluate = Recorder(lambda _, direction, __: ACCEPT if direction is Direction.EGRESS else DROP)
     injector = Injector(lab.remote)
     try:
-        with serve(lab, evaluate), lab.socket(lab.pod, version) as client:
+        with serve(lab, evaluate), lab.open_socket(lab.pod, version) as client:
             client.bind((POD[version], 4_000))
             client.setblocking(False)
             client.connect_ex((silent, 4_001))
@@ -190,11 +190,11 @@ def test_an_unsolicited_packet_of_the_node_without_syn_is_queued(lab: Lab, versi
 
 def test_a_released_flow_stays_in_the_kernel(lab: Lab, version: int) -> None:
     evaluate = Recorder(release_on_ack)
-    with serve(lab, evaluate), lab.listen(lab.pod, version) as listener, lab.socket(lab.remote, version) as client:
+    with serve(lab, evaluate), lab.listen(lab.pod, version) as listener, lab.open_socket(lab.remote, version) as client:
         client.connect((POD[version], 8080))
         accepted, _ = listener.accept()
         with accepted:
-            sender = threading.Thread(target=lambda: (client.sendall(bytes(1 << 20)), client.shutdown(socket.SHUT_WR)))
+            sender = threading.Thread(target=_send_all, args=(client, bytes(1 << 20)))
             sender.start()
             assert len(_read_all(accepted)) == 1 << 20
             sender.join()
@@ -203,7 +203,7 @@ def test_a_released_flow_stays_in_the_kernel(lab: Lab, version: int) -> None:
 
 
 def test_a_released_flow_goes_on_when_the_enforcer_is_gone(lab: Lab, version: int) -> None:
-    with lab.listen(lab.pod, version) as listener, lab.socket(lab.remote, version) as client:
+    with lab.listen(lab.pod, version) as listener, lab.open_socket(lab.remote, version) as client:
         with serve(lab, release_on_ack):
             client.connect((POD[version], 8080))
             accepted, _ = listener.accept()
@@ -215,7 +215,7 @@ def test_a_released_flow_goes_on_when_the_enforcer_is_gone(lab: Lab, version: in
 def test_the_connections_mark_keeps_the_bits_of_others(lab: Lab) -> None:
     run_in(lab.pod, ("iptables", "-t", "raw", "-A", "OUTPUT", "-j", "MARK", "--or-mark", "0x539"))
     run_in(lab.pod, ("iptables", "-t", "mangle", "-A", "OUTPUT", "-j", "CONNMARK", "--set-xmark", "0x539/0xfff"))
-    with serve(lab, release_on_ack), lab.listen(lab.remote, 4), lab.socket(lab.pod, 4) as client:
+    with serve(lab, release_on_ack), lab.listen(lab.remote, 4), lab.open_socket(lab.pod, 4) as client:
         client.connect((REMOTE[4], 8080))
         expected = f"mark={marks.released_mark(5) | 0x539}"
         assert wait_until(lambda: expected in run_in(lab.pod, ("conntrack", "-L", "-p", "tcp")))
@@ -225,7 +225,7 @@ def test_a_reused_tuple_with_a_stale_release_is_queued_and_shows_it(lab: Lab, ve
     evaluate = Recorder(release_on_ack)
     with serve(lab, evaluate), lab.listen(lab.pod, version) as listener:
         for _ in range(2):
-            with lab.socket(lab.remote, version) as client:
+            with lab.open_socket(lab.remote, version) as client:
                 client.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
                 # Close by RST, the case in which conntrack keeps the old entry.
                 client.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
@@ -243,7 +243,11 @@ def test_forget_takes_a_release_back(lab: Lab, version: int) -> None:
     evaluate = Recorder(release_on_ack)
     injector = Injector(lab.remote)
     try:
-        with serve(lab, evaluate), lab.listen(lab.pod, version) as listener, lab.socket(lab.remote, version) as client:
+        with (
+            serve(lab, evaluate),
+            lab.listen(lab.pod, version) as listener,
+            lab.open_socket(lab.remote, version) as client,
+        ):
             client.bind((REMOTE[version], 5556))
             client.connect((POD[version], 8080))
             accepted, _ = listener.accept()
@@ -266,8 +270,8 @@ def test_a_marked_datagram_of_a_released_flow_is_queued_and_shows_the_release(la
     evaluate = Recorder(lambda *_: Verdict(Action.RELEASE, mark=marks.released_mark(7)))
     with (
         serve(lab, evaluate),
-        lab.socket(lab.pod, version, socket.SOCK_DGRAM) as server,
-        lab.socket(lab.remote, version, socket.SOCK_DGRAM) as client,
+        lab.open_socket(lab.pod, version, socket.SOCK_DGRAM) as server,
+        lab.open_socket(lab.remote, version, socket.SOCK_DGRAM) as client,
         open_in(lab.remote, lambda: socket.socket(FAMILIES[version], socket.SOCK_RAW, socket.IPPROTO_RAW)) as raw,
     ):
         server.bind((POD[version], 5353))
@@ -349,7 +353,7 @@ def test_packets_that_wait_survive_new_rules(lab: Lab, backend: RulesBackend, ve
         return hold if len(evaluate.seen) == 1 else DROP
 
     evaluate = Recorder(hold_the_first_syn)
-    with serve(lab, evaluate) as queue, lab.listen(lab.pod, version), lab.socket(lab.remote, version) as client:
+    with serve(lab, evaluate) as queue, lab.listen(lab.pod, version), lab.open_socket(lab.remote, version) as client:
         client.setblocking(False)
         client.connect_ex((POD[version], 8080))
         assert wait_until(lambda: queue.held_packets == 1)
@@ -396,3 +400,8 @@ def _read_all(sock: socket.socket) -> bytes:
     while chunk := sock.recv(1 << 16):
         chunks.append(chunk)
     return b"".join(chunks)
+
+
+def _send_all(sock: socket.socket, data: bytes) -> None:
+    sock.sendall(data)
+    sock.shutdown(socket.SHUT_WR)

@@ -93,7 +93,7 @@ def judged_packets(lab: Lab) -> int:
 def test_what_comes_too_fast_is_not_judged(lab: Lab, version: int, limits: QueueLimits) -> None:
     install(lab, limits=limits)
     started = time.monotonic()
-    with lab.socket(lab.remote, version, socket.SOCK_DGRAM) as client:
+    with lab.open_socket(lab.remote, version, socket.SOCK_DGRAM) as client:
         for _ in range(10_000):
             client.sendto(b"x", (POD[version], 53))
     took_s = time.monotonic() - started
@@ -134,7 +134,7 @@ def test_release_is_saved_beside_the_bits_of_others_and_shown_to_a_later_syn(
     if others:
         port = 8080
         run_in(lab.pod, ("nft", "-f", "-"), OTHERS)
-    with lab.listen(lab.pod, version, port) as listener, lab.socket(lab.remote, version) as client:
+    with lab.listen(lab.pod, version, port) as listener, lab.open_socket(lab.remote, version) as client:
         client.bind((REMOTE[version], 5000))
         client.connect((POD[version], port))
         accepted, _ = listener.accept()

@@ -145,8 +145,7 @@ class Wire(RuleBasedStateMachine):
     @rule()
     def send_own_packets(self) -> None:
         for endpoint in (self.client, self.server):
-            own, endpoint.__dict__["_injected"] = list(endpoint.injected), []
-            for packet in own:
+            for packet in endpoint.take_injected():
                 self.send(endpoint, packet)
 
     @rule(seconds=st.sampled_from([0.01, 0.5, 1.5, 80.0]))

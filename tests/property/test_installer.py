@@ -62,9 +62,9 @@ def reads_drop_ins(mode: Mode) -> bool:
     return mode is Mode.DROP_IN
 
 
-def foreign(listing: Listing) -> dict[str, Any]:
+def foreign(listing: Listing) -> dict[str, object]:
     """All that is not ours: every file's tree without our entries."""
-    trees = {}
+    trees: dict[str, object] = {}
     for name, data in listing.files.items():
         try:
             network = decode_file(name, data)

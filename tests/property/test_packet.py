@@ -85,9 +85,7 @@ def test_a_surplus_area_is_found_again_and_a_checksum_over_all_of_the_packet_hol
     assert datagram.payload == payload
     assert without_surplus(datagram) == plain
     assert with_option(decode_udp(build_udp(*ends, (sport, 53), payload, other)), exid, content) == written
-    checksum = in4_chksum if len(ends[0]) == 4 else in6_chksum
-    layer = (IP if len(ends[0]) == 4 else IPv6)(plain)
-    assert checksum(17, layer.copy(), bytes(plain[datagram.offset :])) == 0
+    assert _checksum_of_scapy(17, plain, plain[datagram.offset :]) == 0
     # What conntrack computes: the pseudo-header's length is that of the whole IP payload.
     covered = written[datagram.offset :]
     assert (ones_sum(ends[0] + ends[1]) + ones_sum(covered) + 17 + len(covered)) % 0xFFFF == 0
@@ -174,6 +172,15 @@ def test_ipv6_extension_headers_are_walked_and_kept(kinds: list[type], extra: by
     assert int.from_bytes(written[4:6], "big") == len(written) - 40
 
 
+def _checksum_of_scapy(protocol: int, packet: bytes, transport: bytes) -> int:
+    checksum: int
+    if packet[0] >> 4 == 4:
+        checksum = in4_chksum(protocol, IP(packet), transport)
+    else:
+        checksum = in6_chksum(protocol, IPv6(packet), transport)  # type: ignore[no-untyped-call]
+    return checksum
+
+
 def _with_checksums_of_scapy(packet: bytes) -> bytes:
     """Let scapy compute every length and checksum anew."""
     parsed = IP(packet) if packet[0] >> 4 == 4 else IPv6(packet)
@@ -184,7 +191,7 @@ def _with_checksums_of_scapy(packet: bytes) -> bytes:
     tcp = parsed.payload
     raw = bytes(packet[len(packet) - len(bytes(tcp)) :])
     zeroed = raw[:16] + b"\0\0" + raw[18:]
-    checksum = in4_chksum(6, parsed, zeroed) if packet[0] >> 4 == 4 else in6_chksum(6, parsed, zeroed)
+    checksum = _checksum_of_scapy(6, packet, zeroed)
     parsed.remove_payload()
     head = bytes(packet[: len(packet) - len(raw)])
     rebuilt = bytes(parsed / raw)[: len(head)]

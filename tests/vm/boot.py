@@ -217,10 +217,9 @@ def _with_dependencies(release: Path, names: tuple[str, ...]) -> list[str]:
     by_name = {Path(file).name.split(".")[0].replace("-", "_"): file for file in needs}
     files: dict[str, None] = {}
     for name in names:
-        file = by_name.get(name)
-        if file is None:
-            continue  # Built into the kernel.
-        files |= dict.fromkeys([file, *needs[file]])
+        if name in by_name:  # Else it is built into the kernel.
+            file = by_name[name]
+            files |= dict.fromkeys([file, *needs[file]])
     return list(files)
 
 

@@ -192,7 +192,7 @@ def test_standard_input_that_is_no_object_is_6(cni: Plugin, data: bytes) -> None
         ({"args": {"cni": {"labels": {"app": 1}}}}, "args.cni.labels: "),
     ],
 )
-def test_bad_configuration_is_7_and_names_the_key(cni: Plugin, changes: dict[str, object], text: str) -> None:
+def test_bad_configuration_is_7_and_names_the_key(cni: Plugin, changes: dict[str, Any], text: str) -> None:
     assert_error(cni.run("ADD", **changes), 7, text)
 
 
@@ -373,7 +373,7 @@ def test_delete_forgets_the_attachment(cni: Plugin, registrar: FakeRegistrar) ->
     ],
 )
 def test_delete_succeeds_whatever_the_configuration(
-    cni: Plugin, registrar: FakeRegistrar, changes: dict[str, object]
+    cni: Plugin, registrar: FakeRegistrar, changes: dict[str, Any]
 ) -> None:
     assert cni.run("DEL", env={"CNI_NETNS": None, "CNI_ARGS": "%"}, **changes) == Outcome(0, None, "")
     assert registrar.calls == [("delete", ATTACHMENT)]
@@ -474,7 +474,7 @@ def test_gc_forgets_what_is_not_listed(
     cni.run("ADD")
     cni.run("ADD", env={"CNI_CONTAINERID": "c2"})
     cni.run("ADD", env={"CNI_CONTAINERID": "c3"}, name="other")
-    assert cni.run("GC", **{key: listed}) == Outcome(0, None, "")
+    assert cni.run("GC", cni.config(**{key: listed})) == Outcome(0, None, "")
     assert set(registrar.added) == left | {AttachmentId("c3", "eth0")}
 
 
@@ -483,12 +483,12 @@ def test_gc_without_information_does_nothing(cni: Plugin) -> None:
 
 
 def test_gc_without_a_daemon_is_11(cni: Plugin) -> None:
-    assert_error(cni.run("GC", **{"cni.dev/valid-attachments": []}), 11, "not ready")
+    assert_error(cni.run("GC", cni.config(**{"cni.dev/valid-attachments": []})), 11, "not ready")
 
 
 @pytest.mark.parametrize("listed", [1, [1], [{"containerID": "c1"}], [{"containerID": "/", "ifname": "eth0"}]])
 def test_gc_of_a_malformed_list_is_7_and_forgets_nothing(cni: Plugin, registrar: FakeRegistrar, listed: object) -> None:
-    assert_error(cni.run("GC", **{"cni.dev/valid-attachments": listed}), 7, "cni.dev/valid-attachments")
+    assert_error(cni.run("GC", cni.config(**{"cni.dev/valid-attachments": listed})), 7, "cni.dev/valid-attachments")
     assert registrar.calls == []
 
 
@@ -519,7 +519,7 @@ def test_an_unexpected_exception_is_100_with_its_trace_in_the_log(
         raise ZeroDivisionError("bug")
 
     monkeypatch.setattr("cni_plugin.client.call", fail)
-    changes: dict[str, object] = {"logFile": str(tmp_path / "log"), "cni.dev/valid-attachments": []}
+    changes: dict[str, Any] = {"logFile": str(tmp_path / "log"), "cni.dev/valid-attachments": []}
     assert_error(cni.run(command, **changes), 100, "unexpected ZeroDivisionError: bug")
     assert "Traceback" in (tmp_path / "log").read_text()
     assert cni.run("DEL", **changes) == Outcome(0, None, "")

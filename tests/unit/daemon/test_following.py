@@ -127,4 +127,5 @@ def test_a_slow_namespace_holds_up_no_other_and_skips_what_lies_between(
 def test_one_transaction_has_so_many_spans_and_at_least_one_endpoint(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "MAX_BATCH_SPANS", 10)
     weights: Any = [4, 4, 4, 30, 1]
-    assert list(batches(weights, lambda weight: cast(int, weight))) == [[4, 4], [4], [30], [1]]
+    found: Any = batches(weights, lambda weight: cast(int, weight))
+    assert list(found) == [[4, 4], [4], [30], [1]]

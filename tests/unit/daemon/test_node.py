@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+import os
+
 import pytest
 
 from enforcer_daemon.daemon import node
@@ -16,7 +18,7 @@ def test_no_byte_of_the_pool_is_given_twice(monkeypatch: pytest.MonkeyPatch) -> 
         asked.append(count)
         return bytes((len(asked),)) * (count // 2) + bytes((100 + len(asked),)) * (count - count // 2)
 
-    monkeypatch.setattr(node.os, "urandom", urandom)
+    monkeypatch.setattr(os, "urandom", urandom)
     pool = RandomPool()
     size = node._RANDOM_POOL_BYTES
     taken = b"".join(pool.take(16) for _ in range(size // 16))

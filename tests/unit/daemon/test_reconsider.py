@@ -62,10 +62,11 @@ def evaluated(direction: Direction = INGRESS, peer: Identity = WEB, port: int = 
 def released(
     index: int, direction: Direction = INGRESS, remote: object = WEB.ips[0], port: int = 5432, protocol: int = 6
 ) -> ReleasedFlow:
-    ends: Any = ((remote, 40_000), (DB.ips[0], port))
+    source: Any = remote
+    destination: Any = DB.ips[0]
     if direction is EGRESS:
-        ends = ((DB.ips[0], 40_000), (remote, port))
-    return ReleasedFlow(protocol, *ends[0], *ends[1], index, ends[1], b"")
+        source, destination = destination, source
+    return ReleasedFlow(protocol, source, 40_000, destination, port, index, (destination, port), b"")
 
 
 def is_ended(question: Reconsideration, flow: ReleasedFlow) -> bool:
@@ -148,8 +149,8 @@ def test_a_pods_flow_to_itself_is_never_ended() -> None:
 def test_a_flow_by_address_is_judged_by_address_port_and_protocol(direction: Direction, protocol: int) -> None:
     side = {"ingress": "from", "egress": "to"}[direction.value]
     name = Protocol(protocol).name
-    rule = {side: [{"ipBlock": {"cidr": "203.0.113.0/24"}}], "ports": [{"port": 53, "protocol": name}]}
-    question = reconsideration(policy("db", **{direction.value: [rule]}))
+    rule: Any = {side: [{"ipBlock": {"cidr": "203.0.113.0/24"}}], "ports": [{"port": 53, "protocol": name}]}
+    question = reconsideration(policy("db", "shop", **{direction.value: [rule]}))
     assert not is_ended(question, released(BY_ADDRESS, direction, OUTSIDE, 53, protocol))
     assert is_ended(question, released(BY_ADDRESS, direction, OUTSIDE, 54, protocol))
     assert is_ended(question, released(BY_ADDRESS, direction, WEB.ips[0], 53, protocol))
@@ -212,5 +213,5 @@ NODE, NODE_OUTSIDE = ip_address("10.1.0.254"), ip_address("192.168.0.1")
 def test_who_came_masqueraded_is_judged_by_his_own_address(source: object, protocol: int, *, ended: bool) -> None:
     policy_for_one = policy("db", ingress=[{"from": [{"ipBlock": {"cidr": "198.51.100.0/24"}}]}])
     ingress = reconsideration(policy_for_one).policy.ingress
-    flows = MasqueradedFlows(frozenset({NODE, NODE_OUTSIDE, *DB.ips}), ingress, lambda *_: source)  # type: ignore[arg-type, return-value]
+    flows = MasqueradedFlows(frozenset({NODE, NODE_OUTSIDE, *DB.ips}), ingress, lambda *_: source)  # type: ignore[arg-type]
     assert flows.is_ended(released(0, remote=NODE, protocol=protocol)) is ended

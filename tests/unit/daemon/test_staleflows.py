@@ -63,7 +63,7 @@ class ClusterState:
             info=lambda *_, **__: None, warning=lambda *_, **__: None, error=lambda *_, **__: self.done.append("error")
         )
         metrics = SimpleNamespace(ended_flows=SimpleNamespace(inc=lambda _: None))
-        self.stale = StaleFlows(self, lambda: self.endpoints, log, metrics)  # type: ignore[arg-type]
+        self.stale = StaleFlows(self, lambda: self.endpoints, log, metrics)  # type: ignore[arg-type, return-value]
 
     async def freshen(self, addresses: Iterable[object], *, is_clean: bool = True) -> None:
         if self.refused:

@@ -76,7 +76,9 @@ class Rules:
     def is_isolated(self) -> bool:
         return self.apps is not None
 
-    def evaluate(self, peer: Identity | None, address: IPAddress, port: int | None, protocol: Protocol) -> Decision:
+    def evaluate(
+        self, peer: Identity | None, address: IPAddress, port: int | None, protocol: Protocol | None
+    ) -> Decision:
         if self.apps is None:
             return Decision(True, Reason.NOT_ISOLATED, self.direction)
         rules = (RuleRef("default", "fake", 0),)
@@ -154,6 +156,8 @@ class Endpoint:
         self.reports: list[FlowReport] = []
         self.wake_at: float | None = None
         """When the datapath wants its timers run, by its last output."""
+        self.injected: list[bytes] = []
+        """Packets of the enforcer's own, not yet sent."""
         self._waiting: tuple[list[Effect], list[Inject]] = [], []
 
     def begun_anew(self) -> Endpoint:
@@ -247,15 +251,14 @@ class Endpoint:
                     self.injected.append(injected)
         return out
 
-    @property
-    def injected(self) -> list[bytes]:
-        """Packets of the enforcer's own, not yet sent."""
-        return self.__dict__.setdefault("_injected", [])
+    def take_injected(self) -> list[bytes]:
+        """Return the enforcer's own packets since the last call, unsent."""
+        taken, self.injected = self.injected, []
+        return taken
 
     def flush_injected(self, now: float = 1.0) -> list[bytes]:
         """Send the enforcer's own packets through the queue, as the raw socket would."""
-        waiting, self.__dict__["_injected"] = self.injected, []
-        return [packet for own in waiting for packet in self.send(own, now)]
+        return [packet for own in self.take_injected() for packet in self.send(own, now)]
 
     def reasons(self) -> list[str]:
         return [report.reason.value for report in self.take_reports()]

@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 
 from enforcer_daemon.handshake.fairtable import Limit
@@ -38,7 +40,7 @@ def test_a_flood_of_new_tokens_is_charged_to_its_source() -> None:
     ],
 )
 def test_the_tables_of_handshakes_are_bounded_and_the_oldest_one_is_given_up(
-    limits: dict[str, int], bound: Limit
+    limits: dict[str, Any], bound: Limit
 ) -> None:
     client, server = make_pair(**limits)
     connections = [Connection(client, server, sport=sport) for sport in (1, 2, 3)]

@@ -7,6 +7,7 @@ import pytest
 
 from enforcer_daemon.datapath.tcp import LAGS, MAX_LAG_S, MAX_WAIT_S, MIN_WAIT_S
 from enforcer_daemon.packet.tcp import RST, build
+from enforcer_daemon.verdict import Inject
 from tests.unit.datapath.pair import TIMESTAMPS, Connection, make_pair
 
 CROWDED = TIMESTAMPS * 2
@@ -26,7 +27,9 @@ def offer(connection: Connection) -> bytes:
 def repeated(connection: Connection, now: float) -> list[bytes]:
     """Let the server's enforcer repeat what is due; answer what leaves for the wire."""
     effects = connection.server.expire(now)
-    return [packet for effect in effects for packet in connection.server.send(effect.packet, now)]
+    own = [effect.packet for effect in effects if isinstance(effect, Inject)]
+    assert len(own) == len(effects)
+    return [left for packet in own for left in connection.server.send(packet, now)]
 
 
 def headless(packet: bytes) -> bytes:
@@ -65,7 +68,7 @@ def test_a_lost_proof_comes_again_although_the_client_has_nothing_to_say(connect
     assert connection.server.receive(proof, DUE) == [connection.ack()]
 
 
-def test_a_lost_ack_comes_again_although_its_lone_proof_came(connection: Connection) -> None:
+def test_a_lost_ack_comes_again_although_its_standalone_proof_came(connection: Connection) -> None:
     connection.client.receive(offer(connection), NOW)
     assert connection.client.send(connection.ack(options=CROWDED), NOW) == []
     proof, _lost = connection.client.flush_injected(NOW)

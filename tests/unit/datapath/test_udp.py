@@ -19,7 +19,7 @@ from enforcer_daemon.handshake.frames import TYPE_OFFER, TYPE_PROOF, encode_agai
 from enforcer_daemon.marks import CHECKSUM_PARTIAL, GSO, RELEASED, REPLY
 from enforcer_daemon.model import Direction
 from enforcer_daemon.packet.udp import UDP_HEADER, build_udp, decode_udp, encode_option, with_option
-from enforcer_daemon.verdict import Action, Inject, Settle
+from enforcer_daemon.verdict import Action, Inject, Settle, Verdict
 from tests.unit.datapath.pair import DROPPED, Endpoint, FakePolicy, Result, Rules, make_pair
 
 PORTS = 40_000, 53
@@ -392,7 +392,8 @@ def test_where_only_such_a_datagram_waits_the_proof_goes_alone() -> None:
     client, server = make_pair(BOUND, ADMITTING)
     assert client.send(build_udp(client.address, server.address, PORTS, b"query")) == []
     answer = answer_to(client, server)
-    assert [effect.hold_id for effect in client.expire(2.1)] == [1]  # The query waited too long.
+    (effect,) = client.expire(2.1)
+    assert effect == Settle(1, Verdict(Action.DROP))  # The query waited too long.
     client.held.clear()
     early = build_udp(server.address, client.address, PORTS[::-1], b"early")
     assert client.receive(early, 2.2, mark=REPLY) == []
@@ -408,6 +409,7 @@ def test_a_send_that_is_not_cut_yet_passes_as_it_is_behind_the_proof() -> None:
     verdict = first_verdict(client, answer_to(client, server), Direction.INGRESS)
     assert [type(effect) for effect in verdict.effects] == [Inject, Settle]
     assert settled(verdict) == [(Action.RELEASE, True)]
+    assert isinstance(verdict.effects[1], Settle)
     assert verdict.effects[1].verdict.payload is None
     assert [frame_type(found[0]) for own in client.injected if (found := find_message(decode_udp(own)))] == [TYPE_PROOF]
 
@@ -487,6 +489,7 @@ def test_requests_to_shake_hands_again_are_bounded_and_counted() -> None:
     assert len(server.held) == len(server.injected) == 20
     assert hits[Limit.REHANDSHAKES] == 300 - 20
     for effect in server.expire(51.5):
+        assert isinstance(effect, Settle)
         assert effect.verdict.action is Action.DROP
     server.expire(54.0)
     assert server.datapath.half_open_flows == 0

@@ -98,8 +98,7 @@ class DatagramWorld:
 
     def send_own_packets(self) -> None:
         for endpoint in (self.client, self.server):
-            own, endpoint.__dict__["_injected"] = list(endpoint.injected), []
-            for packet in own:
+            for packet in endpoint.take_injected():
                 self.send(endpoint, packet)
 
     def time_passes(self, seconds: float) -> None:

@@ -15,7 +15,7 @@ from enforcer_daemon.dataplane.guard_rules import ALLOWS_ALL, GuardedEndpoint, L
 from enforcer_daemon.dataplane.guard_sets import new_sets, old_sets
 from enforcer_daemon.dataplane.guard_shares import endpoint_sets, first_portion
 from enforcer_daemon.model import AttachmentId, Protocol
-from enforcer_daemon.policy.evaluate import AddressRule
+from enforcer_daemon.policy.address_rules import AddressRule
 
 WEB = GuardedEndpoint(
     AttachmentId("c1", "eth0"),

@@ -6,6 +6,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from ipaddress import ip_address
+from typing import Any
 
 import pytest
 
@@ -306,7 +307,7 @@ def test_a_message_under_another_key_does_not_hold(open_world: World) -> None:
         open_world.a.leases.receive(forged, (message.own, message.remote), open_world.a.verify, open_world.now)
 
 
-def presentation(of: Side, to_id: bytes = NO_ID, **changes: bytes) -> bytes:
+def presentation(of: Side, to_id: bytes = NO_ID, **changes: Any) -> bytes:
     """Make the presentation of whoever has copied a side's block."""
     flags = LeaseFlag.PROBE | LeaseFlag.PRESENTS
     own = token_id(of.local.token_hash)

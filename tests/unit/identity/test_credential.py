@@ -69,7 +69,7 @@ def test_a_strangers_name_reaches_the_log_as_a_literal_and_cut() -> None:
         der(),
         der(NODE, "spiffe://cluster.local/node/node-2"),
         der(NODE, is_authority=True),
-        der(NODE, key=ec.generate_private_key(ec.SECP384R1())),  # type: ignore[arg-type]
+        der(NODE, key=ec.generate_private_key(ec.SECP384R1())),
         der(NODE, key=ed25519.Ed25519PrivateKey.generate()),
     ],
     ids=["empty", "not-a-certificate", "no-name", "two-names", "authority", "p384", "ed25519"],

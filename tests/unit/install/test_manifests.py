@@ -189,7 +189,8 @@ def test_the_signers_config_is_in_its_pod_template() -> None:
 
 
 def annotations_of(found: dict[str, Any]) -> dict[str, str]:
-    return found["spec"]["template"]["metadata"].get("annotations", {})
+    annotations: dict[str, str] = found["spec"]["template"]["metadata"].get("annotations", {})
+    return annotations
 
 
 def test_the_enforcer_takes_its_settings() -> None:

@@ -33,7 +33,8 @@ def run(api: FakeApi, tmp_path: Path, work: Callable[[client.ApiClient], Awaitab
 
     async def main() -> None:
         configuration = client.Configuration()
-        await load_kube_config(str(api.write_kubeconfig(tmp_path / "config")), client_configuration=configuration)
+        kubeconfig = str(api.write_kubeconfig(tmp_path / "config"))
+        await load_kube_config(kubeconfig, client_configuration=configuration)  # type: ignore[no-untyped-call]
         async with client.ApiClient(configuration) as connection:
             await work(connection)
 
@@ -43,7 +44,7 @@ def run(api: FakeApi, tmp_path: Path, work: Callable[[client.ApiClient], Awaitab
 async def get(connection: client.ApiClient, path: str) -> tuple[int, Any]:
     serialized = await connection.param_serialize("GET", path, auth_settings=["BearerToken"])
     response = await connection.call_api(*serialized)
-    return response.status, json.loads(await response.read())
+    return response.status, json.loads(await response.read())  # type: ignore[no-untyped-call]
 
 
 def test_lists_come_in_pages_of_what_a_field_selector_leaves(api: FakeApi, tmp_path: Path) -> None:
@@ -95,8 +96,12 @@ def test_requests_for_certificates_are_signed_by_the_test(api: FakeApi, tmp_path
         metadata = client.V1ObjectMeta(generate_name="node-")
         request = client.V1CertificateSigningRequest(metadata=metadata, spec=spec)
         created = await certificates.create_certificate_signing_request(request)
-        api.patch("CertificateSigningRequest", "", created.metadata.name, {"status": {"certificate": "LS0t"}})
-        read = await certificates.read_certificate_signing_request(created.metadata.name)
+        assert created.metadata is not None
+        name = created.metadata.name
+        assert isinstance(name, str)
+        api.patch("CertificateSigningRequest", "", name, {"status": {"certificate": "LS0t"}})
+        read = await certificates.read_certificate_signing_request(name)
+        assert read.status is not None
         assert read.status.certificate == "LS0t"
         with pytest.raises(ApiException, match="already exists"):
             await certificates.create_certificate_signing_request(read)
@@ -109,6 +114,7 @@ def test_a_stale_replacement_is_a_conflict(api: FakeApi, tmp_path: Path) -> None
         leases = client.CoordinationV1Api(connection)
         lease = client.V1Lease(metadata=client.V1ObjectMeta(name="leader"), spec=client.V1LeaseSpec())
         first = await leases.create_namespaced_lease("kube-system", lease)
+        assert first.spec is not None
         first.spec.holder_identity = "one"
         await leases.replace_namespaced_lease("leader", "kube-system", first)
         with pytest.raises(ApiException, match="modified"):

@@ -151,7 +151,12 @@ def test_so_many_bytes_are_decoded_in_one_go(monkeypatch: pytest.MonkeyPatch) ->
             desk.table.replace([read_entry(NETWORK_POLICIES, each, {}, is_decoded=False) for each in manifests])
             goes: list[int] = []
             read_all = module._read_all
-            monkeypatch.setattr(module, "_read_all", lambda batch: goes.append(len(batch)) or read_all(batch))
+
+            def count(batch: list[Any]) -> list[Any]:
+                goes.append(len(batch))
+                return read_all(batch)
+
+            monkeypatch.setattr(module, "_read_all", count)
             for number in range(4):
                 desk.intake.check(desk.table, ("x", f"p{number}"))
             desk.put("large", ingress=[{"ports": [{"port": 1 + port} for port in range(20)]}])

@@ -62,8 +62,15 @@ def read(resource: Resource[Any], manifest: object, table: Table[Any] | None = N
     return entry
 
 
+def value(resource: Resource[Any], manifest: object) -> Any:
+    """Return what a good manifest is decoded to."""
+    found = read(resource, manifest).value
+    assert found is not None
+    return found
+
+
 def test_a_pod_is_reduced_to_what_policy_needs() -> None:
-    found = read(PODS, pod()).value
+    found = value(PODS, pod())
     assert found.ref == PodRef("x", "web")
     assert (found.labels, found.service_account, found.node, found.uid) == ({"app": "web"}, "robot", "a", "u-1")
     assert found.named_ports == (NamedPort("http", 8080, Protocol.TCP),)
@@ -72,8 +79,8 @@ def test_a_pod_is_reduced_to_what_policy_needs() -> None:
 
 def test_a_static_pods_mirror_goes_by_its_config_hash() -> None:
     annotations = {"kubernetes.io/config.hash": "abc", "kubernetes.io/config.mirror": "abc"}
-    assert read(PODS, pod(annotations=annotations)).value.uid == "abc"
-    assert read(PODS, pod(annotations={"kubernetes.io/config.hash": "abc"})).value.uid == "u-1"
+    assert value(PODS, pod(annotations=annotations)).uid == "abc"
+    assert value(PODS, pod(annotations={"kubernetes.io/config.hash": "abc"})).uid == "u-1"
 
 
 @pytest.mark.parametrize(
@@ -132,7 +139,7 @@ WEB = Selector((Requirement("app", Operator.IN, frozenset({"web"})),))
     ],
 )
 def test_a_policy_that_was_never_good_isolates_and_allows_nothing(
-    spec: dict[str, object], selector: Selector, ingress: object, egress: object
+    spec: dict[str, Any], selector: Selector, ingress: object, egress: object
 ) -> None:
     found = read(NETWORK_POLICIES, policy(**{"podSelector": {"matchLabels": {"app": "web"}}, **spec}))
     assert found.value == NetworkPolicy("x", "p", selector, ingress, egress)  # type: ignore[arg-type]
@@ -221,8 +228,8 @@ def test_addresses_of_services() -> None:
     addresses = (ip_address("203.0.113.1"),), (ip_address("198.51.100.7"),)
     found = read(SERVICES, service)
     node_ports = ((Protocol.TCP, 30081), (Protocol.UDP, 30081))
-    ports = ((Protocol.TCP, 80), (Protocol.TCP, 81), (Protocol.UDP, 81))
-    assert found.value == ServiceAddresses(*addresses, node_ports, ports)
+    service_ports = ((Protocol.TCP, 80), (Protocol.TCP, 81), (Protocol.UDP, 81))
+    assert found.value == ServiceAddresses(*addresses, node_ports, service_ports)
     assert b"labels" not in found.document
 
 
@@ -247,7 +254,7 @@ def test_a_service_with_more_addresses_than_may_be_is_refused_and_hardly_read() 
         addresses = [f"203.0.{number // 250}.{number % 250}" for number in range(count)]
         return {"metadata": {"name": "s", "namespace": "x"}, "spec": {"externalIPs": addresses}}
 
-    assert len(read(SERVICES, listing(MAX_EXTERNAL_IPS)).value.external) == MAX_EXTERNAL_IPS
+    assert len(value(SERVICES, listing(MAX_EXTERNAL_IPS)).external) == MAX_EXTERNAL_IPS
     ingress = [{"ip": f"203.0.{number // 250}.{number % 250}"} for number in range(MAX_INGRESS + 1)]
     status = {"loadBalancer": {"ingress": ingress}}
     assert read(SERVICES, {"metadata": {"name": "s", "namespace": "x"}, "status": status}).problems

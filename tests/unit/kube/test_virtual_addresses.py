@@ -181,7 +181,12 @@ def test_a_change_of_one_service_looks_at_its_own_addresses_alone(monkeypatch: p
     virtual.take_change()
     looked_at: list[bytes] = []
     blocked = VirtualAddresses._blocked
-    monkeypatch.setattr(VirtualAddresses, "_blocked", lambda self, it: looked_at.append(it) or blocked(self, it))
+
+    def count(addresses: VirtualAddresses, address: bytes) -> str:
+        looked_at.append(address)
+        return blocked(addresses, address)
+
+    monkeypatch.setattr(VirtualAddresses, "_blocked", count)
     virtual.put(("n0", "s"), stated(many(256_000, 3)))
     assert len(looked_at) == 3
     change = virtual.take_change()
@@ -280,7 +285,12 @@ def test_a_change_of_services_classes_no_other_address_anew(monkeypatch: pytest.
     """Who changes a Service once a second and sends to 20,000 addresses makes nobody else's connects slower."""
     asked: list[bytes] = []
     contains = PrefixSet.__contains__
-    monkeypatch.setattr(PrefixSet, "__contains__", lambda self, item: asked.append(item) or contains(self, item))
+
+    def count(prefixes: PrefixSet, address: bytes) -> bool:
+        asked.append(address)
+        return contains(prefixes, address)
+
+    monkeypatch.setattr(PrefixSet, "__contains__", count)
     networks = Networks(NetworkSettings(enforced=PODS, virtual=(IPv4Network("10.96.0.0/12"),)))
     ours = [address.packed for address in many(0, 1_000)]
     for address in ours:

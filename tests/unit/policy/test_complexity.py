@@ -28,7 +28,7 @@ def expression(count: int) -> dict[str, Any]:
     return {"matchExpressions": [{"key": "k", "operator": "In", "values": [f"v{n}" for n in range(count)]}]}
 
 
-TOO_MANY = {
+TOO_MANY: dict[str, dict[str, Any]] = {
     "spec.ingress": {"ingress": [{}] * MANY},
     "spec.ingress[0].from": {"ingress": [{"from": [BLOCK] * MANY}]},
     "spec.egress[1].ports": {"egress": [{"to": [BLOCK] * 9_000}, {"ports": [{"port": 1}] * 9_000}]},

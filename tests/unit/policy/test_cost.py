@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Mapping
 from dataclasses import replace
 from ipaddress import ip_address
 from typing import Any
@@ -78,7 +79,12 @@ def test_a_peer_is_compared_with_the_selectors_once(monkeypatch: Any) -> None:
     policy = compiled({"from": [{"podSelector": each} for each in selectors], "ports": [{"port": 80}]})
     asked = []
     matches = Selector.matches
-    monkeypatch.setattr(Selector, "matches", lambda self, labels: asked.append(self) or matches(self, labels))
+
+    def count(selector: Selector, labels: Mapping[str, str]) -> bool:
+        asked.append(selector)
+        return matches(selector, labels)
+
+    monkeypatch.setattr(Selector, "matches", count)
     for port in range(100):
         policy.ingress.evaluate(PEER, PEER.ips[0], port, Protocol.TCP)
     assert len(asked) == 10

@@ -9,7 +9,7 @@ ValidateLabelSelectorRequirement of apimachinery, which did not check the values
 from __future__ import annotations
 
 from ipaddress import ip_address, ip_network
-from typing import Any
+from typing import Any, cast
 
 import pytest
 
@@ -17,21 +17,27 @@ from enforcer_daemon.kube.resources import NETWORK_POLICIES
 from enforcer_daemon.kube.table import Entry, Table, read_entry
 from enforcer_daemon.model import Identity, PodRef, Protocol
 from enforcer_daemon.policy import InvalidObjectError, compile_snapshot, decode_network_policy
+from enforcer_daemon.policy.objects import NetworkPolicy
 
 
-def stored(spec: dict[str, Any]) -> Entry[Any]:
+def stored(spec: dict[str, Any]) -> Entry[NetworkPolicy]:
     manifest = {"metadata": {"name": "p", "namespace": "x"}, "spec": {"podSelector": {}, **spec}}
     entry = read_entry(NETWORK_POLICIES, manifest, {})
     assert isinstance(entry, Entry)
-    return entry
+    return cast(Entry[NetworkPolicy], entry)
 
 
 def block(cidr: str, *excepts: str) -> dict[str, Any]:
     return {"ingress": [{"from": [{"ipBlock": {"cidr": cidr, **({"except": list(excepts)} if excepts else {})}}]}]}
 
 
-def allows(entry: Entry[Any], address: str) -> bool:
-    policy = compile_snapshot([entry.value], 1).pod_policy(Identity(PodRef("x", "a"), (), {}, {}, "n"))
+def value(entry: Entry[NetworkPolicy]) -> NetworkPolicy:
+    assert entry.value is not None
+    return entry.value
+
+
+def allows(entry: Entry[NetworkPolicy], address: str) -> bool:
+    policy = compile_snapshot([value(entry)], 1).pod_policy(Identity(PodRef("x", "a"), (), {}, {}, "n"))
     assert policy.ingress.is_isolated
     return policy.ingress.evaluate(None, ip_address(address), 80, Protocol.TCP).is_allowed
 
@@ -65,7 +71,7 @@ def test_values_of_a_stored_expression_need_not_be_labels(values: list[str]) -> 
     expression = {"key": "app", "operator": "In", "values": values}
     entry = stored({"podSelector": {"matchExpressions": [expression]}})
     assert entry.problems == ()
-    assert entry.value.pod_selector.requirements[0].values == frozenset(values)
+    assert value(entry).pod_selector.requirements[0].values == frozenset(values)
     assert [warning.has_earlier for warning in entry.warnings] == [None]
 
 
@@ -107,7 +113,7 @@ def test_what_no_api_server_ever_accepted_isolates(spec: dict[str, Any]) -> None
     """A field that is not known here may come from a later version, and restrict."""
     entry = stored({"ingress": [{}], **spec})
     assert entry.problems
-    assert entry.value.ingress == ()
+    assert value(entry).ingress == ()
 
 
 @pytest.mark.parametrize(

@@ -7,14 +7,16 @@ import asyncio
 import json
 import stat
 import time
-from collections.abc import AsyncIterator
-from contextlib import aclosing
+from collections.abc import AsyncGenerator, AsyncIterator
+from contextlib import AbstractAsyncContextManager, aclosing
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 
 from enforcer_daemon.model import PodRef
+from enforcer_daemon.policy.compile import loaded
+from enforcer_daemon.policy.objects import NetworkPolicy
 from enforcer_daemon.sources import directory as directory_module
 from enforcer_daemon.sources.directory import DirectorySource
 from enforcer_daemon.sources.manifests import MAX_FILE_BYTES, ClusterState
@@ -36,11 +38,16 @@ def write(path: Path, *manifests: dict[str, Any]) -> None:
     new.replace(path)
 
 
+def decoded(state: ClusterState) -> tuple[NetworkPolicy, ...]:
+    """Return the policies of a state, each decoded."""
+    return loaded(state.policies)
+
+
 def names(state: ClusterState) -> list[str]:
     return [f"{p.namespace}/{p.name}" for p in state.policies]
 
 
-BAD: dict[str, object] = {"policyTypes": ["Both"]}
+BAD: dict[str, Any] = {"policyTypes": ["Both"]}
 
 
 def test_all_kinds_of_all_files_make_a_world(tmp_path: Path) -> None:
@@ -166,7 +173,7 @@ def test_of_two_objects_by_one_name_the_first_counts(tmp_path: Path) -> None:
     write(tmp_path / "a.yaml", policy("a"))
     write(tmp_path / "b.yaml", policy("a", policyTypes=["Egress"]))
     state = DirectorySource(tmp_path).read()
-    assert state.policies[0].egress is None
+    assert decoded(state)[0].egress is None
     assert [(p.file, p.field) for p in state.problems] == [(str(tmp_path / "b.yaml"), "metadata.name")]
 
 
@@ -195,8 +202,8 @@ async def _next(states: AsyncIterator[ClusterState]) -> ClusterState:
         return await anext(states)
 
 
-def _watched(source: DirectorySource) -> Any:
-    return aclosing(source.watch())  # type: ignore[type-var]
+def _watched(source: DirectorySource) -> AbstractAsyncContextManager[AsyncGenerator[ClusterState]]:
+    return aclosing(cast(AsyncGenerator[ClusterState], source.watch()))
 
 
 def _without_inotify(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -222,7 +229,7 @@ def test_changes_arrive(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, has_ino
             assert names(await _next(states)) == ["farm/b"]
             (tmp_path / "notes.txt").write_text("no manifest, no change")
             write(tmp_path / "b.yaml", policy("b", policyTypes=["Egress"]))
-            assert (await _next(states)).policies[0].egress == ()
+            assert decoded(await _next(states))[0].egress == ()
 
     asyncio.run(story())
 
@@ -326,14 +333,14 @@ def test_after_a_restart_what_is_bad_now_is_in_force_as_it_was(tmp_path: Path, d
 
     source = DirectorySource(place, kept)
     state = source.read()
-    assert state.policies[0].egress == ()
+    assert decoded(state)[0].egress == ()
     assert "in force as before the restart: NetworkPolicy farm/a" in state.problems[0].message
     assert not source.keep()
     assert DirectorySource(place, kept).read() == state  # and after the next one
 
     write(place / "a.yaml", policy("a"))
     mended = source.read()
-    assert (mended.policies[0].egress, mended.problems) == (None, ())
+    assert (decoded(mended)[0].egress, mended.problems) == (None, ())
     write(place / "a.yaml", policy("a", **BAD))
     assert "before the restart" not in source.read().problems[0].message
 
@@ -357,7 +364,7 @@ def test_the_good_objects_of_a_file_are_those_of_now_and_the_bad_ones_of_before(
     running.keep()
     (place / "a.yaml").write_bytes(b"\xff")
     state = DirectorySource(place, kept).read()
-    assert [(p.name, p.egress) for p in state.policies] == [("a", ()), ("b", ())]
+    assert [(p.name, p.egress) for p in decoded(state)] == [("a", ()), ("b", ())]
     assert "NetworkPolicy farm/a, NetworkPolicy farm/b" in state.problems[0].message
 
 
@@ -439,10 +446,15 @@ def test_a_change_does_not_wait_until_the_one_before_is_kept(tmp_path: Path, mon
     """What is in force is kept when no change follows, or at the latest after a second."""
     source = DirectorySource(tmp_path)
     keeps: list[float] = []
-    monkeypatch.setattr(source, "keep", lambda: keeps.append(time.monotonic()) is not None)
+
+    def keep() -> bool:
+        keeps.append(time.monotonic())
+        return False
+
+    monkeypatch.setattr(source, "keep", keep)
 
     async def scenario() -> None:
-        async with aclosing(source.watch()) as states:
+        async with _watched(source) as states:
             await anext(states)
             for number in range(3):
                 write(tmp_path / "a.yaml", policy(f"a{number}"))

@@ -41,7 +41,7 @@ def subject(number: int = 0, namespace: str = "shop") -> Subject:
 
 def note(book: EventBook, what: object = "this", number: int = 0, namespace: str = "shop") -> None:
     who = subject(number, namespace)
-    book.note(who, what, lambda: Notice(who, EventKind.FLOW_DENIED, "text"))  # type: ignore[arg-type]
+    book.note(who, what, lambda: Notice(who, EventKind.FLOW_DENIED, "text"))
 
 
 def book_with(limits: EventLimits = WIDE) -> tuple[EventBook, Clock]:

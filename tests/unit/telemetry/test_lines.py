@@ -88,7 +88,8 @@ def test_a_reader_that_is_gone_stops_nothing() -> None:
     reader, writer = os.pipe()
     lines = opened(writer)
     os.close(reader)
-    assert [lines.write(LINE) for _ in range(2)] == [None, None]
+    for _ in range(2):
+        lines.write(LINE)
     lines.close()
     os.close(writer)
 

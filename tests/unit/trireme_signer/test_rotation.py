@@ -6,6 +6,7 @@ from __future__ import annotations
 from datetime import UTC, datetime, timedelta
 
 import pytest
+from cryptography import x509
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -74,7 +75,8 @@ def test_keys_show_in_no_representation() -> None:
 @given(waits=st.lists(st.integers(1, 400), min_size=1, max_size=30), forced=st.none() | st.integers(0, 1_000))
 def test_whoever_signed_what_is_in_use_is_believed(waits: list[int], forced: int | None) -> None:
     """However rarely the signer looks, as long as it looks before it signs."""
-    now, state, issued = START, step(None, START), []
+    now, state = START, step(None, START)
+    issued: list[tuple[x509.Certificate, datetime]] = []
     replace_before = None if forced is None else START + forced * HOUR
     for hours in waits:
         now += timedelta(hours=hours)

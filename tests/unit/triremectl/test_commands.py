@@ -8,6 +8,7 @@ import socket
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from click.testing import CliRunner, Result
@@ -17,7 +18,7 @@ from triremectl.__main__ import main
 
 Daemon = Callable[[dict[str, object]], Path]
 
-ENDPOINT = {
+ENDPOINT: dict[str, Any] = {
     "pod": "web",
     "namespace": "shop",
     "ifname": "eth0",
