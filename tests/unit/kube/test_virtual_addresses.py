@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from ipaddress import IPv4Address, IPv4Network, IPv6Network, ip_address, ip_network
+from typing import Any
 
 import pytest
 
@@ -243,7 +244,12 @@ def test_services_that_share_an_address_cost_a_change_of_nodes_no_product(monkey
         virtual.put(("shop", f"s{number}"), stated(addresses("203.0.113.1"), ports=((Protocol.TCP, 1 + number),)))
     noted: list[object] = []
     put = IgnoredAddresses.put
-    monkeypatch.setattr(IgnoredAddresses, "put", lambda self, *what: noted.append(what) or put(self, *what))
+
+    def note(self: IgnoredAddresses, *what: Any) -> None:
+        noted.append(what)
+        put(self, *what)
+
+    monkeypatch.setattr(IgnoredAddresses, "put", note)
     virtual.set_networks(ALLOWED, [*NODES, NodeNetworks("c", (), addresses("203.0.113.1"))])
     assert len(noted) == MAX_NAMESPACE_PORTS
     assert len(virtual.take_change().added.services) == 0

@@ -11,6 +11,7 @@ from typing import Any, cast
 import pytest
 import structlog
 from click.testing import CliRunner
+from structlog.testing import capture_logs
 
 from enforcer_daemon.daemon.clusterstate import compile_state, with_large_namespaces
 from enforcer_daemon.daemon.endpoint import Endpoint
@@ -122,17 +123,18 @@ class FakeAnnouncements:
         self.noted.append((requests, text))
 
 
-def test_the_daemon_tells_of_a_pod_above_its_limit_while_it_lasts(capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_daemon_tells_of_a_pod_above_its_limit_while_it_lasts() -> None:
     endpoints = [FakeEndpoint(policy("big", range(257)))]
     announced = FakeAnnouncements()
     limits = PolicyLimits(lambda: cast(Iterable[Endpoint], endpoints), cast(Any, announced), structlog.get_logger())
     [problem] = limits.problems()
     assert problem.object == "Pod farm/cow"
     assert problem.message.startswith(f"egress by address: 257 rules with 771 ranges, {ADDRESS_LIMIT}")
-    for _ in range(2):
-        limits.report(None)
+    with capture_logs() as logs:
+        for _ in range(2):
+            limits.report(None)
     assert announced.noted == [("requests of farm/cow", problem.message)] * 2  # A state, which the book tells once.
-    assert capsys.readouterr().out.count("policy limit exceeded") == 1
+    assert [entry["event"] for entry in logs].count("policy limit exceeded") == 1
     endpoints[:] = [FakeEndpoint(policy("a", [1]))]
     limits.report(None)
     assert (limits.problems(), len(announced.noted)) == ([], 2)
