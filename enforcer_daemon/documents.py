@@ -1,20 +1,23 @@
 # SPDX-License-Identifier: Apache-2.0
 """Splits YAML and JSON text into documents, as kubectl reads them, and remembers the line of every field.
 
-The differences from a plain YAML parser are those of Kubernetes: a key that occurs twice is an error, keys become
-strings, and times and base-60 numbers stay strings.
+The differences from a plain YAML parser are those of Kubernetes: scalars mean what `scalars.py` says, keys become
+strings, merges count in the order of the fields, and each document may begin with a byte order mark. Stricter than
+kubectl: a key that occurs twice is an error, and so is a tag of no meaning here.
 """
 
 from __future__ import annotations
 
+import codecs
 import json
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import yaml
 
 from enforcer_daemon.errors import EnforcerError
+from enforcer_daemon.scalars import Scalar, ScalarError, field_name, json_number, resolve, resolve_key, resolve_tagged
 
 _MAX_DEPTH = 100
 """Nesting of a document; Kubernetes objects stay below 20."""
@@ -23,11 +26,20 @@ _CERTAINLY_SHALLOW = 1_000
 _MAX_REPEATED = 100_000
 """Values that aliases may repeat in one file; kubectl refuses excessive aliasing too. A few lines could otherwise
 stand for more than memory holds."""
-_MAX_INTEGER_BITS = 1_024
-"""Beyond it no float64 holds the number, so that Kubernetes reads none either."""
 _HALF_SURROGATE = re.compile("[\ud800-\udfff]")
 _TAG = "tag:yaml.org,2002:"
+_PLAIN = "plain"
+"""In place of a tag: a scalar without quotes and without a tag of its own."""
+_MERGE = "<<"
+_TAGS = ("str", "timestamp", "null", "bool", "int", "float")
+"""Tags that a scalar may have."""
 _PATH_STEP = re.compile(r"\[(\d+)\]\.?")
+
+
+class _Loader(yaml.CSafeLoader):
+    """Composes nodes whose plain scalars are left for scalars.py to read."""
+
+    yaml_implicit_resolvers = {None: [(_PLAIN, re.compile(""))]}  # noqa: RUF012 - as in yaml
 
 
 class DocumentError(EnforcerError):
@@ -87,6 +99,15 @@ def _descend(node: yaml.Node, path: str) -> tuple[yaml.Node, int, str] | None:
     return None
 
 
+def decode_text(content: bytes) -> str:
+    """Return a file's text: UTF-8, or UTF-16 with a byte order mark, as editors on Windows write it.
+
+    Raise UnicodeDecodeError.
+    """
+    is_utf16 = content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
+    return content.decode("utf-16" if is_utf16 else "utf-8-sig")
+
+
 def read_documents(text: str, *, is_json: bool) -> list[Document]:
     """Split text into documents, empty ones left out; raise DocumentError if it cannot be parsed at all."""
     try:
@@ -106,7 +127,9 @@ def read_document(text: str) -> object:
 
 
 def _json_documents(text: str) -> Iterator[Document]:
-    decoder = json.JSONDecoder(object_pairs_hook=_unique_pairs, parse_constant=_refuse_constant)
+    decoder = json.JSONDecoder(
+        object_pairs_hook=_unique_pairs, parse_constant=_refuse_constant, parse_float=_json_float
+    )
     line, counted = 1, 0
     position = _skip_space(text, 0)
     while position < len(text):
@@ -160,11 +183,19 @@ def _refuse_constant(name: str) -> object:
     raise ValueError(f"not JSON: {name}")
 
 
+def _json_float(text: str) -> int | float:
+    try:
+        return json_number(float(text))
+    except ScalarError as err:
+        raise ValueError(f"not JSON: cannot read {text[:40]}") from err
+
+
 def _yaml_documents(text: str) -> Iterator[Document]:
+    text = _without_marks(text)
     try:
         _require_shallow(text)
         # Composing builds nodes only; no object is made of them by yaml.
-        nodes = list(yaml.compose_all(text, Loader=yaml.CSafeLoader))
+        nodes = list(yaml.compose_all(text, Loader=_Loader))
     except yaml.MarkedYAMLError as err:
         line = err.problem_mark.line + 1 if err.problem_mark is not None else 1
         raise DocumentError(line, f"not YAML: {err.problem or err.context}") from err
@@ -180,6 +211,20 @@ def _yaml_documents(text: str) -> Iterator[Document]:
             continue
         if manifest is not None:
             yield Document(line, manifest, node=node)
+
+
+def _without_marks(text: str) -> str:
+    """Return the text without the byte order marks before its documents: files that were joined have several."""
+    if "\ufeff" not in text:
+        return text
+    lines = text.split("\n")
+    is_start = True
+    for index, line in enumerate(lines):
+        is_separator = line.removeprefix("\ufeff").startswith("---")
+        if line.startswith("\ufeff") and (is_start or is_separator):
+            lines[index] = line[1:]
+        is_start = is_separator
+    return "\n".join(lines)
 
 
 def _require_shallow(text: str) -> None:
@@ -235,72 +280,43 @@ class _Constructor:
         raise _error(node, f"the tag {node.tag} has no meaning here")
 
     def _mapping(self, node: yaml.MappingNode, depth: int) -> dict[str, object]:
-        own: dict[str, object] = {}
-        merged: dict[str, object] = {}
+        fields: dict[str, object] = {}
+        own: set[str] = set()
         for key_node, value_node in node.value:
             value = self.construct(value_node, depth + 1)
-            if key_node.tag == _TAG + "merge":
-                for source in value if isinstance(value, list) else [value]:
+            if key_node.tag == _TAG + "merge" or (key_node.tag == _PLAIN and key_node.value == _MERGE):
+                # As go-yaml v2 has it, a merge replaces the fields before it, and the first of its sources counts.
+                for source in reversed(value) if isinstance(value, list) else [value]:
                     if not isinstance(source, Mapping):
                         raise _error(value_node, "<< merges mappings only")
-                    for key, entry in source.items():
-                        merged.setdefault(key, entry)
+                    fields.update(source)
                 continue
             key = _key(key_node)
             if key in own:
                 raise _error(key_node, f'duplicate field "{key}"')
-            own[key] = value
-        return {**merged, **own}
+            own.add(key)
+            fields[key] = value
+        return fields
 
 
 def _key(node: yaml.Node) -> str:
-    key = _scalar(node) if isinstance(node, yaml.ScalarNode) else None
-    if isinstance(key, bool):
-        return "true" if key else "false"
-    if isinstance(key, str | int):
-        return str(key)
-    raise _error(node, "field names must be strings")
+    key = None
+    if isinstance(node, yaml.ScalarNode):
+        key = resolve_key(node.value) if node.tag == _PLAIN else field_name(_scalar(node))
+    if key is None:
+        raise _error(node, "field names must be strings")
+    return key
 
 
-def _scalar(node: yaml.ScalarNode) -> object:
+def _scalar(node: yaml.ScalarNode) -> Scalar:
     text: str = node.value
-    read = _SCALARS.get(node.tag.removeprefix(_TAG))
-    if read is None:
+    kind = node.tag.removeprefix(_TAG)
+    if node.tag != _PLAIN and kind not in _TAGS:
         raise _error(node, f"the tag {node.tag} has no meaning here")
     try:
-        return read(text)
-    except ValueError as err:
+        return resolve(text) if node.tag == _PLAIN else resolve_tagged(kind, text)
+    except ScalarError as err:
         raise _error(node, f"cannot read {text[:40]!r}") from err
-
-
-def _integer(text: str) -> int | str:
-    if ":" in text:
-        return text
-    digits = text.replace("_", "")
-    number = int(digits, 8 if re.fullmatch("[-+]?0[0-7]+", digits) else 0)
-    if number.bit_length() > _MAX_INTEGER_BITS:
-        raise ValueError(text)
-    return number
-
-
-def _number(text: str) -> float | str:
-    if ":" in text:
-        return text
-    number = float(text.replace("_", "").replace(".inf", "inf").replace(".nan", "nan"))
-    if number != number or number in (float("inf"), float("-inf")):
-        raise ValueError(text)
-    return number
-
-
-_SCALARS: dict[str, Callable[[str], object]] = {
-    "str": str,
-    "timestamp": str,
-    "value": str,
-    "null": lambda _: None,
-    "bool": lambda text: text.lower() in ("yes", "true", "on"),
-    "int": _integer,
-    "float": _number,
-}
 
 
 def _error(node: yaml.Node, message: str) -> DocumentError:

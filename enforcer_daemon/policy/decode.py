@@ -32,7 +32,9 @@ def decode_network_policy(manifest: object, *, mask_host_bits: bool = False) -> 
     if isinstance(manifest, Mapping):
         check_policy(manifest.get("spec"))
     reader = Reader(is_stored=mask_host_bits)
-    top = read_object(reader, manifest, "networking.k8s.io/v1", "NetworkPolicy", ["spec"])
+    # Kubernetes 1.24 to 1.27 print an empty status.
+    status = ["status"] if isinstance(manifest, Mapping) and manifest.get("status") in (None, {}) else []
+    top = read_object(reader, manifest, "networking.k8s.io/v1", "NetworkPolicy", ["spec", *status])
     metadata = read_metadata(reader, top.get("metadata"), check_object_name)
     spec = reader.struct(top.get("spec"), "spec", {"podSelector", "policyTypes", "ingress", "egress"})
     selector = read_selector(reader, spec.get("podSelector"), "spec.podSelector")

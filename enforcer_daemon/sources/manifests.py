@@ -12,7 +12,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from enforcer_daemon.documents import Document, DocumentError, read_documents
+from enforcer_daemon.documents import Document, DocumentError, decode_text, read_documents
 from enforcer_daemon.errors import PolicyError
 from enforcer_daemon.model import PodRef
 from enforcer_daemon.policy import (
@@ -167,10 +167,12 @@ def unreadable(name: str, err: OSError) -> ManifestFile:
 def decode_file(name: str, content: bytes) -> ManifestFile:
     """Decode the content of a file; what is wrong with it is in the result."""
     try:
-        documents = read_documents(content.decode("utf-8-sig"), is_json=name.endswith(".json"))
+        documents = read_documents(decode_text(content), is_json=name.endswith(".json"))
     except UnicodeDecodeError as err:
         line = content.count(b"\n", 0, err.start) + 1
-        return ManifestFile(name, problem=Problem(name, line, "", "", "not UTF-8 text"))
+        return ManifestFile(
+            name, problem=Problem(name, line, "", "", "not UTF-8 text, nor UTF-16 with a byte order mark")
+        )
     except DocumentError as err:
         return ManifestFile(name, problem=Problem(name, err.line, "", "", str(err)))
     objects = (item for document in documents for item in _expand(document))
@@ -180,7 +182,7 @@ def decode_file(name: str, content: bytes) -> ManifestFile:
 def good_manifests(name: str, content: bytes) -> dict[ObjectKey, object]:
     """Return the manifests of the objects in a file's content that are without fault."""
     try:
-        documents = read_documents(content.decode("utf-8-sig"), is_json=name.endswith(".json"))
+        documents = read_documents(decode_text(content), is_json=name.endswith(".json"))
     except (UnicodeDecodeError, DocumentError):
         return {}
     found: dict[ObjectKey, object] = {}

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from enforcer_daemon.documents import Document, DocumentError, read_documents
+from enforcer_daemon.documents import Document, DocumentError, decode_text, read_documents
 
 
 def only(text: str) -> Document:
@@ -58,6 +58,45 @@ def test_aliases_and_merges_are_followed() -> None:
     assert only("a: &x {k: 1, l: 2}\nb: {<<: *x, k: 3}\nc: *x").manifest == {
         "a": {"k": 1, "l": 2}, "b": {"k": 3, "l": 2}, "c": {"k": 1, "l": 2},
     }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [
+        ("a: {k: 3, <<: *x}", {"k": 1, "l": 2}),
+        ("a: {<<: [*x, *y]}", {"k": 1, "l": 2, "m": 2}),
+        ("a: {<<: [*x, *y], k: 3}", {"k": 3, "l": 2, "m": 2}),
+        ("a: {'<<': *x}", {"<<": {"k": 1, "l": 2}}),
+    ],
+)
+def test_merges_count_in_the_order_that_kubectl_has(text: str, value: object):
+    found = only(f"x: &x {{k: 1, l: 2}}\ny: &y {{k: 5, m: 2}}\n{text}").manifest
+    assert isinstance(found, dict)
+    assert found["a"] == value
+
+
+@pytest.mark.parametrize("break_", ["\n", "\r\n"])
+def test_each_document_may_begin_with_a_byte_order_mark(break_: str):
+    text = break_.join(["\ufeffa: 1", "---", "\ufeffb: 2", "--- # c", "\ufeffc: \ufeff3", "\ufeff---", "d: 4", ""])
+    documents = read_documents(text, is_json=False)
+    assert [(d.line, d.manifest) for d in documents] == [
+        (1, {"a": 1}), (3, {"b": 2}), (5, {"c": "\ufeff3"}), (7, {"d": 4})
+    ]  # fmt: skip
+
+
+def test_text_is_utf_8_or_utf_16_with_a_mark():
+    for content in ("\ufeffé".encode(), "é".encode(), "é".encode("utf-16"), "\ufeffé".encode("utf-16-be")):
+        assert decode_text(content) == "é"
+    for content in ("é".encode("latin-1"), b"\xff\xfea"):
+        with pytest.raises(UnicodeDecodeError):
+            decode_text(content)
+
+
+def test_numbers_of_json_are_as_go_writes_them():
+    (document,) = read_documents('{"a": 80.0, "b": 1e3, "c": 1.5, "d": 1e21}', is_json=True)
+    assert document.manifest == {"a": 80, "b": 1000, "c": 1.5, "d": 1e21}
+    assert isinstance(document.manifest, dict)
+    assert [type(value) for value in document.manifest.values()] == [int, int, float, float]
 
 
 @pytest.mark.parametrize(

@@ -31,8 +31,9 @@ HOSTILE = {
     "deep JSON": ("a.json", "[" * 150 + "]" * 150, "nested more than 100 deep"),
     "deeper JSON": ("a.json", "[" * 100_000 + "]" * 100_000, "nested more than 100 deep"),
     "a value for everything": ("a.yaml", BOMB, "aliases repeat more than 100000 values"),
-    "a great port": ("a.yaml", POLICY + f"  ingress: [{{ports: [{{port: {HEXADECIMAL}}}]}}]", "cannot read '0xff"),
-    "a great kind": ("a.yaml", f"kind: {HEXADECIMAL}", "cannot read '0xff"),
+    "a great port": ("a.yaml", POLICY + f"  ingress: [{{ports: [{{port: {HEXADECIMAL}}}]}}]", 'Invalid value: "0xff'),
+    "a great kind": ("a.yaml", f"kind: {HEXADECIMAL}", "is not read here"),
+    "a great float": ("a.json", '{"kind": 1e999}', "cannot read 1e999"),
     "half of a character": ("a.json", '{"metadata": {"name": "\\ud800"}}', "half of a surrogate pair"),
     "half of a name": ("a.json", '[{"\\udc00": 1}]', "half of a surrogate pair"),
 }

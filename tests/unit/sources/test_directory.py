@@ -93,7 +93,7 @@ def test_a_bad_object_is_refused_and_its_last_good_version_stays(tmp_path: Path)
     assert state.problems == ()
 
 
-@pytest.mark.parametrize("damage", [b"a: [", b"\xff\xfe", b"a: 1\na: 2", b"- 1", b"kind: {}"])
+@pytest.mark.parametrize("damage", [b"a: [", b"\xff\xfea", b"\xff", b"a: 1\na: 2", b"- 1", b"kind: {}"])
 def test_a_damaged_file_keeps_its_objects(tmp_path: Path, damage: bytes) -> None:
     source = DirectorySource(tmp_path)
     write(tmp_path / "a.yaml", policy("a"), policy("b"))
