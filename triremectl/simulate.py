@@ -15,9 +15,10 @@ import click
 
 from enforcer_daemon.model import Decision
 from enforcer_daemon.policy import InvalidObjectError, Pod
-from enforcer_daemon.policy.objects import LAST_PORT, IPBlock, NetworkPolicy
+from enforcer_daemon.policy.objects import LAST_PORT, IPBlock, NetworkPolicy, Service
 from enforcer_daemon.sources.manifests import ClusterState, Problem, assemble, manifest_files, read_file, unique_objects
 from triremectl.cases import PROTOCOLS, Case, CaseCluster, Probe, ProbeVerdict, decode_case
+from triremectl.services import Backend, address_note, backends, find_service
 
 _STAND_IN_ADDRESSES = IPv4Network("198.18.0.0/15")
 """For pods whose manifest has no address (RFC 2544: never anybody's)."""
@@ -29,11 +30,11 @@ _STAND_IN_ADDRESSES = IPv4Network("198.18.0.0/15")
 @click.option("--check", is_flag=True, help="Compare with the expected verdicts; exit status 1 on any difference.")
 @click.option("--policies", type=click.Path(path_type=Path), help="Directory or file of manifests, instead of cases.")
 @click.option(
-    "--pods", type=click.Path(path_type=Path), help="Directory or file of Pod and Namespace manifests, for --policies."
+    "--pods", type=click.Path(path_type=Path), help="Directory or file of Pod, Namespace and Service manifests."
 )
 @click.option("--from", "source", help="Who connects: namespace/pod, or an address.")
-@click.option("--to", "destination", help="To whom: namespace/pod, or an address.")
-@click.option("--port", help="Destination port: a number, or a name that the destination pod gives it.")
+@click.option("--to", "destination", help="To whom: namespace/pod, service:namespace/name, or an address.")
+@click.option("--port", help="Destination port: a number, or a name that the destination gives it.")
 @click.option("--protocol", type=click.Choice(list(PROTOCOLS), case_sensitive=False), default="TCP", show_default=True)
 @click.option("--output", type=click.Choice(["text", "json"]), default="text", help="Form of the answer to --policies.")
 def command(files: tuple[Path, ...], *, explain: bool, check: bool, policies: Path | None, pods: Path | None,
@@ -46,7 +47,8 @@ def command(files: tuple[Path, ...], *, explain: bool, check: bool, policies: Pa
     probes, in their order.
 
     With --policies the question is --from, --to, --port and --protocol. The answer says what each end decides, and by
-    which rules; exit status 0: allowed, 1: denied, 2: there is no answer.
+    which rules; exit status 0: allowed, 1: denied, 2: there is no answer. A Service among the manifests is decided for
+    each pod behind it, by that pod's own labels and port; 0: allowed at all of them.
     """
     if policies is None:
         if pods or source or destination or port:
@@ -61,7 +63,7 @@ def command(files: tuple[Path, ...], *, explain: bool, check: bool, policies: Pa
     if not (source and destination and port):
         raise click.UsageError("--policies needs --from, --to and --port")
     probe = Probe(source, destination, _port(port), PROTOCOLS[protocol.upper()])
-    is_allowed = _answer(_read_state(policies, pods), probe, is_json=output == "json")
+    is_allowed = _answer(*_read_state(policies, pods), probe, is_json=output == "json")
     sys.exit(0 if is_allowed else 1)
 
 
@@ -198,12 +200,13 @@ def _decision_in_words(decision: Decision) -> str:
     return f"{word} ({decision.reason.value}){named}"
 
 
-def _read_state(policies: Path, pods: Path | None) -> ClusterState:
+def _read_state(policies: Path, pods: Path | None) -> tuple[ClusterState, list[Service]]:
     paths = [path for place in filter(None, (policies, pods)) for path in _files(place)]
-    found, problems = unique_objects(map(read_file, paths))
+    found, problems = unique_objects(read_file(path, has_services=True) for path in paths)
     if problems:
         raise _NoAnswerError(_listed(problems))
-    return assemble((entry for _, entry in found.values()), ())
+    objects = [entry for _, entry in found.values()]
+    return assemble(objects, ()), [entry for entry in objects if isinstance(entry, Service)]
 
 
 def _files(place: Path) -> list[Path]:
@@ -217,25 +220,58 @@ def _listed(problems: list[Problem]) -> str:
     return "the manifests are not valid" + "".join(f"\n  {problem}" for problem in problems)
 
 
-def _answer(cluster: ClusterState, probe: Probe, *, is_json: bool) -> bool:
-    """Print the answer; tell whether it is yes."""
-    # Only to rules by address does it matter which one a pod has.
-    policies = [policy.load() for policy in cluster.policies]
-    asked = {probe.source, probe.destination} if any(map(_names_addresses, policies)) else set()
-    pods = list(_with_addresses(cluster.pods.values(), asked))
-    nodes = {ip: pod.node for pod in pods if pod.is_on_host_network and pod.node for ip in pod.ips}
+def _answer(cluster: ClusterState, services: list[Service], probe: Probe, *, is_json: bool) -> bool:
+    """Print the answer; return whether it is yes."""
     try:
-        verdict = CaseCluster(pods, cluster.namespaces, policies, nodes).evaluate(probe, explain=True)
+        service = find_service(probe.destination, services)
+        behind = [] if service is None else backends(probe, service, cluster.pods.values())
+        # Only to rules by address does it matter which one a pod has.
+        policies = [policy.load() for policy in cluster.policies]
+        names = {probe.source, probe.destination, *(backend.shown.destination for backend in behind)}
+        pods = list(_with_addresses(cluster.pods.values(), names if any(map(_names_addresses, policies)) else ()))
+        nodes = {ip: pod.node for pod in pods if pod.is_on_host_network and pod.node for ip in pod.ips}
+        cases = CaseCluster(pods, cluster.namespaces, policies, nodes)
+        if service is not None:
+            decided = [(backend, cases.evaluate(backend.probe, explain=True)) for backend in behind]
+            return _print_service(service, probe, decided, is_json=is_json)
+        verdict = cases.evaluate(probe, explain=True)
     except ValueError as err:
         raise _NoAnswerError(str(err)) from err
-    note = _unknown_port(pods, probe)
+    note = _unknown_port(pods, probe) or address_note(probe, services, pods)
     if is_json:
         click.echo(json.dumps({**_explanation(probe, verdict), **({"note": note} if note else {})}, indent=2))
         return verdict.is_allowed
-    click.echo(f"{probe}: {'allowed' if verdict.is_allowed else f'denied by {verdict.denied_by}'}")
+    click.echo(_in_one_line(probe, verdict))
     for line in (*in_words(probe, verdict), *filter(None, [note])):
         click.echo(f"  {line}")
     return verdict.is_allowed
+
+
+def _in_one_line(probe: Probe, verdict: ProbeVerdict) -> str:
+    return f"{probe}: {'allowed' if verdict.is_allowed else f'denied by {verdict.denied_by}'}"
+
+
+def _print_service(
+    service: Service, probe: Probe, behind: list[tuple[Backend, ProbeVerdict]], *, is_json: bool
+) -> bool:
+    """Print what is decided for each pod behind a Service; return whether all are reached."""
+    allowed, total = sum(verdict.is_allowed for _, verdict in behind), len(behind)
+    if is_json:
+        found = [
+            {**_explanation(backend.shown, verdict), **({"note": backend.note} if backend.note else {})}
+            for backend, verdict in behind
+        ]
+        asked = {"from": probe.source, "to": probe.destination, "port": probe.port, "protocol": probe.protocol.name}
+        word = "allow" if allowed == total else "mixed" if allowed else "deny"
+        click.echo(json.dumps({**asked, "service": str(service), "verdict": word, "backends": found}, indent=2))
+        return allowed == total
+    how = f"allowed at {'all' if allowed == total else allowed} of" if allowed else "denied at all of"
+    click.echo(f"{probe}: Service {service}: {how} its {total} {'pod' if total == 1 else 'pods'}")
+    for backend, verdict in behind:
+        click.echo(f"  {_in_one_line(backend.shown, verdict)}")
+        for line in (*in_words(backend.shown, verdict), *filter(None, [backend.note])):
+            click.echo(f"    {line}")
+    return allowed == total
 
 
 def _unknown_port(pods: Iterable[Pod], probe: Probe) -> str:

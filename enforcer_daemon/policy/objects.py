@@ -200,3 +200,35 @@ class Pod:
     """Phase Succeeded or Failed: its address may already be another pod's."""
     uid: str = ""
     """What the runtime calls it, where the source knows that: the UID, or a static pod's config hash."""
+
+
+@dataclass(frozen=True, slots=True)
+class ServicePort:
+    """One port of a Service."""
+
+    name: str
+    number: int
+    protocol: Protocol
+    target: int | str
+    """The pod's port, or the name that the pod gives it."""
+
+    def __str__(self) -> str:
+        return f"{self.protocol.name} {self.number}{f' ({self.name})' if self.name else ''}"
+
+
+@dataclass(frozen=True, slots=True)
+class Service:
+    """What decides which pods are behind an address. For `triremectl simulate` alone."""
+
+    namespace: str
+    name: str
+    selector: Mapping[str, str]
+    """Labels of its pods; empty: somebody else writes its endpoints."""
+    addresses: tuple[IPAddress, ...] = ()
+    """Of the cluster and of load balancers."""
+    external_ips: tuple[IPAddress, ...] = ()
+    ports: tuple[ServicePort, ...] = ()
+    is_external_name: bool = False
+
+    def __str__(self) -> str:
+        return f"{self.namespace}/{self.name}"

@@ -26,7 +26,9 @@ from enforcer_daemon.policy import (
     decode_pod,
     namespace_labels,
 )
+from enforcer_daemon.policy.decode_services import decode_service
 from enforcer_daemon.policy.metadata import DEFAULT_NAMESPACE
+from enforcer_daemon.policy.objects import Service
 
 SUFFIXES = (".yaml", ".yml", ".json")
 MAX_FILE_BYTES = 32 * 1024 * 1024
@@ -34,16 +36,17 @@ MAX_FILE_BYTES = 32 * 1024 * 1024
 _MAX_PROBLEMS = 100
 """Problems of one object that are told, each with its line."""
 
-KubernetesObject = NetworkPolicy | Namespace | Pod
+KubernetesObject = NetworkPolicy | Namespace | Pod | Service
 _LIST_KINDS = {
     "List": "",
     "NetworkPolicyList": "NetworkPolicy",
     "NamespaceList": "Namespace",
     "PodList": "Pod",
+    "ServiceList": "Service",
 }
 _IDENTITY_FIELDS = frozenset({"", "kind", "metadata", "metadata.name", "metadata.generateName", "metadata.namespace"})
 """Where a problem leaves open which object is meant."""
-_API_VERSIONS = {"NetworkPolicy": "networking.k8s.io/v1", "Namespace": "v1", "Pod": "v1"}
+_API_VERSIONS = {"NetworkPolicy": "networking.k8s.io/v1", "Namespace": "v1", "Pod": "v1", "Service": "v1"}
 
 
 @dataclass(frozen=True, slots=True, order=True)
@@ -151,10 +154,10 @@ def load_bytes(path: Path) -> bytes:
     return content
 
 
-def read_file(path: Path) -> ManifestFile:
-    """Read a file; what is wrong with it is in the result."""
+def read_file(path: Path, *, has_services: bool = False) -> ManifestFile:
+    """Read a file; what is wrong with it is in the result. `has_services`: Services are read too."""
     try:
-        return decode_file(str(path), load_bytes(path))
+        return decode_file(str(path), load_bytes(path), has_services=has_services)
     except OSError as err:
         return unreadable(str(path), err)
 
@@ -164,7 +167,7 @@ def unreadable(name: str, err: OSError) -> ManifestFile:
     return ManifestFile(name, problem=Problem(name, 0, "", "", f"cannot be read: {err.strerror or err}"))
 
 
-def decode_file(name: str, content: bytes) -> ManifestFile:
+def decode_file(name: str, content: bytes, *, has_services: bool = False) -> ManifestFile:
     """Decode the content of a file; what is wrong with it is in the result."""
     try:
         documents = read_documents(decode_text(content), is_json=name.endswith(".json"))
@@ -176,7 +179,7 @@ def decode_file(name: str, content: bytes) -> ManifestFile:
     except DocumentError as err:
         return ManifestFile(name, problem=Problem(name, err.line, "", "", str(err)))
     objects = (item for document in documents for item in _expand(document))
-    return ManifestFile(name, tuple(_decode_entry(name, document) for document in objects))
+    return ManifestFile(name, tuple(_decode_entry(name, document, has_services) for document in objects))
 
 
 def good_manifests(name: str, content: bytes) -> dict[ObjectKey, object]:
@@ -211,13 +214,13 @@ def _expand(document: Document) -> Iterator[Document]:
         yield document.item(index, item)
 
 
-def _decode_entry(name: str, document: Document) -> Entry:
+def _decode_entry(name: str, document: Document, has_services: bool = False) -> Entry:
     key = _key_of(document.manifest)
     label = "" if key is None else str(key)
     if document.error:
         return Entry(document.line, None, None, (Problem(name, document.line, "", "", document.error),))
     try:
-        found = _decode(document.manifest)
+        found = _decode(document.manifest, has_services)
     except InvalidObjectError as err:
         problems = tuple(
             Problem(name, document.line_of(p.field), label, p.field, p.message) for p in err.problems[:_MAX_PROBLEMS]
@@ -227,14 +230,17 @@ def _decode_entry(name: str, document: Document) -> Entry:
     return Entry(document.line, key, found)
 
 
-def _decode(manifest: object) -> KubernetesObject:
+def _decode(manifest: object, has_services: bool) -> KubernetesObject:
     kind = manifest.get("kind") if isinstance(manifest, Mapping) else None
     if kind == "Namespace":
         return decode_namespace(manifest)
     if kind == "Pod":
         return decode_pod(manifest)
+    if kind == "Service" and has_services:
+        return decode_service(manifest)
     if isinstance(kind, str) and kind != "NetworkPolicy":
-        message = f'Invalid value: "{kind}": is not read here; NetworkPolicy, Namespace and Pod are, alone or in a List'
+        known = f"NetworkPolicy, Namespace{', Service' if has_services else ''} and Pod"
+        message = f'Invalid value: "{kind}": is not read here; {known} are, alone or in a List'
         raise InvalidObjectError([PolicyError("kind", message)])
     return decode_network_policy(manifest)
 
