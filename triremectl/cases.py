@@ -112,11 +112,8 @@ class CaseCluster:
         )
         return _End(pod.ips, identity)
 
-    def limits_of(self, pod: PodRef) -> tuple[str, ...]:
-        """Return the limits that a pod's policies exceed, in the daemon's words."""
-        return self._limits(self._pods[str(pod)].identity)
-
     def _limits(self, identity: Identity | None) -> tuple[str, ...]:
+        """Return the limits that the policies of an end exceed, in the daemon's words."""
         if identity is None:
             return ()
         if problem := self._snapshot.problem_of(identity.pod.namespace):

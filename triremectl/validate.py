@@ -8,8 +8,8 @@ from pathlib import Path
 
 import click
 
+from enforcer_daemon.sources.limits import limit_problems
 from enforcer_daemon.sources.manifests import ManifestFile, decode_file, manifest_files, read_file, unique_objects
-from triremectl.limits import limit_problems
 from triremectl.output import printable
 
 

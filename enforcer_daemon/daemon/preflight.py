@@ -9,6 +9,7 @@ from pathlib import Path
 from enforcer_daemon.identity.external import check_external_files
 from enforcer_daemon.identity.keystore import check_files
 from enforcer_daemon.settings import CredentialSource, Settings
+from enforcer_daemon.sources.limits import limit_problems
 from enforcer_daemon.sources.manifests import manifest_files, read_file, unique_objects
 
 
@@ -52,5 +53,6 @@ def _policy_problems(directory: Path | None) -> list[str]:
         files = [read_file(path) for path in manifest_files(directory)]
     except OSError as err:
         return [f"policyDir: {directory}: {err.strerror}"]
-    _, problems = unique_objects(files)
+    found, problems = unique_objects(files)
+    problems += limit_problems(found)
     return [f"policyDir: {problem}" for problem in problems]

@@ -16,6 +16,7 @@ from structlog.testing import capture_logs
 from enforcer_daemon.daemon.clusterstate import compile_state, with_large_namespaces
 from enforcer_daemon.daemon.endpoint import Endpoint
 from enforcer_daemon.daemon.policylimits import PolicyLimits
+from enforcer_daemon.daemon.preflight import find_problems
 from enforcer_daemon.kube.resources import NETWORK_POLICIES
 from enforcer_daemon.kube.table import Table, read_entry
 from enforcer_daemon.model import Identity, PodRef
@@ -76,6 +77,14 @@ def test_validate_names_a_policy_that_exceeds_the_limit_by_itself(tmp_path: Path
     code, output = run("validate", tmp_path)
     assert code == 1
     assert f"NetworkPolicy farm/big: egress by address: 257 rules with 771 ranges, {ADDRESS_LIMIT}" in output
+
+
+def test_a_check_of_the_settings_names_what_the_policy_directory_exceeds(tmp_path: Path) -> None:
+    write(tmp_path, policy("big", range(257)))
+    settings = Settings("node-1", state_dir=tmp_path, policy_dir=tmp_path)
+    found = [problem for problem in find_problems(settings, 0.0) if problem.startswith("policyDir: ")]
+    assert len(found) == 1
+    assert f"NetworkPolicy farm/big: egress by address: 257 rules with 771 ranges, {ADDRESS_LIMIT}" in found[0]
 
 
 def test_simulate_decides_as_the_guard_and_the_enforcer_do(tmp_path: Path) -> None:
