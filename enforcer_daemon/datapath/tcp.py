@@ -15,12 +15,10 @@ from enforcer_daemon.datapath.segments import (
     bare,
     bare_reset,
     framed,
-    is_after_frame,
-    refusal,
-    standalone_proof,
     successor,
 )
 from enforcer_daemon.datapath.strays import Strays
+from enforcer_daemon.datapath.tcpopened import OpenedConnections
 from enforcer_daemon.errors import PacketError, PeerError
 from enforcer_daemon.handshake.carriers import TCP
 from enforcer_daemon.handshake.flowkey import FlowKey, Role
@@ -29,13 +27,11 @@ from enforcer_daemon.handshake.frames import (
     SYN_ACK_OVERHEAD,
     FoundProof,
     find_proof,
-    has_room,
-    proof_option,
 )
 from enforcer_daemon.handshake.machine import Event, State
 from enforcer_daemon.handshake.proofs import frame_hash
 from enforcer_daemon.handshake.session import Session
-from enforcer_daemon.marks import GSO, NODE, OWN_MASK, RELEASED, REPLY
+from enforcer_daemon.marks import NODE, OWN_MASK, RELEASED, REPLY
 from enforcer_daemon.model import Decision, Direction
 from enforcer_daemon.packet.tcp import (
     ACK,
@@ -66,8 +62,6 @@ _ROUND_TRIPS = 2
 _ASK_S = 0.02
 """The least time between two retransmissions of a SYN-ACK for unproven data, seconds."""
 _MAX_OPTIONS = TCP_MAX_HEADER - TCP_MIN_HEADER
-_SYN_HEADERS = 60
-"""IP and TCP header bytes of the smallest SYN: with the frame, a packet size that this path has already carried."""
 _KINDS = SYN | ACK | RST | FIN
 _PROTOCOL = TCP.protocol
 _INITIATOR, _RESPONDER = Role
@@ -84,6 +78,7 @@ class TCPFlows:
         self.initiator: Initiator[Segment] = Initiator(context, self)
         self.responder: Responder[Segment] = Responder(context, self)
         self._opened = self.initiator.sessions
+        self._opening = OpenedConnections(context, self._strays, self.initiator)
         self._answered = self.responder.sessions
 
     def process(self, segment: Segment, direction: Direction, mark: int, now: float) -> Verdict:
@@ -106,7 +101,7 @@ class TCPFlows:
             if kind == SYN:
                 return self._syn_in(segment, key, mark, now)
             if kind == SYN_ACK:
-                return self._syn_ack_in(segment, key, mark, now)
+                return self._opening.answer_in(segment, key, mark, now)
         raise PacketError("SYN together with RST or FIN")
 
     # The carrier of the engine.
@@ -156,66 +151,10 @@ class TCPFlows:
             self._context.end(self._opened, session, Event.REPLACED)
         return self.initiator.open(segment, key, segment.seq, mark, now)
 
-    def _syn_ack_in(self, segment: Segment, key: FlowKey, mark: int, now: float) -> Verdict:
-        """Verify who answers, decide on egress, and deliver the SYN-ACK as its sender's kernel made it."""
-        session, payload = self._opened.get(key), segment.payload
-        is_framed = payload[:4] == MAGIC
-        if session is None:
-            if not mark & RELEASED:
-                return self._strays.refuse_answer(segment, key)
-            return self._strays.end_forgotten(segment, key) if is_framed else ACCEPT  # Bare, the kernels settle it.
-        if segment.ack != successor(session.isn_i):
-            if not is_framed and session.state is State.SHOWN and is_after_frame(segment, session):
-                return self._without_frame(segment, session)
-            raise PeerError(Reason.UNKNOWN_FLOW, "SYN-ACK acknowledges another SYN")
-        if not is_framed:
-            return self._plain_answer(segment, session)
-        if session.state is State.RELEASED:
-            return self._retransmit_proof(segment, session)
-        if not self.initiator.accept_answer(segment, session, payload, segment.seq, now):
-            return self._strays.refuse_both(segment, key)
-        return Verdict(Action.ACCEPT, bare(segment))
-
-    def _without_frame(self, segment: Segment, session: Session) -> Verdict:
-        """Reset a connection whose responder took our frame for data, and let the next SYN leave without it.
-
-        It accepts data of every SYN (Fast Open without a cookie), and has no enforcer. Its bare answer is decided on by
-        its address, as any other; the pod's kernel retransmits the SYN a second later.
-        """
-        self._strays.reset_remote(segment)
-        session.frame, session.frame_sum = b"", 0
-        return DROP
-
-    def _plain_answer(self, segment: Segment, session: Session) -> Verdict:
-        """Take the peer for its address, whatever it sits behind: there is no frame in its SYN-ACK."""
-        if session.state is State.RELEASED and segment.seq == session.isn_r:
-            return ACCEPT  # The peer's enforcer has our proof, its kernel not our ACK.
-        if session.state is not State.SHOWN:
-            raise PeerError(Reason.UNKNOWN_FLOW, "SYN-ACK without identity after one with it")
-        if not self.initiator.accept_reply(session):
-            return self._strays.refuse_both(segment, session.key)
-        grant = session.grant
-        for event in (Event.PLAIN_REPLY, Event.TAKEN_AS_ADDRESS):
-            session.advance(event)
-        self._context.end(self._opened, session, Event.FORGOTTEN)
-        return DROP if grant is None else grant.verdict
-
-    def _retransmit_proof(self, segment: Segment, session: Session) -> Verdict:
-        """Answer the SYN-ACK that the peer retransmits because our proof was lost; the pod's kernel need not know.
-
-        The pod's own bare ACK goes along: else a server that speaks first waits for it. Data its kernel
-        retransmits.
-        """
-        if segment.seq != session.isn_r:
-            raise PeerError(Reason.UNKNOWN_FLOW, "SYN-ACK of another handshake")
-        session.advance(Event.PROOF_SENT)
-        self._context.effects += session.resend or (standalone_proof(session, segment.window),)
-        return TAKEN
-
     def _segment_out(self, segment: Segment, key: FlowKey, mark: int, now: float) -> Verdict:
         opened = self._opened.get(key)
         if opened is not None:
-            return self._opened_out(segment, opened, mark, now)
+            return self._opening.segment_out(segment, opened, mark, now)
         is_bare = segment.data >= segment.end  # Else it is not ours, whatever its numbers.
         if is_bare and self._context.is_injected(key.ends, segment.flags, (segment.seq, segment.ack)):
             return ACCEPT
@@ -223,74 +162,6 @@ class TCPFlows:
         if answered is None:
             return self._strays.segment(segment, Direction.EGRESS, key)
         return self._answered_out(segment, answered)
-
-    def _opened_out(self, segment: Segment, session: Session, mark: int, now: float) -> Verdict:
-        """Let the pod's first segment after the SYN-ACK carry the proof, and release the flow with it."""
-        if segment.flags & RST:
-            if self._context.is_injected(session.key.ends, segment.flags, (segment.seq, segment.ack)):
-                return ACCEPT  # That of `_without_frame`; the handshake goes on.
-            self._context.end(self._opened, session, Event.RESET)
-            return bare_reset(segment)
-        match session.state:
-            case State.VERIFIED:
-                return self._prove(segment, session, mark, now)
-            case State.PROVING:
-                return self._pass_standalone_proof(segment, session, now)
-            case State.RELEASED:
-                return session.establish(now)
-            case _:
-                raise PeerError(Reason.UNKNOWN_FLOW, f"segment while {session.state.name.lower()}")
-
-    def _prove(self, segment: Segment, session: Session, mark: int, now: float) -> Verdict:
-        context, options = self._context, segment.options
-        option = proof_option(session.proof, is_standalone=False)
-        is_bare = segment.data == segment.end
-        is_small = is_bare or segment.end + len(option) <= len(session.frame) + _SYN_HEADERS
-        if has_room(options) and is_small and not mark & GSO:
-            # First, since nothing counts that follows an end-of-options marker of the pod's stack.
-            packet = with_options_and_payload(segment, option + options, segment.payload)
-            release = context.settle(session, Event.PROOF_ATTACHED, now)
-            if is_bare:
-                session.resend = (Inject(packet),)
-            return Verdict(Action.RELEASE, packet, release.mark)
-        alone = standalone_proof(session, segment.window)
-        if is_bare:
-            session.resend = (alone, Inject(with_options_and_payload(segment, options, b"")))
-        return self._hold_behind_proof(session, alone, now)
-
-    def _hold_behind_proof(self, session: Session, alone: Inject, now: float) -> Verdict:
-        session.advance(Event.PROOF_SENT)
-        verdict = self._context.hold(session, None, now)
-        self._context.effects.append(alone)
-        return verdict
-
-    def _pass_standalone_proof(self, segment: Segment, session: Session, now: float) -> Verdict:
-        found = find_proof(segment.options)
-        if found is None or not found.is_standalone or found.proof != session.proof:
-            if session.held:
-                return self._context.hold(session, None, now)
-            # What waited timed out, and so our ACK was lost before it came here.
-            return self._hold_behind_proof(session, standalone_proof(session, segment.window), now)
-        release = self._context.settle(session, Event.PROOF_PASSED, now)
-        self._context.settle_held(session, release)
-        return release
-
-    def _opened_in(self, segment: Segment, session: Session, now: float) -> Verdict:
-        """Let in what the peer may send before our proof has reached it."""
-        if session.state is State.RELEASED:
-            return session.establish(now)
-        is_shown = session.state is State.SHOWN
-        if segment.flags & RST:
-            if not is_shown:
-                return bare_reset(segment)
-            verdict = refusal(segment, session)
-            self._context.end(self._opened, session, Event.RESET)
-            return verdict
-        if segment.data == segment.end and is_shown:
-            # A challenge ACK of a peer that still has the last connection of these ports (RFC 5961): the pod's kernel
-            # answers it with a RST and sends its SYN again.
-            return ACCEPT
-        raise PeerError(Reason.UNKNOWN_FLOW, f"segment while {session.state.name.lower()}")
 
     # A connection is opened to the pod.
 
@@ -422,7 +293,7 @@ class TCPFlows:
         opened = self._opened.get(key.in_role(_INITIATOR))
         if opened is None:
             return self._strays.segment(segment, Direction.INGRESS, key)
-        return self._opened_in(segment, opened, now)
+        return self._opening.segment_in(segment, opened, now)
 
     def _answered_in(self, segment: Segment, session: Session, now: float) -> Verdict:
         """Let nothing through to the pod before the initiator's proof."""

@@ -14,9 +14,10 @@ from enforcer_daemon.datapath.engine import SUSPICION_POLL_S, Initiator, Respond
 from enforcer_daemon.datapath.flowindex import is_by_address
 from enforcer_daemon.datapath.messages import Messages, accepted_bare
 from enforcer_daemon.datapath.rehandshake import Rehandshakes
+from enforcer_daemon.datapath.udpopened import PATIENCE_S, OpenedFlows
 from enforcer_daemon.errors import FrameError, PeerError, ProofError
 from enforcer_daemon.handshake.carriers import UDP
-from enforcer_daemon.handshake.datagrams import bare, beside, find_message, has_marker, marked
+from enforcer_daemon.handshake.datagrams import bare, beside, find_message, has_marker
 from enforcer_daemon.handshake.flowkey import FlowKey, Role
 from enforcer_daemon.handshake.frames import (
     TYPE_ANSWER,
@@ -27,10 +28,8 @@ from enforcer_daemon.handshake.frames import (
     TYPE_REHANDSHAKE,
     decode_head,
     decode_proof,
-    encode_proof,
     frame_type,
 )
-from enforcer_daemon.handshake.lapse import UDP_LAPSE_S
 from enforcer_daemon.handshake.machine import Event, State
 from enforcer_daemon.handshake.session import NEVER, Session
 from enforcer_daemon.marks import CHECKSUM_PARTIAL, GSO, NODE, RELEASED, REPLY
@@ -48,8 +47,6 @@ RETRANSMIT_S = 0.1
 """The least time before the enforcer's message is sent again, seconds; it doubles each time."""
 MAX_TRIES = 4
 """How often it is sent again."""
-PATIENCE_S = 0.2
-"""How long an enforcer is waited for if policy allows the address with any pod there, seconds."""
 _MAX_LAG_S = 0.3
 """A queue that is further behind is not waited for any longer: datagrams wait for a second only."""
 _MAX_ANSWERS = 2 * MAX_TRIES
@@ -71,6 +68,7 @@ class UDPFlows:
         self.messages = Messages(context)
         self.initiator: Initiator[UDPDatagram] = Initiator(context, self)
         self.responder: Responder[UDPDatagram] = Responder(context, self)
+        self._opened = OpenedFlows(context, self.initiator, self.messages)
         self.rehandshakes = Rehandshakes(context, self.messages, self.initiator, self.responder, self._offer_alone)
         self._lag_s = 0.0
         """How long an offer waited in the pod's queue lately, seconds; its answer waits there as long."""
@@ -99,7 +97,7 @@ class UDPFlows:
                 session.advance(Event.OFFER_ATTACHED)
                 return Verdict(Action.ACCEPT, beside(packet, session.frame))
             if session.state is State.UNANSWERED:
-                return self._without_room(packet, session, now)
+                return self._opened.send_without_room(packet, session, now)
         verdict = self._context.hold(session, packet, now)
         if is_first:
             self._await_answer(session, now)
@@ -122,7 +120,7 @@ class UDPFlows:
             self._responder_overdue(session, now)
         elif session.is_address_allowed:
             if session.state is State.REPLIED:
-                self._take_as_address(session, now)
+                self._opened.take_as_address(session, now)
                 return
             # Nothing came back at all: datagrams may be too large to carry the offer, and the peer without an enforcer.
             session.advance(Event.PATIENCE_ENDED)
@@ -169,30 +167,8 @@ class UDPFlows:
         if session.state is State.RELEASED:
             return session.establish(now)
         if session.state is State.DOUBTED:
-            return self._send_doubted(datagram, session, now)
+            return self._opened.send_in_doubt(datagram, session, now)
         return self.send_offer(datagram, session, 0, now)
-
-    def _send_doubted(self, datagram: UDPDatagram, session: Session, now: float) -> Verdict:
-        """Let a datagram of a fresh pod out to a peer that showed no identity.
-
-        The peer may be a pod that still has the flow of the former owner of the address: its enforcer sees no plain
-        datagram of that. So each carries the offer, as long as the address is fresh.
-        """
-        session.deadline = now + UDP_LAPSE_S
-        if not self.messages.has_room(datagram, session.frame):
-            return self._without_room(datagram, session, now)
-        session.advance(Event.OFFER_ATTACHED)
-        return Verdict(Action.ACCEPT, beside(datagram, session.frame), session.establish(now).mark)
-
-    def _without_room(self, datagram: UDPDatagram, session: Session, now: float) -> Verdict:
-        """Let a datagram out that no enforcer answered, and which has no room for the offer."""
-        if now >= self._context.fresh_until:
-            return ACCEPT
-        if now - session.sent_at >= PATIENCE_S:
-            session.sent_at = now
-            session.advance(Event.OFFER_SENT)
-            self.messages.send(session.key, session.frame)
-        return Verdict(Action.ACCEPT, marked(datagram))
 
     def _offer_alone(self, key: FlowKey, now: float) -> Session:
         session = self.initiator.begin(key, 0, now)
@@ -205,68 +181,6 @@ class UDPFlows:
         session.tries, session.sent_at = 0, now
         wait_s = PATIENCE_S if session.is_address_allowed else RETRANSMIT_S + 2 * self._lag_s
         self._context.timers.set(session, now + wait_s)
-
-    # What comes back to a flow that the pod opened.
-
-    def _answer_in(self, datagram: UDPDatagram, message: bytes, key: FlowKey, mark: int, now: float) -> Verdict:
-        """Verify who answers, decide on egress, prove, and release what waits; the answer itself ends here."""
-        context, session = self._context, self.initiator.find(key, now)
-        if session is None:
-            raise PeerError(Reason.UNKNOWN_FLOW, "an answer to no offer")
-        if not self.initiator.accept_answer(datagram, session, message, 0, now):
-            return Verdict(Action.CONSUME)
-        if session.state is State.VERIFIED:
-            context.settle(session, Event.PROOF_ATTACHED, now)
-        else:
-            session.advance(Event.PROOF_SENT)
-            context.prove(session, now)
-        proof = encode_proof(session.nonce_i, session.proof)
-        release = session.establish(now)
-        if session.held:  # What waits goes first, and takes the flow with it.
-            self.messages.establish(session, proof, release, now)
-            return TAKEN
-        self.messages.send(session.key, proof)
-        when_drained = not mark & RELEASED and release.when_drained
-        return Verdict(Action.CONSUME, mark=release.mark, when_drained=when_drained)
-
-    def _opened_in(self, datagram: UDPDatagram, session: Session, now: float) -> Verdict:
-        """Let in what comes back without an identity: from an address that policy allows, or once a peer showed one.
-
-        An answer can overtake the other enforcer's, so the address is not taken for the peer at once.
-        """
-        if session.state is State.DOUBTED:
-            session.deadline = now + UDP_LAPSE_S
-            return Verdict(Action.ACCEPT, mark=session.establish(now).mark)
-        if session.state is State.RELEASED:
-            return session.establish(now)
-        grant = self._context.policy.egress(None, datagram.src, datagram.sport, _PROTOCOL).grant
-        if grant is None:
-            return self._context.hold(session, None, now)
-        is_first, session.grant = session.grant is None, grant
-        session.advance(Event.PLAIN_REPLY)
-        patient_until = session.opened_at + PATIENCE_S
-        if now < patient_until:
-            if session.wake_at == NEVER:
-                self._context.timers.set(session, patient_until)
-            return Verdict(Action.ACCEPT, mark=grant.verdict.mark) if is_first else ACCEPT
-        release = self._take_as_address(session, now)
-        is_doubted = now < session.doubted_until
-        return Verdict(Action.ACCEPT, mark=release.mark) if is_doubted else release
-
-    def _take_as_address(self, session: Session, now: float) -> Verdict:
-        """Release a flow by its peer's address, since no identity was shown; a fresh pod's stays in the queue."""
-        context = self._context
-        if not self.initiator.accept_reply(session):
-            return DROP
-        if now < context.fresh_until:
-            release = context.settle(session, Event.TAKEN_IN_DOUBT, now)
-            session.doubted_until, session.deadline = context.fresh_until, now + UDP_LAPSE_S
-            self.messages.establish(session, b"", ACCEPT, now)
-            return release
-        context.settle(session, Event.TAKEN_AS_ADDRESS, now)
-        release = session.establish(now)
-        self.messages.establish(session, b"", release, now)
-        return release
 
     # What comes in.
 
@@ -283,7 +197,7 @@ class UDPFlows:
             case kind if kind == TYPE_PROOF:
                 return self._proof_in(datagram, found, key, mark, now)
             case kind if kind in (TYPE_ANSWER, TYPE_CHALLENGE) and is_standalone:
-                return self._answer_in(datagram, content, key.in_role(Role.INITIATOR), mark, now)
+                return self._opened.answer_in(datagram, content, key.in_role(Role.INITIATOR), mark, now)
             case kind if kind == TYPE_REHANDSHAKE and is_standalone:
                 return self.rehandshakes.requested(content, key.in_role(Role.INITIATOR), mark, now)
             case kind if kind == TYPE_LEASE and is_standalone:
@@ -322,7 +236,7 @@ class UDPFlows:
             return self._answered_in(datagram, answered, now)
         opened = self.initiator.find(key.in_role(Role.INITIATOR), now)
         if opened is not None:
-            return self._opened_in(datagram, opened, now)
+            return self._opened.datagram_in(datagram, opened, now)
         if mark & REPLY:
             raise PeerError(Reason.UNKNOWN_FLOW, "a reply in a flow that is not released")
         return self._plain_in(datagram, key, now)
