@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, suppress
 from dataclasses import replace
-from ipaddress import ip_address
+from ipaddress import ip_address, ip_network
 from pathlib import Path
 from types import TracebackType
 from typing import Self
@@ -128,6 +128,9 @@ class Lab:
         for name in (fabric, *(place.netns for place in places)):
             add_netns(name)
         networks = {f"node:{node.name}": node.pod_networks for node in self.spec.nodes}
+        # Whoever is outside reaches external addresses of Services through the first node.
+        external = tuple(ip_network(address) for service in self.spec.services for address in service.external_ips)
+        networks[f"node:{self.spec.nodes[0].name}"] += external
         for name in (fabric, *(place.netns for place in places if place.name in networks)):
             write_sysctls(name, ROUTER_SYSCTLS)
         steps: list[Step] = [SetUp("lo")]

@@ -95,8 +95,9 @@ def node_rules(services: Sequence[tuple[ServiceSpec, Sequence[IPAddress]]]) -> s
                 chain = f"svc-{index}-{port.protocol.name.lower()}-{port.port}-v{version}"
                 endpoints = [address for address in backends if address.version == version]
                 fronts = [address for address in service.addresses if address.version == version]
-                if endpoints and fronts:
-                    rules += _dispatch(chain, port, fronts)
+                external = [address for address in service.external_ips if address.version == version]
+                if endpoints and (fronts or external):
+                    rules += _dispatch(chain, port, fronts, external)
                     chains += _service_chains(chain, port, endpoints)
     return "\n".join([*_skeleton(rules), *chains, "}", ""])
 
@@ -132,15 +133,19 @@ def _skeleton(dispatch: Iterable[str]) -> list[str]:
     ]
 
 
-def _dispatch(chain: str, port: ServicePort, fronts: Sequence[IPAddress]) -> list[str]:
-    family = "ip" if fronts[0].version == 4 else "ip6"
+def _dispatch(chain: str, port: ServicePort, fronts: Sequence[IPAddress], external: Sequence[IPAddress]) -> list[str]:
+    family = "ip" if (*fronts, *external)[0].version == 4 else "ip6"
     protocol = port.protocol.name.lower()
-    addresses = ", ".join(map(str, fronts))
-    rules = [f"{family} daddr {{ {addresses} }} {protocol} dport {port.port} goto {chain}"]
-    if port.node_port is not None:
+    masquerade = f"meta mark set meta mark | {MASQUERADE_MARK} "
+    rules = []
+    for addresses, mark in ((fronts, ""), (external, masquerade)):
+        if addresses:
+            listed = ", ".join(map(str, addresses))
+            rules.append(f"{family} daddr {{ {listed} }} {protocol} dport {port.port} {mark}goto {chain}")
+    if fronts and port.node_port is not None:
         rules.append(
             f"meta nfproto {'ipv4' if family == 'ip' else 'ipv6'} fib daddr type local {protocol} dport "
-            f"{port.node_port} meta mark set meta mark | {MASQUERADE_MARK} goto {chain}"
+            f"{port.node_port} {masquerade}goto {chain}"
         )
     return rules
 

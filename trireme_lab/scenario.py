@@ -262,6 +262,7 @@ def _decode_service(tree: object, path: str) -> ServiceSpec:
             addresses=fields.take("addresses", list_of(parsed_by(_service_address))),
             pods=fields.take("pods", list_of(_pod_ref)),
             ports=fields.take("ports", list_of(_decode_service_port)),
+            external_ips=fields.take("externalIPs", _addresses, []),
         )
 
 

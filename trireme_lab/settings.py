@@ -16,7 +16,9 @@ def daemon_settings(
 ) -> dict[str, object]:
     """Return what to write for a node; `authority` is the lab's CA: certificate and key, the same for all nodes."""
     has_node_ports = any(port.node_port is not None for service in spec.services for port in service.ports)
-    node_addresses = [str(a) for n in spec.nodes for a in n.addresses] if has_node_ports else []
+    external = [address for service in spec.services for address in service.external_ips]
+    node_addresses = [address for node in spec.nodes for address in node.addresses]
+    virtual = [*(node_addresses if has_node_ports else ()), *external]
     certificate, key = authority
     settings: dict[str, object] = {
         "node": node.name,
@@ -27,10 +29,10 @@ def daemon_settings(
             "enforced": [str(network) for network in pod_networks(spec.nodes)],
             "virtual": [
                 *(str(network) for network in SERVICE_NETWORKS),
-                *(f"{address}/{128 if ':' in address else 32}" for address in node_addresses),
+                *(f"{address}/{address.max_prefixlen}" for address in virtual),
             ],
-            # A node port rewrites the source to the node's address, whatever pod dialed it.
-            "masquerade": node_addresses,
+            # Node ports and external addresses rewrite the source to the node's address, whatever pod dialed them.
+            "masquerade": list(map(str, node_addresses)) if virtual else [],
         },
         "registration": {"runDir": str(directories.run), "cniResultsDir": str(directories.cni / "cache" / "results")},
     }

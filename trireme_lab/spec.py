@@ -96,6 +96,8 @@ class ServiceSpec:
     addresses: tuple[IPAddress, ...]
     pods: tuple[PodRef, ...]
     ports: tuple[ServicePort, ...]
+    external_ips: tuple[IPAddress, ...] = ()
+    """Addresses that each node translates too, with masquerade; the fabric routes them to the first node."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -132,6 +134,12 @@ class LabSpec:
             for number, pod in enumerate(service.pods):
                 if pod not in pods:
                     raise ScenarioError(f"services[{index}].pods[{number}]: there is no pod {pod}")
+            for number, address in enumerate(service.external_ips):
+                if any(
+                    address in network for node in self.nodes for network in (*node.pod_networks, *SERVICE_NETWORKS)
+                ):
+                    where = f"services[{index}].externalIPs[{number}]"
+                    raise ScenarioError(f"{where}: {address} is inside the networks of pods or of Services")
 
     def _attachments(self) -> Iterable[tuple[str, str]]:
         """Yield who hangs on which node's bridge."""
@@ -147,6 +155,7 @@ class LabSpec:
             *(pod.addresses for pod in self.pods),
             *(host.addresses for host in self.hosts),
             *(service.addresses for service in self.services),
+            *(service.external_ips for service in self.services),
         )
         for addresses in owners:
             yield from addresses

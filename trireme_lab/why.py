@@ -52,7 +52,8 @@ def find_denial(lab: Lab, flow: Flow, probe: Probe, result: ProbeResult) -> Deni
 def _target_pods(lab: Lab, flow: Flow, probe: Probe) -> list[str]:
     """The pods that could answer: behind the Service, or at the dialed address."""
     for service in lab.spec.services:
-        if flow.target == f"service:{service.namespace}/{service.name}":
+        is_dialed = probe.address in (*service.addresses, *service.external_ips)
+        if is_dialed or flow.target == f"service:{service.namespace}/{service.name}":
             return [str(pod) for pod in service.pods]
     return [str(pod) for pod, sandbox in lab.pods.items() if probe.address in sandbox.place.addresses]
 

@@ -42,7 +42,16 @@ PODS = (
     pod("to-service-address", "a"),
     pod("to-others", "a"),
 )
-SERVICES = (_service("web", 10, "web-a", "web-b"), _service("web-a", 11, "web-a"), _service("web-b", 12, "web-b"))
+EXTERNAL = {4: ip_address("198.51.100.9"), 6: ip_address("2001:db8:9::9")}
+EXTERNAL_OPEN = {4: ip_address("198.51.100.10"), 6: ip_address("2001:db8:9::10")}
+"""Those of a Service whose pod no policy selects."""
+SERVICES = (
+    _service("web", 10, "web-a", "web-b"),
+    _service("web-a", 11, "web-a"),
+    _service("web-b", 12, "web-b"),
+    replace(_service("external", 13, "web-b"), external_ips=tuple(EXTERNAL.values())),
+    replace(_service("open", 14, "to-web"), external_ips=tuple(EXTERNAL_OPEN.values())),
+)
 MANIFESTS = (
     policy("deny-all", "web", ingress=[]),
     policy("web", "web", ingress=[{"from": [app("client"), app("to-web")], "ports": [{"port": HTTP.number}]}]),
@@ -103,6 +112,18 @@ def test_egress_is_judged_by_the_pod_that_answers(lab: Lab, target: str, version
     assert outcome(lab, "x/to-web", target, PORT, version) is Outcome.CONNECTED
     for source in ("x/to-service-port", "x/to-service-address", "x/to-others"):
         assert outcome(lab, source, target, PORT, version).is_denied
+
+
+@pytest.mark.parametrize("version", VERSIONS)
+def test_external_addresses_lead_to_the_pods_by_identity_and_outsiders_there_by_address(lab: Lab, version: int) -> None:
+    address, open_address = str(EXTERNAL[version]), str(EXTERNAL_OPEN[version])
+    for source in ("x/client", "x/to-web"):
+        assert outcome(lab, source, address, PORT, version) is Outcome.CONNECTED
+    assert outcome(lab, "x/stranger", address, PORT, version).is_denied
+    assert denials(lab, "x/web-b")[-1] == "ingress-denied"
+    assert outcome(lab, "x/to-others", address, PORT, version).is_denied
+    assert outcome(lab, "host:outside", address, PORT, version).is_denied
+    assert outcome(lab, "host:outside", open_address, PORT, version) is Outcome.CONNECTED
 
 
 @pytest.mark.parametrize("version", VERSIONS)

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from ipaddress import ip_address, ip_network
 from pathlib import Path
 
@@ -44,6 +45,19 @@ def test_service_rules_are_made_where_both_ends_have_the_family() -> None:
     assert "dnat ip to 10.244.1.2:8080" in rules
     assert "fd00::2" not in rules
     assert "ct state invalid counter drop" in rules
+
+
+def test_external_addresses_are_translated_with_masquerade_and_are_virtual() -> None:
+    external = (ip_address("198.51.100.9"), ip_address("2001:db8::9"))
+    service = ServiceSpec("x", "s", (ip_address("10.96.0.1"),), (), (ServicePort(80, 8080, node_port=30080),), external)
+    rules = node_rules([(service, [ip_address("10.244.1.2"), ip_address("fd00::2")])])
+    assert "ip daddr { 198.51.100.9 } tcp dport 80 meta mark set meta mark | 0x4000 goto svc-0-tcp-80-v4" in rules
+    assert "ip6 daddr { 2001:db8::9 } tcp dport 80 meta mark set meta mark | 0x4000 goto svc-0-tcp-80-v6" in rules
+    assert "nfproto ipv6" not in rules  # No cluster address of that family, so no node port.
+    world = LabSpec(nodes=(NODE,), services=(replace(service, ports=(ServicePort(80, 8080),)),))
+    settings = decode_settings(daemon_settings(world, NODE, NodeDirectories(Path("/d")), (Path("/ca"), Path("/key"))))
+    assert settings.networks.virtual[2:] == (ip_network("198.51.100.9/32"), ip_network("2001:db8::9/128"))
+    assert settings.networks.masquerade == NODE.addresses
 
 
 def test_a_nodes_chain_is_the_shipped_one_with_its_own_networks_and_directories() -> None:

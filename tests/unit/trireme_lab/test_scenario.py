@@ -119,6 +119,12 @@ def test_a_scenario_becomes_values() -> None:
         (["steps", 0, "labelPods", 0, "name"], "shop/x", "steps[0].labelPods[0].name: this lab has no shop/x"),
         (["steps", 0, "flows", 0, "reason"], "policy", "steps[0].flows[0].reason: is for flows with expect: deny"),
         (["steps", 0, "remove", 0, "name"], "new", "steps[0].remove[0]: there is no policy shop/new by then (in step"),
+        (
+            ["services", 0, "externalIPs"],
+            ["198.51.100.9", "10.244.1.9"],
+            "services[0].externalIPs[1]: 10.244.1.9 is inside the networks of pods or of Services",
+        ),
+        (["services", 0, "externalIPs"], ["x"], "services[0].externalIPs[0]: "),
         (["services", 0, "addresses", 0], "192.0.2.9", "services[0].addresses[0]: 192.0.2.9 is not in 10.96.0.0/16"),
         (["settings"], {"denyWiht": "reset"}, "settings.denyWiht: unknown setting"),
         (
