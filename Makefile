@@ -36,8 +36,11 @@ test-vm: plugin ## tests marked stock_kernel, on Debian's own kernel under qemu 
 	$(BIN)/python tests/vm/suite.py --prepare
 	$(BIN)/python tests/vm/boot.py --timeout $(VM_TIMEOUT) .venv/bin/python tests/vm/suite.py
 
-check: lint ## format, lint, types, import rules, unit tests: seconds, no root
-	$(PYTEST) --quiet --numprocesses auto --dist loadfile tests/unit tests/property
+check: lint ## format, lint, types, import rules, unit tests and what they cover: no root
+	$(BIN)/coverage erase
+	$(BIN)/coverage run -m pytest --quiet --numprocesses auto --dist loadfile tests/unit tests/property
+	$(BIN)/coverage combine --quiet
+	$(BIN)/python -m tests.covered
 
 lint: $(VENV)/.ready
 	$(BIN)/ruff format --check --quiet .
@@ -66,4 +69,4 @@ lock: $(VENV)/.ready ## resolve requirements.lock anew from pyproject.toml
 	    --custom-compile-command "make lock" --group pyproject.toml:dev pyproject.toml -o requirements.lock
 
 clean: ## remove what the targets made
-	rm -rf build dist trireme.egg-info $(VENV) .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
+	rm -rf build dist trireme.egg-info $(VENV) .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache .coverage*
