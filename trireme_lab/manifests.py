@@ -3,11 +3,10 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import NamedTuple
-
-import yaml
 
 from enforcer_daemon.model import PodRef
 from trireme_lab.errors import ScenarioError
@@ -71,7 +70,7 @@ def put_manifest(directory: Path, staging: Path, manifest: Manifest) -> None:
     """Add or replace an object; a reader of the directory sees the old file or the new one, whole."""
     file_name = object_ref(manifest).file_name
     draft = staging / file_name
-    draft.write_text(yaml.safe_dump(dict(manifest), sort_keys=False), encoding="utf-8")
+    draft.write_text(json.dumps(manifest, indent=2), encoding="utf-8")  # JSON is YAML whose strings are all quoted.
     draft.rename(directory / file_name)
 
 

@@ -11,8 +11,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import yaml
-
 from trireme_lab.errors import LabError
 from trireme_lab.manifests import ObjectRef, put_manifest, remove_manifest
 from trireme_lab.process import NetnsProcess
@@ -97,7 +95,7 @@ class Node:
 
     def write_settings(self, settings: Mapping[str, object]) -> None:
         """Write the daemon's settings file; read by the next start."""
-        self.directories.settings.write_text(yaml.safe_dump(dict(settings), sort_keys=False), encoding="utf-8")
+        self.directories.settings.write_text(json.dumps(settings, indent=2), encoding="utf-8")
 
     def start(self) -> None:
         """Start the daemon; `wait_ready` waits for it. Does nothing in a world without enforcement."""

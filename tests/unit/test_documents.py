@@ -69,14 +69,14 @@ def test_aliases_and_merges_are_followed() -> None:
         ("a: {'<<': *x}", {"<<": {"k": 1, "l": 2}}),
     ],
 )
-def test_merges_count_in_the_order_that_kubectl_has(text: str, value: object):
+def test_merges_count_in_the_order_that_kubectl_has(text: str, value: object) -> None:
     found = only(f"x: &x {{k: 1, l: 2}}\ny: &y {{k: 5, m: 2}}\n{text}").manifest
     assert isinstance(found, dict)
     assert found["a"] == value
 
 
 @pytest.mark.parametrize("break_", ["\n", "\r\n"])
-def test_each_document_may_begin_with_a_byte_order_mark(break_: str):
+def test_each_document_may_begin_with_a_byte_order_mark(break_: str) -> None:
     text = break_.join(["\ufeffa: 1", "---", "\ufeffb: 2", "--- # c", "\ufeffc: \ufeff3", "\ufeff---", "d: 4", ""])
     documents = read_documents(text, is_json=False)
     assert [(d.line, d.manifest) for d in documents] == [
@@ -84,7 +84,7 @@ def test_each_document_may_begin_with_a_byte_order_mark(break_: str):
     ]  # fmt: skip
 
 
-def test_text_is_utf_8_or_utf_16_with_a_mark():
+def test_text_is_utf_8_or_utf_16_with_a_mark() -> None:
     for content in ("\ufeffé".encode(), "é".encode(), "é".encode("utf-16"), "\ufeffé".encode("utf-16-be")):
         assert decode_text(content) == "é"
     for content in ("é".encode("latin-1"), b"\xff\xfea"):
@@ -92,7 +92,7 @@ def test_text_is_utf_8_or_utf_16_with_a_mark():
             decode_text(content)
 
 
-def test_numbers_of_json_are_as_go_writes_them():
+def test_numbers_of_json_are_as_go_writes_them() -> None:
     (document,) = read_documents('{"a": 80.0, "b": 1e3, "c": 1.5, "d": 1e21}', is_json=True)
     assert document.manifest == {"a": 80, "b": 1000, "c": 1.5, "d": 1e21}
     assert isinstance(document.manifest, dict)

@@ -3,11 +3,11 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
 import pytest
-import yaml
 from click.testing import CliRunner
 
 from enforcer_daemon.__main__ import main
@@ -192,7 +192,7 @@ def test_all_that_has_no_effect_is_named_at_once() -> None:
 def test_check_config_shows_warnings(tmp_path: Path) -> None:
     path = tmp_path / "enforcer.yaml"
     directories = {"stateDir": str(tmp_path), "registration": {"runDir": str(tmp_path)}}
-    path.write_text(yaml.safe_dump({"node": "n", **directories}))
+    path.write_text(json.dumps({"node": "n", **directories}))
     result = CliRunner().invoke(main, ["--config", str(path), "--check-config"])
     assert result.exit_code == 0
     assert f"{path}: warning: policyDir: is null without kubernetes.enabled" in result.output
