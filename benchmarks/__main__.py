@@ -6,7 +6,7 @@ from __future__ import annotations
 from benchmarks import changes, cluster, connections, decisions, dns, floods, netlink, tenants
 
 if __name__ == "__main__":
-    connections.main()
+    connections.main([])
     print()
     dns.main()
     print()

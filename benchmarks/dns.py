@@ -8,20 +8,19 @@ own; the pods have met before, so the handshake costs no signature. The resolver
 from __future__ import annotations
 
 import json
-import statistics
 import sys
 
-from benchmarks.connections import LOAD, WORLD, Row, print_rows
+from benchmarks.connections import LOAD, WORLD, Rounds, Row, print_rows, row
 from trireme_lab.lab import Lab
 
 ROUNDS = 15
 QUERIES = 400
-_WAYS = (("without", "host:client", "host:server"), ("with", "bench/client", "bench/server"))
+_WAYS = (("no agent", "host:client", "host:server"), ("enforcer", "bench/client", "bench/server"))
 
 
 def run() -> list[Row]:
     """Measure; takes about half a minute, as root."""
-    rounds: dict[str, list[dict[str, float]]] = {"without": [], "with": []}
+    rounds: Rounds = {kind: [] for kind, _, _ in _WAYS}
     with Lab(WORLD) as lab:
         for _, _, server in _WAYS:
             _start_resolver(lab, server)
@@ -30,7 +29,7 @@ def run() -> list[Row]:
                 result = _ask(lab, client, str(lab.address_of(server)))
                 if number:  # The first round warms caches on both sides.
                     rounds[kind].append(result)
-    return [_row("query p50 (us)", rounds, "p50_us"), _row("query p99 (us)", rounds, "p99_us")]
+    return [row("query p50 (us)", rounds, "p50_us"), row("query p99 (us)", rounds, "p99_us")]
 
 
 def _start_resolver(lab: Lab, place: str) -> None:
@@ -47,17 +46,12 @@ def _ask(lab: Lab, client: str, address: str) -> dict[str, float]:
     return result
 
 
-def _row(what: str, rounds: dict[str, list[dict[str, float]]], key: str) -> Row:
-    without, with_enforcer = (statistics.median(result[key] for result in rounds[kind]) for kind in ("without", "with"))
-    return Row(what, without, with_enforcer)
-
-
 def main() -> None:
     """Print the table."""
     rows = run()
-    print_rows(rows)
-    median = rows[0]
-    print(f"added to a query at the median: {median.with_enforcer - median.without:.0f} us")
+    print_rows(rows, "no agent")
+    median = rows[0].figures
+    print(f"added to a query at the median: {median['enforcer'] - median['no agent']:.0f} us")
 
 
 if __name__ == "__main__":
