@@ -17,7 +17,7 @@ from trireme_lab.process import NetnsProcess
 from trireme_lab.spec import Manifest, NodeSpec
 from triremectl.admin_client import AdminError, call
 
-_READY_TIMEOUT_S = 180.0
+_READY_TIMEOUT_S = 400.0
 _POLL_S = 0.02
 _SETTLE_TIMEOUT_S = 15.0
 _SETTLE_QUIET_S = 0.06
