@@ -278,10 +278,11 @@ class Lab:
         return place
 
     def _apply_services(self) -> None:
-        backends = [
-            (service, [address for pod in service.pods for address in self.pods[pod].place.addresses])
-            for service in self.spec.services
-        ]
+        backends = []
+        for service in self.spec.services:
+            places = [self.pods[pod].place for pod in service.pods]
+            places += [self.place(f"host:{name}") for name in service.hosts]
+            backends.append((service, [address for place in places for address in place.addresses]))
         for node in self.nodes.values():
             run([*exec_prefix(node.netns), "nft", "-f", "-"], node_rules(backends))
 

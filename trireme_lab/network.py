@@ -84,8 +84,8 @@ def routed_bridge_steps(node: NodeSpec) -> list[Step]:
 def node_rules(services: Sequence[tuple[ServiceSpec, Sequence[IPAddress]]]) -> str:
     """Render what kube-proxy and a strict primary plugin do on a node.
 
-    `services` pairs each Service with the addresses of its pods. The order of hooks and the marks are kube-proxy's;
-    packets that conntrack calls invalid are dropped, as Calico does.
+    `services` pairs each Service with the addresses of its endpoints. The order of hooks and the marks are
+    kube-proxy's; packets that conntrack calls invalid are dropped, as Calico does.
     """
     rules: list[str] = []
     chains: list[str] = []

@@ -141,6 +141,10 @@ def _check_names(spec: LabSpec, steps: Sequence[Step]) -> None:
     pods = {str(pod.pod) for pod in spec.pods}
     places = {*pods, *(f"host:{host.name}" for host in spec.hosts), *(f"node:{node.name}" for node in spec.nodes)}
     targets = {*places, *(f"service:{service.namespace}/{service.name}" for service in spec.services)}
+    hosts = {host.name for host in spec.hosts}
+    for index, service in enumerate(spec.services):
+        for position, host in enumerate(service.hosts):
+            _check_name(f"services[{index}].hosts[{position}]", host, hosts, "the name of a host")
     for number, step in enumerate(steps, 1):
         path, where = f"steps[{number - 1}]", in_step(number, step.title)
         for index, change in enumerate(step.label_pods):
@@ -260,8 +264,9 @@ def _decode_service(tree: object, path: str) -> ServiceSpec:
             namespace=reference.namespace,
             name=reference.name,
             addresses=fields.take("addresses", list_of(parsed_by(_service_address))),
-            pods=fields.take("pods", list_of(_pod_ref)),
+            pods=fields.take("pods", list_of(_pod_ref), []),
             ports=fields.take("ports", list_of(_decode_service_port)),
+            hosts=fields.take("hosts", list_of(text), []),
             external_ips=fields.take("externalIPs", _addresses, []),
         )
 

@@ -89,7 +89,7 @@ class ServicePort:
 
 @dataclass(frozen=True, slots=True)
 class ServiceSpec:
-    """A Service: virtual addresses that each node translates to one of the pods."""
+    """A Service: virtual addresses that each node translates to one of the pods, or of the hosts."""
 
     namespace: str
     name: str
@@ -98,6 +98,8 @@ class ServiceSpec:
     ports: tuple[ServicePort, ...]
     external_ips: tuple[IPAddress, ...] = ()
     """Addresses that each node translates too, with masquerade; the fabric routes them to the first node."""
+    hosts: tuple[str, ...] = ()
+    """Names of hosts that are endpoints, as of a Service without a selector (the API server's)."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -22,8 +22,8 @@ PREFIX = "service:"
 class Backend:
     """A pod that may answer for a Service."""
 
-    probe: Probe
-    """What to decide: the source towards this pod, on its own port."""
+    probes: tuple[Probe, ...]
+    """What to decide: the source towards this pod, on its own port. Of several, one that is allowed will do."""
     shown: Probe
     """The same, with the pod's name."""
     note: str = ""
@@ -78,13 +78,13 @@ def _find(probe: Probe, service: Service, port: ServicePort, pods: Iterable[Pod]
             continue
         shown = replace(probe, destination=str(pod.ref), port=number)
         if pod.is_on_host_network:
-            # No identity answers, so egress is decided by what was dialed, as the daemon does.
+            # No identity answers, so egress is decided by either address, as the daemon does.
             front = dialed or next(iter(service.addresses), None)
-            note = f"{pod.ref} is on its node's network: decided by the dialed address"
-            own = shown if front is None else replace(probe, destination=str(front), port=port.number)
-            yield Backend(own, shown, note)
+            note = f"{pod.ref} is on its node's network: decided by the dialed address, or by the node's"
+            fronts = () if front is None else (replace(probe, destination=str(front), port=port.number),)
+            yield Backend((*fronts, shown), shown, note)
         else:
-            yield Backend(shown if dialed is None else replace(shown, destination=str(addresses[0])), shown)
+            yield Backend((shown if dialed is None else replace(shown, destination=str(addresses[0])),), shown)
 
 
 def _is_selected(labels: Mapping[str, str], selector: Mapping[str, str]) -> bool:

@@ -6,7 +6,7 @@ from __future__ import annotations
 import gzip
 import json
 import sys
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from ipaddress import IPv4Network
 from pathlib import Path
@@ -232,7 +232,7 @@ def _answer(cluster: ClusterState, services: list[Service], probe: Probe, *, is_
         nodes = {ip: pod.node for pod in pods if pod.is_on_host_network and pod.node for ip in pod.ips}
         cases = CaseCluster(pods, cluster.namespaces, policies, nodes)
         if service is not None:
-            decided = [(backend, cases.evaluate(backend.probe, explain=True)) for backend in behind]
+            decided = [(backend, _best(cases, backend.probes)) for backend in behind]
             return _print_service(service, probe, decided, is_json=is_json)
         verdict = cases.evaluate(probe, explain=True)
     except ValueError as err:
@@ -245,6 +245,12 @@ def _answer(cluster: ClusterState, services: list[Service], probe: Probe, *, is_
     for line in (*in_words(probe, verdict), *filter(None, [note])):
         click.echo(f"  {line}")
     return verdict.is_allowed
+
+
+def _best(cases: CaseCluster, probes: Sequence[Probe]) -> ProbeVerdict:
+    """Return the verdict of the first probe that is allowed, else of the last."""
+    verdicts = [cases.evaluate(probe, explain=True) for probe in probes]
+    return next((verdict for verdict in verdicts if verdict.is_allowed), verdicts[-1])
 
 
 def _in_one_line(probe: Probe, verdict: ProbeVerdict) -> str:

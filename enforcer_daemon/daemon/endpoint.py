@@ -9,6 +9,7 @@ import os
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
 from dataclasses import replace
+from functools import partial
 from typing import NamedTuple, TypeVar
 
 from enforcer_daemon.daemon.clusterstate import CompiledState
@@ -24,6 +25,7 @@ from enforcer_daemon.datapath.context import EndpointContext
 from enforcer_daemon.datapath.decisions import FlowPolicy
 from enforcer_daemon.datapath.endpoint import EndpointDatapath, Output
 from enforcer_daemon.datapath.flowindex import EvaluatedBy, is_of
+from enforcer_daemon.datapath.networks import Destination
 from enforcer_daemon.dataplane.addresses import interface
 from enforcer_daemon.dataplane.backends import RulesBackend
 from enforcer_daemon.dataplane.conntrack import Conntrack
@@ -37,6 +39,7 @@ from enforcer_daemon.dataplane.established import (
     take_back,
 )
 from enforcer_daemon.dataplane.liveflows import list_live
+from enforcer_daemon.dataplane.netlink import End
 from enforcer_daemon.dataplane.netns import tune_conntrack
 from enforcer_daemon.dataplane.nodeflows import SentTuple
 from enforcer_daemon.dataplane.queue import MAX_COPIED_BYTES, PacketQueue
@@ -47,7 +50,7 @@ from enforcer_daemon.dataplane.tampering import RulesWatch
 from enforcer_daemon.errors import IdentityTooLargeError
 from enforcer_daemon.handshake.leasepairs import Lapse
 from enforcer_daemon.handshake.leases import Leases
-from enforcer_daemon.model import Direction, EvaluatedFlow, Identity, IPAddress
+from enforcer_daemon.model import Direction, EvaluatedFlow, Identity, IPAddress, Protocol
 from enforcer_daemon.policy.compile import PolicySnapshot
 from enforcer_daemon.policy.evaluate import PodPolicy
 from enforcer_daemon.settings import DataplaneSettings
@@ -216,11 +219,18 @@ class Endpoint:
         def end(netns_fd: int) -> list[ReleasedFlow]:
             if not change.are_addresses_new and question.is_moot(indexes):
                 return []  # Without a look at the kernel's table, which takes long: most changes end nothing.
-            return end_flows(netns_fd, question)
+            with Conntrack() as conntrack:
+                question.translation = partial(self._translation, conntrack)
+                return end_flows(netns_fd, question)
 
         ended = await self._in_netns(end)
         self._note_ended(ended)
         return ended
+
+    def _translation(self, conntrack: Conntrack, sent: SentTuple) -> End | None:
+        destination, port = sent.destination.packed, sent.destination_port
+        known = self._node.context.networks.destination(destination, port, Protocol(sent.protocol))
+        return conntrack.translated_destination(*sent) if known is Destination.VIRTUAL else None
 
     async def end_masqueraded(self) -> list[ReleasedFlow]:
         """End the flows of clients that came as the node and are no longer allowed, as `reconsider` does."""

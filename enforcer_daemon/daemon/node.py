@@ -80,6 +80,7 @@ class Node:
             self.verifier,
             RandomPool().take,
             self._true_source,
+            self._true_destination,
         )
         self.context.lease_times = limits.leases
         self.context.wall_offset_s = wall_clock() - time.monotonic()
@@ -155,3 +156,13 @@ class Node:
             self._log.warning("conntrack cannot be asked", error=str(err))
             return None
         return None if found is None else found.packed
+
+    def _true_destination(
+        self, protocol: int, src: bytes, sport: int, dst: bytes, dport: int
+    ) -> tuple[bytes, int] | None:
+        try:
+            found = self.conntrack.translated_destination(protocol, ip_address(src), sport, ip_address(dst), dport)
+        except DataplaneError as err:
+            self._log.warning("conntrack cannot be asked", error=str(err))  # What was dialed decides.
+            return None
+        return None if found is None else (found[0].packed, found[1])

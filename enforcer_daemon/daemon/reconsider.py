@@ -13,6 +13,8 @@ from dataclasses import dataclass, field, replace
 from enforcer_daemon.daemon.clusterstate import CompiledState
 from enforcer_daemon.datapath.flowindex import BY_ADDRESS, EvaluatedBy, FlowIndex
 from enforcer_daemon.dataplane.established import ReleasedFlow
+from enforcer_daemon.dataplane.netlink import End
+from enforcer_daemon.dataplane.nodeflows import SentTuple
 from enforcer_daemon.model import Direction, EvaluatedFlow, Identity, IPAddress, Protocol
 from enforcer_daemon.policy.evaluate import DirectionPolicy, PodPolicy
 
@@ -20,6 +22,10 @@ _PROTOCOLS = frozenset(Protocol)
 TrueSource = Callable[[int, IPAddress, int, IPAddress, int], IPAddress | None]
 """(protocol, source, source port, destination, destination port) of a flow as the pod sees it -> who opened it; None
 where the node does not know."""
+
+Translation = Callable[[SentTuple], End | None]
+"""What the pod sends in a flow -> the address and port that the node sends it to; None if the dialed address is not
+virtual, or the node does not know the flow."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,6 +62,8 @@ class Reconsideration:
     is_identity_new: bool
     is_peer_denied: Callable[[Identity], bool] = lambda _: False
     """Tells whether a peer is believed no longer, whatever policy says."""
+    translation: Translation = lambda _: None
+    """Asked for flows by address that are denied by what was dialed."""
     _known: dict[int, bool] = field(default_factory=dict)
     """Indexes, and whether their flows are allowed as a whole."""
 
@@ -117,7 +125,13 @@ class Reconsideration:
         policy, address = self._side(flow)
         if flow.protocol not in _PROTOCOLS:
             return not policy.evaluate(None, address, None, None).is_allowed
-        return not policy.evaluate(None, address, flow.destination_port, Protocol(flow.protocol)).is_allowed
+        protocol = Protocol(flow.protocol)
+        if policy.evaluate(None, address, flow.destination_port, protocol).is_allowed:
+            return False
+        if policy is not self.policy.egress:
+            return True
+        behind = self.translation(flow.sent_by(self.own.ips))
+        return behind is None or not policy.evaluate(None, *behind, protocol).is_allowed
 
     def _side(self, flow: ReleasedFlow) -> tuple[DirectionPolicy, IPAddress]:
         """Return the pod's policy for the direction in which the flow was opened, and the remote address."""

@@ -14,6 +14,7 @@ from enforcer_daemon.datapath.flowindex import BY_ADDRESS, UNKNOWN, FlowIndex
 from enforcer_daemon.datapath.networks import Destination
 from enforcer_daemon.datapath.node import NodeContext
 from enforcer_daemon.errors import PeerError
+from enforcer_daemon.handshake.flowkey import FlowKey
 from enforcer_daemon.handshake.frames import SynAckFrame
 from enforcer_daemon.handshake.peers import Peer
 from enforcer_daemon.handshake.session import Grant
@@ -112,6 +113,17 @@ _Question = tuple[Peer | None, bytes, int | None, int]
 """Peer (None: no identity was shown), address, port and protocol of a flow."""
 
 
+class Answered(NamedTuple):
+    """What is decided on a flow whose other end showed no identity."""
+
+    evaluation: Evaluation
+    remote: bytes
+    """Packed address that decided: the dialed one, or the one that the node sends the flow to."""
+    port: int
+    detail: str
+    """For a denial of a virtual address: what is behind it; else empty."""
+
+
 class FlowPolicy:
     """Policy as one endpoint's packets meet it."""
 
@@ -184,6 +196,34 @@ class FlowPolicy:
         """Decide on a flow to a peer that has answered; None: without an identity."""
         question = peer, address, port, protocol
         return self._egress.get(question) or self._ask(Direction.EGRESS, question)
+
+    def answered(self, key: FlowKey) -> Answered:
+        """Decide on a flow of the pod's whose other end showed no identity, by address.
+
+        A rule may name the dialed address, or, if that is virtual, the address and port behind it, as implementations
+        that evaluate after translation do. The node's conntrack knows it once the flow's first packet has left.
+        """
+        protocol, dialed = key.protocol, (key.remote, key.remote_port)
+        evaluation = self.egress(None, *dialed, protocol)
+        if evaluation.grant is not None or not self._is_virtual(*dialed, protocol):
+            return Answered(evaluation, *dialed, "")
+        behind = self._node.true_destination(protocol, key.own, key.own_port, *dialed)
+        if behind is None or behind == dialed:
+            return Answered(evaluation, *dialed, "")
+        translated = self.egress(None, *behind, protocol)
+        if translated.grant is None:
+            return Answered(evaluation, *dialed, f"the node sends it to {ip_address(behind[0])}, port {behind[1]}")
+        return Answered(translated, *behind, "")
+
+    def may_lead_to_allowed(self, key: FlowKey) -> bool:
+        """Return whether a virtual address is dialed, and a rule allows the protocol to some address."""
+        if not self._is_virtual(key.remote, key.remote_port, key.protocol):
+            return False
+        return self._rules.egress.could_allow(None, None, Protocol(key.protocol))
+
+    def _is_virtual(self, address: bytes, port: int, protocol: int) -> bool:
+        is_named = protocol in _NAMED_PROTOCOLS
+        return is_named and self._node.networks.destination(address, port, Protocol(protocol)) is Destination.VIRTUAL
 
     def require_dialled(self, answer: SynAckFrame, peer: Peer, dialed: tuple[bytes, int], protocol: Protocol) -> None:
         """Raise PeerError unless the pod is at the address it states, and that one was dialed or is virtual."""

@@ -16,13 +16,14 @@ from enforcer_daemon.errors import PacketError, PeerError
 from enforcer_daemon.handshake.flowkey import FlowKey, Role
 from enforcer_daemon.handshake.machine import Event, State
 from enforcer_daemon.handshake.session import Grant, Session
+from enforcer_daemon.marks import REPLY
 from enforcer_daemon.model import Decision, Direction, EvaluatedFlow
 from enforcer_daemon.packet.ip import IPHeader, decode_ip
 from enforcer_daemon.packet.tcp import SYN_ACK, TCP, decode_plain_segment, decode_segment
-from enforcer_daemon.packet.transport import decode_datagram
+from enforcer_daemon.packet.transport import SCTP, Datagram, decode_datagram, is_init
 from enforcer_daemon.packet.udp import UDP
 from enforcer_daemon.reasons import Reason
-from enforcer_daemon.verdict import DROP, Effect, Verdict
+from enforcer_daemon.verdict import ACCEPT, DROP, Effect, Verdict
 
 
 class Output(NamedTuple):
@@ -84,7 +85,7 @@ class EndpointDatapath:
             return self._tcp.process(decode_segment(packet, header), direction, mark, now)
         if header.protocol == UDP:
             return self._udp.process(packet, header, direction, mark, now)
-        return self._other(packet, header, direction)
+        return self._other(packet, header, direction, mark)
 
     def run_timers(self, now: float, read_until: float = math.inf) -> Output:
         """Retransmit what was lost, end what took too long, and renew leases.
@@ -170,23 +171,37 @@ class EndpointDatapath:
         entries = context.policy.flows.take_fresh() if fresh else ()
         return Output(verdict, effects, reports, entries, context.timers.next_at if context.timers.is_set else None)
 
-    def _other(self, packet: bytes, header: IPHeader, direction: Direction) -> Verdict:
+    def _other(self, packet: bytes, header: IPHeader, direction: Direction, mark: int) -> Verdict:
         """Decide on what carries no identity by its address; replies follow the release of their flow."""
         datagram = decode_datagram(packet, header)
-        context, protocol = self._context, datagram.protocol
+        context, protocol, port = self._context, datagram.protocol, datagram.dport
         if direction is Direction.EGRESS:
-            remote, evaluation = (
-                datagram.dst,
-                context.policy.outbound(datagram.dst, datagram.dport, protocol).evaluation,
-            )
+            remote = datagram.dst
+            evaluation = context.policy.outbound(remote, port, protocol).evaluation
+            if evaluation.grant is None and protocol == SCTP:
+                return self._sctp_behind(_opened_by(datagram), is_init=is_init(packet, header))
         else:
             context.refuse_reflection(datagram.src, datagram.dst)
+            if mark & REPLY:  # Of a flow that is not released yet: its first packet was let out.
+                return self._sctp_behind(_answered_by(datagram), is_init=False)
             remote, evaluation = context.policy.inbound(datagram, protocol)
-        context.report(direction, remote, datagram.dport, evaluation.decision, protocol)
+        context.report(direction, remote, port, evaluation.decision, protocol)
         if evaluation.grant is None:
             return DROP
         release = evaluation.grant.verdict
         return release if direction is Direction.EGRESS else context.admit(datagram.dst, release)
+
+    def _sctp_behind(self, key: FlowKey, *, is_init: bool) -> Verdict:
+        """Decide on an association that the pod opens by what is behind the virtual address that it dials.
+
+        The node knows that once it has sent the INIT on, so an INIT leaves if a rule allows SCTP to any address.
+        """
+        policy = self._context.policy
+        if is_init and policy.may_lead_to_allowed(key):
+            return ACCEPT
+        evaluation, remote, port, detail = policy.answered(key)
+        self._context.report(Direction.EGRESS, remote, port, evaluation.decision, key.protocol, detail=detail)
+        return DROP if evaluation.grant is None else evaluation.grant.verdict
 
     def _drop(self, packet: bytes, direction: Direction, reason: Reason, detail: str) -> Verdict:
         remote, port, protocol = b"", None, 0
@@ -208,3 +223,15 @@ class EndpointDatapath:
 def _is_syn_ack(packet: bytes, header: IPHeader) -> bool:
     at = header.offset + 13
     return header.protocol == TCP and at < min(header.end, len(packet)) and packet[at] & SYN_ACK == SYN_ACK
+
+
+def _opened_by(datagram: Datagram) -> FlowKey:
+    """Return the flow that the pod opens with a datagram."""
+    src, dst, protocol, sport, dport = datagram
+    return FlowKey(dst, src, dport or 0, sport or 0, protocol, Role.INITIATOR)
+
+
+def _answered_by(datagram: Datagram) -> FlowKey:
+    """Return the flow of the pod's that a datagram answers."""
+    src, dst, protocol, sport, dport = datagram
+    return FlowKey(src, dst, sport or 0, dport or 0, protocol, Role.INITIATOR)

@@ -167,10 +167,13 @@ class Initiator(_Side[P]):
         return True
 
     def accept_reply(self, session: Session) -> bool:
-        """Take the peer for its address, since it showed no identity; a denial ends the session."""
+        """Take the peer for its address, since it showed no identity; a denial ends the session.
+
+        That is the dialed address, or the one that the node's NAT put in its place.
+        """
         context, key = self._context, session.key
-        evaluation = context.policy.egress(None, key.remote, key.remote_port, key.protocol)
-        context.report(Direction.EGRESS, key.remote, key.remote_port, evaluation.decision, key.protocol)
+        evaluation, remote, port, detail = context.policy.answered(key)
+        context.report(Direction.EGRESS, remote, port, evaluation.decision, key.protocol, detail=detail)
         if evaluation.grant is None:
             context.end(self.sessions, session, Event.REFUSED)
             return False

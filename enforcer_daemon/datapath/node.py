@@ -19,6 +19,10 @@ TrueSource = Callable[[int, bytes, int, bytes, int], bytes | None]
 """(protocol, source, source port, destination, destination port) of a packet that came from one of the node's addresses
 -> the packed address it really came from: the same where the node itself sent it, None where the node does not know."""
 
+TrueDestination = Callable[[int, bytes, int, bytes, int], tuple[bytes, int] | None]
+"""(protocol, source, source port, destination, destination port) of what a pod sends -> the packed address and the port
+that the node sends it to; None if the node does not know the flow."""
+
 _FINISHED = -1
 """In place of the connection that used a nonce: the hash of none."""
 
@@ -36,6 +40,7 @@ class NodeContext:
         "placement",
         "random",
         "settings",
+        "true_destination",
         "true_source",
         "verifier",
         "wall_offset_s",
@@ -49,6 +54,7 @@ class NodeContext:
         verifier: PeerVerifier,
         random: Callable[[int], bytes],
         true_source: TrueSource,
+        true_destination: TrueDestination,
     ) -> None:
         self.settings = settings
         self.deny_with = deny_with
@@ -57,6 +63,7 @@ class NodeContext:
         self.random = random
         """Cryptographically strong random bytes."""
         self.true_source = true_source
+        self.true_destination = true_destination
         self.addresses: frozenset[bytes] = frozenset()
         """Packed addresses of the node's own interfaces."""
         self.wall_offset_s = 0.0

@@ -125,6 +125,11 @@ class UDPFlows:
             # Nothing came back at all: datagrams may be too large to carry the offer, and the peer without an enforcer.
             session.advance(Event.PATIENCE_ENDED)
             self.messages.establish(session, b"", ACCEPT, now)
+        elif session.has_waiting and self._context.policy.answered(session.key).evaluation.grant is not None:
+            # The offer has left, so the node knows where the flow leads: to an address that policy allows.
+            session.is_address_allowed = True
+            session.advance(Event.PATIENCE_ENDED)
+            self.messages.establish(session, b"", ACCEPT, now)
         elif session.tries < MAX_TRIES and session.has_waiting:
             self._retransmit(session, Event.OFFER_SENT, 2 * self._lag_s, now)
 

@@ -7,7 +7,6 @@ from enforcer_daemon.datapath.context import EndpointContext
 from enforcer_daemon.datapath.engine import Initiator
 from enforcer_daemon.datapath.messages import Messages
 from enforcer_daemon.errors import PeerError
-from enforcer_daemon.handshake.carriers import UDP
 from enforcer_daemon.handshake.datagrams import beside, marked
 from enforcer_daemon.handshake.flowkey import FlowKey
 from enforcer_daemon.handshake.frames import encode_proof
@@ -62,7 +61,7 @@ class OpenedFlows:
             return Verdict(Action.ACCEPT, mark=session.establish(now).mark)
         if session.state is State.RELEASED:
             return session.establish(now)
-        grant = self._context.policy.egress(None, datagram.src, datagram.sport, UDP.protocol).grant
+        grant = self._context.policy.answered(session.key).evaluation.grant
         if grant is None:
             return self._context.hold(session, None, now)
         is_first, session.grant = session.grant is None, grant

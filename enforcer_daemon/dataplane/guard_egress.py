@@ -42,6 +42,7 @@ TABLE = f"inet {NAME}"
 _DESTINATIONS = ("ip daddr", "ip6 daddr")
 _DIALLED = ("ct original ip daddr", "ct original ip6 daddr", "ct original proto-dst")
 _TRANSLATED = ("ct reply ip saddr", "ct reply ip6 saddr")
+_ANSWERING = (*_TRANSLATED, "ct reply proto-src")
 _HOOKS = {
     "leaving": "type filter hook postrouting priority 99; policy accept;",  # source NAT is at 100
     "entering": "type filter hook input priority 101; policy accept;",  # IPVS is at 98 and 99 (ip_vs_core.c)
@@ -125,9 +126,9 @@ def _rules(endpoint: GuardedEndpoint) -> list[str]:
         guard_vouched.vouched(by_identity=endpoint.by_identity),
         # What the pod sent to a Service, and comes back to it.
         *(f"{_TRANSLATED[address.version == 6]} {address} accept" for address in endpoint.addresses),
-        # The pod's enforcer evaluates by what was dialed, or by where the packet goes if a pod with an identity is
-        # there. Here either will do, but for the bare SYN-ACK, which shows that there is none.
+        # The pod's enforcer evaluates by what was dialed, or by where the packet goes. Here either will do.
         *(address_rule(rule, *_DIALLED) for rule in endpoint.egress),
+        *(f"ct direction reply {address_rule(rule, *_ANSWERING)}" for rule in endpoint.egress),
         f"ct direction reply {denial}",
         *address_rules(endpoint),
         denial,

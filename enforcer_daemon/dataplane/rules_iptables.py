@@ -100,7 +100,11 @@ _TARGETS = {
     Target.NODE_FLOW: "-g TRIREME-NODE",
 }
 _TELL_REPLY = f"-m conntrack --ctdir REPLY -j MARK --set-xmark {REPLY:#x}/{REPLY:#x}"
-_REPLIES = {Reply.NONE: (), Reply.UDP: (f"-p udp {_TELL_REPLY}",), Reply.ANY: (_TELL_REPLY,)}
+_REPLIES = {
+    Reply.NONE: (),
+    Reply.DATAGRAMS: (f"-p udp {_TELL_REPLY}", f"-p sctp {_TELL_REPLY}"),
+    Reply.ANY: (_TELL_REPLY,),
+}
 
 
 def render_iptables(rules: EndpointRules, family: Family) -> str:

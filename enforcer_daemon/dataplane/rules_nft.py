@@ -72,7 +72,11 @@ _TARGETS = {
 _IS_UNMARKED = f"ct mark & {OWN_MASK:#x} == 0"
 _CLEAR = f"meta mark set meta mark & {OTHERS_MASK:#x}"
 _TELL_REPLY = f"ct direction reply meta mark set meta mark | {REPLY:#x}"
-_REPLIES = {Reply.NONE: (), Reply.UDP: (f"meta l4proto udp {_TELL_REPLY}",), Reply.ANY: (_TELL_REPLY,)}
+_REPLIES = {
+    Reply.NONE: (),
+    Reply.DATAGRAMS: (f"meta l4proto {{ udp, sctp }} {_TELL_REPLY}",),
+    Reply.ANY: (_TELL_REPLY,),
+}
 
 
 def render_nft(rules: EndpointRules) -> str:

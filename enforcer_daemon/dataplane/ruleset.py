@@ -69,7 +69,8 @@ class Reply(Enum):
     """Which packets tell the enforcer, by a bit of their mark, that they go against their flow's direction."""
 
     NONE = "none"
-    UDP = "udp"
+    DATAGRAMS = "datagrams"
+    """Those of UDP and SCTP."""
     ANY = "any"
 
 
@@ -84,7 +85,7 @@ class Queue:
     """Whose rate counts; each direction has its own."""
     shows_connection: bool = False
     """Whether the packet's mark shows the enforcer the mark of its connection."""
-    reply: Reply = Reply.UDP
+    reply: Reply = Reply.DATAGRAMS
 
 
 @dataclass(frozen=True, slots=True)

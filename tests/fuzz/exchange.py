@@ -310,7 +310,13 @@ def renew(node: Node, seed: int) -> None:
     old = node.context
     node.verifier = PeerVerifier(TrustBundle([_AUTHORITY.certificate]), old.settings)
     node.context = NodeContext(
-        old.settings, old.deny_with, old.networks, node.verifier, random.Random(seed).randbytes, old.true_source
+        old.settings,
+        old.deny_with,
+        old.networks,
+        node.verifier,
+        random.Random(seed).randbytes,
+        old.true_source,
+        old.true_destination,
     )
     node.context.wall_offset_s = WALL
 

@@ -14,6 +14,7 @@ from enforcer_daemon.daemon.clusterstate import CompiledState
 from enforcer_daemon.daemon.reconsider import MasqueradedFlows, Reconsideration
 from enforcer_daemon.datapath.flowindex import BY_ADDRESS, UNKNOWN, FlowIndex
 from enforcer_daemon.dataplane.established import ReleasedFlow
+from enforcer_daemon.dataplane.nodeflows import SentTuple
 from enforcer_daemon.model import Direction, EvaluatedFlow, Identity, NamedPort, PodRef, Protocol
 from enforcer_daemon.policy import compile_snapshot, decode_network_policy
 from enforcer_daemon.sources.manifests import ClusterState
@@ -154,6 +155,29 @@ def test_a_flow_by_address_is_judged_by_address_port_and_protocol(direction: Dir
     assert not is_ended(question, released(BY_ADDRESS, direction, OUTSIDE, 53, protocol))
     assert is_ended(question, released(BY_ADDRESS, direction, OUTSIDE, 54, protocol))
     assert is_ended(question, released(BY_ADDRESS, direction, WEB.ips[0], 53, protocol))
+
+
+@pytest.mark.parametrize(
+    ("behind", "ended"), [((OUTSIDE, 6443), False), ((OUTSIDE, 443), True), ((WEB.ips[0], 6443), True), (None, True)]
+)
+def test_a_flow_to_a_service_goes_on_by_what_is_behind(behind: tuple[Any, int] | None, ended: bool) -> None:
+    rule = {"to": [{"ipBlock": {"cidr": "203.0.113.0/24"}}], "ports": [{"port": 6443}]}
+    question = reconsideration(policy("db", egress=[rule]))
+    asked: list[SentTuple] = []
+
+    def translation(sent: SentTuple) -> Any:
+        asked.append(sent)
+        return behind
+
+    question.translation = translation
+    assert is_ended(question, released(BY_ADDRESS, EGRESS, SERVICE, 443)) is ended
+    assert asked == [SentTuple(6, DB.ips[0], 40_000, SERVICE, 443)]
+
+
+def test_a_flow_to_the_pod_is_not_looked_up_behind_a_service() -> None:
+    question = reconsideration(policy("db", ingress=[]))
+    question.translation = lambda _: (OUTSIDE, 6443)
+    assert is_ended(question, released(BY_ADDRESS, INGRESS, OUTSIDE, 6443))
 
 
 def test_an_ipv6_flow_is_judged_by_ipv6_blocks() -> None:

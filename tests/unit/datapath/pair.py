@@ -113,6 +113,7 @@ class Node:
         settings = HandshakeLimits(**options)  # type: ignore[arg-type]
         self.verifier = PeerVerifier(TrustBundle([authority.certificate]), settings)
         self.true_sources: dict[bytes, bytes] = {}
+        self.true_destinations: dict[tuple[bytes, int], tuple[bytes, int]] = {}
         networks = NetworkSettings(
             enforced=(IPv4Network("10.0.0.0/8"), IPv6Network("fd00::/16")), virtual=(IPv4Network("10.96.0.0/12"),)
         )
@@ -123,6 +124,7 @@ class Node:
             self.verifier,
             random.Random(seed).randbytes,
             lambda protocol, src, sport, dst, dport: self.true_sources.get(src),
+            lambda protocol, src, sport, dst, dport: self.true_destinations.get((dst, dport)),
         )
         self.context.wall_offset_s = WALL
 

@@ -55,12 +55,13 @@ def test_who_comes_masqueraded_ends_at_a_counted_drop() -> None:
 
 
 def test_what_an_isolated_pod_sends_needs_a_rule_by_address_for_what_it_dialed_or_where_it_goes() -> None:
-    """A bare answer is no packet that goes there."""
+    """An answer is one of where it comes from."""
     assert contents(guard_egress.apply_lines(None, CAGED)) == [
         "oif != 0 jump vouched",
         "ct reply ip saddr 10.0.0.5 accept",
         "ct reply ip6 saddr fd00::5 accept",
         "ct original ip daddr 10.9.0.0/16 meta l4proto 6 ct original proto-dst 443-443 accept",
+        "ct direction reply ct reply ip saddr 10.9.0.0/16 meta l4proto 6 ct reply proto-src 443-443 accept",
         "ct direction reply counter goto drop_egress_denied",
         "ip daddr 10.0.0.5 accept",
         "ip6 daddr fd00::5 accept",

@@ -8,7 +8,7 @@ from ipaddress import ip_address
 
 import pytest
 
-from enforcer_daemon.dataplane.conntrack import decode_original_source, encode_request
+from enforcer_daemon.dataplane.conntrack import decode_original_source, decode_replying, encode_request
 from enforcer_daemon.dataplane.netlink import (
     CTA_TUPLE_ORIG,
     CTA_TUPLE_REPLY,
@@ -20,7 +20,7 @@ from enforcer_daemon.dataplane.netlink import (
     encode_attribute,
     encode_tuple,
 )
-from enforcer_daemon.dataplane.nodeflows import decode_entry, encode_filter
+from enforcer_daemon.dataplane.nodeflows import SentTuple, decode_entry, encode_filter
 from enforcer_daemon.errors import DataplaneError
 
 
@@ -67,6 +67,19 @@ def test_the_answer_states_the_original_source() -> None:
     for useless in (b"", bytes(4)):
         with pytest.raises(DataplaneError, match="no addresses"):
             decode_original_source(useless)
+
+
+@pytest.mark.parametrize("addresses", ["10.0.0.1 10.96.0.1 203.0.113.7", "fd00::1 fd00:96::1 2001:db8::7"])
+def test_an_entry_states_where_the_node_sends_a_flow(addresses: str) -> None:
+    pod, front, behind = map(ip_address, addresses.split())
+    sent = SentTuple(6, pod, 4000, front, 443)
+    opened = encode_tuple(CTA_TUPLE_ORIG, 6, (pod, 4000), (front, 443))
+    answered = encode_tuple(CTA_TUPLE_REPLY, 6, (behind, 6443), (pod, 4000))
+    assert decode_replying(bytes(4) + opened + answered, sent) == (behind, 6443)
+    other_way = encode_tuple(CTA_TUPLE_ORIG, 6, (front, 443), (pod, 4000))
+    assert decode_replying(bytes(4) + other_way + answered, sent) is None
+    with pytest.raises(DataplaneError, match="no addresses"):
+        decode_replying(bytes(4) + opened, sent)
 
 
 @pytest.mark.parametrize("addresses", ["10.0.0.1 10.96.0.1", "fd00::1 fd00:96::1"])

@@ -62,6 +62,11 @@ TO_ADDRESS = policy(
     "to-address", {"app": "client"}, policyTypes=["Egress"], egress=[{"to": [{"ipBlock": {"cidr": "10.96.0.0/16"}}]}]
 )
 
+TO_NODE = policy(
+    "to-node", {"app": "client"}, policyTypes=["Egress"],
+    egress=[{"to": [{"ipBlock": {"cidr": "10.1.0.2/32"}}], "ports": [{"port": 8080}]}],
+)  # fmt: skip
+
 
 def ask(place: Path, *manifests: dict[str, Any], to: str = "10.96.0.10", port: object = 80, more: str = "") -> Any:
     (place / "all.yaml").write_text(yaml.safe_dump_all(manifests))
@@ -128,12 +133,13 @@ def test_an_external_address_is_decided_by_address_and_says_so(tmp_path: Path) -
     ) in result.output
 
 
-def test_a_pod_on_its_nodes_network_is_decided_by_what_was_dialed(tmp_path: Path) -> None:
+def test_a_pod_on_its_nodes_network_is_decided_by_either_address(tmp_path: Path) -> None:
     on_host = {**ONE, "spec": {**ONE["spec"], "hostNetwork": True}}
     assert ask(tmp_path, CLIENT, on_host, service(), TO_ADDRESS).exit_code == 0
+    assert ask(tmp_path, CLIENT, on_host, service(), TO_NODE).exit_code == 0
     result = ask(tmp_path, CLIENT, on_host, service(), TO_WEB)
     assert result.exit_code == 1
-    assert "x/web-1 is on its node's network: decided by the dialed address" in result.output
+    assert "x/web-1 is on its node's network: decided by the dialed address, or by the node's" in result.output
 
 
 @pytest.mark.parametrize(
