@@ -14,7 +14,7 @@ from rich.text import Text
 
 from triremectl.output import as_list, as_mapping, as_text, ask, daemon_options, make_console, print_json
 
-_LATER = ("snapshot", "drops", "bundle", "key_problems", "setting_warnings")
+_LATER = ("snapshot", "drops", "bundle", "key_problems", "setting_warnings", "closed_endpoints")
 """Keys that get rows or tables of their own."""
 
 
@@ -36,8 +36,10 @@ def command(run_dir: Path, output: str, *, ignore_objects: bool) -> None:
 
 
 def _problems(status: Mapping[str, object]) -> list[object]:
-    """Return what somebody should mend: refused objects, and what is wrong with the node."""
-    return [*as_list(as_mapping(status.get("snapshot")).get("problems")), *_node_problems(status)]
+    """Return what somebody should mend: refused objects, closed pods, and what is wrong with the node."""
+    refused = as_list(as_mapping(status.get("snapshot")).get("problems"))
+    closed = [f"pod {pod} is closed: {why}" for pod, why in as_mapping(status.get("closed_endpoints")).items()]
+    return [*refused, *closed, *_node_problems(status)]
 
 
 def _node_problems(status: Mapping[str, object]) -> list[object]:

@@ -41,6 +41,14 @@ class Announcements:
             if problem:
                 self.note_identity(requests, problem)
 
+    def note_closed(self, pods: Iterable[tuple[Mapping[AttachmentId, AddRequest], str]]) -> None:
+        """Take note of the pods that are closed, and why; for the others the reason is empty."""
+        for requests, why in pods:
+            if why:
+                subject = pod_subject(requests)
+                notice = Notice(subject, EventKind.INTERFACE_TAKEN, f"nothing passes to or from the pod: {why}")
+                self._book.note_state(subject, why, partial(_same, notice))
+
     def note_policy_limit(self, requests: Mapping[AttachmentId, AddRequest], text: str) -> None:
         """Note that the policies that select a pod exceed a limit."""
         subject = pod_subject(requests)

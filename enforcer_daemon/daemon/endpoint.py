@@ -104,6 +104,8 @@ class Endpoint:
         self.flow_log = flow_log
         self.problem = ""
         """Why the endpoint cannot open connections at present; empty if it can."""
+        self.closed = ""
+        """What takes an interface from the pod's IP stack, so that nothing passes in or out; empty if nothing does."""
         self.on_ended: Callable[[Endpoint, Sequence[ReleasedFlow]], None] = lambda _endpoint, _flows: None
         """Hears of flows that were ended in the pod, and must end on the node as well."""
         self.endings = 0

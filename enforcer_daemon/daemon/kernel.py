@@ -15,6 +15,7 @@ from enforcer_daemon.dataplane.backends import RulesBackend
 from enforcer_daemon.dataplane.guard import Guard
 from enforcer_daemon.dataplane.guard_rules import GuardedEndpoint
 from enforcer_daemon.dataplane.nodeflows import SentTuple
+from enforcer_daemon.dataplane.takeover import remove_tables
 from enforcer_daemon.model import AttachmentId, Identity, IPAddress
 from enforcer_daemon.policy.evaluate import PodPolicy
 from enforcer_daemon.settings import NetworkSettings
@@ -39,6 +40,7 @@ class Kernel:
     async def remove_rules(self, netns_fd: int) -> None:
         """Take all rules out of a pod; raise DataplaneError or NetnsError."""
         await asyncio.to_thread(self.backend.remove, netns_fd)
+        await asyncio.to_thread(remove_tables, netns_fd)
         await self.remove_earlier_rules(netns_fd)
 
     async def remove_earlier_rules(self, netns_fd: int) -> None:

@@ -29,6 +29,7 @@ from enforcer_daemon.daemon.placement import PlacementGuard
 from enforcer_daemon.daemon.policylimits import PolicyLimits
 from enforcer_daemon.daemon.registrar import Registrar
 from enforcer_daemon.daemon.status import Status
+from enforcer_daemon.daemon.takeovers import Takeovers
 from enforcer_daemon.daemon.vouching import Vouching
 from enforcer_daemon.dataplane.addresses import watch_addresses
 from enforcer_daemon.dataplane.backendrecord import BackendRecord
@@ -117,6 +118,7 @@ class Daemon:
             self._node.context.placement = check.open(settings)
             check.placement.has_namespace = self._cluster.has_namespace
             self._placement = PlacementGuard(check, self._endpoints, self._announcements)
+        self._takeovers = Takeovers(self._endpoints.__iter__, log, self._metrics)
         self._notices = Notices(self._endpoints.__iter__, Vouching(self._kernel, log), log)
         self._leases = LeaseKeeper(self._endpoints, limits.leases, log, self._metrics)
         self._registrar = Registrar(self._endpoints, settings, self._cluster)
@@ -185,6 +187,7 @@ class Daemon:
             tasks.create_task(self._leases.run(), name="leases")
             tasks.create_task(self._upkeep(), name="upkeep")
             tasks.create_task(self._keep_rules(), name="rules")
+            tasks.create_task(self._takeovers.run(), name="links")
             tasks.create_task(self._endpoints.stale.run(), name="stale flows")
             tasks.create_task(self._notices.run(), name="guard's log")
             tasks.create_task(self._follow_addresses(addresses), name="addresses")
@@ -312,6 +315,9 @@ class Daemon:
             if self._announcements is not None:
                 self._announcements.note_problems(
                     (endpoint.sandbox.requests, endpoint.problem) for endpoint in self._endpoints
+                )
+                self._announcements.note_closed(
+                    (endpoint.sandbox.requests, endpoint.closed) for endpoint in self._endpoints
                 )
             self._policy_limits.report(self._status.cluster)
             self._measure()

@@ -96,6 +96,9 @@ class Status:
             "cluster": None if cluster is None else cluster.status(),
             "denied_nodes": [] if self.placement is None else self.placement.denied(),
             "endpoints": len(self._endpoints),
+            "closed_endpoints": {
+                str(endpoint.identity.pod): endpoint.closed for endpoint in self._endpoints if endpoint.closed
+            },
             "pods_without_labels": [
                 str(endpoint.identity.pod) for endpoint in self._endpoints if self._is_bare(endpoint)
             ],
@@ -181,8 +184,8 @@ def _describe(endpoint: Endpoint) -> dict[str, object]:
         "ips": [str(ip) for ip in identity.ips],
         "labels": dict(identity.labels),
         "service_account": identity.service_account,
-        "state": "enforced" if endpoint.is_open and not endpoint.problem else "degraded",
-        "problem": endpoint.problem,
+        "state": _state(endpoint),
+        "problem": endpoint.closed or endpoint.problem,
         "identity_bytes": endpoint.identity_bytes,
         "budget_bytes": endpoint.budget_bytes,
         "isolated": {"ingress": policy.ingress.is_isolated, "egress": policy.egress.is_isolated},
@@ -194,6 +197,12 @@ def _describe(endpoint: Endpoint) -> dict[str, object]:
         "counters": endpoint.flow_log.counts() | _unevaluated(endpoint.lost),
         "recent_denials": [denial.as_json() for denial in endpoint.flow_log.recent],
     }
+
+
+def _state(endpoint: Endpoint) -> str:
+    if endpoint.closed:
+        return "closed"
+    return "enforced" if endpoint.is_open and not endpoint.problem else "degraded"
 
 
 def _unevaluated(lost: LostPackets) -> dict[str, int]:

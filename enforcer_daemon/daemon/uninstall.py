@@ -12,6 +12,7 @@ from enforcer_daemon.daemon.sandbox import Sandbox
 from enforcer_daemon.dataplane.backendrecord import BackendRecord
 from enforcer_daemon.dataplane.backends import RulesBackend, choose_backend
 from enforcer_daemon.dataplane.guard import Guard
+from enforcer_daemon.dataplane.takeover import remove_closed_on_node, remove_tables
 from enforcer_daemon.errors import DataplaneError, NetnsError
 from enforcer_daemon.model import NetnsId
 from enforcer_daemon.registration.admin import AdminServer
@@ -47,6 +48,7 @@ def uninstall(settings: Settings, log: Logger) -> list[str]:
             flow_store(sandbox.netns).remove()
             log.info("rules removed", pod=str(sandbox.pod))
         Guard().remove_tables()
+        remove_closed_on_node()
     return left
 
 
@@ -54,6 +56,7 @@ def _remove_rules(sandbox: Sandbox, backends: Iterable[RulesBackend]) -> str:
     try:
         for backend in backends:
             backend.remove(sandbox.netns_fd)
+        remove_tables(sandbox.netns_fd)
     except (DataplaneError, NetnsError) as err:
         return f"pod {sandbox.pod}: {err}"
     finally:

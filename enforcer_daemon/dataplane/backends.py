@@ -31,6 +31,7 @@ from enforcer_daemon.dataplane.rules_nft import (
     render_nft_addresses,
 )
 from enforcer_daemon.dataplane.ruleset import EndpointRules, Family
+from enforcer_daemon.dataplane.takeover import are_bridges_shut, shut_bridges
 from enforcer_daemon.dataplane.tampering import RulesWatch, watch_legacy, watch_nft
 from enforcer_daemon.dataplane.tools import run_in
 from enforcer_daemon.errors import DataplaneError
@@ -160,6 +161,42 @@ class IptablesBackend:
             return list(pool.map(work, self._tools))
 
 
+class BridgeShuttingBackend:
+    """Another backend, and a table beside its rules that shuts bridges in the pod (takeover.py)."""
+
+    def __init__(self, backend: RulesBackend) -> None:
+        self._backend = backend
+        self.name = backend.name
+        self._has_bridges = True
+        """Whether nft on this kernel knows bridges; if not, the daemon closes the interface once there is one."""
+
+    def apply(self, netns_fd: int, rules: EndpointRules) -> None:
+        """Put the rules in place."""
+        self._backend.apply(netns_fd, rules)
+        if self._has_bridges and not are_bridges_shut(netns_fd, rules.ifnames):
+            try:
+                shut_bridges(netns_fd, rules.ifnames)
+            except DataplaneError:
+                self._has_bridges = False
+
+    def update_node_addresses(self, netns_fd: int, addresses: Iterable[IPAddress]) -> None:
+        """Replace the node's addresses."""
+        self._backend.update_node_addresses(netns_fd, addresses)
+
+    def is_intact(self, netns_fd: int, rules: EndpointRules) -> bool:
+        """Return whether rules and table are in place."""
+        is_shut = not self._has_bridges or are_bridges_shut(netns_fd, rules.ifnames)
+        return is_shut and self._backend.is_intact(netns_fd, rules)
+
+    def watch(self, netns_fd: int) -> RulesWatch:
+        """Watch for changes by others."""
+        return self._backend.watch(netns_fd)
+
+    def remove(self, netns_fd: int) -> None:
+        """Take the rules away; the table stays, since another backend's rules may be in force beside it."""
+        self._backend.remove(netns_fd)
+
+
 def parse_saved(text: str) -> dict[str, list[str]]:
     """Return table -> rules (each begins with its chain) of what iptables-save printed."""
     tables: dict[str, list[str]] = {}
@@ -226,7 +263,7 @@ _CANDIDATES = {BackendSetting.NFT: ("nft",), BackendSetting.IPTABLES: ("iptables
 def make_backend(name: str) -> RulesBackend:
     """Return the backend of this name; raise DataplaneError if there is none."""
     try:
-        return _MAKERS[name]()
+        return BridgeShuttingBackend(_MAKERS[name]())
     except KeyError:
         raise DataplaneError(f"{name}: no such backend of rules; there are {', '.join(_MAKERS)}") from None
 

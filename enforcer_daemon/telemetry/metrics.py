@@ -117,6 +117,11 @@ class Metrics:
         for place in ("node", "pod"):
             self.repaired_rules.labels(place)
         self.endpoints = Gauge("trireme_endpoints", "Pods enforced on this node.", registry=self.registry)
+        self.closed_endpoints = Gauge(
+            "trireme_closed_endpoints",
+            "Pods that nothing passes to or from, since something takes their interface from their IP stack.",
+            registry=self.registry,
+        )
         self.snapshot_generation = Gauge(
             "trireme_snapshot_generation",
             "Number of the policy snapshot in force, counted from the start.",
