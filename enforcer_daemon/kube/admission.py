@@ -48,9 +48,12 @@ class Admission:
                 if self._source.find(request.pod, request.uid) is None:
                     await self._ask(request)
                 pod = await self._source.until_in_force(request.pod, request.uid)
+        except ApiError as err:
+            why = f"its namespace's labels and policies may be older than it, and cannot be asked for: {err}"
+            raise _retry_later(request, why) from err
         except TimeoutError as err:
-            message = f"pod {request.pod}: its labels could not be had in {self._timeout_s:g} s"
-            raise RegistrationError(messages.TRY_AGAIN, message, retryable=True) from err
+            why = f"its labels, or its namespace's policies, could not be had in {self._timeout_s:g} s"
+            raise _retry_later(request, why) from err
         return replace(request, labels=pod.labels)
 
     async def _ask(self, request: AddRequest) -> None:

@@ -33,6 +33,10 @@ class Intake:
         self._on_change = on_change
         self._waiting: dict[str, _Waiting] = {}
         self._serving: dict[str, asyncio.Task[None]] = {}
+        self._reading: dict[str, frozenset[tuple[str, Key]]] = {}
+        """What is being decoded, by namespace."""
+        self._taken = asyncio.Event()
+        """Set for a moment after each batch."""
         self._failure: BaseException | None = None
         self._has_failed = asyncio.Event()
         self._lists: dict[str, int] = {}
@@ -61,11 +65,21 @@ class Intake:
             for name in [name for name in waiting if name[0] == plural]:
                 del waiting[name]
 
+    async def until_taken(self, table: Table[Any], namespace: str, name: str | None = None) -> None:
+        """Wait until an object of a kind that has come is in its table; None: all of the namespace."""
+        while self._is_pending(table.resource.plural, namespace, name):
+            await self._taken.wait()
+
+    def _is_pending(self, plural: str, namespace: str, name: str | None) -> bool:
+        known = (*self._waiting.get(namespace, ()), *self._reading.get(namespace, ()))
+        return any(found == plural and name in (None, key[1]) for found, key in known)
+
     async def _serve(self, namespace: str) -> None:
         waiting = self._waiting[namespace]
         while waiting:
             batch = self._take(waiting)
             listed = dict(self._lists)
+            self._reading[namespace] = frozenset(name for name, _ in batch)
             found = await self._turns.run(namespace, partial(_read_all, batch))
             is_changed = False
             for ((plural, key), (table, _)), entry in zip(batch, found, strict=True):
@@ -74,8 +88,11 @@ class Intake:
                 is_changed |= table.remove(key) if entry is None else table.put(entry)
             if is_changed:
                 self._on_change()
+            self._reading[namespace] = frozenset()
+            self._taken.set()
+            self._taken.clear()
         # In one step with the last look, so that what comes next finds no server that has ended.
-        del self._waiting[namespace], self._serving[namespace]
+        del self._waiting[namespace], self._serving[namespace], self._reading[namespace]
 
     @staticmethod
     def _take(waiting: _Waiting) -> list[_Item]:

@@ -11,7 +11,7 @@ import asyncio
 import json
 import math
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import aclosing
 from dataclasses import dataclass
 from typing import Any, Generic, NoReturn
@@ -22,7 +22,7 @@ from enforcer_daemon.kube.client import GONE, NOT_FOUND, UNAUTHORIZED, ApiError,
 from enforcer_daemon.kube.intake import Intake
 from enforcer_daemon.kube.jsonlists import members
 from enforcer_daemon.kube.limits import ClusterLimits
-from enforcer_daemon.kube.resources import Manifest, Resource, Value
+from enforcer_daemon.kube.resources import NAMESPACES, Manifest, Resource, Value
 from enforcer_daemon.kube.table import Entry, Key, Table, read_entry, read_key
 from enforcer_daemon.sources.manifests import Problem
 from enforcer_daemon.telemetry.logs import Logger
@@ -88,6 +88,11 @@ class Reflector(Generic[Value]):
         self._failures = 0
 
     @property
+    def version(self) -> str:
+        """The newest version of the cluster that was heard of, a bookmark's included; empty before the first list."""
+        return self._version or ""
+
+    @property
     def resource(self) -> Resource[Value]:
         """What is watched."""
         return self.table.resource
@@ -104,6 +109,8 @@ class Reflector(Generic[Value]):
         if self._version is None:
             self._version = await self._list()
             self._heard()
+        elif await self._is_restored(self._version):
+            raise ApiError("versions have gone back: the cluster was restored from a backup", GONE)
         started = time.monotonic()
         await self._watch(self._version)
         if self.health.heard_at <= started or time.monotonic() - started < _AT_ONCE_S:
@@ -146,6 +153,16 @@ class Reflector(Generic[Value]):
         if not self.health.is_up:
             self.health.is_up, self.health.problem = True, ""
             self._shared.log.info("watch in place", resource=self.resource.plural, objects=len(self.table.entries))
+
+    async def _is_restored(self, version: str) -> bool:
+        """Ask whether the cluster is older than what was heard of it.
+
+        A watch from a version that is still to come says nothing until that comes, and never what happened before.
+        """
+        shared = self._shared
+        # One object of a kind whose list is always cheap: the version is that of the whole cluster.
+        body = await shared.api.get(NAMESPACES.path, {"limit": "1"}, shared.limits.request_timeout_s)
+        return is_older(_read_page(NAMESPACES, body, {}, math.inf).version, version)
 
     async def _list(self) -> str:
         """Take the complete list over; give its version."""
@@ -221,11 +238,37 @@ class Reflector(Generic[Value]):
         if is_changed:
             self._shared.on_change()
 
+    def take_namespace(self, namespace: str, entries: Iterable[Entry[Value] | Problem]) -> None:
+        """Take over all objects of a namespace, which were asked for."""
+        self._take(self.table.replace_namespace(namespace, entries))
+
     def add(self, manifest: Manifest) -> Entry[Value] | Problem:
         """Take over an object that was asked for by name, where the watch has not brought it yet."""
         entry = read_entry(self.resource, manifest, self.table.entries)
-        self._take(self.table.put(entry))
+        self.take(entry)
         return entry
+
+    def take(self, entry: Entry[Value] | Problem) -> None:
+        """Take over one object that was asked for."""
+        self._take(self.table.put(entry))
+
+
+def is_older(version: str, than: str) -> bool:
+    """Compare versions of one cluster (resourceVersion, since Kubernetes 1.35 comparable as numbers).
+
+    What is no number is never older.
+    """
+    return version.isdecimal() and than.isdecimal() and int(version) < int(than)
+
+
+def read_list(
+    resource: Resource[Value], body: bytes, known: Mapping[Key, Entry[Value]]
+) -> list[Entry[Value] | Problem]:
+    """Read a list that is complete in one answer; raise ApiError if it is not."""
+    page = _read_page(resource, body, known, math.inf)
+    if page.rest:
+        raise ApiError("a list is not complete")
+    return page.entries
 
 
 @dataclass(frozen=True, slots=True)

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from enforcer_daemon.kube import kept
+from enforcer_daemon.kube.catchup import CatchUp
 from enforcer_daemon.kube.client import ClusterApi
 from enforcer_daemon.kube.ignored import IgnoredLog
 from enforcer_daemon.kube.intake import Intake
@@ -79,8 +80,10 @@ class ClusterSource:
         self.namespaces = Reflector(self._namespaces, surroundings)
         self.pods = Reflector(self._pods, surroundings, f"spec.nodeName={settings.node}")
         networks = settings.networks
+        policies = Reflector(self._policies, surroundings)
+        self._catch_up = CatchUp(self.api, self._intake, self.namespaces, policies, limits.request_timeout_s)
         self._reflectors: list[Reflector[Any]] = [
-            Reflector(self._policies, surroundings),
+            policies,
             self.namespaces,
             self.pods,
             # Other nodes matter for their pods' networks, and for addresses: of node ports, and that no Service earns.
@@ -107,6 +110,8 @@ class ClusterSource:
         self._changed = asyncio.Event()
         self._taken = asyncio.Condition()
         self._in_force = ClusterState()
+        self._revisions = -1, -1
+        """Of policies and namespaces, as they are in force."""
         self.is_settled = False
         """Whether a state is in force that the API server gave, to this daemon or to an earlier one."""
 
@@ -135,11 +140,11 @@ class ClusterSource:
         await self._wait_until_settled()
         while True:
             self._changed.clear()
-            state = self._state()
+            state, revisions = self._state(), (self._policies.revision, self._namespaces.revision)
             yield state
             self.is_settled = True
             async with self._taken:
-                self._in_force = state
+                self._in_force, self._revisions = state, revisions
                 self._taken.notify_all()
             await self._changed.wait()
 
@@ -171,11 +176,20 @@ class ClusterSource:
         return not self.namespaces.health.is_up or ("", name) in self._namespaces.entries
 
     async def until_in_force(self, ref: PodRef, uid: str) -> Pod:
-        """Wait until the state that all endpoints are evaluated by has this pod."""
+        """Wait until the state that all endpoints are evaluated by has this pod, and what its namespace had before it.
+
+        Raises ApiError if that was not heard of, and cannot be asked for.
+        """
+        entry = self._pods.entries.get((ref.namespace, ref.name))
+        await self._catch_up.until(ref.namespace, "" if entry is None else entry.version)
+        wanted = self._policies.revision, self._namespaces.revision
         async with self._taken:
-            while (pod := self._in_force.find_pod(ref, uid)) is None:
+            while (pod := self._in_force.find_pod(ref, uid)) is None or not self._are_in_force(wanted):
                 await self._taken.wait()
             return pod
+
+    def _are_in_force(self, wanted: tuple[int, int]) -> bool:
+        return all(have >= want for have, want in zip(self._revisions, wanted, strict=True))
 
     def networks(self) -> NetworkSettings:
         """Return the networks in force: the configured ones, and in place of what is not configured the discovered."""

@@ -36,6 +36,8 @@ class Entry(Generic[Value]):
     """Of the present version, where it is refused."""
     uid: str = field(default="", compare=False)
     """The API server's; empty of what was kept on disk."""
+    version: str = field(default="", compare=False)
+    """The API server's resourceVersion; empty of what was kept on disk."""
     warnings: tuple[Problem, ...] = field(default=(), compare=False)
     """What an API server no longer accepts in a new object, and was read as in older versions."""
 
@@ -59,14 +61,16 @@ def read_entry(
     if read_key(manifest) is None:
         return Problem(resource.plural, 0, "", "metadata", "an object without a name was refused", False)
     entry = read_reduced(resource, resource.reduce(manifest), known, is_decoded=is_decoded)
-    uid = _uid(manifest)
-    return replace(entry, uid=uid) if isinstance(entry, Entry) and entry.uid != uid else entry
+    if not isinstance(entry, Entry):
+        return entry
+    uid, version = _metadata(manifest, "uid"), _metadata(manifest, "resourceVersion")
+    return entry if (entry.uid, entry.version) == (uid, version) else replace(entry, uid=uid, version=version)
 
 
-def _uid(manifest: Manifest) -> str:
+def _metadata(manifest: Manifest, name: str) -> str:
     metadata = manifest.get("metadata")
-    uid = metadata.get("uid") if isinstance(metadata, Mapping) else None
-    return uid if isinstance(uid, str) else ""
+    value = metadata.get(name) if isinstance(metadata, Mapping) else None
+    return value if isinstance(value, str) else ""
 
 
 def read_reduced(
@@ -128,7 +132,7 @@ class Table(Generic[Value]):
         self.entries[entry.key] = entry = self._stored(entry)
         is_known = before is not None and before.document == entry.document and before.problems == entry.problems
         if is_known and before is not None and (entry.document or before.value == entry.value):
-            # At most its UID is new, and its value was decoded once more.
+            # At most its UID and version are new, and its value was decoded once more.
             self.entries[entry.key] = replace(entry, value=before.value)
             return False
         self._bad.pop(entry.key, None)
@@ -177,6 +181,14 @@ class Table(Generic[Value]):
             if isinstance(entry, Entry):
                 is_changed |= self.put(entry)
         return is_changed
+
+    def replace_namespace(self, namespace: str, found: Iterable[Entry[Value] | Problem]) -> bool:
+        """Take the complete list of a namespace, as `replace` does; one that nobody can name is left out."""
+        entries = [entry for entry in found if isinstance(entry, Entry) and entry.key[0] == namespace]
+        wanted = {entry.key for entry in entries}
+        gone = [key for key in self.entries if key[0] == namespace and key not in wanted]
+        changes = [self.remove(key) for key in gone] + [self.put(entry) for entry in entries]
+        return any(changes)
 
     def values(self) -> list[Value]:
         """Return what is in force."""

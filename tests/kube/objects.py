@@ -148,6 +148,14 @@ class Objects:
         self.compacted = self.version
         self.history.clear()
 
+    def restore(self, version: int) -> None:
+        """Be what the cluster was at a version, as from a backup of etcd; nobody is told. For objects never changed."""
+        self.history = [event for event in self.history if event.version <= version]
+        for known in self.kinds.values():
+            for key in [key for key, found in known.items() if int(found["metadata"]["resourceVersion"]) > version]:
+                del known[key]
+        self.version = version
+
     def _put(self, kind: Kind, key: Key, stored: Manifest, type_: str) -> Manifest:
         stored.setdefault("apiVersion", kind[0])
         stored.setdefault("kind", KINDS[kind])

@@ -379,6 +379,75 @@ def test_a_pod_that_the_watch_has_not_brought_is_asked_for(api: FakeApi, tmp_pat
     asyncio.run(work())
 
 
+@pytest.mark.parametrize("is_kept", [True, False])
+def test_a_pod_waits_for_what_its_namespace_had_before_it(api: FakeApi, tmp_path: Path, is_kept: bool) -> None:
+    """Its labels are new, one policy too, and one is gone; the watches have brought the pod alone."""
+    api.put(namespace("x", team="red"), policy("old"))
+
+    async def work() -> None:
+        async with running(settings_for(api, tmp_path)) as found:
+            await found.until(lambda: {"pods", "namespaces", "networkpolicies"} <= set(api.watched()))
+            await found.until(lambda: found.policies == ["old"])
+            api.objects.listeners.clear()  # The watches are deaf from here on.
+            await asyncio.to_thread(api.put, namespace("x", team="blue"), policy("isolates"))
+            await asyncio.to_thread(api.delete, "NetworkPolicy", "x", "old")
+            await asyncio.to_thread(api.put, pod("web"))
+            if is_kept:  # The pods' watch was no slower.
+                found.source.pods.add(api.get("Pod", "x", "web"))
+            assert isinstance(await admit(found, request()), AddRequest)
+            assert found.policies == ["isolates"]
+            assert found.states[-1].labels_of("x")["team"] == "blue"
+            asked = sum("/namespaces/x/networkpolicies" in path for _, path in api.requests)
+            assert isinstance(await admit(found, request()), AddRequest)
+            assert asked == sum("/namespaces/x/networkpolicies" in path for _, path in api.requests) == 1
+
+    asyncio.run(work())
+
+
+def test_a_pod_is_not_admitted_before_its_namespace_can_be_asked_for(api: FakeApi, tmp_path: Path) -> None:
+    async def work() -> None:
+        async with running(settings_for(api, tmp_path)) as found:
+            await found.until(lambda: {"pods", "namespaces", "networkpolicies"} <= set(api.watched()))
+            api.objects.listeners.clear()
+            await asyncio.to_thread(api.put, pod("web"))
+            found.source.pods.add(api.get("Pod", "x", "web"))
+            api.faults = lambda asked: 503 if "networkpolicies" in asked.path else None
+            answer = await admit(found, request())
+            assert isinstance(answer, RegistrationError)
+            assert (answer.code, answer.retryable) == (messages.TRY_AGAIN, True)
+            assert "may be older than it" in answer.message
+
+    asyncio.run(work())
+
+
+def test_a_namespace_that_the_watches_have_brought_is_not_asked_for(api: FakeApi, tmp_path: Path) -> None:
+    api.put(namespace("x"), policy("p"), pod("web"))
+
+    async def work() -> None:
+        async with running(settings_for(api, tmp_path)) as found:
+            await found.until(lambda: found.source.is_settled)
+            assert isinstance(await admit(found, request()), AddRequest)
+        assert not any("/namespaces/x" in path for _, path in api.requests)
+
+    asyncio.run(work())
+
+
+def test_a_cluster_from_a_backup_is_listed_again(api: FakeApi, tmp_path: Path) -> None:
+    """Its versions have gone back, so a watch from where it was would be told nothing for long."""
+    api.put(*(policy(f"p{number}") for number in range(9)))
+
+    async def work() -> None:
+        async with running(settings_for(api, tmp_path)) as found:
+            await found.until(lambda: len(found.policies) == 9 and "networkpolicies" in api.watched())
+            with api.away():
+                api.objects.restore(int(api.get("NetworkPolicy", "x", "p2")["metadata"]["resourceVersion"]))
+            await found.until(lambda: found.policies == ["p0", "p1", "p2"])
+            await asyncio.to_thread(api.put, policy("later"))
+            await found.until(lambda: "later" in found.policies)
+
+    asyncio.run(work())
+
+
 REFUSED = {
     "gone": (None, request(), messages.POD_GONE, "is gone"),
     "replaced": (pod("web", uid="u-2"), request(), messages.POD_GONE, "u-2"),
