@@ -17,7 +17,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-PLUGIN_TIMEOUT_S = 60.0
+PLUGIN_TIMEOUT_S = 240.0
 """How long one plugin may run; the slowest we run waits 10 s for its daemon."""
 
 _CODE_NO_JSON = 999

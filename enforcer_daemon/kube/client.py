@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
 import shutil
 import time
 from collections.abc import AsyncIterator, Mapping
@@ -19,6 +20,7 @@ import aiohttp
 import yaml
 
 from enforcer_daemon.errors import EnforcerError, SettingsError
+from enforcer_daemon.kube.proxies import proxy_for
 
 if TYPE_CHECKING:
     from kubernetes.aio.client import ApiClient
@@ -113,6 +115,9 @@ class ClusterApi:
                     client_configuration=configuration,
                     temp_file_path=str(self._scratch),
                 )
+            # A kubeconfig's proxy-url counts before the environment, as for kubectl.
+            configuration.proxy = configuration.proxy or proxy_for(str(configuration.host), os.environ)
+            configuration.client_session_kwargs = {"trust_env": False}  # aiohttp reads NO_PROXY as Python does.
             client = ApiClient(configuration)
         except ConfigException as err:
             where = "null, and this is no pod with a service account: " if self._kubeconfig is None else ""
