@@ -39,13 +39,13 @@ class Admission:
 
         The labels go into the attachment's record, for a daemon that starts after the pod was deleted.
         """
-        if not request.uid:
-            raise RegistrationError(messages.FAILED, "the runtime gave no K8S_POD_UID, without which no pod is known")
         if problem := self._source.problem():
             raise RegistrationError(messages.TRY_AGAIN, problem, retryable=True)
         try:
             async with asyncio.timeout(self._timeout_s):
-                if self._source.find(request.pod, request.uid) is None:
+                if not request.uid:
+                    request = replace(request, uid=await self._uid_of(request))
+                elif self._source.find(request.pod, request.uid) is None:
                     await self._ask(request)
                 pod = await self._source.until_in_force(request.pod, request.uid)
         except ApiError as err:
@@ -56,7 +56,19 @@ class Admission:
             raise _retry_later(request, why) from err
         return replace(request, labels=pod.labels)
 
-    async def _ask(self, request: AddRequest) -> None:
+    async def _uid_of(self, request: AddRequest) -> str:
+        """Return the UID of the pod whose sandbox a runtime sets up that gives none (cri-dockerd).
+
+        Always asked for, since what is watched may be the pod that had the name before. Kubelet frees a name when the
+        sandbox of its pod is gone; a pod that is being deleted gets no new sandbox, so the request is an earlier one's.
+        """
+        manifest, pod = await self._ask(request)
+        metadata = manifest.get("metadata")
+        if isinstance(metadata, Mapping) and metadata.get("deletionTimestamp"):
+            raise _retry_later(request, "it is being deleted, and the runtime gave no UID to tell it from the next")
+        return pod.uid
+
+    async def _ask(self, request: AddRequest) -> tuple[Mapping[str, object], Pod]:
         """Ask the API server for a pod that was not heard of, and take it over."""
         path = f"/api/v1/namespaces/{request.pod.namespace}/pods/{request.pod.name}"
         try:
@@ -71,6 +83,7 @@ class Admission:
             raise _retry_later(request, f"it cannot be read: {problems}")
         self._require_same(request, entry.value)
         self._source.pods.add(manifest)
+        return manifest, entry.value
 
     def _unknown(self, request: AddRequest, err: ApiError) -> RegistrationError:
         if err.status != NOT_FOUND:
@@ -82,7 +95,7 @@ class Admission:
     def _require_same(self, request: AddRequest, pod: Pod) -> None:
         if pod.ref != request.pod:
             raise _retry_later(request, f"the API server answered with {pod.ref}")
-        if pod.uid != request.uid:
+        if request.uid and pod.uid != request.uid:
             message = f"its UID is {pod.uid}, the runtime's is {request.uid}"
             if _CONFIG_HASH.fullmatch(request.uid):
                 raise _retry_later(request, f"the mirror is that of another version of the static pod: {message}")

@@ -448,11 +448,19 @@ def test_a_cluster_from_a_backup_is_listed_again(api: FakeApi, tmp_path: Path) -
     asyncio.run(work())
 
 
+ENDING = pod("web", deletionTimestamp="2026-01-01T00:00:00Z")
 REFUSED = {
     "gone": (None, request(), messages.POD_GONE, "is gone"),
     "replaced": (pod("web", uid="u-2"), request(), messages.POD_GONE, "u-2"),
     "elsewhere": (pod("web", node="b"), request(), messages.FAILED, "on node b"),
-    "no uid": (pod("web"), request(uid=""), messages.FAILED, "K8S_POD_UID"),
+    "no uid, gone": (None, request(uid=""), messages.POD_GONE, "is gone"),
+    "no uid, elsewhere": (pod("web", node="b"), request(uid=""), messages.FAILED, "on node b"),
+    "no uid, ending": (
+        pod("web", deletionTimestamp="2026-01-01T00:00:00Z"),
+        request(uid=""),
+        messages.TRY_AGAIN,
+        "being",
+    ),
     "no mirror yet": (None, request(uid=HASH), messages.TRY_AGAIN, "mirror"),
     "mirror of another version": (pod("web"), request(uid=HASH), messages.TRY_AGAIN, "another version"),
     "unreadable": (pod("web", labels={"a b": ""}), request(), messages.TRY_AGAIN, "metadata.labels"),
@@ -472,6 +480,29 @@ def test_refusals(api: FakeApi, tmp_path: Path, case: str) -> None:
             assert isinstance(answer, RegistrationError)
             assert (answer.code, answer.retryable) == (code, code == messages.TRY_AGAIN)
             assert words in answer.message
+
+    asyncio.run(work())
+
+
+def test_a_pod_without_a_uid_from_its_runtime_is_asked_for(api: FakeApi, tmp_path: Path) -> None:
+    """What the watch knows may be the pod that had the name before."""
+    api.put(pod("web"))
+
+    async def work() -> None:
+        async with running(settings_for(api, tmp_path)) as found:
+            await found.until(
+                lambda: "pods" in api.watched() and found.source.find(PodRef("x", "web"), "u-1") is not None
+            )
+            api.objects.listeners.clear()  # The watches are deaf from here on.
+            await asyncio.to_thread(api.delete, "Pod", "x", "web")
+            await asyncio.to_thread(api.put, pod("web", uid="u-2", labels={"app": "next"}))
+            answer = await admit(found, request(uid=""))
+            assert isinstance(answer, AddRequest)
+            assert (answer.uid, answer.labels) == ("u-2", {"app": "next"})
+            with api.away():
+                refused = await admit(found, request(uid=""))
+                assert isinstance(refused, RegistrationError)
+                assert refused.retryable
 
     asyncio.run(work())
 
