@@ -186,7 +186,7 @@ def _target(place: Place, options: dict[str, Any]) -> Target:
     if options["log_file"] is not None:
         settings["logFile"] = str(options["log_file"])
     wanted = Wanted(Mode(options["mode"]), settings, options["owned_name"])
-    return Target(place.conf_dir, place.bin_dir, _bundle(options["bundle_dir"]), wanted)
+    return Target(place.conf_dir, place.bin_dir, _bundle(options["bundle_dir"]), wanted, place.runtime_configs)
 
 
 def _bundle(directory: Path | None) -> Bundle:

@@ -87,14 +87,18 @@ def _directories(facts: Facts, settings: RuntimeSettings) -> Iterator[Finding]:
         yield Finding(Level.WARNING, text)
     if settings.default_network is not None:
         text = f"{runtime} uses the network {settings.default_network!r} (cni_default_network), whatever sorts first"
-        yield Finding(Level.WARNING, text)
+        yield Finding(Level.OK, text)
 
 
 def _configuration(facts: Facts) -> Iterator[Finding]:
     kinds = sorted({settings.runtime for settings in facts.runtimes} or {Runtime.CONTAINERD}, key=lambda r: r.value)
     for runtime in kinds:
         has_drop_in = any(DROP_IN_NAME in files for files in facts.listing.drop_ins.values())
-        loaded = load(facts.listing, runtime, reads_drop_ins=True)
+        told = next((s.default_network for s in facts.runtimes if s.runtime is runtime), None)
+        loaded = load(facts.listing, runtime, reads_drop_ins=True, network_name=told)
+        if loaded.file is None and told is not None:
+            yield Finding(Level.PROBLEM, f"{facts.conf_dir} does not configure the network {told!r}: no pod can start")
+            continue
         for name, fault in loaded.unreadable:
             stops = runtime is Runtime.CONTAINERD
             effect = "loads nothing, so no pod can start" if stops else "passes it over"

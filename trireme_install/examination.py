@@ -17,6 +17,8 @@ from trireme_install.netd import MAX_FILE_BYTES, PLUGIN
 from trireme_install.runtimes import RuntimeSettings, decode_containerd, decode_crio, merged
 
 _SOCKET_TIMEOUT_S = 2.0
+_CRIO = "crio"
+"""Name of the directory that has CRI-O's settings."""
 _MAX_FILES = 256
 """Of one runtime's settings, imports included."""
 
@@ -33,6 +35,17 @@ def examine(conf_dir: Path, bin_dir: Path, run_dir: Path, runtime_configs: tuple
         runtimes=tuple(_named_as(settings, conf_dir, bin_dir) for settings in runtimes),
         runtime_faults=tuple(faults),
     )
+
+
+def default_network(runtime_configs: tuple[Path, ...]) -> str | None:
+    """Return the network that CRI-O is told to use; None if it uses that of the first file, or is not there.
+
+    Raises InstallError if its settings cannot be read: the entry could go where no pod gets it.
+    """
+    runtimes, faults = _runtimes(tuple(path for path in runtime_configs if path.name == _CRIO))
+    if faults:
+        raise InstallError("; ".join(faults))
+    return next((found.default_network for found in runtimes if found.default_network), None)
 
 
 def _named_as(settings: RuntimeSettings, conf_dir: Path, bin_dir: Path) -> RuntimeSettings:
@@ -112,7 +125,7 @@ def _imported(file: Path, name: str) -> list[Path]:
 
 def _files(path: Path) -> Iterator[tuple[Path, Callable[[str, bytes], RuntimeSettings]]]:
     """Yield a runtime's files with how to read them: containerd's file, or CRI-O's directory in its own order."""
-    if path.name == "crio":
+    if path.name == _CRIO:
         for file in (path / "crio.conf", *sorted((path / "crio.conf.d").glob("*"))):
             if file.is_file():
                 yield file, decode_crio

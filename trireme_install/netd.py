@@ -146,8 +146,11 @@ def decode_file(name: str, data: bytes) -> Network:
     return Network(tree, tuple(_plugin(entry, f"plugins[{i}].") for i, entry in enumerate(plugins)), is_list=True)
 
 
-def load(listing: Listing, runtime: Runtime, *, reads_drop_ins: bool) -> Loaded:
-    """Return which file a runtime uses, and which plugins it runs."""
+def load(listing: Listing, runtime: Runtime, *, reads_drop_ins: bool, network_name: str | None = None) -> Loaded:
+    """Return which file a runtime uses, and which plugins it runs.
+
+    `network_name`: of CRI-O's cni_default_network; of the files that configure it the first counts.
+    """
     unreadable: list[tuple[str, str]] = []
     for name in listing.candidates():
         try:
@@ -158,7 +161,8 @@ def load(listing: Listing, runtime: Runtime, *, reads_drop_ins: bool) -> Loaded:
             if runtime is Runtime.CONTAINERD:
                 break
             continue
-        return Loaded(name, network.plugins + dropped, tuple(unreadable))
+        if network_name in (None, network.name):
+            return Loaded(name, network.plugins + dropped, tuple(unreadable))
     return Loaded(None, (), tuple(unreadable))
 
 

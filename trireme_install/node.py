@@ -14,6 +14,7 @@ from enforcer_daemon.sources.inotify import DirectoryWatch
 from trireme_install.bundle import Bundle, install_bundle, is_in_place
 from trireme_install.directory import carry_out, read_listing
 from trireme_install.errors import ChangedMeanwhileError, InstallError
+from trireme_install.examination import default_network
 from trireme_install.pace import IGNORED_AFTER_S, Pace, Unreadable
 from trireme_install.plan import Outcome, Plan, Step, Wanted, plan_install, plan_removal
 
@@ -31,13 +32,20 @@ class Target:
     bin_dir: Path
     bundle: Bundle
     wanted: Wanted = field(default_factory=Wanted)
+    runtime_configs: tuple[Path, ...] = ()
+    """Where the runtime's settings are looked for."""
 
 
 def install(target: Target, say: Say, ignored: frozenset[str] = frozenset()) -> Plan:
     """Install once and return what it came to; raise InstallError."""
     if not is_in_place(target.bin_dir, target.bundle) and install_bundle(target.bin_dir, target.bundle):
         say(f"plugin {target.bundle.name} is in {target.bin_dir}")
-    return settle(target.conf_dir, lambda: plan_install(read_listing(target.conf_dir), target.wanted, ignored), say)
+
+    def make_plan() -> Plan:
+        listing, network_name = read_listing(target.conf_dir), default_network(target.runtime_configs)
+        return plan_install(listing, target.wanted, ignored, network_name)
+
+    return settle(target.conf_dir, make_plan, say)
 
 
 def remove(conf_dir: Path, say: Say) -> Plan:

@@ -113,14 +113,17 @@ class _NoPrimaryError(Exception):
         self.plan = Plan(outcome, message)
 
 
-def plan_install(listing: Listing, wanted: Wanted, ignored: frozenset[str] = frozenset()) -> Plan:
+def plan_install(
+    listing: Listing, wanted: Wanted, ignored: frozenset[str] = frozenset(), network_name: str | None = None
+) -> Plan:
     """Plan what is missing; no steps where all is as wanted.
 
-    `ignored` are files that could not be read for so long that nobody can still be writing them: CRI-O passes over
-    them, so the network after them is the one to protect.
+    `network_name` is the network that the runtime is told to use; None: that of the first file. `ignored` are files
+    that could not be read for so long that nobody can still be writing them: CRI-O passes over them, so the network
+    after them is the one to protect.
     """
     try:
-        file, primary = _find_primary(listing, wanted, ignored)
+        file, primary = _find_primary(listing, wanted, ignored, network_name)
         match wanted.mode:
             case Mode.MERGE:
                 steps = [*_merge(listing, file, primary, wanted), *_leftovers(listing, file, wanted)]
@@ -172,19 +175,29 @@ def apply_step(listing: Listing, step: Step) -> Listing:
     return Listing(files, {key: value for key, value in drop_ins.items() if value})
 
 
-def _find_primary(listing: Listing, wanted: Wanted, ignored: frozenset[str]) -> tuple[str, Network]:
+def _find_primary(
+    listing: Listing, wanted: Wanted, ignored: frozenset[str], network_name: str | None
+) -> tuple[str, Network]:
     """Find the file that a runtime would use if we were not there; Multus' hands on to the one after it."""
+    wanted_name = network_name
     for name in listing.candidates():
         try:
             network = decode_file(name, listing.files[name])
         except UnreadableFileError as err:
-            if name in ignored or name == wanted.owned_name:
+            # A runtime that is told a network is CRI-O, which passes over what it cannot read.
+            if name in ignored or name == wanted.owned_name or wanted_name is not None:
                 continue
             raise _NoPrimaryError(Outcome.WAITING, f"{name}: {err}; it sorts first, and is left as it is") from err
-        if COPY_OF in network.tree or network.is_multus:
+        if COPY_OF in network.tree or wanted_name not in (None, network.name):
+            continue
+        if network.is_multus:
+            wanted_name = None
             continue
         _check_primary(name, network, wanted)
         return name, network
+    if network_name is not None:
+        why = f"CRI-O uses the network {network_name!r} (cni_default_network), which no file configures yet"
+        raise _NoPrimaryError(Outcome.WAITING, why)
     raise _NoPrimaryError(Outcome.WAITING, "no primary network is configured yet")
 
 

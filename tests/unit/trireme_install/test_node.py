@@ -23,6 +23,7 @@ from trireme_install.errors import InstallError
 from trireme_install.netd import Listing
 from trireme_install.node import Keeper, Target, install, is_ready
 from trireme_install.pace import IGNORED_AFTER_S, LONGEST_PAUSE_S, QUIET_S, Pace, Unreadable
+from trireme_install.plan import Outcome
 
 FLANNEL = Path(__file__).parents[2] / "vectors" / "netd" / "10-flannel.conflist"
 WAIT_S = 30.0
@@ -43,6 +44,23 @@ def command(tmp_path: Path, *arguments: str) -> Result:
 
 def chain(conf_dir: Path, name: str = FLANNEL.name) -> list[str]:
     return [plugin["type"] for plugin in json.loads((conf_dir / name).read_bytes())["plugins"]]
+
+
+def test_the_network_that_cri_o_is_told_gets_the_entry(tmp_path: Path) -> None:
+    conf_dir, bin_dir = node(tmp_path)
+    (conf_dir / "00-first.conflist").write_text('{"cniVersion":"1.0.0","name":"first","plugins":[{"type":"bridge"}]}')
+    crio = tmp_path / "crio"
+    (crio / "crio.conf.d").mkdir(parents=True)
+    settings = crio / "crio.conf.d" / "10-network.conf"
+    name = json.loads(FLANNEL.read_bytes())["name"]
+    settings.write_text(f'[crio.network]\ncni_default_network = "{name}"\n')
+    target = Target(conf_dir, bin_dir, launcher_bundle("0.1.0"), runtime_configs=(crio,))
+    assert install(target, lambda _: None).outcome is Outcome.INSTALLED
+    assert "trireme" in chain(conf_dir)
+    assert chain(conf_dir, "00-first.conflist") == ["bridge"]
+    settings.write_text("[crio.network")
+    with pytest.raises(InstallError, match=r"10-network.conf: not TOML"):
+        install(target, lambda _: None)
 
 
 def wait_for(condition: Callable[[], bool]) -> None:

@@ -49,6 +49,43 @@ def installed(start: Listing, mode: Mode = Mode.MERGE) -> Listing:
     return after(start, plan)
 
 
+REPORTED = Listing({
+    "10-crio-bridge.conflist": b'{"cniVersion":"1.0.0","name":"crio","plugins":[{"type":"bridge"}]}',
+    "20-flannel.conflist": b'{"cniVersion":"0.3.1","name":"cbr0","plugins":[{"type":"flannel"},{"type":"portmap"}]}',
+})  # fmt: skip
+"""CRI-O is told to use cbr0."""
+
+
+@pytest.mark.parametrize("mode", Mode)
+def test_the_entry_goes_into_the_network_that_the_runtime_is_told(mode: Mode) -> None:
+    plan = plan_install(REPORTED, Wanted(mode), network_name="cbr0")
+    assert (plan.outcome, plan.message) == (
+        Outcome.INSTALLED, f"20-flannel.conflist: network cbr0 has our plugin ({mode.value})"
+    )  # fmt: skip
+    found = load(after(REPORTED, plan), Runtime.CRIO, reads_drop_ins=True, network_name="cbr0")
+    assert [plugin["type"] for plugin in found.chain] == ["flannel", "portmap", "trireme"]
+    assert after(REPORTED, plan).files["10-crio-bridge.conflist"] == REPORTED.files["10-crio-bridge.conflist"]
+
+
+def test_a_network_that_nothing_configures_is_waited_for() -> None:
+    plan = plan_install(REPORTED, Wanted(), network_name="ovn")
+    assert (plan.outcome, plan.steps) == (Outcome.WAITING, ())
+    assert "'ovn' (cni_default_network)" in plan.message
+
+
+def test_the_entry_moves_when_the_runtime_is_told_another_network() -> None:
+    before = after(REPORTED, plan_install(REPORTED, Wanted()))
+    moved = after(before, plan_install(before, Wanted(), network_name="cbr0"))
+    assert "trireme" not in moved.files["10-crio-bridge.conflist"].decode()
+    assert "trireme" in moved.files["20-flannel.conflist"].decode()
+
+
+def test_what_cannot_be_read_is_passed_over_for_a_named_network() -> None:
+    broken = Listing({**REPORTED.files, "00-broken.conflist": b"{"})
+    assert plan_install(broken, Wanted(), network_name="cbr0").outcome is Outcome.INSTALLED
+    assert plan_install(broken, Wanted()).outcome is Outcome.WAITING
+
+
 def tree(where: Listing, name: str) -> dict[str, Any]:
     found: dict[str, Any] = json.loads(where.files[name])
     return found
