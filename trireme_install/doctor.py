@@ -42,6 +42,8 @@ class Facts:
     runtimes: tuple[RuntimeSettings, ...] = ()
     runtime_faults: tuple[str, ...] = ()
     """Settings of a runtime that could not be read."""
+    unenforced: tuple[str, ...] = ()
+    """Pods that started past the daemon, by its own status."""
 
 
 def diagnose(facts: Facts) -> list[Finding]:
@@ -51,7 +53,14 @@ def diagnose(facts: Facts) -> list[Finding]:
         *_configuration(facts),
         _answer(facts.program_fault, f"{facts.bin_dir}/{PLUGIN} answers VERSION", "no pod can start"),
         _answer(facts.daemon_fault, "the enforcer answers on its socket", "pods wait for it, and then fail to start"),
+        *_evidence(facts),
     ]
+
+
+def _evidence(facts: Facts) -> Iterator[Finding]:
+    if facts.unenforced:
+        named = ", ".join(facts.unenforced)
+        yield Finding(Level.PROBLEM, f"pods started without a call of the plugin, and are NOT enforced: {named}")
 
 
 def _answer(fault: str | None, fine: str, consequence: str) -> Finding:

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import socket
 from collections.abc import Callable, Iterator
@@ -17,6 +18,7 @@ from trireme_install.netd import MAX_FILE_BYTES, PLUGIN
 from trireme_install.runtimes import RuntimeSettings, decode_containerd, decode_crio, merged
 
 _SOCKET_TIMEOUT_S = 2.0
+_MAX_ANSWER_BYTES = 16 * 1024 * 1024
 _CRIO = "crio"
 """Name of the directory that has CRI-O's settings."""
 _MAX_FILES = 256
@@ -32,6 +34,7 @@ def examine(conf_dir: Path, bin_dir: Path, run_dir: Path, runtime_configs: tuple
         listing=read_listing(conf_dir),
         program_fault=_program_fault(bin_dir / PLUGIN),
         daemon_fault=_daemon_fault(run_dir / "registration.sock"),
+        unenforced=_unenforced(run_dir / "admin.sock"),
         runtimes=tuple(_named_as(settings, conf_dir, bin_dir) for settings in runtimes),
         runtime_faults=tuple(faults),
     )
@@ -82,6 +85,20 @@ def _daemon_fault(path: Path) -> str | None:
         except OSError as err:
             return f"{path}: {err.strerror or err}"
     return None
+
+
+def _unenforced(path: Path) -> tuple[str, ...]:
+    """Ask the daemon which pods started past it; none if it does not say (docs/registration.md, operators' socket)."""
+    with socket.socket(socket.AF_UNIX) as connection:
+        connection.settimeout(_SOCKET_TIMEOUT_S)
+        try:
+            connection.connect(str(path))
+            connection.sendall(b'{"version":1,"command":"status"}\n')
+            with connection.makefile("rb") as answer:
+                found = json.loads(answer.readline(_MAX_ANSWER_BYTES))["result"]["unenforced_pods"]["past"]
+        except (OSError, ValueError, LookupError, TypeError):
+            return ()
+    return tuple(map(str, found)) if isinstance(found, list) else ()
 
 
 def _runtimes(paths: tuple[Path, ...]) -> tuple[list[RuntimeSettings], list[str]]:

@@ -14,7 +14,7 @@ from rich.text import Text
 
 from triremectl.output import as_list, as_mapping, as_text, ask, daemon_options, make_console, print_json
 
-_LATER = ("snapshot", "drops", "bundle", "key_problems", "setting_warnings", "closed_endpoints")
+_LATER = ("snapshot", "drops", "bundle", "key_problems", "setting_warnings", "closed_endpoints", "unenforced_pods")
 """Keys that get rows or tables of their own."""
 
 
@@ -36,10 +36,12 @@ def command(run_dir: Path, output: str, *, ignore_objects: bool) -> None:
 
 
 def _problems(status: Mapping[str, object]) -> list[object]:
-    """Return what somebody should mend: refused objects, closed pods, and what is wrong with the node."""
+    """Return what somebody should mend: refused objects, pods closed or not enforced, and faults of the node."""
     refused = as_list(as_mapping(status.get("snapshot")).get("problems"))
     closed = [f"pod {pod} is closed: {why}" for pod, why in as_mapping(status.get("closed_endpoints")).items()]
-    return [*refused, *closed, *_node_problems(status)]
+    passed = as_list(as_mapping(status.get("unenforced_pods")).get("past"))
+    unenforced = [f"pod {pod} is not enforced: it started, and its runtime did not call the plugin" for pod in passed]
+    return [*refused, *closed, *unenforced, *_node_problems(status)]
 
 
 def _node_problems(status: Mapping[str, object]) -> list[object]:
@@ -72,6 +74,10 @@ def print_status(console: Console, status: Mapping[str, object]) -> None:
         for reason, count in sorted(drops.items()):
             table.add_row(reason, as_text(count))
         console.print(table)
+    earlier = as_list(as_mapping(status.get("unenforced_pods")).get("before"))
+    if earlier:
+        named = ", ".join(map(as_text, earlier))
+        console.print(Text(f"warning: not enforced before they are restarted: {named}", style="yellow"), soft_wrap=True)
     warnings = [*as_list(status.get("setting_warnings")), *as_list(as_mapping(status.get("cluster")).get("warnings"))]
     for warning in warnings:
         console.print(Text(f"warning: {as_text(warning)}", style="yellow"), soft_wrap=True)

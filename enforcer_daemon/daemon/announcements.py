@@ -11,6 +11,7 @@ from enforcer_daemon.datapath.context import FlowReport
 from enforcer_daemon.kube.source import RefusedPolicy
 from enforcer_daemon.kube.table import Entry, Key
 from enforcer_daemon.model import AttachmentId
+from enforcer_daemon.policy import Pod
 from enforcer_daemon.reasons import Reason
 from enforcer_daemon.registration.request import AddRequest
 from enforcer_daemon.telemetry.events import EventBook, EventKind, Notice, Subject, note_denial
@@ -40,6 +41,12 @@ class Announcements:
         for requests, problem in pods:
             if problem:
                 self.note_identity(requests, problem)
+
+    def note_unenforced(self, pod: Pod) -> None:
+        """Tell that a pod started without an enforcer."""
+        subject = Subject("v1", "Pod", pod.ref.namespace, pod.ref.name, pod.uid)
+        notice = Notice(subject, EventKind.NOT_ENFORCED, UNENFORCED)
+        self._book.note_state(subject, EventKind.NOT_ENFORCED, partial(_same, notice))
 
     def note_closed(self, pods: Iterable[tuple[Mapping[AttachmentId, AddRequest], str]]) -> None:
         """Take note of the pods that are closed, and why; for the others the reason is empty."""
@@ -85,6 +92,7 @@ class Announcements:
             self._book.note_state(subject, text, partial(_same, notice))
 
 
+UNENFORCED = "the pod started, and its runtime did not call the plugin: no policy holds for it on this node"
 _NONE_COUNTS = "none of its load balancers' and external addresses and node ports counts"
 
 

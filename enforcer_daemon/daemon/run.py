@@ -15,7 +15,7 @@ import time
 from collections.abc import AsyncIterator
 from contextlib import ExitStack, suppress
 
-from enforcer_daemon.daemon.announcements import Announcements
+from enforcer_daemon.daemon.announcements import UNENFORCED, Announcements
 from enforcer_daemon.daemon.clusterstate import CompiledState, compile_state, with_large_namespaces
 from enforcer_daemon.daemon.discovery import Discovery
 from enforcer_daemon.daemon.endpoints import Endpoints
@@ -30,6 +30,7 @@ from enforcer_daemon.daemon.policylimits import PolicyLimits
 from enforcer_daemon.daemon.registrar import Registrar
 from enforcer_daemon.daemon.status import Status
 from enforcer_daemon.daemon.takeovers import Takeovers
+from enforcer_daemon.daemon.unenforced import UnenforcedPods
 from enforcer_daemon.daemon.vouching import Vouching
 from enforcer_daemon.dataplane.addresses import watch_addresses
 from enforcer_daemon.dataplane.backendrecord import BackendRecord
@@ -41,6 +42,7 @@ from enforcer_daemon.kube.events import EventSender
 from enforcer_daemon.kube.placement import PlacementCheck
 from enforcer_daemon.kube.source import ClusterSource
 from enforcer_daemon.model import IPAddress
+from enforcer_daemon.policy import Pod
 from enforcer_daemon.registration.admin import AdminServer
 from enforcer_daemon.registration.deletions import drain
 from enforcer_daemon.registration.registry import Registry
@@ -126,6 +128,9 @@ class Daemon:
         self._discovery = None if results is None else Discovery(results, self._registrar, self._endpoints.knows, log)
         self._policy_limits = PolicyLimits(self._endpoints.__iter__, self._announcements, log)
         self._status = Status(settings, self._node, self._registrar, self._metrics, self._kernel, self._policy_limits)
+        self._registry = registry
+        excluded = settings.registration.excluded_namespaces
+        self._unenforced = self._status.unenforced = UnenforcedPods(excluded, self._tell_unenforced)
         self._status.placement = self._placement
         self._admin = AdminServer(run_dir / "admin.sock", self._status.commands())
         self._registration = RegistrationServer(run_dir / "registration.sock", self._registrar)
@@ -320,7 +325,22 @@ class Daemon:
                     (endpoint.sandbox.requests, endpoint.closed) for endpoint in self._endpoints
                 )
             self._policy_limits.report(self._status.cluster)
+            self._look_for_unenforced()
             self._measure()
+
+    def _look_for_unenforced(self) -> None:
+        """Compare the pods that the cluster shows on this node with those that registered."""
+        if self._cluster is None or not self._cluster.is_synced:
+            return
+        registered = {(record.request.pod, record.request.uid) for record in self._registry.records.values()}
+        self._unenforced.look(self._cluster.node_pods(), registered, time.monotonic())
+        for started, pods in (("before", self._unenforced.earlier), ("past", self._unenforced.passed)):
+            self._metrics.unenforced_pods.labels(started).set(len(pods))
+
+    def _tell_unenforced(self, pod: Pod) -> None:
+        self._log.error("pod not enforced", pod=str(pod.ref), why=UNENFORCED)
+        if self._announcements is not None:
+            self._announcements.note_unenforced(pod)
 
     def _measure(self) -> None:
         """Bring the metrics up to date that nobody pushes."""

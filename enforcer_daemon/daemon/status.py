@@ -19,6 +19,7 @@ from enforcer_daemon.daemon.node import Node
 from enforcer_daemon.daemon.placement import PlacementGuard
 from enforcer_daemon.daemon.policylimits import PolicyLimits
 from enforcer_daemon.daemon.registrar import Registrar
+from enforcer_daemon.daemon.unenforced import MAX_NAMED, UnenforcedPods
 from enforcer_daemon.dataplane.guard_links import passed_by_tc
 from enforcer_daemon.dataplane.guard_vouched import NOT_CLAIMED
 from enforcer_daemon.dataplane.queuecounters import LostPackets
@@ -56,6 +57,7 @@ class Status:
         self._limits = limits
         self._since = time.time()
         self.cluster: CompiledState | None = None
+        self.unenforced: UnenforcedPods | None = None
         self.placement: PlacementGuard | None = None
         """Where placement is looked up."""
 
@@ -96,6 +98,7 @@ class Status:
             "cluster": None if cluster is None else cluster.status(),
             "denied_nodes": [] if self.placement is None else self.placement.denied(),
             "endpoints": len(self._endpoints),
+            "unenforced_pods": self._name_unenforced(),
             "closed_endpoints": {
                 str(endpoint.identity.pod): endpoint.closed for endpoint in self._endpoints if endpoint.closed
             },
@@ -106,6 +109,12 @@ class Status:
             "drops": self._metrics.denials(),
             "limits_reached": {limit.value: count for limit, count in self._metrics.limit_hits.items() if count},
         }
+
+    def _name_unenforced(self) -> object:
+        """Name the pods that run without an enforcer; not all of very many."""
+        found = self.unenforced
+        lists = {} if found is None else {"before": found.earlier, "past": found.passed}
+        return {started: [str(pod) for pod in pods[:MAX_NAMED]] for started, pods in lists.items()}
 
     async def _guard(self) -> object:
         not_claimed = list(NOT_CLAIMED)

@@ -133,7 +133,7 @@ def _reduce_pod(manifest: Manifest) -> dict[str, object]:
                     else entry
                     for entry in containers
                 ]
-    reduced = _reduced(manifest, spec=left, status=_pick(manifest.get("status"), "phase"))
+    reduced = _reduced(manifest, spec=left, status=_pick(manifest.get("status"), "phase", "podIPs"))
     annotations = _as_mapping(metadata.get("annotations"))
     reduced["uid"] = annotations.get(CONFIG_HASH) if CONFIG_MIRROR in annotations else metadata.get("uid")
     return reduced

@@ -171,6 +171,10 @@ class ClusterSource:
         pod = None if entry is None else entry.value
         return pod if pod is not None and pod.uid == uid else None
 
+    def node_pods(self) -> list[Pod]:
+        """Return the pods of this node."""
+        return self._pods.values()
+
     def has_namespace(self, name: str) -> bool:
         """Return whether the cluster has a namespace; while that is not followed, any."""
         return not self.namespaces.health.is_up or ("", name) in self._namespaces.entries

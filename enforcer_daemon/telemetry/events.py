@@ -40,6 +40,7 @@ class EventKind(Enum):
     ADDRESS_NOT_VIRTUAL = ("AddressNotVirtual", "Ignore")
     IDENTITY_TOO_LARGE = ("IdentityTooLarge", "SignToken")
     POLICY_LIMIT_EXCEEDED = ("PolicyLimitExceeded", "Isolate")
+    NOT_ENFORCED = ("NotEnforced", "Start")
     INTERFACE_TAKEN = ("InterfaceTaken", "Close")
     NODE_DENIED = ("NodeDenied", "Deny")
 

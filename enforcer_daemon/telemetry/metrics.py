@@ -117,6 +117,14 @@ class Metrics:
         for place in ("node", "pod"):
             self.repaired_rules.labels(place)
         self.endpoints = Gauge("trireme_endpoints", "Pods enforced on this node.", registry=self.registry)
+        self.unenforced_pods = Gauge(
+            "trireme_unenforced_pods",
+            "Pods of this node that have an address and never registered: from before the enforcer, or past it.",
+            ["started"],
+            registry=self.registry,
+        )
+        for started in ("before", "past"):
+            self.unenforced_pods.labels(started)
         self.closed_endpoints = Gauge(
             "trireme_closed_endpoints",
             "Pods that nothing passes to or from, since something takes their interface from their IP stack.",

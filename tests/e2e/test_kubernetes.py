@@ -29,11 +29,12 @@ from tests.e2e.operation_world import (
     policy,
 )
 from tests.kube.lab import KubeLab, cluster_pod
+from trireme_install.examination import examine
 from trireme_lab import Lab, LabError, LabSpec, Outcome, ServicePort, ServiceSpec, Tools
 from trireme_lab.chain import SHIPPED_CONFLIST
 from trireme_lab.manifests import ObjectRef
 from trireme_lab.node import Node
-from trireme_lab.spec import Manifest
+from trireme_lab.spec import Manifest, PodSpec
 
 pytestmark = pytest.mark.kernel
 
@@ -50,6 +51,7 @@ SERVICES = tuple(
 """What nodes translate, of which the API server says nothing at first; outside the default ServiceCIDR."""
 ADD_TIMEOUT_S = 2
 _PATIENCE_S = 20.0
+_LOOK_S = 3.0
 
 
 @pytest.fixture(scope="module")
@@ -73,8 +75,8 @@ def only_deny_all(lab: KubeLab) -> Iterator[None]:
             lab.remove(ObjectRef("NetworkPolicy", found["metadata"]["namespace"], found["metadata"]["name"]))
 
 
-def wait_for(condition: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + _PATIENCE_S
+def wait_for(condition: Callable[[], bool], patience_s: float = _PATIENCE_S) -> None:
+    deadline = time.monotonic() + patience_s
     while not condition():
         assert time.monotonic() < deadline, "it did not come to be so"
         time.sleep(0.02)
@@ -235,6 +237,34 @@ def test_an_identity_that_grew_too_large_is_an_event_of_the_pod(lab: KubeLab) ->
         assert event["regarding"]["uid"] == "x-guest"
     finally:
         lab.remove_pod("x/guest")
+
+
+def test_a_pod_that_starts_past_the_plugin_is_reported(lab: KubeLab) -> None:
+    """As where the runtime uses another network: the API server shows an address, and no ADD came."""
+    past, node = PodRef("x", "past"), lab.node("a")
+
+    def unenforced() -> object:
+        found = node.status()["unenforced_pods"]
+        assert isinstance(found, dict)
+        return found["past"]
+
+    def watched_pods() -> object:
+        return node.status()["cluster"]["watches"]["pods"]["objects"]  # type: ignore[index]
+
+    before = watched_pods()
+    lab.api.put(cluster_pod(PodSpec(past, "a", {})))
+    try:
+        wait_for(lambda: watched_pods() != before)
+        time.sleep(_LOOK_S)  # The daemon compares once a second, and has to see it without an address first.
+        status = {"status": {"phase": "Running", "podIPs": [{"ip": "10.244.1.250"}]}}
+        lab.api.patch("Pod", "x", "past", status)
+        wait_for(lambda: unenforced() == ["x/past"], 30.0)
+        wait_for(lambda: bool(events(lab, "past", "NotEnforced")))
+        facts = examine(Path("/nowhere"), Path("/nowhere"), node.directories.run, ())
+        assert facts.unenforced == ("x/past",)
+    finally:
+        lab.api.delete("Pod", "x", "past")
+    wait_for(lambda: unenforced() == [])
 
 
 def service(**spec: object) -> Manifest:
