@@ -82,6 +82,10 @@ class _End:
     """The node that these are the addresses of, also for a pod on its node's network; empty: no node's."""
 
 
+WITH_IDENTITY = frozenset({Protocol.TCP, Protocol.UDP})
+"""Protocols by which enforcers show each other identities."""
+
+
 class CaseCluster:
     """Pods, namespaces and policies that probes are judged in."""
 
@@ -120,8 +124,11 @@ class CaseCluster:
             return (problem,)
         return self._snapshot.pod_policy(identity).problems
 
-    def evaluate(self, probe: Probe, *, explain: bool = False) -> ProbeVerdict:
-        """Evaluate a probe at both ends; `explain` names all rules that allow it, not one. ValueError: no such end."""
+    def evaluate(self, probe: Probe, *, explain: bool = False, as_enforced: bool = False) -> ProbeVerdict:
+        """Evaluate a probe at both ends; `explain` names all rules that allow it, not one. ValueError: no such end.
+
+        `as_enforced`: as the enforcers do, which see no identity of a peer by SCTP, and not as NetworkPolicy means it.
+        """
         source, destination = self._end(probe.source), self._end(probe.destination)
         if source.identity is not None and any(address.is_loopback for address in destination.addresses):
             destination = source
@@ -129,17 +136,18 @@ class CaseCluster:
             return ProbeVerdict(_allowed(Reason.SELF, Direction.EGRESS), _allowed(Reason.SELF, Direction.INGRESS))
         port = _port_number(probe, destination.identity)
         source_address, destination_address = _same_family(source, destination)
+        shows_identity = not as_enforced or probe.protocol in WITH_IDENTITY
         egress, ingress = _allowed(Reason.NOT_ISOLATED, Direction.EGRESS), _allowed(Reason.NOT_ISOLATED,
                                                                                     Direction.INGRESS)  # fmt: skip
         if source.identity is not None:
             policy = self._snapshot.pod_policy(source.identity).egress
             egress = (policy.explain if explain else policy.evaluate)(
-                destination.identity, destination_address, port, probe.protocol
+                destination.identity if shows_identity else None, destination_address, port, probe.protocol
             )
         if destination.identity is not None:
             policy = self._snapshot.pod_policy(destination.identity).ingress
             ingress = (policy.explain if explain else policy.evaluate)(
-                source.identity, source_address, port, probe.protocol
+                source.identity if shows_identity else None, source_address, port, probe.protocol
             )
             if source.node and source.node == destination.identity.node:
                 ingress = _allowed(Reason.NODE, Direction.INGRESS)

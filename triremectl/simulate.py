@@ -17,7 +17,7 @@ from enforcer_daemon.model import Decision
 from enforcer_daemon.policy import InvalidObjectError, Pod
 from enforcer_daemon.policy.objects import LAST_PORT, IPBlock, NetworkPolicy, Service
 from enforcer_daemon.sources.manifests import ClusterState, Problem, assemble, manifest_files, read_file, unique_objects
-from triremectl.cases import PROTOCOLS, Case, CaseCluster, Probe, ProbeVerdict, decode_case
+from triremectl.cases import PROTOCOLS, WITH_IDENTITY, Case, CaseCluster, Probe, ProbeVerdict, decode_case
 from triremectl.services import Backend, address_note, backends, find_service
 
 _STAND_IN_ADDRESSES = IPv4Network("198.18.0.0/15")
@@ -234,10 +234,10 @@ def _answer(cluster: ClusterState, services: list[Service], probe: Probe, *, is_
         if service is not None:
             decided = [(backend, _best(cases, backend.probes)) for backend in behind]
             return _print_service(service, probe, decided, is_json=is_json)
-        verdict = cases.evaluate(probe, explain=True)
+        verdict = cases.evaluate(probe, explain=True, as_enforced=True)
     except ValueError as err:
         raise _NoAnswerError(str(err)) from err
-    note = _unknown_port(pods, probe) or address_note(probe, services, pods)
+    note = _unknown_port(pods, probe) or address_note(probe, services, pods) or _protocol_note(probe)
     if is_json:
         click.echo(json.dumps({**_explanation(probe, verdict), **({"note": note} if note else {})}, indent=2))
         return verdict.is_allowed
@@ -249,7 +249,7 @@ def _answer(cluster: ClusterState, services: list[Service], probe: Probe, *, is_
 
 def _best(cases: CaseCluster, probes: Sequence[Probe]) -> ProbeVerdict:
     """Return the verdict of the first probe that is allowed, else of the last."""
-    verdicts = [cases.evaluate(probe, explain=True) for probe in probes]
+    verdicts = [cases.evaluate(probe, explain=True, as_enforced=True) for probe in probes]
     return next((verdict for verdict in verdicts if verdict.is_allowed), verdicts[-1])
 
 
@@ -278,6 +278,12 @@ def _print_service(
         for line in (*in_words(backend.shown, verdict), *filter(None, [backend.note])):
             click.echo(f"    {line}")
     return allowed == total
+
+
+def _protocol_note(probe: Probe) -> str:
+    if probe.protocol in WITH_IDENTITY:
+        return ""
+    return f"{probe.protocol.name} carries no identity: decided by addresses, which selectors do not match"
 
 
 def _unknown_port(pods: Iterable[Pod], probe: Probe) -> str:

@@ -200,3 +200,15 @@ def test_a_fault_of_a_service_is_named(spec: dict[str, Any], field: str) -> None
     with pytest.raises(InvalidObjectError) as caught:
         decode_service(service(**spec))
     assert caught.value.field == field
+
+
+@pytest.mark.parametrize(
+    ("peer", "allowed"),
+    [({"podSelector": {"matchLabels": {"app": "web"}}}, False), ({"ipBlock": {"cidr": "10.1.0.2/32"}}, True)],
+)
+def test_sctp_is_decided_by_address_as_the_enforcers_do(tmp_path: Path, peer: dict[str, Any], allowed: bool) -> None:
+    ports = [{"port": 36412, "protocol": "SCTP"}]
+    sctp = policy("sctp", {"app": "client"}, policyTypes=["Egress"], egress=[{"to": [peer], "ports": ports}])
+    result = ask(tmp_path, CLIENT, ONE, sctp, to="x/web-1", port=36412, more="--protocol=SCTP")
+    assert (result.exit_code == 0) is allowed
+    assert "SCTP carries no identity: decided by addresses" in result.output
