@@ -16,7 +16,15 @@ import click
 from enforcer_daemon.model import Decision
 from enforcer_daemon.policy import InvalidObjectError, Pod
 from enforcer_daemon.policy.objects import LAST_PORT, IPBlock, NetworkPolicy, Service
-from enforcer_daemon.sources.manifests import ClusterState, Problem, assemble, manifest_files, read_file, unique_objects
+from enforcer_daemon.sources.manifests import (
+    ClusterState,
+    MoreKinds,
+    Problem,
+    assemble,
+    manifest_files,
+    read_file,
+    unique_objects,
+)
 from triremectl.cases import PROTOCOLS, WITH_IDENTITY, Case, CaseCluster, Probe, ProbeVerdict, decode_case
 from triremectl.services import Backend, address_note, backends, find_service
 
@@ -202,7 +210,7 @@ def _decision_in_words(decision: Decision) -> str:
 
 def _read_state(policies: Path, pods: Path | None) -> tuple[ClusterState, list[Service]]:
     paths = [path for place in filter(None, (policies, pods)) for path in _files(place)]
-    found, problems = unique_objects(read_file(path, has_services=True) for path in paths)
+    found, problems = unique_objects(read_file(path, MoreKinds(services=True)) for path in paths)
     if problems:
         raise _NoAnswerError(_listed(problems))
     objects = [entry for _, entry in found.values()]

@@ -24,6 +24,11 @@ def check_policy(spec: object) -> None:
     _limit(_policy_elements(spec), MAX_POLICY_ELEMENTS, "rules, peers, exceptions, ports, requirements and values")
 
 
+def check_cluster_policy(spec: object) -> None:
+    """Raise InvalidObjectError if the selectors of a ClusterNetworkPolicy are too large; its lists the CRD limits."""
+    _limit(_cluster_policy_elements(spec), MAX_POLICY_ELEMENTS, "requirements and values")
+
+
 def check_pod(metadata: object, spec: object) -> None:
     """Raise InvalidObjectError if a pod has too many labels, containers and ports."""
     _limit(_pod_elements(metadata, spec), MAX_POD_ELEMENTS, "labels, containers and ports")
@@ -64,6 +69,34 @@ def _peer(peer: Mapping[str, object], path: str) -> _Counted:
             yield f"{path}.ipBlock.except", len(_entries(excepts))
         else:
             yield from _selector(value, child(path, str(field)))
+
+
+def _cluster_policy_elements(spec: object) -> _Counted:
+    if not isinstance(spec, Mapping):
+        return
+    yield from _cluster_peer(spec.get("subject"), "spec.subject")
+    for field, peers_field in (("ingress", "from"), ("egress", "to")):
+        rules = _entries(spec.get(field))
+        yield f"spec.{field}", len(rules)
+        for index, rule in enumerate(rules):
+            if not isinstance(rule, Mapping):
+                continue
+            path = f"spec.{field}[{index}]"
+            yield f"{path}.protocols", len(_entries(rule.get("protocols")))
+            peers = _entries(rule.get(peers_field))
+            yield f"{path}.{peers_field}", len(peers)
+            for number, peer in enumerate(peers):
+                yield from _cluster_peer(peer, f"{path}.{peers_field}[{number}]")
+
+
+def _cluster_peer(peer: object, path: str) -> _Counted:
+    for field, value in peer.items() if isinstance(peer, Mapping) else ():
+        where = child(path, str(field))
+        yield where, len(_entries(value))
+        yield from _selector(value, where)
+        if field == "pods" and isinstance(value, Mapping):
+            for name in ("namespaceSelector", "podSelector"):
+                yield from _selector(value.get(name), child(where, name))
 
 
 def _selector(selector: object, path: str) -> _Counted:

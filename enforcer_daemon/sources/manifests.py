@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Reads files of Kubernetes manifests into typed objects and problems; a problem names file, line, object and field.
 
-NetworkPolicy, Namespace and Pod are read, alone or in Lists. Any other kind is a problem: were a misspelt kind passed
-over, a policy would be missing without a word.
+NetworkPolicy, Namespace and Pod are read, alone or in Lists; Service and ClusterNetworkPolicy for those who ask. Any
+other kind is a problem: were a misspelt kind passed over, a policy would be missing without a word.
 """
 
 from __future__ import annotations
@@ -26,6 +26,9 @@ from enforcer_daemon.policy import (
     decode_pod,
     namespace_labels,
 )
+from enforcer_daemon.policy.cluster_objects import Channel, ClusterNetworkPolicy
+from enforcer_daemon.policy.decode_cluster import API_VERSION as CLUSTER_POLICY_API_VERSION
+from enforcer_daemon.policy.decode_cluster import decode_cluster_policy
 from enforcer_daemon.policy.decode_services import decode_service
 from enforcer_daemon.policy.metadata import DEFAULT_NAMESPACE
 from enforcer_daemon.policy.objects import Service
@@ -36,17 +39,25 @@ MAX_FILE_BYTES = 32 * 1024 * 1024
 _MAX_PROBLEMS = 100
 """Problems of one object that are told, each with its line."""
 
-KubernetesObject = NetworkPolicy | Namespace | Pod | Service
+KubernetesObject = NetworkPolicy | ClusterNetworkPolicy | Namespace | Pod | Service
 _LIST_KINDS = {
     "List": "",
     "NetworkPolicyList": "NetworkPolicy",
     "NamespaceList": "Namespace",
     "PodList": "Pod",
     "ServiceList": "Service",
+    "ClusterNetworkPolicyList": "ClusterNetworkPolicy",
 }
+_CLUSTER_SCOPED = frozenset({"Namespace", "ClusterNetworkPolicy"})
 _IDENTITY_FIELDS = frozenset({"", "kind", "metadata", "metadata.name", "metadata.generateName", "metadata.namespace"})
 """Where a problem leaves open which object is meant."""
-_API_VERSIONS = {"NetworkPolicy": "networking.k8s.io/v1", "Namespace": "v1", "Pod": "v1", "Service": "v1"}
+_API_VERSIONS = {
+    "NetworkPolicy": "networking.k8s.io/v1",
+    "ClusterNetworkPolicy": CLUSTER_POLICY_API_VERSION,
+    "Namespace": "v1",
+    "Pod": "v1",
+    "Service": "v1",
+}
 
 
 @dataclass(frozen=True, slots=True, order=True)
@@ -55,7 +66,7 @@ class ObjectKey:
 
     kind: str
     namespace: str
-    """Empty for a Namespace."""
+    """Empty for a Namespace or a ClusterNetworkPolicy."""
     name: str
 
     def __str__(self) -> str:
@@ -154,10 +165,26 @@ def load_bytes(path: Path) -> bytes:
     return content
 
 
-def read_file(path: Path, *, has_services: bool = False) -> ManifestFile:
-    """Read a file; what is wrong with it is in the result. `has_services`: Services are read too."""
+@dataclass(frozen=True, slots=True)
+class MoreKinds:
+    """Kinds that are read on request, because not everything that reads manifests knows what to do with them."""
+
+    services: bool = False
+    cluster_policies: Channel | None = None
+    """The channel of the CRD that ClusterNetworkPolicies are checked against; None: they are not read."""
+
+    def __str__(self) -> str:
+        more = ("ClusterNetworkPolicy, " if self.cluster_policies else "") + ("Service, " if self.services else "")
+        return f"NetworkPolicy, {more}Namespace and Pod"
+
+
+NO_MORE_KINDS = MoreKinds()
+
+
+def read_file(path: Path, more: MoreKinds = NO_MORE_KINDS) -> ManifestFile:
+    """Read a file; what is wrong with it is in the result."""
     try:
-        return decode_file(str(path), load_bytes(path), has_services=has_services)
+        return decode_file(str(path), load_bytes(path), more)
     except OSError as err:
         return unreadable(str(path), err)
 
@@ -167,7 +194,7 @@ def unreadable(name: str, err: OSError) -> ManifestFile:
     return ManifestFile(name, problem=Problem(name, 0, "", "", f"cannot be read: {err.strerror or err}"))
 
 
-def decode_file(name: str, content: bytes, *, has_services: bool = False) -> ManifestFile:
+def decode_file(name: str, content: bytes, more: MoreKinds = NO_MORE_KINDS) -> ManifestFile:
     """Decode the content of a file; what is wrong with it is in the result."""
     try:
         documents = read_documents(decode_text(content), is_json=name.endswith(".json"))
@@ -179,7 +206,7 @@ def decode_file(name: str, content: bytes, *, has_services: bool = False) -> Man
     except DocumentError as err:
         return ManifestFile(name, problem=Problem(name, err.line, "", "", str(err)))
     objects = (item for document in documents for item in _expand(document))
-    return ManifestFile(name, tuple(_decode_entry(name, document, has_services) for document in objects))
+    return ManifestFile(name, tuple(_decode_entry(name, document, more) for document in objects))
 
 
 def good_manifests(name: str, content: bytes) -> dict[ObjectKey, object]:
@@ -214,13 +241,13 @@ def _expand(document: Document) -> Iterator[Document]:
         yield document.item(index, item)
 
 
-def _decode_entry(name: str, document: Document, has_services: bool = False) -> Entry:
+def _decode_entry(name: str, document: Document, more: MoreKinds = NO_MORE_KINDS) -> Entry:
     key = _key_of(document.manifest)
     label = "" if key is None else str(key)
     if document.error:
         return Entry(document.line, None, None, (Problem(name, document.line, "", "", document.error),))
     try:
-        found = _decode(document.manifest, has_services)
+        found = _decode(document.manifest, more)
     except InvalidObjectError as err:
         problems = tuple(
             Problem(name, document.line_of(p.field), label, p.field, p.message) for p in err.problems[:_MAX_PROBLEMS]
@@ -230,17 +257,18 @@ def _decode_entry(name: str, document: Document, has_services: bool = False) -> 
     return Entry(document.line, key, found)
 
 
-def _decode(manifest: object, has_services: bool) -> KubernetesObject:
+def _decode(manifest: object, more: MoreKinds) -> KubernetesObject:
     kind = manifest.get("kind") if isinstance(manifest, Mapping) else None
     if kind == "Namespace":
         return decode_namespace(manifest)
     if kind == "Pod":
         return decode_pod(manifest)
-    if kind == "Service" and has_services:
+    if kind == "Service" and more.services:
         return decode_service(manifest)
+    if kind == "ClusterNetworkPolicy" and more.cluster_policies is not None:
+        return decode_cluster_policy(manifest, more.cluster_policies)
     if isinstance(kind, str) and kind != "NetworkPolicy":
-        known = f"NetworkPolicy, Namespace{', Service' if has_services else ''} and Pod"
-        message = f'Invalid value: "{kind}": is not read here; {known} are, alone or in a List'
+        message = f'Invalid value: "{kind}": is not read here; {more} are, alone or in a List'
         raise InvalidObjectError([PolicyError("kind", message)])
     return decode_network_policy(manifest)
 
@@ -253,7 +281,7 @@ def _key_of(manifest: object) -> ObjectKey | None:
     namespace = metadata.get("namespace") or DEFAULT_NAMESPACE
     if not (isinstance(kind, str) and isinstance(name, str) and isinstance(namespace, str)):
         return None
-    return ObjectKey(kind, "" if kind == "Namespace" else namespace, name)
+    return ObjectKey(kind, "" if kind in _CLUSTER_SCOPED else namespace, name)
 
 
 def unique_objects(

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from contextlib import suppress
+from copy import deepcopy
 from ipaddress import ip_address
 from typing import Any
 
@@ -13,6 +14,8 @@ from hypothesis import strategies as st
 from enforcer_daemon.errors import PolicyError
 from enforcer_daemon.model import Direction, Identity, Protocol, RuleRef
 from enforcer_daemon.policy import DirectionPolicy, PolicySnapshot, compile_snapshot, decode_network_policy
+from enforcer_daemon.policy.cluster_objects import Channel
+from enforcer_daemon.policy.decode_cluster import decode_cluster_policy
 from tests.property import policy_reference as reference
 from tests.property.policy_worlds import ADDRESSES, PORTS, flows, identity, pods, policies, specs, worlds
 
@@ -124,6 +127,42 @@ def test_any_damage_gives_a_policy_or_a_named_problem(manifests: list[Tree], dat
             node = node[key]
     with suppress(PolicyError):
         assert decode_network_policy(manifest).name
+
+
+_CLUSTER_POLICY: Tree = {
+    "apiVersion": "policy.networking.k8s.io/v1alpha2",
+    "kind": "ClusterNetworkPolicy",
+    "metadata": {"name": "p"},
+    "spec": {
+        "tier": "Admin",
+        "priority": 1,
+        "subject": {"pods": {"podSelector": {"matchExpressions": [{"key": "a", "operator": "In", "values": ["b"]}]}}},
+        "egress": [
+            {
+                "action": "Deny",
+                "to": [{"networks": ["10.0.0.0/8"]}, {"domainNames": ["a.b"]}, {"namespaces": {"matchLabels": {}}}],
+                "protocols": [{"tcp": {"destinationPort": {"range": {"start": 1, "end": 2}}}}],
+            }
+        ],
+    },
+}
+
+
+@given(st.data(), st.sampled_from(Channel), st.booleans())
+@settings(max_examples=300, deadline=None)
+def test_any_damage_gives_a_cluster_policy_or_a_named_problem(
+    data: st.DataObject, channel: Channel, is_stored: bool
+) -> None:
+    manifest = deepcopy(_CLUSTER_POLICY)
+    node: Any = manifest
+    while isinstance(node, dict | list) and node:
+        key = data.draw(st.sampled_from(sorted(node) if isinstance(node, dict) else range(len(node))))
+        if not isinstance(node[key], dict | list) or not node[key] or data.draw(st.booleans()):
+            node[key] = data.draw(_ANY)
+            break
+        node = node[key]
+    with suppress(PolicyError):
+        assert decode_cluster_policy(manifest, channel, is_stored=is_stored).name
 
 
 @given(st.lists(st.tuples(st.integers(0, 5), specs | st.none()), max_size=6), policies(), worlds(), pods)
