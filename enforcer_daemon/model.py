@@ -106,6 +106,23 @@ class RuleRef:
         return f"{self.namespace}/{self.policy}" + ("" if self.rule is None else f"[{self.rule}]")
 
 
+@dataclass(frozen=True, slots=True, order=True)
+class ClusterRuleRef:
+    """One rule of one ClusterNetworkPolicy, with what it does."""
+
+    tier: str
+    policy: str
+    rule: int
+    """Index in spec.ingress or spec.egress."""
+    name: str
+    """Empty if the rule has none."""
+    action: str
+
+    def __str__(self) -> str:
+        name = f' "{self.name}"' if self.name else ""
+        return f"cluster policy {self.tier}/{self.policy} rule {self.rule}{name} ({self.action})"
+
+
 @dataclass(frozen=True, slots=True)
 class Decision:
     """What policy says of one flow in one direction, and by which policies and rules."""
@@ -115,6 +132,8 @@ class Decision:
     direction: Direction
     rules: tuple[RuleRef, ...] = field(default=())
     """The rules that allow the flow; for a denial, the policies that isolate the pod."""
+    cluster_rules: tuple[ClusterRuleRef, ...] = field(default=())
+    """The rules of cluster policies that passed the flow on or decide it, in the order in which they are asked."""
 
 
 @dataclass(frozen=True, slots=True, order=True)

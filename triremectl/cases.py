@@ -2,8 +2,9 @@
 """Worlds of pods, namespaces and policies, and who may reach whom in them: what `simulate` and the lab's checks
 evaluate.
 
-A case is one JSON object: name, namespaces, pods, policies (NetworkPolicy manifests), nodes, and probes, each with the
-verdict expected of it. Both ends of a probe are judged as two enforcers would, each on the other end's identity.
+A case is one JSON object: name, namespaces, pods, policies (manifests of NetworkPolicy and ClusterNetworkPolicy),
+nodes, and probes, each with the verdict expected of it. Both ends of a probe are judged as two enforcers would, each on
+the other end's identity.
 """
 
 from __future__ import annotations
@@ -14,6 +15,9 @@ from ipaddress import ip_address
 
 from enforcer_daemon.model import Decision, Direction, Identity, IPAddress, NamedPort, PodRef, Protocol
 from enforcer_daemon.policy import NetworkPolicy, Pod, compile_snapshot, decode_network_policy, namespace_labels
+from enforcer_daemon.policy.cluster_objects import Channel, ClusterNetworkPolicy
+from enforcer_daemon.policy.decode_cluster import decode_cluster_policy
+from enforcer_daemon.policy.evaluate_cluster import ClusterPolicies, Flow, Node
 from enforcer_daemon.policy.reader import InvalidObjectError, Reader, child
 from enforcer_daemon.reasons import Reason
 
@@ -95,8 +99,10 @@ class CaseCluster:
         namespaces: Mapping[str, Mapping[str, str]],
         policies: Iterable[NetworkPolicy],
         nodes: Mapping[IPAddress, str] | None = None,
+        cluster_policies: ClusterPolicies | None = None,
     ) -> None:
         self._nodes = dict(nodes or {})
+        self._cluster_policies = cluster_policies or ClusterPolicies(())
         self._snapshot = compile_snapshot(policies, generation=1)
         self._pods: dict[str, _End] = {}
         self._owners: dict[IPAddress, _End] = {}
@@ -124,10 +130,13 @@ class CaseCluster:
             return (problem,)
         return self._snapshot.pod_policy(identity).problems
 
-    def evaluate(self, probe: Probe, *, explain: bool = False, as_enforced: bool = False) -> ProbeVerdict:
+    def evaluate(
+        self, probe: Probe, *, explain: bool = False, as_enforced: bool = False, hides_peers: bool = False
+    ) -> ProbeVerdict:
         """Evaluate a probe at both ends; `explain` names all rules that allow it, not one. ValueError: no such end.
 
         `as_enforced`: as the enforcers do, which see no identity of a peer by SCTP, and not as NetworkPolicy means it.
+        `hides_peers`: no pod proves its identity to another.
         """
         source, destination = self._end(probe.source), self._end(probe.destination)
         if source.identity is not None and any(address.is_loopback for address in destination.addresses):
@@ -136,23 +145,23 @@ class CaseCluster:
             return ProbeVerdict(_allowed(Reason.SELF, Direction.EGRESS), _allowed(Reason.SELF, Direction.INGRESS))
         port = _port_number(probe, destination.identity)
         source_address, destination_address = _same_family(source, destination)
-        shows_identity = not as_enforced or probe.protocol in WITH_IDENTITY
+        is_hidden = hides_peers or (as_enforced and probe.protocol not in WITH_IDENTITY)
         egress, ingress = _allowed(Reason.NOT_ISOLATED, Direction.EGRESS), _allowed(Reason.NOT_ISOLATED,
                                                                                     Direction.INGRESS)  # fmt: skip
         if source.identity is not None:
-            policy = self._snapshot.pod_policy(source.identity).egress
-            egress = (policy.explain if explain else policy.evaluate)(
-                destination.identity if shows_identity else None, destination_address, port, probe.protocol
-            )
+            flow = _flow(destination, destination_address, port, probe.protocol, is_hidden)
+            egress = self._decide(source.identity, Direction.EGRESS, flow, explain=explain)
         if destination.identity is not None:
-            policy = self._snapshot.pod_policy(destination.identity).ingress
-            ingress = (policy.explain if explain else policy.evaluate)(
-                source.identity if shows_identity else None, source_address, port, probe.protocol
-            )
+            flow = _flow(source, source_address, port, probe.protocol, is_hidden)
+            ingress = self._decide(destination.identity, Direction.INGRESS, flow, explain=explain)
             if source.node and source.node == destination.identity.node:
                 ingress = _allowed(Reason.NODE, Direction.INGRESS)
         limits = dict.fromkeys((*self._limits(source.identity), *self._limits(destination.identity)))
         return ProbeVerdict(egress, ingress, tuple(limits))
+
+    def _decide(self, identity: Identity, direction: Direction, flow: Flow, *, explain: bool) -> Decision:
+        policy = self._snapshot.pod_policy(identity).direction(direction)
+        return self._cluster_policies.direction(identity, policy, direction).evaluate(flow, explain=explain)
 
     def _end(self, name: str) -> _End:
         if "/" in name:
@@ -171,6 +180,12 @@ class CaseCluster:
 
 def _allowed(reason: Reason, direction: Direction) -> Decision:
     return Decision(True, reason, direction)
+
+
+def _flow(peer: _End, address: IPAddress, port: int, protocol: Protocol, is_hidden: bool) -> Flow:
+    # The case names all its pods, so every other address is a node's or outside.
+    is_pod = peer.identity is not None
+    return Flow(None if is_hidden else peer.identity, address, is_pod_address=is_pod, port=port, protocol=protocol)
 
 
 def _port_number(probe: Probe, destination: Identity | None) -> int:
@@ -207,6 +222,8 @@ class CaseObjects:
     policies: tuple[Mapping[str, object], ...]
     """Manifests as the case has them."""
     nodes: Mapping[IPAddress, str]
+    has_cluster_policies: bool = False
+    """Some of the policies are ClusterNetworkPolicies."""
     has_old_cidrs: bool = False
     """CIDRs are written as before Kubernetes 1.36: host bits are to be masked."""
     sequence: str = ""
@@ -232,9 +249,13 @@ def decode_case(tree: object) -> Case:
     sequence = reader.struct(top.get("sequence"), "sequence")
     is_legacy = "legacy-cidr" in requires
     manifests, policies = [], []
+    cluster_policies: list[ClusterNetworkPolicy] = []
     for path, manifest in reader.sequence(top.get("policies"), "policies"):
         try:
-            policies.append(decode_network_policy(manifest, mask_host_bits=is_legacy))
+            if isinstance(manifest, Mapping) and manifest.get("kind") == "ClusterNetworkPolicy":
+                cluster_policies.append(decode_cluster_policy(manifest, Channel.EXPERIMENTAL))
+            else:
+                policies.append(decode_network_policy(manifest, mask_host_bits=is_legacy))
             manifests.append(reader.struct(manifest, path))
         except InvalidObjectError as err:
             reader.problems += [type(p)(child(path, p.field), p.message) for p in err.problems]
@@ -243,12 +264,15 @@ def decode_case(tree: object) -> Case:
         namespaces=namespaces,
         policies=tuple(manifests),
         nodes=nodes,
+        has_cluster_policies=bool(cluster_policies),
         has_old_cidrs=is_legacy,
         sequence=reader.string(sequence.get("id"), "sequence.id") or "",
         step=reader.integer(sequence.get("step"), "sequence.step") or 0,
     )
+    node_objects = _read_node_labels(reader, top.get("nodes"), nodes)
     reader.finish()
-    return Case(name, CaseCluster(pods, namespaces, policies, nodes), probes, objects)
+    tiers = ClusterPolicies(cluster_policies, node_objects)
+    return Case(name, CaseCluster(pods, namespaces, policies, nodes, tiers), probes, objects)
 
 
 def _read_pod(reader: Reader, value: object, path: str) -> Pod:
@@ -285,6 +309,20 @@ def _read_nodes(reader: Reader, value: object) -> dict[IPAddress, str]:
         name = reader.string(tree.get("name"), child(path, "name")) or ""
         nodes.update(dict.fromkeys(_read_addresses(reader, tree, path), name))
     return nodes
+
+
+def _read_node_labels(reader: Reader, value: object, nodes: Mapping[IPAddress, str]) -> list[Node]:
+    """Read the labels of nodes that are a list; those of a map have none."""
+    found: dict[str, Mapping[str, str]] = {name: {} for name in nodes.values()}
+    for path, entry in reader.sequence(value, "nodes") if isinstance(value, list | tuple) else ():
+        tree = reader.struct(entry, path)
+        name = tree.get("name")
+        if isinstance(name, str):
+            found[name] = reader.string_map(tree.get("labels"), child(path, "labels"))
+    return [
+        Node(labels, tuple(address for address, owner in nodes.items() if owner == name))
+        for name, labels in found.items()
+    ]
 
 
 def _read_addresses(reader: Reader, tree: Mapping[str, object], path: str) -> tuple[IPAddress, ...]:

@@ -154,6 +154,7 @@ def _decision(decision: Decision) -> dict[str, object]:
         "allowed": decision.is_allowed,
         "reason": decision.reason.value,
         "rules": [str(rule) for rule in decision.rules],
+        **({"clusterRules": [str(rule) for rule in decision.cluster_rules]} if decision.cluster_rules else {}),
     }
 
 
@@ -205,7 +206,8 @@ def _decision_in_words(decision: Decision) -> str:
     named = ""
     if rules:
         named = f" by {rules}" if decision.is_allowed else f"; isolated by {rules}"
-    return f"{word} ({decision.reason.value}){named}"
+    asked = "".join(f"; {rule}" for rule in decision.cluster_rules)
+    return f"{word} ({decision.reason.value}){named}{asked}"
 
 
 def _read_state(policies: Path, pods: Path | None) -> tuple[ClusterState, list[Service]]:

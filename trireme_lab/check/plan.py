@@ -72,7 +72,9 @@ def node_of(case: Case, pod: Pod) -> str:
 
 
 def layout_of(case: Case) -> Layout:
-    """Return who has which addresses in a case; raise ScenarioError if two have one."""
+    """Return who has which addresses in a case; raise ScenarioError if two have one, or if no daemon can enforce it."""
+    if case.objects.has_cluster_policies:
+        raise ScenarioError(f"{case.name}: ClusterNetworkPolicy is not enforced; the case can only be simulated")
     pods = {pod.ref: (pod.ips, pod.node) for pod in case.objects.pods if is_sandboxed(pod)}
     nodes = _node_addresses(case)
     claims = [(f"node:{name}", addresses) for name, addresses in nodes.items()]

@@ -233,7 +233,7 @@ REFUSED: dict[str, tuple[object, str, str]] = {
 
 
 @pytest.mark.parametrize("name", REFUSED)
-def test_a_fault_is_refused_at_its_field_in_the_servers_words(name: str) -> None:
+def test_a_fault_is_refused_at_its_field(name: str) -> None:
     tree, field, message = REFUSED[name]
 
     assert faults(manifest(tree)) == {field: message}
@@ -371,7 +371,7 @@ def test_a_stored_rule_with_an_unknown_peer_denies_everyone(action: str, peer: o
         ports({"icmp": {}}),
     ],
 )
-def test_a_stored_object_with_an_unknown_subject_or_protocol_is_refused(tree: object) -> None:
+def test_a_stored_object_with_unknown_subject_or_protocol_is_refused(tree: object) -> None:
     assert faults(manifest(tree), is_stored=True)
 
 

@@ -16,6 +16,7 @@ from triremectl.cases import decode_case
 
 ROOT = Path(__file__).parents[3]
 SHARED = ROOT.parent / "shared" / "conformance"
+SHARED_CLUSTER_CASES = ROOT.parent / "shared" / "cnp" / "cases.jsonl.gz"
 DOCUMENTS = list(
     yaml.safe_load_all((ROOT / "tests" / "vectors" / "policy" / "semantics.yaml").read_text(encoding="utf-8"))
 )
@@ -90,6 +91,42 @@ def test_all_shared_cases_have_the_expected_verdicts() -> None:
                     wrong.append((case.name, str(probe), verdict))
     assert wrong == []
     assert count > 30_000
+
+
+needs_shared_cluster_cases = pytest.mark.skipif(
+    not SHARED_CLUSTER_CASES.is_file(), reason="the shared cases are not beside this checkout"
+)
+
+
+@needs_shared_cluster_cases
+def test_all_shared_cases_of_cluster_policies_have_the_expected_verdicts() -> None:
+    wrong, count = [], 0
+    with gzip.open(SHARED_CLUSTER_CASES, "rt", encoding="utf-8") as lines:
+        for line in lines:
+            case = decode_case(json.loads(line))
+            for probe in case.probes:
+                count += 1
+                verdict = case.cluster.evaluate(probe)
+                if (verdict.verdict, verdict.denied_by) != (probe.expected, probe.denied_by):
+                    wrong.append((case.name, str(probe), verdict))
+    assert wrong == []
+    assert count == 188
+
+
+@needs_shared_cluster_cases
+def test_no_pod_gains_by_hiding_in_the_shared_cases() -> None:
+    gained, count = [], 0
+    with gzip.open(SHARED_CLUSTER_CASES, "rt", encoding="utf-8") as lines:
+        for line in lines:
+            case = decode_case(json.loads(line))
+            for probe in case.probes:
+                shown, hidden = (case.cluster.evaluate(probe, hides_peers=hides) for hides in (False, True))
+                for end, other in ((shown.egress, hidden.egress), (shown.ingress, hidden.ingress)):
+                    count += not other.is_allowed
+                    if other.is_allowed and not end.is_allowed:
+                        gained.append((case.name, str(probe), end, other))
+    assert gained == []
+    assert count > 100
 
 
 @needs_shared_cases

@@ -137,6 +137,52 @@ def test_a_case_that_cannot_be_judged_is_named(text: str, message: str) -> None:
     assert message in result.stderr
 
 
+CLUSTER_CASE: dict[str, Any] = {
+    **CASE,
+    "nodes": [{"name": "n1", "ip": "192.168.0.11", "labels": {"role": "edge"}}],
+    "policies": [
+        *CASE["policies"],
+        {"apiVersion": "policy.networking.k8s.io/v1alpha2", "kind": "ClusterNetworkPolicy", "metadata": {"name": "top"},
+         "spec": {"tier": "Admin", "priority": 0, "subject": {"namespaces": {}}, "egress": [
+             {"action": "Deny", "to": [{"nodes": {"matchLabels": {"role": "edge"}}}]},
+             {"name": "cows", "action": "Pass", "to": [{"pods": {"podSelector": {"matchLabels": {"kind": "cow"}}}}]},
+         ]}},
+    ],
+    "probes": [
+        {"from": "farm/hen", "to": "192.168.0.11", "port": 80, "expected": "deny", "denied_by": "egress"},
+        {"from": "farm/hen", "to": "farm/cow", "port": 80, "expected": "deny"},
+    ],
+}  # fmt: skip
+
+
+def test_rules_of_cluster_policies_are_explained() -> None:
+    result = run_simulate("--explain", text=json.dumps(CLUSTER_CASE))
+
+    node, cow = json.loads(result.output)["explanations"]
+    assert node["egress"]["clusterRules"] == ["cluster policy Admin/top rule 0 (Deny)"]
+    assert cow["egress"]["clusterRules"] == ['cluster policy Admin/top rule 1 "cows" (Pass)']
+    assert "clusterRules" not in cow["ingress"]
+
+
+def test_check_tells_which_cluster_policies_were_asked() -> None:
+    result = run_simulate("--check", text=json.dumps(CLUSTER_CASE))
+
+    assert result.exit_code == 1
+    assert "1 of 2 probes as expected" in result.output
+    assert 'egress of farm/hen: allowed (not-isolated); cluster policy Admin/top rule 1 "cows" (Pass)' in result.output
+
+
+def test_domain_names_in_a_case_have_no_answer() -> None:
+    spec = {"tier": "Admin", "priority": 0, "subject": {"namespaces": {}},
+            "egress": [{"action": "Accept", "to": [{"domainNames": ["a.example"]}]}]}  # fmt: skip
+    policy = {**CLUSTER_CASE["policies"][1], "spec": spec}
+
+    result = run_simulate(text=json.dumps({**CLUSTER_CASE, "policies": [policy]}))
+
+    assert result.exit_code == 1
+    assert "domainNames cannot be evaluated" in result.output
+
+
 def test_nodes_may_be_a_list_or_a_map() -> None:
     for nodes in ([{"name": "n1", "ip": "192.168.0.1"}], {"n1": "192.168.0.1"}, {"n1": {"ips": ["192.168.0.1"]}}):
         pods = [{**pod, "node": "n1"} for pod in CASE["pods"]]

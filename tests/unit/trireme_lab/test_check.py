@@ -262,3 +262,15 @@ def test_a_routed_node_leaves_addresses_to_the_runtime() -> None:
         AddRoute(ip_network("172.20.0.9/32"), POD_BRIDGE, source=ip_address("192.168.60.11")),
         AddRoute(ip_network("fd00::9/128"), POD_BRIDGE, source=node.addresses[1]),
     ]
+
+
+def test_a_case_with_cluster_policies_is_refused() -> None:
+    policy = {
+        "apiVersion": "policy.networking.k8s.io/v1alpha2",
+        "kind": "ClusterNetworkPolicy",
+        "metadata": {"name": "top"},
+        "spec": {"tier": "Admin", "priority": 0, "subject": {"namespaces": {}}},
+    }
+
+    with pytest.raises(ScenarioError, match="ClusterNetworkPolicy is not enforced"):
+        layout_of(_case(policies=[policy]))
