@@ -54,13 +54,13 @@ def ports(count: int) -> list[dict[str, Any]]:
 
 def test_many_peers_with_many_ports_are_kept_beside_each_other() -> None:
     peers = [{"podSelector": {"matchLabels": {f"key{number}": ""}}} for number in range(1_000)]
-    started = time.perf_counter()
+    started = time.process_time()
 
     policy = compiled({"from": peers, "ports": ports(1_500)})
 
     assert policy.ingress.evaluate(PEER, PEER.ips[0], 2_999, Protocol.TCP).is_allowed
     assert not policy.ingress.evaluate(PEER, PEER.ips[0], 3_000, Protocol.TCP).is_allowed
-    assert time.perf_counter() - started < GENEROUS_S
+    assert time.process_time() - started < GENEROUS_S
 
 
 def test_many_blocks_with_many_ports_are_one_rule_of_the_kernel() -> None:
