@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Awaitable, Callable
 from dataclasses import replace
 
 from enforcer_daemon.daemon.endpoints import Endpoints
@@ -21,8 +22,16 @@ _ADMISSION_TIMEOUT_S = 5.0
 class Registrar:
     """Registers pods as `registration.server.Registrar` wants it done."""
 
-    def __init__(self, endpoints: Endpoints, settings: Settings, cluster: ClusterSource | None) -> None:
+    def __init__(
+        self,
+        endpoints: Endpoints,
+        settings: Settings,
+        cluster: ClusterSource | None,
+        on_added: Callable[[], Awaitable[None]],
+    ) -> None:
+        """`on_added` is awaited after each registration, before the pod may run."""
         self.endpoints = endpoints
+        self._on_added = on_added
         self.cluster = cluster
         self._excluded = frozenset(settings.registration.excluded_namespaces)
         self._admission = None
@@ -40,6 +49,7 @@ class Registrar:
             os.close(netns_fd)
             raise
         await self.endpoints.add(request, netns_fd)
+        await self._on_added()
 
     async def delete(self, attachment: AttachmentId) -> None:
         """Forget an attachment."""

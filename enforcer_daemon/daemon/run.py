@@ -123,7 +123,7 @@ class Daemon:
         self._takeovers = Takeovers(self._endpoints.__iter__, log, self._metrics)
         self._notices = Notices(self._endpoints.__iter__, Vouching(self._kernel, log), log)
         self._leases = LeaseKeeper(self._endpoints, limits.leases, log, self._metrics)
-        self._registrar = Registrar(self._endpoints, settings, self._cluster)
+        self._registrar = Registrar(self._endpoints, settings, self._cluster, self._takeovers.look)
         results = settings.registration.cni_results_dir
         self._discovery = None if results is None else Discovery(results, self._registrar, self._endpoints.knows, log)
         self._policy_limits = PolicyLimits(self._endpoints.__iter__, self._announcements, log)

@@ -26,8 +26,8 @@ from enforcer_daemon.model import NetnsId
 from enforcer_daemon.telemetry.logs import Logger
 from enforcer_daemon.telemetry.metrics import Metrics
 
-_NEW_PODS_S = 0.5
-"""How soon a new pod's links are watched, seconds; later changes are noticed at once."""
+_EVERY_S = 0.5
+"""How often to look at endpoints that went or failed, seconds; a change of links is noticed at once."""
 
 
 class Takeovers:
@@ -42,6 +42,7 @@ class Takeovers:
         self._left: dict[NetnsId, str] = {}
         """What is on top of an interface still, but cannot be seen any longer."""
         self._woken = asyncio.Event()
+        self._looking = asyncio.Lock()
 
     async def run(self) -> None:
         """Follow the links for good."""
@@ -49,7 +50,7 @@ class Takeovers:
             while True:
                 await self.look()
                 try:
-                    await asyncio.wait_for(self._woken.wait(), _NEW_PODS_S)
+                    await asyncio.wait_for(self._woken.wait(), _EVERY_S)
                 except TimeoutError:
                     continue
         finally:
@@ -57,7 +58,11 @@ class Takeovers:
                 self._leave(netns)
 
     async def look(self) -> None:
-        """Look at the endpoints that are new, or whose links changed."""
+        """Look at the endpoints that are new, or whose links changed. Call it before a new pod may run."""
+        async with self._looking:
+            await self._look()
+
+    async def _look(self) -> None:
         self._woken.clear()
         present = {endpoint.sandbox.netns: endpoint for endpoint in self._endpoints() if endpoint.is_open}
         for netns in self._watched.keys() - present.keys():

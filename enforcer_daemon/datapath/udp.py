@@ -10,6 +10,7 @@ rehandshake.
 from __future__ import annotations
 
 from enforcer_daemon.datapath.context import EndpointContext
+from enforcer_daemon.datapath.decisions import Evaluation
 from enforcer_daemon.datapath.engine import SUSPICION_POLL_S, Initiator, Responder
 from enforcer_daemon.datapath.flowindex import is_by_address
 from enforcer_daemon.datapath.messages import Messages, accepted_bare
@@ -54,8 +55,15 @@ _MAX_ANSWERS = 2 * MAX_TRIES
 _MAX_HELD_ASKED = 8
 """Datagrams of an unknown flow that wait."""
 _PROTOCOL = UDP.protocol
+IDENTIFIED_S = 180.0
+"""How long an address that showed an identity is not taken for one that has none, seconds; longer than conntrack keeps
+a UDP flow that was answered (nf_conntrack_udp_timeout_stream, 120 s)."""
+MAX_IDENTIFIED = 16_384
+"""Such addresses; each takes a verified token, so only pods that there are can fill it."""
 _Found = tuple[bytes, bool]
 """A message, and whether it came alone."""
+_UNPROVEN = Evaluation(Decision(False, Reason.UNKNOWN_FLOW, Direction.INGRESS), None)
+"""On a datagram without a handshake from an address that shows identities: its pod went past its own enforcer."""
 
 
 class UDPFlows:
@@ -70,6 +78,8 @@ class UDPFlows:
         self.responder: Responder[UDPDatagram] = Responder(context, self)
         self._opened = OpenedFlows(context, self.initiator, self.messages)
         self.rehandshakes = Rehandshakes(context, self.messages, self.initiator, self.responder, self._offer_alone)
+        self._identified: dict[bytes, float] = {}
+        """Until when an address is known to have an enforcer, oldest first."""
         self._lag_s = 0.0
         """How long an offer waited in the pod's queue lately, seconds; its answer waits there as long."""
 
@@ -206,7 +216,9 @@ class UDPFlows:
             case kind if kind == TYPE_REHANDSHAKE and is_standalone:
                 return self.rehandshakes.requested(content, key.in_role(Role.INITIATOR), mark, now)
             case kind if kind == TYPE_LEASE and is_standalone:
-                return self.messages.receive_lease(datagram, content, now)
+                verdict = self.messages.receive_lease(datagram, content, now)
+                self._note_identified(datagram.src, now)
+                return verdict
             case kind:
                 raise FrameError(Reason.MALFORMED_FRAME, f"type {kind} beside a datagram")
 
@@ -271,6 +283,8 @@ class UDPFlows:
         session.make_answer(0, self._context.node.random(16))
         session.advance(Event.CHALLENGE_SENT if session.grant is None else Event.ANSWER_SENT)
         self.messages.send(session.key, session.frame)
+        if session.peer is not None and session.key.remote in session.peer.addresses:
+            self._note_identified(session.key.remote, now)
         if session.held:
             self._await_proof(session, now)
 
@@ -366,11 +380,26 @@ class UDPFlows:
         verdict = self._plain_in(datagram, key, now)
         return verdict._replace(payload=bare(datagram)) if verdict.action is Action.RELEASE else verdict
 
+    def _note_identified(self, address: bytes, now: float) -> None:
+        """Take note of an address whose enforcer has our answer.
+
+        By that the conntrack of its node takes the flow for established, and the guard there lets the pod's own packets
+        follow, whatever its policy says of them.
+        """
+        self._identified.pop(address, None)
+        if len(self._identified) >= MAX_IDENTIFIED:
+            del self._identified[next(iter(self._identified))]
+        self._identified[address] = now + IDENTIFIED_S
+
     def _plain_in(self, datagram: UDPDatagram, key: FlowKey, now: float) -> Verdict:
         """Decide on a datagram without an identity; one from the enforced networks may have lost its own."""
         context = self._context
         context.refuse_reflection(datagram.src, datagram.dst)
         source, evaluation = context.policy.inbound(datagram, _PROTOCOL)
+        has_enforcer = self._identified.get(datagram.src, 0.0) > now and context.is_own_address(datagram.dst)
+        if has_enforcer and evaluation.grant is not None:
+            self._note_identified(datagram.src, now)
+            evaluation = _UNPROVEN
         if evaluation.grant is None and self.rehandshakes.may_ask(datagram, now):
             return self.rehandshakes.ask(datagram, key, evaluation.decision, now)
         self.responder.report(datagram, source, evaluation.decision)
